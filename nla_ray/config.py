@@ -182,8 +182,9 @@ class EvaluationConfig:
     bootstrap_resamples: int = 10_000
     batch_size: int = 64
     examples: int = 3
-    gates: tuple[tuple[str, float], ...] = ()
-    """(figure, smallest lower bound), e.g. `("grpo.judge.top1", 0.93)`."""
+    gates: tuple[tuple[str, Literal[">=", ">", "<=", "<"], float], ...] = ()
+    """(figure, relation, threshold), e.g. `("grpo.judge.top1", ">=", 0.93)`. The bound of the 95% interval that is worse
+    for the claim must satisfy the relation: the lower one for >= and >, the upper one for <= and <."""
     seed: int = 0
 
 
@@ -233,6 +234,8 @@ class RunConfig:
     """Local folder or URI (s3://, gs://, file://) that holds every artifact of the run."""
     dry_run: bool = False
     """Print the plan (resources, memory, tokens, files, time) and stop before any weight is loaded."""
+    gate: bool = False
+    """Exit with status 1 when a gate of the report fails."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)

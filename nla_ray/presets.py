@@ -22,10 +22,15 @@ def nano() -> RunConfig:
         judge_scorer=ReconstructorConfig(document_half="odd", teacher_share=0.3, seed=2,
                                          lora=LoraSettings(rank=24, alpha=48)),
         evaluation=EvaluationConfig(gates=(
-            ("gold.reward.top1", 0.90), ("gold.judge.top1", 0.90), ("sft.reward.top1", 0.90), ("sft.judge.top1", 0.90),
-            ("grpo.reward.top1", 0.93), ("grpo.judge.top1", 0.93), ("grpo.reward.top1_10way", 0.75),
-            ("grpo.judge.top1_10way", 0.75), ("gold.judge.fve", 0.0), ("grpo-sft.judge.centred_cosine", 0.0),
-            ("grpo-sft.judge.delta", 0.0), ("grpo-nearest_train_label.judge.centred_cosine", 0.0),
+            ("gold.reward.top1", ">=", 0.90), ("gold.judge.top1", ">=", 0.90),
+            ("sft.reward.top1", ">=", 0.90), ("sft.judge.top1", ">=", 0.90),
+            ("grpo.reward.top1", ">=", 0.93), ("grpo.judge.top1", ">=", 0.93),
+            ("grpo.reward.top1_10way", ">=", 0.75), ("grpo.judge.top1_10way", ">=", 0.75),
+            ("grpo-sft.judge.centred_cosine", ">", 0.0), ("grpo-sft.judge.delta", ">", 0.0),
+            ("grpo-nearest_train_label.judge.centred_cosine", ">=", 0.0),
+            ("gold.reward.fve", ">", 0.0), ("gold.judge.fve", ">", 0.0),
+            ("sft.claims.repeats", "<", 0.10), ("grpo.claims.repeats", "<", 0.10), ("grpo.claims.precision", ">=", 0.45),
+            ("sft.claims.domain", ">=", 0.85), ("grpo.claims.domain", ">=", 0.85),
         )),
     )
 

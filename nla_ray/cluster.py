@@ -1,0 +1,385 @@
+"""The rim to Ray: the only `ray.init`, what each kind of process asks of the cluster, and how a job starts and stops.
+
+A job is `run_job(description, body)`: command line -> dry run, or lock -> log -> Ray -> body -> shutdown. The body runs in
+a thread of its own, because Ray Train installs a SIGINT handler wherever `fit` runs in the main thread; so the main thread
+alone decides what Ctrl-C does: stop within ten seconds, leave no process behind, say how to resume.
+Knows nothing of any stage.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nla_ray.config import ComputeConfig, RunConfig
+from nla_ray.runlog import configure, get_logger
+
+if TYPE_CHECKING:
+    import psutil
+
+    from nla_ray.artifacts import Run
+
+Kind = Literal["trainer", "rollout", "scorer", "capture", "serve"]
+
+_OBJECT_STORE_BYTES = 400 * 2**20
+_MIN_CPUS = 2
+"""Logical CPUs of an embedded Ray, at least: every preset for one machine fits in two, whatever the machine has."""
+_ANY_NUMBER = 1_000.0
+_SHUTDOWN_SECONDS = 3.0
+"""How long the processes of an embedded Ray may take to leave by themselves."""
+_STOP_SECONDS = 8.0
+_INTERRUPTED = 130
+_USER_ERRNOS = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another --run-dir",
+                errno.EACCES: "choose another --run-dir", errno.EADDRINUSE: "choose another --serve.port"}
+"""Operating-system errors that a user can cause, and the remedy."""
+
+logger = get_logger(__name__)
+
+
+# What a process asks for -----------------------------------------------------------------------------------------------
+
+def resources_of(compute: ComputeConfig, kind: Kind) -> dict[str, float]:
+    """Resources of one process, as Ray Train's `resources_per_worker` takes them.
+
+    Example: `{"CPU": 8.0, "GPU": 1.0, "trainer_node": 1.0}`; a resource that is not asked for is left out.
+    """
+    cpus, gpus, custom = {
+        "trainer": (compute.trainer_cpus, compute.trainer_gpus, compute.trainer_resource),
+        "rollout": (compute.rollout_cpus, compute.rollout_gpus, compute.rollout_resource),
+        "scorer": (compute.scorer_cpus, compute.scorer_gpus, compute.scorer_resource),
+        "capture": (compute.capture_cpus, compute.capture_gpus, compute.capture_resource),
+        "serve": (compute.serve_cpus, compute.serve_gpus, None),
+    }[kind]
+    resources = {"CPU": float(cpus)}
+    if gpus:
+        resources["GPU"] = float(gpus)
+    if custom:
+        resources[custom] = 1.0
+    return resources
+
+
+def worker_options(compute: ComputeConfig, kind: Kind) -> dict[str, Any]:
+    """The same as arguments of `.options(...)`, `map_batches(...)` or `ray_actor_options`: num_cpus, num_gpus, resources."""
+    resources = resources_of(compute, kind)
+    return {"num_cpus": resources.pop("CPU"), "num_gpus": resources.pop("GPU", 0.0), "resources": resources}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """`count` processes that must run at the same time, and what one of them asks for.
+
+    Example: Demand(name="trainer", count=4, resources={"CPU": 8.0, "GPU": 1.0, "trainer_node": 1.0})
+    """
+
+    name: str
+    count: int
+    resources: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.name} ({_amounts(self.resources)} each)"
+
+
+def demand(compute: ComputeConfig, kind: Kind, count: int = 1) -> Demand:
+    """The demand of `count` processes of one kind."""
+    return Demand(name=kind, count=count, resources=resources_of(compute, kind))
+
+
+def require_resources(demands: Iterable[Demand]) -> None:
+    """Check, before anything starts, that all demands fit into the cluster at once, nodes it may still add included.
+
+    Raises ValueError that says what is missing: a request that can never be met would wait for ever.
+    """
+    wanted = list(demands)
+    nodes = _node_capacities()
+    unmet = unmet_demands(wanted, nodes)
+    if unmet:
+        total: dict[str, float] = {}
+        for node in nodes:
+            for name, amount in node.items():
+                total[name] = total.get(name, 0.0) + amount
+        raise ValueError(f"cluster resources: got {len(nodes)} nodes with {_amounts(total)} in all, expected room for "
+                         f"{'; '.join(map(str, wanted))} at once; no room is left for {'; '.join(map(str, unmet))}. "
+                         "Add nodes, or ask for less with --compute.* or a smaller number of actors.")
+
+
+def unmet_demands(demands: Iterable[Demand], nodes: Iterable[dict[str, float]]) -> list[Demand]:
+    """The part of the demands that finds no place when they are laid into the nodes, the largest first."""
+    free = [dict(node) for node in nodes]
+    unmet = []
+    for wanted in sorted(demands, key=lambda one: (-one.resources.get("GPU", 0.0), -one.resources.get("CPU", 0.0))):
+        missing = 0
+        for _ in range(wanted.count):
+            node = next((node for node in free if all(node.get(name, 0.0) >= amount - 1e-9
+                                                      for name, amount in wanted.resources.items())), None)
+            if node is None:
+                missing += 1
+                continue
+            for name, amount in wanted.resources.items():
+                node[name] -= amount
+        if missing:
+            unmet.append(Demand(name=wanted.name, count=missing, resources=wanted.resources))
+    return unmet
+
+
+def _node_capacities() -> list[dict[str, float]]:
+    """Resources of every node that is alive or that the autoscaler may start.
+
+    Source: `get_cluster_config` is what Ray Train itself asks before it waits for a placement group.
+    """
+    import ray
+    from ray._private.state import state
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = state.get_cluster_config()
+    if config is not None:
+        for group in config.node_group_configs:
+            present = sum(1 for node in nodes if all(node.get(name, 0) >= amount for name, amount in group.resources.items()))
+            more = (100 if group.max_count < 0 else group.max_count) - present
+            nodes += [{name: float(amount) for name, amount in group.resources.items()} for _ in range(max(0, more))]
+    return nodes
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    shown = {name: amount for name, amount in resources.items()
+             if not name.startswith(("node:", "accelerator_type:")) and name not in ("memory", "object_store_memory")}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
+
+
+# Connecting ------------------------------------------------------------------------------------------------------------
+
+def worker_environment(threads: int, *, offline: bool = True) -> dict[str, str]:
+    """Environment of every worker process: thread counts, no telemetry, quiet libraries, and no hub when `offline`."""
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "DS_LOG_LEVEL": "error",
+        "WANDB_MODE": "disabled",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if offline:
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return environment
+
+
+def needs_hub(model: str) -> bool:
+    """True when a base model is named by its hub id, and so may have to be downloaded."""
+    return not (model.startswith(("embedded:", "package:")) or model.endswith(".gguf") or Path(model).exists())
+
+
+@contextmanager
+def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
+    """Ray for the length of a with-block: the cluster that RAY_ADDRESS names (a submitted job's too), else an embedded one.
+
+    The embedded cluster is a node of every kind: it holds any custom resource, and at least two logical CPUs.
+    """
+    before = set(_descendants())
+    environment = worker_environment(compute.threads, offline=offline)
+    options: dict[str, Any] = {
+        "configure_logging": False,
+        "log_to_driver": True,
+        "runtime_env": {"env_vars": environment, "worker_process_setup_hook": "nla_ray.runlog.configure_worker"},
+    }
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        options |= _embedded_options(compute)
+    logger.debug("connecting to Ray: %s", address or "embedded")
+    try:
+        _start_ray(address, options)
+        yield
+    finally:
+        _shutdown(before)
+
+
+def _start_ray(address: str | None, options: dict[str, Any]) -> None:
+    """`ray.init`, with its errors in our words and the SIGTERM handler that was there before (Ray puts its own there)."""
+    import ray
+
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a paragraph about tokens at every start
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address or "local", **options)
+    except ConnectionError as error:
+        raise ValueError(f"RAY_ADDRESS: got {address!r}, which cannot be reached ({error}), expected a running Ray cluster. "
+                         "Start it, or unset RAY_ADDRESS to use an embedded one.") from None
+    except SystemExit:  # Ray's answer to a SIGTERM while it starts
+        raise KeyboardInterrupt from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _shutdown(before: set[psutil.Process]) -> None:
+    """Leave Ray, and wait for every process that was started since `before`; what is still there is killed."""
+    import psutil
+    import ray
+
+    processes = [process for process in _descendants() if process not in before]
+    ray.shutdown()
+    _, alive = psutil.wait_procs(processes, timeout=_SHUTDOWN_SECONDS)
+    _kill(alive)
+
+
+def _embedded_options(compute: ComputeConfig) -> dict[str, Any]:
+    custom = {compute.trainer_resource, compute.rollout_resource, compute.scorer_resource, compute.capture_resource} - {None}
+    return {
+        "num_cpus": max(_MIN_CPUS, len(os.sched_getaffinity(0))),
+        "resources": {name: _ANY_NUMBER for name in sorted(custom)},
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+
+
+# A job -----------------------------------------------------------------------------------------------------------------
+
+def run_job(description: str, body: Callable[[Run], None], *, ray: bool = True) -> None:
+    """Parse the command line and run `body` on the run it names; `--dry-run` prints the plan of this job instead.
+
+    Exit status: 0; 1 after one `error:` line for what a user can cause; 2 for a wrong command line; 130 when interrupted.
+    """
+    from nla_ray.presets import parse_arguments
+
+    config = parse_arguments(description)
+    try:
+        if config.dry_run:
+            from nla_ray.plan import describe_plan
+
+            print(describe_plan(config, Path(sys.argv[0]).stem))
+        else:
+            with _interruptible():
+                _run_locked(config, body, ray)
+    except KeyboardInterrupt:
+        _leave_interrupted()
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        logger.debug("stopped by an error", exc_info=error)
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _run_locked(config: RunConfig, body: Callable[[Run], None], ray: bool) -> None:
+    from nla_ray.artifacts import Run
+
+    run = Run(config)
+    with run.locked():
+        configure(Path(run.root.path) / "run.log" if run.root.is_local else None)
+        with connect(config.compute, offline=not needs_hub(config.base.model)) if ray else nullcontext():
+            _run_in_thread(body, run)
+
+
+def _run_in_thread(body: Callable[[Run], None], run: Run) -> None:
+    """Run the body outside the main thread and raise here what it raised."""
+    raised: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            body(run)
+        except BaseException as error:  # not handled: the main thread raises it again
+            raised.append(error)
+
+    thread = threading.Thread(target=guarded, name="job", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if raised:
+        raise raised[0]
+
+
+def user_message(error: BaseException) -> str | None:
+    """The one message of an error that a user can cause, wherever in Ray it was raised; None for any other error."""
+    for cause in _causes(error):
+        if type(cause) is ValueError:
+            return str(cause)
+        if type(cause).__name__ == "ActorDiedError" and (told := re.search(r"^ValueError: (.*)", str(cause), re.MULTILINE | re.DOTALL)):
+            return told[1].strip()  # raised in an actor's __init__: Ray keeps only its text
+        if isinstance(cause, OSError) and cause.errno in _USER_ERRNOS:
+            where = f" at {cause.filename}" if cause.filename else ""
+            return (f"operating system: got {os.strerror(cause.errno).lower()!r}{where}, expected to be allowed and able to use it. "
+                    f"Nothing complete was damaged: {_USER_ERRNOS[cause.errno]} and run the same command again.")
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that led to it: inside Ray's task, actor and training errors, and along `raise ... from`."""
+    waiting, seen = [error], set()
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        inner = vars(current)
+        nested = [inner.get("cause"), inner.get("controller_failure"), current.__cause__,
+                  *(inner.get("worker_failures") or {}).values()]
+        waiting += [one for one in nested if isinstance(one, BaseException)]
+
+
+# Stopping --------------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt here, once; the unwinding that follows has `_STOP_SECONDS`.
+
+    After that, or at a second signal, every process this one started is killed and this one leaves.
+    """
+    def stop_hard(processes: list) -> None:
+        _kill(processes)
+        _leave_interrupted()
+
+    def interrupt(signum: int, frame: object) -> None:
+        processes = _descendants()
+        signal.signal(signal.SIGINT, lambda *_: stop_hard(processes))
+        signal.signal(signal.SIGTERM, lambda *_: stop_hard(processes))
+        watchdog = threading.Timer(_STOP_SECONDS, stop_hard, args=(processes,))
+        watchdog.daemon = True
+        watchdog.start()
+        print("stopping ...", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def _leave_interrupted() -> None:
+    """One line how to go on, then exit at once: the body's thread may still be computing."""
+    command = shlex.join(["python", *sys.argv])
+    cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar may have hidden it
+    print(f"{cursor}stopped; what is complete is kept. To go on, run the same command again: {command}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(_INTERRUPTED)
+
+
+def _descendants() -> list[psutil.Process]:
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    import psutil
+
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,172 @@
+"""What a run tells its user: log lines, progress of a stage, and metrics as one JSON object a line.
+
+Knows nothing of Ray or of any stage. Protects the rule that a metrics file can always be read, however its writer died.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_ROOT = "nla_ray"
+_QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "datasets", "accelerate", "deepspeed",
+                    "DeepSpeed", "httpx", "urllib3", "botocore", "werkzeug")
+_LINE_SECONDS = 10.0
+"""Seconds between two progress lines where there is no terminal to draw a bar on."""
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module (`get_logger(__name__)`); silent below INFO until `configure` or `configure_worker` ran."""
+    return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def configure(log_path: Path | None = None) -> None:
+    """Show nla_ray's lines from INFO and libraries' from WARNING on stderr; with `log_path`, everything in that file too.
+
+    A file that cannot be written is left out: the run itself will say why.
+    """
+    handlers: list[logging.Handler] = [_terminal_handler()]
+    if log_path is not None:
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(log_path)
+            file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            file.setLevel(logging.DEBUG)
+            handlers.append(file)
+        except OSError:
+            pass
+    _install(handlers)
+
+
+def configure_worker() -> None:
+    """The same in a Ray worker, whose lines Ray carries to the driver: message only, libraries from ERROR.
+
+    Ray runs it in every worker process of a job, before any task (`worker_process_setup_hook`).
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    _install([handler])
+    for name in _QUIET_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _install(handlers: list[logging.Handler]) -> None:
+    logger = logging.getLogger(_ROOT)
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if len(handlers) > 1 else logging.INFO)
+    logger.propagate = False
+    for name in _QUIET_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _terminal_handler() -> logging.Handler:
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False,
+                                               log_time_format="%H:%M:%S")
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setLevel(logging.INFO)
+    return handler
+
+
+@contextmanager
+def stage_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Progress of a stage of `total` units: yields `advance(count=1, note="")`.
+
+    On a terminal a bar; elsewhere a line every ten seconds and one at the end.
+    """
+    show = _bar(title, total) if sys.stderr.isatty() else _lines(title, total)
+    with show as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[..., None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total, note="")
+        yield lambda count=1, note="": progress.update(task, advance=count, note=note)
+    get_logger("progress").info("%s: %d of %d", title, int(progress.tasks[0].completed), total)
+
+
+@contextmanager
+def _lines(title: str, total: int) -> Iterator[Callable[..., None]]:
+    done, started, last = 0, time.monotonic(), time.monotonic()
+    logger = get_logger("progress")
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last >= _LINE_SECONDS:
+            last = time.monotonic()
+            logger.info("%s: %d of %d%s", title, done, total, f", {note}" if note else "")
+
+    yield advance
+    logger.info("%s: %d of %d in %.1f s", title, done, total, time.monotonic() - started)
+
+
+class MetricsLog:
+    """A file of metrics, one JSON object a line, that its writer may be killed on.
+
+    Opening it for appending cuts off a torn last line; reading skips one.
+
+    Example: `log.append({"step": 3, "loss": 2.5})` writes `{"step": 3, "loss": 2.5}`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            content = self.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:
+                os.truncate(self.path, len(whole))
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """Write one object and hand it to the operating system."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line, oldest first. Raises ValueError for a damaged line that is not the last."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().splitlines(keepends=True)
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines):
+                    raise ValueError(f"{self.path}, line {number}: got {line[:40]!r}, expected one JSON object a line. "
+                                     "The file is damaged; delete it, or the artifact it belongs to.") from None
+        return records
+
+    def rewind(self, key: str, last: float) -> None:
+        """Drop the records whose `key` is above `last`: a run that resumes from step `last` writes them again.
+
+        Records without the key stay.
+        """
+        kept = [record for record in self.read() if record.get(key, last) <= last]
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, self.path)
