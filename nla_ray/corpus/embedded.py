@@ -1,0 +1,243 @@
+"""The embedded corpus: text that every installation of the core dependencies carries.
+
+A document is one file of the standard library or of an installed package (or one topic of the language
+manual). Only distributions in the requirement closure of the core dependencies count, so that a test-only
+package cannot change the corpus. This module knows where documents come from and how they are cut; splits,
+artifacts and duplicates are elsewhere.
+"""
+
+import ast
+import csv
+import hashlib
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+CORE_REQUIREMENTS = (
+    "torch", "ray[data,serve,train]", "transformers", "peft", "trl", "deepspeed", "pyarrow", "datasets", "jinja2",
+)
+"""Roots of the closure whose files may enter the corpus."""
+
+DOMAIN_NAMES = {
+    "python_code": "Python code",
+    "python_test": "Python test",
+    "model_code": "model code",
+    "cpp_header": "C++ header",
+    "cpp_source": "C++ source",
+    "type_stub": "type stub",
+    "cython": "Cython",
+    "licence": "licence",
+    "package_metadata": "package metadata",
+    "api_reference": "API reference",
+    "language_manual": "language manual",
+    "configuration": "configuration",
+    "jinja_template": "Jinja template",
+    "protocol_buffer": "protocol buffer",
+    "cmake": "CMake",
+}
+"""Slug of every embedded domain -> its human name, fixed because labels name it."""
+
+API_PACKAGES = frozenset({"numpy", "pandas", "networkx", "sympy", "pyarrow", "huggingface_hub", "accelerate", "aiohttp"})
+"""Packages read for docstrings only. All others are read for code only: no text is in two documents."""
+
+MIN_DOCUMENT_CHARS = 200
+MAX_DOCUMENT_CHARS = 400_000
+MAX_MEAN_LINE_CHARS = 200
+"""Above this mean a file is taken for minified or generated data."""
+MIN_CHUNK_CHARS, MAX_CHUNK_CHARS = 240, 420
+CHARS_PER_DISTINCT_WORD = 40
+"""A chunk needs one distinct word for so many characters; less is a table of numbers."""
+
+_SUFFIX_DOMAINS = {
+    ".h": "cpp_header", ".hpp": "cpp_header", ".cuh": "cpp_header",
+    ".cpp": "cpp_source", ".cc": "cpp_source", ".cu": "cpp_source", ".c": "cpp_source",
+    ".pyi": "type_stub", ".pyx": "cython", ".pxd": "cython", ".pxi": "cython",
+    ".yaml": "configuration", ".yml": "configuration", ".json": "configuration", ".toml": "configuration",
+    ".jinja": "jinja_template", ".j2": "jinja_template", ".proto": "protocol_buffer", ".cmake": "cmake",
+}
+_SKIPPED_PARTS = frozenset({"thirdparty_files", "_vendor", "_vendored", "vendored", "__pycache__", "jars", "site-packages", "client", "lib2to3"})
+"""Copies of other packages, build output, web bundles."""
+_SKIPPED_PREFIXES = ("torch/include/ATen/ops/", "numpy/_core/tests/data/")
+"""Thousands of generated one-operator headers; numeric tables."""
+_LICENCE_NAME = re.compile(r"(licen[cs]e|copying|notice)", re.IGNORECASE)
+_WORD = re.compile(r"[A-Za-z]{3,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where one document comes from, before anything is read.
+
+    Example:
+        Source(doc_id="cpp_header/torch/include/ATen/ATen.h", domain="cpp_header", path=Path("..."))
+    """
+
+    doc_id: str
+    domain: str
+    path: Path | None
+    """None for a topic of the language manual, which lies in a module."""
+
+
+def list_sources() -> list[Source]:
+    """Every candidate document, sorted by doc_id. Nothing is opened yet but the lists of installed files."""
+    found = {source.doc_id: source for source in _walk_sources()}
+    return [found[doc_id] for doc_id in sorted(found)]
+
+
+def read_source(source: Source) -> str | None:
+    """The document's text, or None when it is binary, not UTF-8, minified, too short or too long."""
+    if source.path is None:
+        return _clean(_manual_topics()[source.doc_id.split("/", 1)[1]])
+    try:
+        if source.path.stat().st_size > 2 * MAX_DOCUMENT_CHARS:
+            return None
+        text = source.path.read_bytes().decode("utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+    if source.domain == "api_reference":
+        text = extract_docstrings(text)
+    return _clean(text)
+
+
+def extract_docstrings(code: str) -> str:
+    """All docstrings of a module in source order, each under the name it documents."""
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError):
+        return ""
+    pieces = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+            pieces.append((node.lineno, f"{node.name}\n{text}"))
+    return "\n\n".join(text for _, text in sorted(pieces))
+
+
+def cut_chunks(text: str, *, seed_key: str, min_chars: int = MIN_CHUNK_CHARS, max_chars: int = MAX_CHUNK_CHARS) -> list[str]:
+    """Consecutive pieces of the text, cut at line ends, each of a seeded length in [min_chars, max_chars].
+
+    A line that is longer than max_chars is cut at a space. Pieces below min_chars (the end of the text, the
+    rest before a long line) and pieces with few words are left out.
+    """
+    draw = random.Random(f"{seed_key}/cut")
+    chunks, lines, size = [], [], 0
+    target = draw.randint(min_chars, max_chars)
+    for line in _bounded_lines(text, max_chars):
+        if lines and size + len(line) + 1 > target:
+            chunks.append("\n".join(lines).strip("\n"))
+            lines, size, target = [], 0, draw.randint(min_chars, max_chars)
+        if line.strip() or lines:
+            lines.append(line)
+            size += len(line) + 1
+    chunks.append("\n".join(lines).strip("\n"))
+    return [chunk for chunk in chunks if min_chars <= len(chunk) <= max_chars and _is_informative(chunk)]
+
+
+def _walk_sources() -> Iterator[Source]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*")):
+        relative = path.relative_to(library).as_posix()
+        if (domain := domain_of(relative)) is not None:
+            yield Source(doc_id=f"{domain}/python/{relative}", domain=domain, path=path)
+    for distribution in closure_distributions(CORE_REQUIREMENTS):
+        for relative in _recorded_files(distribution):
+            if (domain := domain_of(relative)) is not None:
+                path = Path(str(distribution.locate_file(relative)))
+                yield Source(doc_id=f"{domain}/{_without_version(relative)}", domain=domain, path=path)
+    for topic in _manual_topics():
+        yield Source(doc_id=f"language_manual/{topic}", domain="language_manual", path=None)
+
+
+def domain_of(relative_path: str) -> str | None:
+    """Domain slug of a file by its package-relative path, None for what the corpus leaves out."""
+    path = Path(relative_path)
+    if relative_path.startswith(("..", "/") + _SKIPPED_PREFIXES) or _SKIPPED_PARTS & set(path.parts):
+        return None
+    if path.suffix == ".py":
+        return _python_domain(path)
+    if path.suffix in _SUFFIX_DOMAINS:
+        return None if ".dist-info" in relative_path else _SUFFIX_DOMAINS[path.suffix]
+    if _LICENCE_NAME.search(path.name) and path.suffix in ("", ".txt", ".md", ".rst", ".MIT", ".APACHE", ".BSD"):
+        return "licence"
+    if path.name == "METADATA" or path.suffix in (".md", ".rst"):
+        return "package_metadata"
+    return None
+
+
+def _python_domain(path: Path) -> str | None:
+    folders = set(path.parts[:-1])
+    if folders & {"test", "tests", "testing"} or path.name.startswith("test_"):
+        return "python_test"
+    if path.parts[:2] == ("transformers", "models"):
+        return "model_code"
+    return "api_reference" if path.parts[0] in API_PACKAGES else "python_code"
+
+
+def closure_distributions(requirements: tuple[str, ...]) -> list[metadata.Distribution]:
+    """Installed distributions that the requirements need, extras and markers honoured, sorted by name."""
+    found: dict[str, metadata.Distribution] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        for extra in sorted({"", *requirement.extras}):
+            name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            try:
+                distribution = metadata.distribution(name)
+            except metadata.PackageNotFoundError:
+                continue
+            found[name] = distribution
+            children = [Requirement(text) for text in distribution.requires or []]
+            waiting += [child for child in children if child.marker is None or child.marker.evaluate({"extra": extra})]
+    return [found[name] for name in sorted(found)]
+
+
+def _recorded_files(distribution: metadata.Distribution) -> list[str]:
+    record = distribution.read_text("RECORD") or ""
+    return sorted(row[0] for row in csv.reader(record.splitlines()) if row)
+
+
+def _without_version(relative: str) -> str:
+    """`numpy-2.4.6.dist-info/METADATA` -> `numpy.dist-info/METADATA`: an update keeps the split."""
+    return re.sub(r"^([^/]+?)-[^/-]+(\.dist-info/)", r"\1\2", relative)
+
+
+def _manual_topics() -> dict[str, str]:
+    from pydoc_data.topics import topics
+
+    return topics
+
+
+def _clean(text: str) -> str | None:
+    text = text.replace("\r\n", "\n").expandtabs(4).strip()
+    if not MIN_DOCUMENT_CHARS <= len(text) <= MAX_DOCUMENT_CHARS or "\0" in text:
+        return None
+    if len(text) / (text.count("\n") + 1) > MAX_MEAN_LINE_CHARS or len(text.encode()) > 1.1 * len(text):
+        return None
+    return "\n".join(line.rstrip() for line in text.split("\n"))
+
+
+def _bounded_lines(text: str, max_chars: int) -> Iterator[str]:
+    for line in text.split("\n"):
+        while len(line) > max_chars:
+            cut = line.rfind(" ", max_chars // 2, max_chars)
+            cut = cut if cut > 0 else max_chars
+            yield line[:cut]
+            line = line[cut:].lstrip()
+        yield line
+
+
+def _is_informative(chunk: str) -> bool:
+    return len(set(_WORD.findall(chunk))) >= max(3, len(chunk) // CHARS_PER_DISTINCT_WORD)
+
+
+def seeded_order(doc_ids: list[str], seed: int) -> list[str]:
+    """The ids in an order that depends on nothing but the seed and each id."""
+    return sorted(doc_ids, key=lambda doc_id: hashlib.sha256(f"{seed}/{doc_id}".encode()).digest())
