@@ -199,6 +199,8 @@ def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         options |= _embedded_options(compute)
+        sources = str(Path(__file__).resolve().parent.parent)  # a checkout that is not installed
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (sources, os.environ.get("PYTHONPATH"))))
     logger.debug("connecting to Ray: %s", address or "embedded")
     try:
         _start_ray(address, options)
@@ -247,9 +249,11 @@ def _embedded_options(compute: ComputeConfig) -> dict[str, Any]:
 
 # A job -----------------------------------------------------------------------------------------------------------------
 
-def run_job(description: str, body: Callable[[Run], None], *, ray: bool = True) -> None:
+def run_job(description: str, body: Callable[[Run], None], *, ray: bool = True, lock: bool = True,
+            cleanup: Callable[[], None] | None = None) -> None:
     """Parse the command line and run `body` on the run it names; `--dry-run` prints the plan of this job instead.
 
+    `lock=False` is for a job that only reads the run. `cleanup` is called in the end, interrupted or not, while Ray is there.
     Exit status: 0; 1 after one `error:` line for what a user can cause; 2 for a wrong command line; 130 when interrupted.
     """
     from nla_ray.presets import parse_arguments
@@ -262,7 +266,7 @@ def run_job(description: str, body: Callable[[Run], None], *, ray: bool = True) 
             print(describe_plan(config, Path(sys.argv[0]).stem))
         else:
             with _interruptible():
-                _run_locked(config, body, ray)
+                _run_connected(config, body, ray, lock, cleanup or _nothing)
     except KeyboardInterrupt:
         _leave_interrupted()
     except Exception as error:
@@ -274,14 +278,21 @@ def run_job(description: str, body: Callable[[Run], None], *, ray: bool = True) 
         raise SystemExit(1) from None
 
 
-def _run_locked(config: RunConfig, body: Callable[[Run], None], ray: bool) -> None:
+def _run_connected(config: RunConfig, body: Callable[[Run], None], ray: bool, lock: bool, cleanup: Callable[[], None]) -> None:
     from nla_ray.artifacts import Run
 
     run = Run(config)
-    with run.locked():
+    with run.locked() if lock else nullcontext():
         configure(Path(run.root.path) / "run.log" if run.root.is_local else None)
         with connect(config.compute, offline=not needs_hub(config.base.model)) if ray else nullcontext():
-            _run_in_thread(body, run)
+            try:
+                _run_in_thread(body, run)
+            finally:
+                cleanup()
+
+
+def _nothing() -> None:
+    """What a job without `cleanup` does in the end."""
 
 
 def _run_in_thread(body: Callable[[Run], None], run: Run) -> None:

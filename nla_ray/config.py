@@ -41,7 +41,7 @@ class CorpusConfig:
     """Most chunks taken from one document."""
     shard_rows: int = 1_024
     """Rows in one Parquet shard: the unit of work, of resuming and of memory in every later stage."""
-    near_duplicate_jaccard: float = 0.8
+    near_duplicate_jaccard: float = 0.7
     """Texts whose estimated shingle overlap reaches this are one text; only the first is kept."""
     seed: int = 0
 
@@ -170,6 +170,11 @@ class GRPOSettings:
     num_rollout_actors: int = 1
     num_scorer_actors: int = 1
     seed: int = 0
+
+    @property
+    def artifact(self) -> str:
+        """`grpo`, or `grpo_no_contrast` for the ablation, so that one run holds both arms."""
+        return "grpo" if self.contrast == "wrong" else "grpo_no_contrast"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,13 @@ _SPACE = re.compile(rb"\s+")
 _DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 
 
-def find_first_of_clusters(texts: Sequence[str], threshold: float = 0.7) -> np.ndarray:
-    """Boolean mask: True for the texts to keep, in the order given.
+def first_of_clusters(signatures: np.ndarray, threshold: float) -> np.ndarray:
+    """Boolean mask over the rows of `minhash_signatures`: True for the texts to keep, in the order given.
 
-    `threshold` is the estimated Jaccard similarity of shingle sets, case, digits and white space ignored.
+    `threshold` is the estimated Jaccard similarity of shingle sets; case, the digits' values and white space
+    are ignored.
     """
-    keep = np.ones(len(texts), dtype=bool)
-    if len(texts) < 2:
-        return keep
-    signatures = minhash_signatures(texts)
+    keep = np.ones(len(signatures), dtype=bool)
     while True:
         alive = np.flatnonzero(keep)
         removed = alive[_later_members(signatures[alive], threshold)]

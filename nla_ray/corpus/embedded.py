@@ -9,9 +9,11 @@ artifacts and duplicates are elsewhere.
 import ast
 import csv
 import hashlib
+import os
 import random
 import re
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -105,23 +107,34 @@ def read_source(source: Source) -> str | None:
 
 
 def extract_docstrings(code: str) -> str:
-    """All docstrings of a module in source order, each under the name it documents."""
+    """All docstrings of a module in source order, each under the name it documents; empty for code that does not parse."""
     try:
-        tree = ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an old escape in somebody else's string is no concern here
+            tree = ast.parse(code)
     except (SyntaxError, ValueError):
         return ""
     pieces = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+    for node in _definitions(tree):
+        if text := ast.get_docstring(node):
             pieces.append((node.lineno, f"{node.name}\n{text}"))
     return "\n\n".join(text for _, text in sorted(pieces))
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Classes and functions at any depth. Only statements are visited: expressions are most of a tree and define none."""
+    for name in ("body", "orelse", "finalbody", "handlers"):
+        for child in getattr(node, name, ()):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+            yield from _definitions(child)
 
 
 def cut_chunks(text: str, *, seed_key: str, min_chars: int = MIN_CHUNK_CHARS, max_chars: int = MAX_CHUNK_CHARS) -> list[str]:
     """Consecutive pieces of the text, cut at line ends, each of a seeded length in [min_chars, max_chars].
 
     A line that is longer than max_chars is cut at a space. Pieces below min_chars (the end of the text, the
-    rest before a long line) and pieces with few words are left out.
+    rest before a long line) are left out.
     """
     draw = random.Random(f"{seed_key}/cut")
     chunks, lines, size = [], [], 0
@@ -134,15 +147,22 @@ def cut_chunks(text: str, *, seed_key: str, min_chars: int = MIN_CHUNK_CHARS, ma
             lines.append(line)
             size += len(line) + 1
     chunks.append("\n".join(lines).strip("\n"))
-    return [chunk for chunk in chunks if min_chars <= len(chunk) <= max_chars and _is_informative(chunk)]
+    return [chunk for chunk in chunks if min_chars <= len(chunk) <= max_chars]
+
+
+def is_informative(chunk: str) -> bool:
+    """Whether a piece of program text has words to tell it by; tables of numbers have not."""
+    return len(set(_WORD.findall(chunk))) >= max(3, len(chunk) // CHARS_PER_DISTINCT_WORD)
 
 
 def _walk_sources() -> Iterator[Source]:
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*")):
-        relative = path.relative_to(library).as_posix()
-        if (domain := domain_of(relative)) is not None:
-            yield Source(doc_id=f"{domain}/python/{relative}", domain=domain, path=path)
+    for folder, folders, names in os.walk(library):
+        folders[:] = sorted(set(folders) - _SKIPPED_PARTS)
+        for name in names:
+            relative = (Path(folder) / name).relative_to(library).as_posix()
+            if (domain := domain_of(relative)) is not None:
+                yield Source(doc_id=f"{domain}/python/{relative}", domain=domain, path=library / relative)
     for distribution in closure_distributions(CORE_REQUIREMENTS):
         for relative in _recorded_files(distribution):
             if (domain := domain_of(relative)) is not None:
@@ -154,27 +174,29 @@ def _walk_sources() -> Iterator[Source]:
 
 def domain_of(relative_path: str) -> str | None:
     """Domain slug of a file by its package-relative path, None for what the corpus leaves out."""
-    path = Path(relative_path)
-    if relative_path.startswith(("..", "/") + _SKIPPED_PREFIXES) or _SKIPPED_PARTS & set(path.parts):
+    suffix = os.path.splitext(relative_path)[1]
+    if suffix == ".pyc" or relative_path.startswith(("..", "/", *_SKIPPED_PREFIXES)):
         return None
-    if path.suffix == ".py":
-        return _python_domain(path)
-    if path.suffix in _SUFFIX_DOMAINS:
-        return None if ".dist-info" in relative_path else _SUFFIX_DOMAINS[path.suffix]
-    if _LICENCE_NAME.search(path.name) and path.suffix in ("", ".txt", ".md", ".rst", ".MIT", ".APACHE", ".BSD"):
+    parts = relative_path.split("/")
+    if not _SKIPPED_PARTS.isdisjoint(parts):
+        return None
+    if suffix == ".py":
+        return _python_domain(parts)
+    if suffix in _SUFFIX_DOMAINS:
+        return None if ".dist-info" in relative_path else _SUFFIX_DOMAINS[suffix]
+    if _LICENCE_NAME.search(parts[-1]) and suffix in ("", ".txt", ".md", ".rst", ".MIT", ".APACHE", ".BSD"):
         return "licence"
-    if path.name == "METADATA" or path.suffix in (".md", ".rst"):
+    if parts[-1] == "METADATA" or suffix in (".md", ".rst"):
         return "package_metadata"
     return None
 
 
-def _python_domain(path: Path) -> str | None:
-    folders = set(path.parts[:-1])
-    if folders & {"test", "tests", "testing"} or path.name.startswith("test_"):
+def _python_domain(parts: list[str]) -> str:
+    if not {"test", "tests", "testing"}.isdisjoint(parts[:-1]) or parts[-1].startswith("test_"):
         return "python_test"
-    if path.parts[:2] == ("transformers", "models"):
+    if parts[:2] == ["transformers", "models"]:
         return "model_code"
-    return "api_reference" if path.parts[0] in API_PACKAGES else "python_code"
+    return "api_reference" if parts[0] in API_PACKAGES else "python_code"
 
 
 def closure_distributions(requirements: tuple[str, ...]) -> list[metadata.Distribution]:
@@ -232,10 +254,6 @@ def _bounded_lines(text: str, max_chars: int) -> Iterator[str]:
             yield line[:cut]
             line = line[cut:].lstrip()
         yield line
-
-
-def _is_informative(chunk: str) -> bool:
-    return len(set(_WORD.findall(chunk))) >= max(3, len(chunk) // CHARS_PER_DISTINCT_WORD)
 
 
 def seeded_order(doc_ids: list[str], seed: int) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -149,3 +150,8 @@ def adapter_active(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
 def _require_new(model: PeftModel, name: str) -> None:
     if name in model.peft_config:
         raise ValueError(f"adapter: got the name {name!r} twice, expected a new one. Loaded are {sorted(model.peft_config)}.")
+
+
+def plain_linear(module: nn.Module) -> nn.Module:
+    """The base's own linear layer inside a module that may carry adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

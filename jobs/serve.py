@@ -1,0 +1,19 @@
+"""Serves a trained run over HTTP (Ray Serve): descriptions of activations and texts, and scores. Ctrl-C stops it."""
+
+from nla_ray.cluster import run_job
+
+
+def body(run) -> None:
+    from nla_ray.serving.application import serve_run
+
+    serve_run(run)
+
+
+def cleanup() -> None:
+    from nla_ray.serving.application import stop
+
+    stop()
+
+
+if __name__ == "__main__":
+    run_job(__doc__, body, lock=False, cleanup=cleanup)

@@ -1,0 +1,176 @@
+"""What a description claims, and whether its text bears it out: items, repeats, salient words, the domain it names.
+
+Pure string work on the standard library, so that rewards may use it too. It knows neither models nor teachers; domain
+names are passed in. A description has bullets; a bullet is free prose or a list under a heading
+(`- Python test: frame, index`). The rule it protects: a description that claims nothing has precision 0, so that
+silence never raises the figure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+TOKENS_HEADING = "tokens"
+NEXT_HEADING = "next"
+PLACEHOLDERS = ("no word stands out", "no word in particular", "nothing in particular")
+"""How a teacher says that it has nothing to name; no claim."""
+MIN_WORD_LETTERS = 3
+MAX_HEADING_WORDS = 4
+MAX_ITEM_WORDS = 2
+"""A bullet whose comma-separated parts are all this short is a list under a heading; anything longer is prose."""
+
+FUNCTION_WORDS = frozenset(
+    """a about above across after again against all almost also although always among an and another any anything are
+    around as at be because been before being below between both but by can cannot could did do does doing done down
+    during each either else etc even ever every everything few for from further get gets give given goes had has have
+    having he her here hers him his how however if in indicating instead into is it its itself just least less let
+    like likely lot made make makes making many may maybe me might more most much must my near need neither no nor not
+    nothing now of off often on once one only onto or other our out over own per perhaps possibly probably quite
+    rather same see seem seems several she should since so some something still such than that the their them then
+    there these they this those though through thus to together too toward towards under until up upon us use used
+    uses using very via was way we well were what when where whether which while who whom whose why will with within
+    without would yet you your yours""".split()
+)
+"""English words without content of their own; they are true of every text."""
+DESCRIBING_WORDS = frozenset(
+    """activation answer assistant bullet content context continue continues continuation description discussion
+    document explanation focus follow following followed format involving language likely mention mentions model next
+    output passage pattern phrase preparing predict prediction related response salient sentence sequence starting
+    structure suggests text token tokens tone topic topics word words""".split()
+)
+"""Words that describe any text rather than this one."""
+
+_BULLET = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+")
+_QUOTED = re.compile(r"[\"“`]([^\"”`\n]{2,80})[\"”`]|(?<!\w)['‘]([^'’\n]{2,80})['’](?!\w)")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_IDENTIFIER = re.compile(r"[^\W\d][\w]*")
+_LETTERS = re.compile(r"[^\W\d_]+")
+_CAMEL_PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_TRIMMED = " \t.;:!?-*•"
+
+
+def bullets(description: str) -> list[str]:
+    """The lines of a description without their bullet marks; empty lines are left out."""
+    lines = (_BULLET.sub("", line).strip() for line in description.splitlines())
+    return [line for line in lines if line]
+
+
+def split_heading(bullet: str) -> tuple[str, str]:
+    """`Python test: frame, index` -> ("Python test", "frame, index"). Prose has an empty heading.
+
+    A list under a heading has a heading of at most four words and comma-separated parts of at most two; `tokens:` and
+    `next:` are headings whatever follows.
+    """
+    heading, colon, body = bullet.partition(":")
+    heading, body = heading.strip(), body.strip()
+    if colon and heading.casefold() in (TOKENS_HEADING, NEXT_HEADING):
+        return heading, body
+    is_list = all(len(part.split()) <= MAX_ITEM_WORDS for part in body.split(","))
+    if colon and heading and len(heading.split()) <= MAX_HEADING_WORDS and is_list:
+        return heading, body
+    return "", bullet
+
+
+def items(description: str) -> list[str]:
+    """The comma-separated parts of every bullet, headings left out, casefolded.
+
+    Example: "- Python test: frame, index\\n- next: another check" -> ["frame", "index", "another check"]
+    """
+    bodies = (split_heading(bullet)[1] for bullet in bullets(description))
+    parts = (part.strip(_TRIMMED).casefold() for body in bodies for part in body.split(","))
+    return [part for part in parts if part]
+
+
+def repeats_item(description: str) -> bool:
+    """Whether it lists an item twice, or says a word twice in a row inside one ("assert assert")."""
+    listed = items(description)
+    if len(set(listed)) < len(listed):
+        return True
+    return any(first == second for item in listed for first, second in pairwise(item.split()))
+
+
+def word_pieces(text: str) -> list[str]:
+    """Words in order, casefolded, identifiers cut at `_`, digits and camelCase (a word beyond ASCII stays whole).
+
+    Example: "readFrameIndex(df_test, x1)" -> ["read", "frame", "index", "df", "test", "x"]
+    """
+    runs = _LETTERS.findall(text)
+    return [piece.casefold() for run in runs for piece in (_CAMEL_PIECE.findall(run) if run.isascii() else [run])]
+
+
+def found_words(text: str) -> frozenset[str]:
+    """What a one-word claim may match in a source text: identifiers whole and in pieces, and numbers; casefolded."""
+    whole = (identifier.casefold() for identifier in _IDENTIFIER.findall(text))
+    return frozenset([*word_pieces(text), *whole, *_NUMBER.findall(text)])
+
+
+def salient_words(description: str) -> frozenset[str]:
+    """What a description claims to stand in THIS text: content words, names, numbers and quoted strings, casefolded.
+
+    Left out are a list's heading (the kind of text: see `named_domain`) and everything under `next:`, which forecasts
+    what is not in the text. Quoted strings keep their spaces and count as one claim.
+    """
+    claimed: set[str] = set()
+    for bullet in bullets(description):
+        for placeholder in PLACEHOLDERS:
+            bullet = bullet.replace(placeholder, " ")
+        heading, body = split_heading(bullet)
+        if heading.casefold() == NEXT_HEADING:
+            continue
+        quoted = [" ".join((double or single).casefold().split()) for double, single in _QUOTED.findall(body)]
+        prose = _QUOTED.sub(" ", body)
+        claimed.update(string for string in quoted if string)
+        claimed.update(_NUMBER.findall(prose))
+        claimed.update(_content_words(prose, listed=bool(heading)))
+    return frozenset(claimed)
+
+
+def _content_words(text: str, listed: bool) -> Iterable[str]:
+    """Word pieces that say something. In a list even "next" or "model" is a word of the text, not one about it."""
+    excluded = FUNCTION_WORDS if listed else FUNCTION_WORDS | DESCRIBING_WORDS
+    return (piece for piece in word_pieces(text)
+            if piece not in excluded and (len(piece) >= MIN_WORD_LETTERS or not piece.isascii()))
+
+
+def claim_counts(description: str, text: str) -> tuple[int, int]:
+    """(claims found in the text, claims made), each distinct claim once. A quoted string is found as a whole."""
+    claims = salient_words(description)
+    found = found_words(text)
+    flat = " ".join(text.casefold().split())
+    return sum(claim in found or _stands_in(claim, flat) for claim in claims), len(claims)
+
+
+def _stands_in(claim: str, flat_text: str) -> bool:
+    """A quoted string with spaces or signs, between word boundaries; words and numbers were looked up already."""
+    if claim.isalpha() or _NUMBER.fullmatch(claim):
+        return False
+    return re.search(rf"(?<!\w){re.escape(claim)}(?!\w)", flat_text) is not None
+
+
+def claim_precision(description: str, text: str) -> float:
+    """Share of the claimed words that occur in the text: 0 to 1, and 0 for a description that claims nothing."""
+    found, claimed = claim_counts(description, text)
+    return found / claimed if claimed else 0.0
+
+
+def named_domain(description: str, names: Mapping[str, str]) -> str | None:
+    """The slug of the domain whose name comes first outside `tokens:` and `next:`, or None.
+
+    `names`: slug -> human name. Of names that start at the same place the longest counts ("C++ source file" before
+    "C++ source").
+    """
+    spoken = "\n".join(bullet for bullet in bullets(description)
+                       if split_heading(bullet)[0].casefold() not in (TOKENS_HEADING, NEXT_HEADING)).casefold()
+    hits = []
+    for slug, name in names.items():
+        match = re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", spoken)
+        if match:
+            hits.append((match.start(), -len(name), slug))
+    return min(hits)[2] if hits else None
+
+
+def domain_named(description: str, domain: str, names: Mapping[str, str]) -> bool:
+    """Whether the description names its text's true domain (before any other)."""
+    return named_domain(description, names) == domain

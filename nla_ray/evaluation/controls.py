@@ -1,0 +1,72 @@
+"""Who describes the test activations: the trained verbalizers, the gold labels, and the controls they must beat.
+
+    gold                 the label drawn for the same text: the ceiling
+    nearest_train_label  the label of the nearest train activation: what a verbalizer must beat to be worth training
+    shuffled             another test document's gold label
+    generic              one fixed sentence
+    mean_activation      the SFT verbalizer, given the train mean
+    random_vector        the SFT verbalizer, given a random vector of the same norm
+
+It decides what is described and what is injected; models, files and figures are elsewhere. No description is dropped:
+a text without a label is described by the empty string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nla_ray.evaluation.metrics import derangement, nearest_rows
+from nla_ray.prompts import GENERIC_DESCRIPTION
+from nla_ray.records import seed_of
+
+TRAINED = ("sft", "grpo", "grpo_no_contrast")
+"""Artifacts that are verbalizers. The last is the ablation arm; it is in the table when its artifact exists."""
+LABELS = ("gold", "nearest_train_label", "shuffled", "generic")
+INJECTED = ("mean_activation", "random_vector")
+VERBALIZERS = ("gold", "nearest_train_label", *TRAINED, "shuffled", "generic", *INJECTED)
+"""In the order of the report's tables."""
+_SHUFFLE_SEED = 7_919
+"""Keeps the shuffled labels' derangement apart from the one that chooses the wrong row: else the two would match."""
+
+
+def label_descriptions(name: str, text_ids: Sequence[str], doc_ids: Sequence[str], gold: Mapping[str, str],
+                       seed: int) -> list[str]:
+    """One description for every test row from labels alone: control `gold`, `shuffled` or `generic`.
+
+    `gold`: the drawn label by text_id.
+    """
+    own = [gold.get(text_id, "") for text_id in text_ids]
+    if name == "gold":
+        return own
+    if name == "generic":
+        return [GENERIC_DESCRIPTION] * len(own)
+    if name == "shuffled":
+        return [own[row] for row in derangement(doc_ids, seed + _SHUFFLE_SEED).tolist()]
+    raise ValueError(f"label control: got {name!r}, expected gold, shuffled or generic. Choose one of them.")
+
+
+def nearest_train_labels(test: Tensor, train: Tensor, train_text_ids: Sequence[str], labels: Mapping[str, str],
+                         mean: Tensor) -> list[str]:
+    """For every test activation the label of the nearest train activation by centred cosine: [rows, d_model] -> rows.
+
+    Raises ValueError when a train text has no label: the nearest of some activations would be another control.
+    """
+    missing = [text_id for text_id in train_text_ids if text_id not in labels]
+    if missing:
+        raise ValueError(f"train labels: got none for {len(missing)} captured texts, first {missing[0]!r}, expected "
+                         "one for each. Delete the labels and run jobs/label.py again.")
+    return [labels[train_text_ids[row]] for row in nearest_rows(test, train, mean).tolist()]
+
+
+def injected_vectors(name: str, activation_ids: Sequence[str], activations: Tensor, mean: Tensor, seed: int) -> Tensor:
+    """What is injected instead of the activations: [rows, d_model]; one row for `mean_activation`, the same for all.
+
+    Injection makes its norm the activation's own, as it does with every vector.
+    """
+    if name == "mean_activation":
+        return mean.float()[None]
+    generators = (torch.Generator().manual_seed(seed_of(seed, name, activation_id)) for activation_id in activation_ids)
+    return torch.stack([torch.randn(activations.shape[1], generator=generator) for generator in generators])

@@ -1,0 +1,105 @@
+"""Builds the Serve application of a run and keeps it up until it is told to stop. Nothing happens at import."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+from nla_ray.activations import check_base
+from nla_ray.artifacts import Run
+from nla_ray.cluster import demand, require_resources, worker_options
+from nla_ray.config import RunConfig, ServeConfig
+from nla_ray.manifest import Manifest
+from nla_ray.models.backbone import base_info
+from nla_ray.runlog import get_logger
+from nla_ray.serving.schema import BaseBody, ModelBody, ModelsResponse
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+APPLICATION_NAME = "nla_ray"
+VERBALIZERS = ("grpo", "sft")
+"""Artifacts that can be served as verbalizers, the default first."""
+SCORERS = ("reward", "judge")
+_ONGOING_REQUESTS = 8
+"""Requests a model replica takes in at once; its lock runs them one by one."""
+
+logger = get_logger(__name__)
+
+
+def find_models(run: Run) -> ModelsResponse:
+    """What can be served of a run. Raises ValueError that names the job of what is missing, or a base that changed."""
+    verbalizers = {name: manifest for name in VERBALIZERS if (manifest := run.find(name)) is not None}
+    if not verbalizers:
+        run.require("sft", "sft")
+    scorers = {name: run.require(f"{name}_scorer", "sft") for name in SCORERS}
+    info = base_info(run.config.base)
+    for manifest in (*verbalizers.values(), *scorers.values()):
+        check_base(manifest, info)
+    base = BaseBody(name=info.name, digest=info.digest, layer=info.layer, d_model=info.d_model,
+                    num_layers=info.num_layers, max_tokens=run.config.base.max_tokens, injection_norm=info.injection_norm)
+    return ModelsResponse(base=base, verbalizers=[_body(name, "verbalizer", one) for name, one in verbalizers.items()],
+                          scorers=[_body(name, "scorer", one) for name, one in scorers.items()])
+
+
+def _body(name: str, kind: str, manifest: Manifest) -> ModelBody:
+    return ModelBody(name=name, kind=kind, fingerprint=manifest.fingerprint, created=manifest.created)
+
+
+def build_application(config: RunConfig) -> Application:
+    """The deployments of a run, bound together behind one HTTP endpoint."""
+    from ray import serve
+
+    from nla_ray.serving.deployments import CaptureService, Endpoint, ScorerService, VerbalizerService
+
+    models = find_models(Run(config))
+    options = {"ray_actor_options": worker_options(config.compute, "serve"), "max_ongoing_requests": _ONGOING_REQUESTS}
+    verbalizer = serve.deployment(VerbalizerService, name="verbalizer", **options)
+    scorer = serve.deployment(ScorerService, name="scorer", **options)
+    capture = serve.deployment(CaptureService, name="capture", **options)
+    endpoint = serve.deployment(serve.ingress()(Endpoint), name="endpoint", ray_actor_options={"num_cpus": 0})
+    return endpoint.bind(config.serve, models, verbalizer.bind(config, [one.name for one in models.verbalizers]),
+                         scorer.bind(config, [one.name for one in models.scorers]), capture.bind(config))
+
+
+def start(config: RunConfig) -> str:
+    """Deploy the application on the connected cluster and return its address once every deployment answers.
+
+    Raises ValueError for missing artifacts, missing resources, or a port in use.
+    """
+    from ray import serve
+
+    require_resources([demand(config.compute, "serve", 3)])
+    application = build_application(config)
+    check_port(config.serve)
+    serve.start(proxy_location="HeadOnly", http_options={"host": config.serve.host, "port": config.serve.port})
+    serve.run(application, name=APPLICATION_NAME, route_prefix="/")
+    return f"http://{config.serve.host}:{config.serve.port}"
+
+
+def check_port(settings: ServeConfig) -> None:
+    """Raise ValueError when the address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ValueError(f"address {settings.host}:{settings.port}: got {error.strerror!r}, expected a free port. "
+                             "Stop what listens there, or choose another with --serve.port.") from None
+
+
+def serve_run(run: Run) -> None:
+    """Serve for ever; whoever interrupts the job calls `stop`."""
+    address = start(run.config)
+    logger.info("serving %s at %s (POST /v1/describe /v1/score /v1/explain, GET /v1/models /healthz /docs); "
+                "stop with Ctrl-C", run.config.run_dir, address)
+    threading.Event().wait()
+
+
+def stop() -> None:
+    """Take Serve down with everything it runs; nothing happens when it does not run."""
+    from ray import serve
+
+    serve.shutdown()

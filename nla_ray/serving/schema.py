@@ -1,0 +1,234 @@
+"""The HTTP interface as types: requests, responses, and the one form of a refusal.
+
+Knows neither Serve nor models. Checks that need only the served base's facts (width, layer, limits) are functions here;
+each raises `Refusal`, which the endpoint answers with status 422 and `{what, got, expected}`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIN_NORM = 1e-6
+"""An activation shorter than this has no direction."""
+MAX_FLOAT32 = 3.4028234663852886e38
+_SHOWN_CHARS = 120
+
+Activation = Annotated[list[float], Field(
+    description="A raw residual-stream vector at the served layer: d_model numbers, not normalised.")]
+
+
+class Refusal(Exception):
+    """A request that cannot be answered; `what`, `got` and `expected` are the response's body."""
+
+    def __init__(self, what: str, got: object, expected: str) -> None:
+        self.what, self.got, self.expected = what, shorten(got), expected
+        super().__init__(f"{self.what}: got {self.got}, expected {self.expected}")
+
+
+def shorten(value: object) -> str:
+    """A value as text of bounded length."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ErrorBody(_Message):
+    """Body of a 422 or 503 response."""
+
+    what: str = Field(description="The field or limit concerned.")
+    got: str
+    expected: str
+
+
+# Requests -------------------------------------------------------------------------------------------------------------
+
+class Sampling(_Message):
+    """How a description is written."""
+
+    temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy decoding.")
+    max_new_tokens: int | None = Field(None, ge=1, le=1_024, description=(
+        "Longest description in tokens; by default what training used."))
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling; without effect at temperature 0.")
+
+
+class DescribeRequest(Sampling):
+    """Activations or texts to describe; exactly one of the two."""
+
+    activations: list[Activation] | None = Field(None, description="Activations captured at the served layer.")
+    texts: list[str] | None = Field(None, description=(
+        "Texts whose activation at the end of the generation prompt is described."))
+    layer: int | None = Field(None, description="Layer the activations come from; refused unless it is the served one.")
+    verbalizer: str | None = Field(None, description="Name of a verbalizer of /v1/models; by default the first.")
+
+
+class ScoreItem(_Message):
+    """One description and the activation it is held against."""
+
+    description: str = Field(description="Bullets, without tags. The empty string is a description.")
+    activation: Activation
+
+
+class ScoreRequest(_Message):
+    """Descriptions to compare with activations."""
+
+    items: list[ScoreItem]
+    layer: int | None = Field(None, description="Layer the activations come from; refused unless it is the served one.")
+    scorers: list[str] | None = Field(None, description="Names of scorers of /v1/models; by default all.")
+
+
+class ExplainRequest(Sampling):
+    """A text whose activations are captured, described and scored."""
+
+    text: str
+    positions: list[int] = Field(default_factory=lambda: [-1], description=(
+        "Token indices in the chat-formatted prompt; negative ones count from its end. -1, the end of the generation "
+        "prompt, is what the verbalizer was trained on unless its preset says otherwise."))
+    layer: int | None = Field(None, description="Refused unless it is the served one.")
+    verbalizer: str | None = None
+    scorers: list[str] | None = None
+
+
+# Responses ------------------------------------------------------------------------------------------------------------
+
+class DescriptionBody(_Message):
+    """What a verbalizer wrote about one activation."""
+
+    description: str
+    closed: bool = Field(description="False: it ran into the token limit before its closing tag.")
+    num_tokens: int
+
+
+class DescribeResponse(_Message):
+    """Descriptions in the order of the request."""
+
+    verbalizer: str
+    layer: int
+    descriptions: list[DescriptionBody]
+
+
+class ScoreBody(_Message):
+    """How close the activation reconstructed from a description is to the original."""
+
+    cosine: float = Field(description="cos(r, v); the train mean alone often reaches 0.95.")
+    centred_cosine: float = Field(description="The same with the train mean direction taken out; 0 is chance.")
+    squared_error: float = Field(description="|n(r) - n(v)|^2, 0 to 4.")
+
+
+class ScoreResponse(_Message):
+    """Scores by scorer name, in the order of the request."""
+
+    layer: int
+    scores: list[dict[str, ScoreBody]]
+
+
+class Explanation(DescriptionBody):
+    """One position of the text: its token, its description and the description's scores."""
+
+    position: int = Field(description="0-based index in the chat-formatted prompt.")
+    token: str
+    scores: dict[str, ScoreBody]
+
+
+class ExplainResponse(_Message):
+    """Explanations in the order of the requested positions."""
+
+    verbalizer: str
+    layer: int
+    num_tokens: int = Field(description="Tokens of the chat-formatted prompt.")
+    explanations: list[Explanation]
+
+
+class BaseBody(_Message):
+    """The base model whose activations are understood."""
+
+    name: str
+    digest: str
+    layer: int = Field(description="0-based: the output of this decoder block; transformers' hidden_states[layer + 1].")
+    d_model: int
+    num_layers: int
+    max_tokens: int
+    injection_norm: float
+
+
+class ModelBody(_Message):
+    """A served adapter."""
+
+    name: str
+    kind: str = Field(description="verbalizer or scorer")
+    fingerprint: str = Field(description="Identity of the artifact; see its manifest.")
+    created: str
+
+
+class ModelsResponse(_Message):
+    """Everything that is served."""
+
+    base: BaseBody
+    verbalizers: list[ModelBody]
+    scorers: list[ModelBody]
+
+
+class HealthResponse(_Message):
+    """`ok` when every deployment answers."""
+
+    status: str
+    deployments: dict[str, str]
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+def check_batch(what: str, size: int, largest: int) -> None:
+    """Refuse an empty batch and one above the limit."""
+    if not 1 <= size <= largest:
+        raise Refusal(what, f"{size} items", f"1 to {largest} items")
+
+
+def check_layer(layer: int | None, served: int) -> None:
+    """Refuse a layer other than the served one; None is the served one."""
+    if layer is not None and layer != served:
+        raise Refusal("layer", layer, f"{served}, the layer that this endpoint serves")
+
+
+def check_activation(what: str, activation: Sequence[float], d_model: int) -> None:
+    """Refuse another width, values that float32 cannot hold, and a vector without direction."""
+    if len(activation) != d_model:
+        raise Refusal(what, f"{len(activation)} numbers", f"{d_model} numbers, the base's d_model")
+    bad = next((place for place, value in enumerate(activation) if not abs(value) <= MAX_FLOAT32), None)
+    if bad is not None:
+        raise Refusal(f"{what}[{bad}]", str(activation[bad]), "a finite float32 number")
+    length = math.hypot(*activation)
+    if length < MIN_NORM:
+        raise Refusal(what, f"a vector of norm {length:g}", f"a norm of at least {MIN_NORM:g}: zero has no direction")
+
+
+def check_text(what: str, text: str, max_chars: int) -> None:
+    """Refuse a text without a visible character, one that UTF-8 cannot hold, and one above the limit."""
+    if not text.strip():
+        raise Refusal(what, repr(text[:20]), "a text with at least one visible character")
+    if len(text) > max_chars:
+        raise Refusal(what, f"{len(text)} characters", f"at most {max_chars} characters")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refusal(what, "a lone surrogate", "text that UTF-8 can hold")
+
+
+def choose_name(what: str, name: str | None, served: Sequence[str]) -> str:
+    """The named one of what is served, the first when none is named. Refuses another name."""
+    if name is None:
+        return served[0]
+    if name not in served:
+        raise Refusal(what, name, f"one of {', '.join(served)}")
+    return name
+
+
+def choose_names(what: str, names: Sequence[str] | None, served: Sequence[str]) -> list[str]:
+    """The named ones of what is served, all when none is named."""
+    if names is None:
+        return list(served)
+    check_batch(what, len(names), len(served))
+    return [choose_name(what, name, served) for name in names]

@@ -1,0 +1,82 @@
+"""A pool of Ray actors that may die at any time: the rim between plain worker classes and training.
+
+Ray restarts an actor that died (same constructor arguments) and sends the calls it had in flight again; so a worker
+must owe nothing to earlier calls, and every call carries what it needs. The pool belongs to the driver, so that its actors
+outlive a trainer that is restarted and leave with the driver, however it ends. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nla_ray.cluster import Kind, worker_options
+from nla_ray.config import ComputeConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from ray import ObjectRef
+
+MAX_RESTARTS = 20
+"""Deaths of one actor in one stage that are made good; lost nodes of a spot market do not count."""
+MAX_RETRIES = 3
+"""Times one call is sent again because its actor died under it."""
+
+
+class ActorPool:
+    """`count` actors of one worker class; calls are shared out in turn. Can be sent to other processes."""
+
+    def __init__(self, kind: Kind, worker_class: type, arguments: Sequence[Any], *, count: int, compute: ComputeConfig) -> None:
+        """`arguments` may hold object references: Ray hands the worker what they refer to."""
+        import ray
+
+        self.kind = kind
+        actor_class = ray.remote(worker_class).options(max_restarts=MAX_RESTARTS, max_task_retries=MAX_RETRIES,
+                                                       **worker_options(compute, kind))
+        self._actors = [actor_class.remote(*arguments) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def submit(self, method: str, requests: Sequence[tuple], first: int = 0) -> list[ObjectRef]:
+        """Start `method(*request)` for every request, the first on actor `first`, the next on the next one, and so on."""
+        return [getattr(self._actors[(first + index) % len(self)], method).remote(*request)
+                for index, request in enumerate(requests)]
+
+    def collect(self, calls: Sequence[ObjectRef]) -> list[Any]:
+        """Wait for the results, in order. Raises RuntimeError when an actor died more often than is made good."""
+        import ray
+
+        try:
+            return ray.get(list(calls))
+        except ray.exceptions.RayActorError as error:
+            raise RuntimeError(f"{self.kind} actors: got one that died {MAX_RETRIES + 1} times under one call or {MAX_RESTARTS + 1} "
+                               f"times in all, expected it to come back ({str(error).strip().splitlines()[-1]}). Look for its end in "
+                               "Ray's logs (often memory), and run the job again: it goes on from the last checkpoint.") from error
+
+    def close(self) -> None:
+        """End the actors at once."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def split_evenly(values: Sequence[Any], parts: int) -> list[list[Any]]:
+    """Contiguous parts whose lengths differ by one at most; empty ones are left out. [1, 2, 3], 2 -> [[1, 2], [3]]."""
+    size, longer = divmod(len(values), parts)
+    ends = [0]
+    for part in range(parts):
+        ends.append(ends[-1] + size + (part < longer))
+    return [list(values[start:end]) for start, end in zip(ends, ends[1:]) if end > start]
+
+
+def shared_tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the memory of an array from the object store, which is read-only: index it, never write to it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)

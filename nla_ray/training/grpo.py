@@ -1,0 +1,251 @@
+"""Contrastive GRPO of the verbalizer: the one module that imports TRL's GRPO.
+
+schedule -> [publish adapter -> sample groups -> score (meanwhile: reference log-probs) -> TRL's update] x steps, with a look
+at the judge every so often. TRL owns advantages, loss, optimiser, checkpoints; rollouts and scores come from actors that the
+driver owns. Protects four rules: train documents only; the KL is anchored to the SFT adapter, not to the base; batches are
+a function of the configuration, so that a resumed run meets the same ones; the best checkpoint is the judge's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` may change: TRL's minor version is pinned
+from trl import GRPOConfig, GRPOTrainer
+
+from nla_ray.activations import ActivationTable, load_activations, load_stats
+from nla_ray.artifacts import Run
+from nla_ray.cluster import demand, require_resources
+from nla_ray.config import GRPOSettings, RunConfig, require
+from nla_ray.injection import attach_activations, build_injection_prompt
+from nla_ray.manifest import Manifest, check_disjoint
+from nla_ray.models.adapters import load_adapter
+from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
+from nla_ray.records import seed_of
+from nla_ray.runlog import get_logger
+from nla_ray.training.actors import ActorPool, shared_tensor
+from nla_ray.training.loop import METRICS_NAME, Checkpoints, prepare_worker, run_training, trainer_arguments
+from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData, best_reading
+from nla_ray.training.rewards import reward_weights, schedule_rows
+from nla_ray.training.rollouts import RolloutWorker
+from nla_ray.training.scoring import ScorerWorker
+from nla_ray.training.steps import GRPOCallback, StepClock, StepSampler, TrainingData
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from ray import ObjectRef
+
+PARENTS = {"activations": "capture", "sft": "sft", "reward_scorer": "reconstruct", "judge_scorer": "reconstruct"}
+"""Every artifact GRPO is made from, and the job that makes it."""
+_WARMUP_SHARE = 0.05
+
+logger = get_logger(__name__)
+
+
+# The driver's side -----------------------------------------------------------------------------------------------------
+
+def artifact_name(settings: GRPOSettings) -> str:
+    """`grpo`, or `grpo_no_contrast` for the ablation, so that one run holds both arms."""
+    return "grpo" if settings.contrast == "wrong" else "grpo_no_contrast"
+
+
+def train_grpo(run: Run) -> Manifest:
+    """Sharpen the SFT verbalizer by the reward scorer. Skipped when complete; resumed from its last checkpoint.
+
+    Raises ValueError for a missing artifact (naming its job), a cluster that is too small, or settings that do not fit.
+    """
+    name = artifact_name(run.config.grpo)
+    parents = {parent: run.require(parent, job) for parent, job in PARENTS.items()}
+    stage = run.stage(name, "base", "grpo", parents=parents)
+    if stage.manifest is not None:
+        logger.info("%s: complete, skipped", name)
+        return stage.manifest
+    check_disjoint(parents["reward_scorer"], parents["judge_scorer"])
+    check_settings(run.config)
+    require_room(run.config)
+    train, validation = load_activations(run, "train"), load_activations(run, "validation")
+    with actor_pools(run, train, validation) as (bank, rollouts, scorers):
+        data = training_data(run, train, validation, bank)
+        run_training(run, name, train_worker, {"data": data, "rollouts": rollouts, "scorers": scorers})
+    records = [json.loads(line) for line in (stage.location / METRICS_NAME).read_text().splitlines()]
+    return stage.publish(documents={"train": data.documents, "validation": data.monitor.doc_ids},
+                         model=base_info(run.config.base).to_dict(), metrics=summary(records, run.config.grpo))
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raise ValueError for settings under which batches could not be cut, or resumed, alike."""
+    settings, workers = config.grpo, config.compute.trainer_workers
+    require(settings.prompts_per_step % workers == 0, "grpo.prompts_per_step", settings.prompts_per_step,
+            f"a multiple of compute.trainer_workers = {workers}", "A group may not be cut in two.")
+    for name in ("save_steps", "monitor_steps"):
+        value = getattr(settings, name)
+        require(value % settings.iterations == 0, f"grpo.{name}", value, f"a multiple of grpo.iterations = {settings.iterations}",
+                "A batch of rollouts may not be cut in two.")
+
+
+def require_room(config: RunConfig) -> None:
+    """Raise ValueError unless trainer, rollout actors and scorer actors find room in the cluster at once."""
+    compute, settings = config.compute, config.grpo
+    require_resources([demand(compute, "trainer", compute.trainer_workers), demand(compute, "rollout", settings.num_rollout_actors),
+                       demand(compute, "scorer", settings.num_scorer_actors)])
+
+
+@contextmanager
+def actor_pools(run: Run, train: ActivationTable, validation: ActivationTable) -> Iterator[tuple[ObjectRef, ActorPool, ActorPool]]:
+    """The train bank in the object store, rollout actors and scorer actors, for the length of a with-block."""
+    import ray
+
+    config = dataclasses.replace(run.config, run_dir=str(run.root)) if run.root.is_local else run.config
+    settings, compute = config.grpo, config.compute
+    bank, validation_bank = ray.put(train.vectors.numpy()), ray.put(validation.vectors.numpy())
+    pools: list[ActorPool] = []
+    try:
+        pools.append(ActorPool("rollout", RolloutWorker, (config.base, config.sft.lora, compute.threads, bank, validation_bank),
+                               count=settings.num_rollout_actors, compute=compute))
+        pools.append(ActorPool("scorer", ScorerWorker, (config, bank), count=settings.num_scorer_actors, compute=compute))
+        yield bank, pools[0], pools[1]
+    finally:
+        for pool in pools:
+            pool.close()
+
+
+def training_data(run: Run, train: ActivationTable, validation: ActivationTable, bank: ObjectRef) -> TrainingData:
+    """Schedule, source texts and the validation activations of the monitor."""
+    settings = run.config.grpo
+    schedule = schedule_rows(len(train.ids), settings.prompts_per_step, -(-settings.steps // settings.iterations), settings.seed)
+    rows = sorted({row for batch in schedule for row in batch})
+    generator = torch.Generator().manual_seed(seed_of(settings.seed, "monitor"))
+    watched = sorted(torch.randperm(len(validation.ids), generator=generator)[:settings.monitor_activations].tolist())
+    return TrainingData(
+        schedule=schedule, sources={row: train.texts[row] for row in rows}, documents=list(train.doc_ids), bank=bank,
+        monitor=MonitorData(rows=watched, originals=validation.vectors[watched].clone(), mean=torch.tensor(load_stats(run)["mean_direction"]),
+                            doc_ids=[validation.doc_ids[row] for row in watched], texts=[validation.texts[row] for row in watched]))
+
+
+def summary(records: Sequence[dict[str, Any]], settings: GRPOSettings) -> dict[str, Any]:
+    """For the manifest: the monitor's readings at the start, at the checkpoint that is published, and every warning."""
+    monitored = [record for record in records if JUDGE_COSINE in record]
+    if not monitored:
+        return {}
+    published = published_reading(monitored, settings)
+    return {"published_step": published["step"], "published": published, "sft": monitored[0], "last": monitored[-1],
+            "chosen_by": "judge centred cosine on validation" if settings.contrast == "wrong" else "last step",
+            "warned_steps": [record["step"] for record in monitored if record.get(WARNED)]}
+
+
+def published_reading(monitored: Sequence[dict[str, Any]], settings: GRPOSettings) -> dict[str, Any]:
+    """The reading whose checkpoint is published: the judge's best after training began; the last one of the ablation."""
+    trained = [record for record in monitored if record["step"] > 0] or list(monitored)
+    return trained[-1] if settings.contrast == "none" else dict(best_reading(trained))
+
+
+# A worker's side -------------------------------------------------------------------------------------------------------
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """The body of one Ray Train worker: build the policy and TRL's trainer, resume, train."""
+    run_config: RunConfig = config["run"]
+    data: TrainingData = config["data"]
+    prepare_worker(run_config.compute)
+    checkpoints = Checkpoints(run_config, config["name"])
+    model, tokenizer, clock = load_policy(run_config, data), load_tokenizer(run_config.base), StepClock()
+    sampler = StepSampler(run_config.grpo, data, build_injection_prompt(tokenizer, run_config.base.marker),
+                          model.get_input_embeddings().vocab_size, config["rollouts"], config["scorers"], clock)
+    monitor = Monitor(run_config.grpo, data.monitor, config["rollouts"], config["scorers"])
+    trainer = build_trainer(run_config, checkpoints.folder, model, sampler, clock)
+    trainer.add_callback(GRPOCallback(checkpoints, run_config.grpo, trainer, sampler.publisher, monitor, clock))
+    trainer.train(resume_from_checkpoint=checkpoints.last())
+    checkpoints.upload()
+    return {"best": checkpoints.best}
+
+
+def load_policy(run_config: RunConfig, data: TrainingData) -> nn.Module:
+    """The base with the SFT adapter, trainable, and an embedding that knows the train activations."""
+    import ray
+
+    run = Run(run_config)
+    model = load_backbone(run_config.base)
+    attach_activations(model, shared_tensor(ray.get(data.bank)), run_config.base.injection_norm)
+    with run.local_copy("sft", run.require("sft", "sft")) as folder:
+        return load_adapter(model, folder / "adapter", trainable=True)
+
+
+def build_trainer(run_config: RunConfig, folder: Path, model: nn.Module, sampler: StepSampler, clock: StepClock) -> VerbalizerTrainer:
+    """TRL's trainer with our rollouts and rewards. Positional batches: the schedule is the data set, unshuffled."""
+    weights = reward_weights(run_config.grpo)
+    return VerbalizerTrainer(
+        clock=clock, model=model, args=grpo_arguments(run_config, folder, list(weights.values())), rollout_func=sampler,
+        reward_funcs=[sampler.reward_function(name) for name in weights], processing_class=load_tokenizer(run_config.base),
+        train_dataset=schedule_dataset(sampler.data.schedule))
+
+
+def grpo_arguments(run_config: RunConfig, folder: Path, weights: list[float]) -> GRPOConfig:
+    """Our settings in TRL's words.
+
+    Rewards are divided by the batch's standard deviation, not by each group's, which would blow up groups that agree
+    (Source: arXiv 2508.08221); the loss is summed over tokens and divided by a constant, without length bias (Dr. GRPO,
+    arXiv 2503.20783). Truncated rollouts stay in the loss: stopping is trained.
+    """
+    settings, workers = run_config.grpo, run_config.compute.trainer_workers
+    rollouts = settings.prompts_per_step * settings.group_size // workers
+    micro_batch = max(size for size in range(1, min(settings.micro_batch_size, rollouts) + 1) if rollouts % size == 0)
+    return GRPOConfig(
+        **trainer_arguments(run_config, folder, seed=settings.seed),
+        max_steps=settings.steps, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rollouts // micro_batch,
+        num_generations=settings.group_size, num_iterations=settings.iterations, shuffle_dataset=False,
+        max_completion_length=settings.max_new_tokens, temperature=settings.temperature, beta=settings.beta,
+        learning_rate=settings.learning_rate, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=int(_WARMUP_SHARE * settings.steps), reward_weights=weights, scale_rewards="batch", loss_type="dr_grpo",
+        mask_truncated_completions=False, disable_dropout=True, logging_steps=1, logging_first_step=False,
+        save_strategy="steps", save_steps=settings.save_steps)
+
+
+def schedule_dataset(schedule: Sequence[Sequence[int]]) -> Dataset:
+    """One example a prompt: the row of the bank, as text (which TRL carries through) and as a number."""
+    from datasets import Dataset
+
+    rows = [row for batch in schedule for row in batch]
+    return Dataset.from_dict({"prompt": [str(row) for row in rows], "row": rows})
+
+
+class VerbalizerTrainer(GRPOTrainer):
+    """TRL's trainer with two measurements added; its algorithm is left as it is."""
+
+    def __init__(self, *, clock: StepClock, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._clock = clock
+        self._policy_log_probs: Tensor | None = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        if torch.is_grad_enabled():
+            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            self._policy_log_probs = result[0].detach()
+            return result
+        with self._clock.measure("log_prob"):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        own = inputs.get("old_per_token_logps", self._policy_log_probs)
+        gap, k3 = log_prob_gap(own, inputs["sampling_per_token_logps"], inputs["completion_mask"])
+        self._metrics["train"]["sampler_gap/mean"].append(self.accelerator.gather(gap).mean().item())
+        self._metrics["train"]["sampler_gap/k3"].append(self.accelerator.gather(k3).mean().item())
+        return loss
+
+
+def log_prob_gap(trainer: Tensor, sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the sampler's log-probs of its own tokens are from the trainer's: mean |difference|, and k3.
+
+    k3 = mean (e^d - d - 1), d = trainer - sampler, estimates KL(sampler || trainer). All arguments [batch, seq].
+    Source: Schulman, "Approximating KL divergence" (2020).
+    """
+    difference = (trainer - sampler)[mask.bool()]
+    return difference.abs().mean(), (difference.exp() - difference - 1).mean()

@@ -1,0 +1,237 @@
+"""Training of a reconstructor (description -> activation) for the reward scorer or the judge scorer.
+
+The two learn from disjoint documents, each in its own mix of teachers' styles; validation documents are halved alike. The
+loop is transformers' Trainer inside Ray Train; the epoch with the best validation cosine is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nla_ray import vectors
+from nla_ray.artifacts import Run
+from nla_ray.config import ReconstructorConfig
+from nla_ray.evaluation.metrics import derangement
+from nla_ray.manifest import Manifest
+from nla_ray.records import document_half, seed_of
+from nla_ray.runlog import get_logger
+from nla_ray.training.batches import LengthBatches
+
+ScorerName = Literal["reward_scorer", "judge_scorer"]
+TEMPERATURE = 0.1
+"""Of the in-batch contrastive term: centred cosines are divided by it."""
+_WARMUP_SHARE = 0.06
+_WEIGHT_DECAY = 0.01
+_EVALUATION_BATCH = 128
+
+logger = get_logger(__name__)
+
+
+def train_scorer(run: Run, name: ScorerName) -> Manifest:
+    """Train one scorer from activations and labels, unless it is complete; return its manifest."""
+    parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
+    stage = run.stage(name, "base", name, parents=parents)
+    if stage.complete:
+        return stage.manifest
+    from nla_ray.training.loop import run_training
+
+    told = run_training(run, name, _train, {})
+    return stage.publish(documents=told["documents"], model=told["model"], metrics=told["metrics"])
+
+
+# Examples --------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Descriptions with the activations they describe.
+
+    Example: descriptions=["- A Python test"], targets=tensor([[0.3, ...]]) of shape [1, d_model], doc_ids=["pytest/x.py"]
+    """
+
+    descriptions: list[str]
+    targets: Tensor
+    """[rows, d_model] float32, raw."""
+    doc_ids: list[str]
+
+
+def choose_labels(rows: Sequence[Mapping[str, Any]], *, first_teacher: str, share: float, seed: int) -> dict[str, str]:
+    """One teacher's label for every text: `first_teacher`'s with probability `share`, else one of the others' - seeded by text.
+
+    A text that only one side has labelled gets that label. Texts by id; labels as cleaned.
+    """
+    labels: dict[str, dict[str, str]] = {}
+    for row in rows:
+        labels.setdefault(row["text_id"], {})[row["teacher"]] = row["label"]
+    chosen = {}
+    for text_id, by_teacher in labels.items():
+        draw = seed_of(seed, "teacher", text_id)
+        others = [by_teacher[teacher] for teacher in sorted(by_teacher) if teacher != first_teacher]
+        takes_first = (draw % 10**6) / 10**6 < share
+        if first_teacher in by_teacher and (takes_first or not others):
+            chosen[text_id] = by_teacher[first_teacher]
+        else:
+            chosen[text_id] = others[(draw // 10**6) % len(others)]
+    return chosen
+
+
+def load_examples(run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig) -> Examples:
+    """The split's activations of the scorer's half of the documents, each with a label.
+
+    Train labels follow the scorer's teacher mix, validation labels are the drawn ones. Raises ValueError when none is left.
+    """
+    from nla_ray.activations import load_activations
+    from nla_ray.labels.stage import load_labels
+
+    rows = load_labels(run, split)
+    if split == "train":
+        labels = choose_labels(rows, first_teacher=run.config.label.teachers[0], share=settings.teacher_share, seed=settings.seed)
+    else:
+        labels = {row["text_id"]: row["label"] for row in rows if row["drawn"]}
+    table = load_activations(run, split)
+    kept = [index for index, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
+            if text_id in labels and document_half(doc_id) == settings.document_half]
+    if split == "train" and settings.max_examples is not None:
+        kept = sorted(sorted(kept, key=lambda index: seed_of(settings.seed, "example", table.ids[index]))[:settings.max_examples])
+    if not kept:
+        raise ValueError(f"{split} examples: got 0 labelled activations in the {settings.document_half} half of the documents, expected "
+                         "at least one. Use a larger corpus or label more texts.")
+    table = table.select(kept)
+    return Examples(descriptions=[labels[text_id] for text_id in table.text_ids], targets=table.vectors, doc_ids=list(table.doc_ids))
+
+
+# Loss and figures ------------------------------------------------------------------------------------------------------
+
+def reconstruction_loss(reconstruction: Tensor, target: Tensor, mean: Tensor, contrastive_weight: float) -> Tensor:
+    """mean(1 - cos(r, v)) + weight * InfoNCE, both over the batch: r, v [batch, d_model], mean mu [d_model].
+
+    InfoNCE: cross entropy of row i among all rows j under cos(c(r_i), c(v_j)) / 0.1. Source: van den Oord et al. 2018,
+    arXiv 1807.03748.
+    """
+    loss = (1.0 - vectors.cosine(reconstruction, target)).mean()
+    if contrastive_weight:
+        centred = vectors.direction(vectors.centre(reconstruction, mean)) @ vectors.direction(vectors.centre(target, mean)).T
+        loss = loss + contrastive_weight * functional.cross_entropy(centred / TEMPERATURE, torch.arange(len(centred), device=centred.device))
+    return loss
+
+
+def validation_figures(reconstruction: Tensor, target: Tensor, mean: Tensor, wrong: Tensor) -> dict[str, float]:
+    """Loss (1 - cosine), cosine, centred cosine, 2-way top-1 against rows `wrong` [rows], and variance explained."""
+    right = vectors.cosine(reconstruction, target)
+    return {
+        "eval_loss": (1.0 - right).mean().item(),
+        "eval_cosine": right.mean().item(),
+        "eval_centred_cosine": vectors.centred_cosine(reconstruction, target, mean).mean().item(),
+        "eval_top1": (right > vectors.cosine(reconstruction, target[wrong])).float().mean().item(),
+        "eval_fve": vectors.variance_explained(reconstruction, target).item(),
+    }
+
+
+# The worker ------------------------------------------------------------------------------------------------------------
+
+def _train(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best figures."""
+    from nla_ray.activations import load_stats
+    from nla_ray.models.backbone import base_info
+    from nla_ray.models.reconstructor import Reconstructor
+    from nla_ray.training.loop import Checkpoints, autocast_forward, prepare_worker
+
+    run_config, name = config["run"], config["name"]
+    prepare_worker(run_config.compute)
+    run, settings = Run(run_config), getattr(run_config, name)
+    examples = {split: load_examples(run, split, settings) for split in ("train", "validation")}
+    mean = torch.tensor(load_stats(run)["mean_direction"])
+    reconstructor = Reconstructor.build(run_config.base, settings.lora, mean, max_tokens=settings.max_tokens, seed=settings.seed)
+    autocast_forward(reconstructor, run_config.base)
+    in_float32 = torch.autocast(reconstructor.head.weight.device.type, enabled=False)
+    reconstructor.head.forward = in_float32(reconstructor.head.forward)
+    checkpoints = Checkpoints(run_config, name)
+    trainer = make_trainer(reconstructor, examples["train"], examples["validation"], settings, run_config, checkpoints)
+    logger.info("%s: %d descriptions, %d for validation", name, len(examples["train"].doc_ids), len(examples["validation"].doc_ids))
+    trainer.train(resume_from_checkpoint=checkpoints.last())
+    checkpoints.upload()
+    return {
+        "documents": {split: sorted(set(part.doc_ids)) for split, part in examples.items()},
+        "model": base_info(run_config.base).to_dict(),
+        "metrics": {**checkpoints.best["metrics"], "best_step": checkpoints.best["step"], "examples": len(examples["train"].doc_ids)},
+    }
+
+
+def make_trainer(reconstructor, train: Examples, validation: Examples, settings: ReconstructorConfig, run_config, checkpoints):
+    """A transformers Trainer for this reconstructor, whose best validated weights go to `checkpoints`."""
+    from transformers import Trainer, TrainingArguments
+
+    from nla_ray.training.loop import StageCallback, checkpoint_trainable_only, trainer_arguments
+
+    checkpoint_trainable_only(reconstructor)
+    encoded = reconstructor.encode(train.descriptions)
+    mean = reconstructor.mean.cpu()
+    wrong = derangement(validation.doc_ids, settings.seed)
+    trained = [parameter for parameter in reconstructor.parameters() if parameter.requires_grad]
+
+    class ReconstructionTrainer(Trainer):
+        """The loss, the order of batches, the head's learning rate and the validation figures; the rest is the library's."""
+
+        def _get_train_sampler(self, train_dataset=None) -> LengthBatches:
+            return LengthBatches([len(ids) for ids in encoded], settings.batch_size, settings.seed)
+
+        def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+            if self.optimizer is None:
+                self.optimizer = make_optimizer(self.model, settings.learning_rate)
+            return self.optimizer
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            output = model(inputs["input_ids"], inputs["attention_mask"])
+            return reconstruction_loss(output, inputs["target"].to(output.device), self.model.mean, settings.contrastive_weight)
+
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+            reconstruction = _reconstruct(self.model, self.model_wrapped, validation.descriptions)
+            figures = validation_figures(reconstruction, validation.targets, mean, wrong)
+            self.log(figures)
+            checkpoints.offer(self.state.global_step, figures["eval_loss"], self.model.save, parameters=trained, metrics=figures)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+            return figures
+
+    def collate(rows: list[int]) -> dict[str, Tensor]:
+        input_ids, attention_mask = reconstructor.collate([encoded[row] for row in rows])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "target": train.targets[rows]}
+
+    arguments = TrainingArguments(
+        **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed), num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate, warmup_steps=_WARMUP_SHARE,
+        lr_scheduler_type="linear", eval_strategy="epoch", save_strategy="epoch", logging_steps=20,
+    )
+    return ReconstructionTrainer(model=reconstructor, args=arguments, data_collator=collate, train_dataset=range(len(encoded)),
+                                 eval_dataset=range(len(validation.doc_ids)), callbacks=[StageCallback(checkpoints, checkpoints.name)])
+
+
+def make_optimizer(reconstructor, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW over adapter and head, the head's rate divided by d_model.
+
+    A step of rate e moves every output of the head by up to e * d_model (its inputs have unit mean square), and outputs
+    are coordinates of a direction, of size d_model ** -0.5: at the adapter's rate the first steps would overshoot.
+    """
+    head = list(reconstructor.head.parameters())
+    adapter = [parameter for parameter in reconstructor.model.parameters() if parameter.requires_grad]
+    groups = [{"params": adapter}, {"params": head, "lr": learning_rate / reconstructor.mean.shape[0]}]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+
+
+@torch.no_grad()
+def _reconstruct(reconstructor, forward: Callable[[Tensor, Tensor], Tensor], descriptions: Sequence[str]) -> Tensor:
+    """Reconstructions in the order given [n, d_model], by `forward` (the model, or what DeepSpeed has made of it)."""
+    encoded = reconstructor.encode(descriptions)
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    result = torch.empty(len(encoded), reconstructor.mean.shape[0])
+    was_training = reconstructor.training
+    reconstructor.eval()
+    for start in range(0, len(order), _EVALUATION_BATCH):
+        rows = order[start:start + _EVALUATION_BATCH]
+        result[rows] = forward(*reconstructor.collate([encoded[row] for row in rows])).float().cpu()
+    reconstructor.train(was_training)
+    return result

@@ -1,0 +1,215 @@
+"""Supervised training of the verbalizer: label given activation, by TRL's SFTTrainer inside Ray Train.
+
+Examples are token ids already: the prompt with the virtual id of an activation in place of the marker, then the drawn label,
+closing tag and end of sequence, which alone carry loss. So an activation travels through padding and shuffling as a token, and
+no text is made of a virtual id anywhere. Validation compares the loss with the right activation and with another document's:
+the gap is the information the verbalizer takes from its activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nla_ray.artifacts import Run
+from nla_ray.config import SFTConfig as SFTSettings
+from nla_ray.evaluation.metrics import derangement
+from nla_ray.injection import InjectionPrompt, attach_activations, build_injection_prompt
+from nla_ray.manifest import Manifest
+from nla_ray.prompts import wrap_description
+from nla_ray.records import seed_of
+from nla_ray.runlog import get_logger
+from nla_ray.training.batches import LengthBatches
+
+IGNORED = -100
+"""Label of a token without loss."""
+MAX_VALIDATION = 512
+"""Most validation activations, chosen by seed: enough to choose an epoch."""
+_WARMUP_SHARE = 0.05
+_EVALUATION_BATCH = 64
+
+logger = get_logger(__name__)
+
+
+def train_sft(run: Run) -> Manifest:
+    """Train the verbalizer on the drawn labels of train documents, unless it is complete; return its manifest."""
+    parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
+    stage = run.stage("sft", "base", "sft", parents=parents)
+    if stage.complete:
+        return stage.manifest
+    from nla_ray.training.loop import run_training
+
+    told = run_training(run, "sft", _train, {})
+    return stage.publish(documents=told["documents"], model=told["model"], metrics=told["metrics"])
+
+
+# Examples --------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Activations with the labels they are to be described by.
+
+    Example: rows=[0], labels=["- A Python test"], doc_ids=["pytest/x.py"], vectors of shape [1, d_model]
+    """
+
+    rows: list[int]
+    """Rows of the activation bank."""
+    labels: list[str]
+    doc_ids: list[str]
+    vectors: Tensor
+    """[rows, d_model] float32, raw."""
+
+
+def load_pairs(run: Run, split: Literal["train", "validation"], *, limit: int | None, seed: int, first_row: int) -> Pairs:
+    """The split's activations whose text has a drawn label, at most `limit` (chosen by seed); bank rows count from `first_row`.
+
+    Raises ValueError when there is none.
+    """
+    from nla_ray.activations import load_activations
+    from nla_ray.labels.stage import load_labels
+
+    labels = {row["text_id"]: row["label"] for row in load_labels(run, split) if row["drawn"]}
+    table = load_activations(run, split)
+    kept = [index for index, text_id in enumerate(table.text_ids) if text_id in labels]
+    if limit is not None:
+        kept = sorted(sorted(kept, key=lambda index: seed_of(seed, "example", table.ids[index]))[:limit])
+    if not kept:
+        raise ValueError(f"{split} examples: got 0 activations with a label, expected at least one. Label the texts of this corpus: "
+                         "run jobs/label.py.")
+    table = table.select(kept)
+    return Pairs(rows=list(range(first_row, first_row + len(kept))), labels=[labels[text_id] for text_id in table.text_ids],
+                 doc_ids=list(table.doc_ids), vectors=table.vectors)
+
+
+def encode_pairs(pairs: Pairs, tokenizer, prompt: InjectionPrompt, vocab_size: int, rows: Sequence[int] | None = None) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of every pair; `rows` puts other activations into the prompts.
+
+    Example: prompt [1, 40, 8, M, 2, 3, 1], row 5, vocab_size 100, completion [60, 61, 0] (0: end of sequence) gives input_ids
+    [1, 40, 8, 105, 2, 3, 1, 60, 61, 0] and labels [-100] * 7 + [60, 61, 0].
+    """
+    written = tokenizer([wrap_description(label) for label in pairs.labels], add_special_tokens=False)["input_ids"]
+    examples = []
+    for row, ids in zip(pairs.rows if rows is None else rows, written, strict=True):
+        completion = [*ids, tokenizer.eos_token_id]
+        examples.append({"input_ids": prompt.encode(row, vocab_size) + completion, "labels": [IGNORED] * len(prompt) + completion})
+    return examples
+
+
+# Loss ------------------------------------------------------------------------------------------------------------------
+
+def completion_loss(model, inputs: Mapping[str, Tensor], prompt_length: int) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of the labelled tokens, and their number. Logits are computed where labels are, no earlier.
+
+    `inputs`: input_ids, attention_mask and labels, all [batch, seq], the first `prompt_length` labels ignored in every row.
+    """
+    labels = inputs["labels"][:, prompt_length:]
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False,
+                   logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+    summed = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return summed, (labels != IGNORED).sum()
+
+
+@torch.no_grad()
+def validation_loss(model, examples: Sequence[Mapping[str, list[int]]], collate, prompt_length: int, device: torch.device) -> float:
+    """Mean cross entropy a labelled token, in nats, over all examples."""
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
+    summed, count = 0.0, 0
+    for start in range(0, len(order), _EVALUATION_BATCH):
+        batch = collate([examples[index] for index in order[start:start + _EVALUATION_BATCH]])
+        part, tokens = completion_loss(model, {key: value.to(device) for key, value in batch.items()}, prompt_length)
+        summed, count = summed + part.item(), count + int(tokens)
+    return summed / count
+
+
+# The worker ------------------------------------------------------------------------------------------------------------
+
+def _train(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best figures."""
+    from nla_ray.models.backbone import base_info, load_tokenizer
+    from nla_ray.training.loop import Checkpoints, prepare_worker
+
+    run_config = config["run"]
+    prepare_worker(run_config.compute)
+    run, settings = Run(run_config), run_config.sft
+    train = load_pairs(run, "train", limit=settings.max_examples, seed=settings.seed, first_row=0)
+    validation = load_pairs(run, "validation", limit=MAX_VALIDATION, seed=settings.seed, first_row=len(train.rows))
+    tokenizer = load_tokenizer(run_config.base)
+    model = build_verbalizer(run_config.base, settings, torch.cat([train.vectors, validation.vectors]))
+    checkpoints = Checkpoints(run_config, config["name"])
+    trainer = make_trainer(model, tokenizer, train, validation, settings, run_config, checkpoints)
+    logger.info("sft: %d labels, %d for validation", len(train.rows), len(validation.rows))
+    trainer.train(resume_from_checkpoint=checkpoints.last())
+    checkpoints.upload()
+    return {
+        "documents": {"train": sorted(set(train.doc_ids)), "validation": sorted(set(validation.doc_ids))},
+        "model": base_info(run_config.base, tokenizer).to_dict(),
+        "metrics": {**checkpoints.best["metrics"], "best_step": checkpoints.best["step"], "examples": len(train.rows)},
+    }
+
+
+def build_verbalizer(base, settings: SFTSettings, bank: Tensor):
+    """The base with a fresh adapter to train, fed with virtual tokens of `bank` [rows, d_model]."""
+    from nla_ray.models.adapters import add_lora
+    from nla_ray.models.backbone import load_backbone
+    from nla_ray.training.loop import autocast_forward
+
+    model = load_backbone(base)
+    attach_activations(model, bank, base.injection_norm)
+    return autocast_forward(add_lora(model, settings.lora, seed=settings.seed), base)
+
+
+def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SFTSettings, run_config, checkpoints):
+    """TRL's SFTTrainer for this verbalizer, whose best validated adapter goes to `checkpoints`."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from nla_ray.models.adapters import save_adapter
+    from nla_ray.training.loop import StageCallback, trainer_arguments
+
+    prompt = build_injection_prompt(tokenizer, run_config.base.marker)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    shuffled = [validation.rows[place] for place in derangement(validation.doc_ids, settings.seed).tolist()]
+    examples = encode_pairs(train, tokenizer, prompt, vocab_size)
+    held_out = {"eval_loss": encode_pairs(validation, tokenizer, prompt, vocab_size),
+                "eval_loss_shuffled": encode_pairs(validation, tokenizer, prompt, vocab_size, shuffled)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    class VerbalizerTrainer(SFTTrainer):
+        """The order of batches, logits only where labels are, and the validation figures; the rest is TRL's."""
+
+        def _get_train_sampler(self, train_dataset=None) -> LengthBatches:
+            return LengthBatches([len(example["input_ids"]) for example in examples], settings.batch_size, settings.seed)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            summed, count = completion_loss(model, inputs, len(prompt))
+            if num_items_in_batch is None:
+                return summed / count
+            return summed / num_items_in_batch * self.accelerator.num_processes  # a count over all workers, whose gradients are averaged
+
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+            self.model.eval()
+            figures = {name: validation_loss(self.model_wrapped, part, self.data_collator, len(prompt), self.args.device)
+                       for name, part in held_out.items()}
+            figures["eval_information"] = figures["eval_loss_shuffled"] - figures["eval_loss"]
+            self.log(figures)
+            checkpoints.offer(self.state.global_step, figures["eval_loss"], save, parameters=trained, metrics=figures)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+            return figures
+
+    def save(folder: Path) -> None:
+        save_adapter(model, folder / "adapter")
+
+    arguments = SFTConfig(
+        **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed), num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
+        warmup_steps=_WARMUP_SHARE, lr_scheduler_type="linear", eval_strategy="epoch", save_strategy="epoch", logging_steps=20,
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return VerbalizerTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(examples), eval_dataset=Dataset.from_list(
+        held_out["eval_loss"]), processing_class=tokenizer, callbacks=[StageCallback(checkpoints, "sft")])

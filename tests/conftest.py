@@ -1,0 +1,82 @@
+"""Fixtures that several test files share: one embedded Ray for the session, the tiny base, and a small corpus."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nla_ray.artifacts import Run
+from nla_ray.config import BaseConfig, ComputeConfig
+from nla_ray.manifest import Manifest
+from nla_ray.presets import nano
+from nla_ray.records import CHUNK_SCHEMA, split_of
+
+TEXTS = (
+    "def read(path):\n    with open(path) as file:\n        return file.read()\n",
+    "A licence that permits copying, with conditions.",
+    "rows: 12\ncolumns: 3\n",
+    "Two or three bullets: the topics, the tokens, the response. " * 3,
+    "assert len(rows) == 3",
+)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """An embedded Ray of at least two CPUs, started as every job starts it."""
+    from nla_ray.cluster import connect
+
+    with connect(ComputeConfig(threads=1)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
+    """A random Qwen2 model on disk: d_model 32, 3 blocks."""
+    from tiny import make_tiny_base
+
+    return make_tiny_base(tmp_path_factory.mktemp("tiny_base"))
+
+
+@pytest.fixture
+def tiny_run(tiny_base: BaseConfig, tmp_path: Path) -> Callable[..., Run]:
+    """Makes runs in the test's own folder on the tiny base: `tiny_run("name", capture=CaptureConfig(...))`."""
+    def make(name: str = "run", run_dir: str | None = None, **sections: object) -> Run:
+        sections.setdefault("base", tiny_base)
+        sections.setdefault("compute", ComputeConfig(threads=1, capture_cpus=0.5))
+        return Run(dataclasses.replace(nano(), run_dir=run_dir or str(tmp_path / name), **sections))
+
+    return make
+
+
+@pytest.fixture
+def publish_corpus() -> Callable[..., Manifest]:
+    """Publishes a corpus artifact by hand: `publish_corpus(run, shards=[["text", ...], ...])`; two chunks a document."""
+    def publish(run: Run, shards: Sequence[Sequence[str]] = (TEXTS, TEXTS[::-1])) -> Manifest:
+        stage = run.stage("corpus", "corpus")
+        for number, texts in enumerate(shards):
+            sink = pa.BufferOutputStream()
+            pq.write_table(corpus_table(number, texts), sink)
+            (stage.location / f"part-{number:05}.parquet").write_bytes(sink.getvalue().to_pybytes())
+        return stage.publish()
+
+    return publish
+
+
+def corpus_table(shard: int, texts: Sequence[str]) -> pa.Table:
+    """Chunks `doc-{shard}-{n}#{0 or 1}` with the given texts."""
+    rows = []
+    for index, text in enumerate(texts):
+        doc_id = f"doc-{shard:03}-{index // 2:04}"
+        rows.append({"text_id": f"{doc_id}#{index % 2}", "doc_id": doc_id, "split": split_of(doc_id), "domain": "prose",
+                     "chunk_index": index % 2, "text": text})
+    return pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA)

@@ -1,0 +1,183 @@
+"""The report: controls, figures from descriptions, gates, tables, and the stage on a small real run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from nla_ray.evaluation import controls, tables
+from nla_ray.evaluation.metrics import METRICS, Comparisons
+from nla_ray.evaluation.summary import CLAIM_FIGURES, Described, Evaluated, check_gates, judge_gate, summarise
+from nla_ray.presets import PRESETS
+from nla_ray.prompts import GENERIC_DESCRIPTION
+
+ROWS = 24
+DOC_IDS = [f"doc{row // 2}" for row in range(ROWS)]
+DOMAINS = ["python_test" if row % 4 < 2 else "licence" for row in range(ROWS)]
+TEXTS = [f"assert frame{'abcdefghijklmnopqrstuvwx'[row]}x == index" for row in range(ROWS)]
+NAMES = {"python_test": "Python test", "licence": "licence"}
+
+
+def described(texts: list[str], closed: bool = True) -> list[Described]:
+    return [Described(text, closed, len(text.split())) for text in texts]
+
+
+def evaluated() -> Evaluated:
+    """Gold and sft reconstruct well, sft a little worse, generic not at all."""
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randn(ROWS, 8, generator=generator) + 1.0
+    mean = torch.full((8,), 0.2)
+    noise = torch.randn(ROWS, 8, generator=generator)
+    descriptions = {
+        "gold": described([f"- Python test: frame, index\n- tokens: assert\n- next: {row}" for row in range(ROWS)]),
+        "sft": described(["- licence: index, index", ""] * (ROWS // 2), closed=False),
+        "grpo": described([f"- Python test: index\n- tokens: row{row}" for row in range(ROWS)]),
+    }
+    scale = {"gold": 0.2, "sft": 0.8, "grpo": 0.5}
+    reconstructions = {name: {scorer: originals + scale[name] * noise for scorer in ("reward", "judge")} for name in descriptions}
+    return Evaluated(doc_ids=DOC_IDS, domains=DOMAINS, texts=TEXTS, comparisons=Comparisons.draw(originals, DOC_IDS, mean, 0, DOMAINS),
+                     descriptions=descriptions, reconstructions=reconstructions, domain_names=NAMES)
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict:
+    gates = (("grpo-sft.judge.centred_cosine", ">", 0.0), ("sft.claims.repeats", "<", 0.1), ("grpo.claims.precision", ">=", 0.4))
+    return summarise(evaluated(), gates, resamples=300, seed=0)
+
+
+# Controls -------------------------------------------------------------------------------------------------------------
+
+def test_gold_is_the_label_of_the_text_and_a_text_without_label_stays_in_as_an_empty_description() -> None:
+    assert controls.label_descriptions("gold", ["a#0", "b#0"], ["a", "b"], {"b#0": "B"}, seed=0) == ["", "B"]
+
+
+def test_shuffled_labels_come_from_other_documents_and_not_from_the_wrong_row_of_the_two_way_choice() -> None:
+    ids = [f"t{row}" for row in range(ROWS)]
+    shuffled = controls.label_descriptions("shuffled", ids, DOC_IDS, {name: name for name in ids}, seed=0)
+    sources = [int(name[1:]) for name in shuffled]
+    assert sorted(sources) == list(range(ROWS))
+    assert all(DOC_IDS[source] != DOC_IDS[row] for row, source in enumerate(sources))
+    assert sources != evaluated().comparisons.wrong.tolist()
+
+
+def test_the_generic_control_says_one_sentence_of_everything() -> None:
+    assert controls.label_descriptions("generic", ["a", "b"], ["a", "b"], {}, seed=0) == [GENERIC_DESCRIPTION] * 2
+    with pytest.raises(ValueError, match="gold, shuffled or generic"):
+        controls.label_descriptions("sft", [], [], {}, seed=0)
+
+
+def test_the_nearest_train_label_is_the_label_of_the_activation_with_the_highest_centred_cosine() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    labels = {"x": "X", "y": "Y", "z": "Z"}
+    test = torch.tensor([[3.0, 3.1], [0.1, 5.0]])
+    assert controls.nearest_train_labels(test, train, ["x", "y", "z"], labels, torch.zeros(2)) == ["Z", "Y"]
+    with pytest.raises(ValueError, match="'z'"):
+        controls.nearest_train_labels(test, train, ["x", "y", "z"], {"x": "X", "y": "Y"}, torch.zeros(2))
+
+
+def test_a_random_vector_depends_on_the_activation_id_alone_and_the_mean_is_one_row_for_all() -> None:
+    activations = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    vectors = controls.injected_vectors("random_vector", ["a", "b"], activations, torch.zeros(2), seed=0)
+    swapped = controls.injected_vectors("random_vector", ["b", "a"], activations.flip(0), torch.zeros(2), seed=0)
+    torch.testing.assert_close(swapped.flip(0), vectors)
+    assert vectors[0].tolist() != vectors[1].tolist()
+    mean = controls.injected_vectors("mean_activation", ["a", "b"], activations, torch.tensor([0.5, 0.5]), seed=0)
+    assert mean.tolist() == [[0.5, 0.5]]
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+def test_every_verbalizer_scorer_and_metric_has_a_value_an_interval_and_n(summary: dict) -> None:
+    assert set(summary["results"]) == {"gold", "sft", "grpo"}
+    for by_scorer in summary["results"].values():
+        assert set(by_scorer) == {"reward", "judge"}
+        for named in by_scorer.values():
+            assert tuple(named) == METRICS
+            for figure in named.values():
+                assert set(figure) == {"value", "low", "high", "n", "documents"}
+                assert figure["low"] <= figure["value"] <= figure["high"] and (figure["n"], figure["documents"]) == (24, 12)
+
+
+def test_claims_are_counted_over_all_descriptions_empty_ones_too(summary: dict) -> None:
+    said = {name: {figure: value["value"] for figure, value in named.items()} for name, named in summary["claims"].items()}
+    assert tuple(said["sft"]) == CLAIM_FIGURES
+    # gold claims frame, index, assert; "framea" hides frame, so 2 of 3 are found
+    assert said["gold"]["precision"] == pytest.approx(2 / 3)
+    assert said["gold"]["domain"] == 0.5 and said["gold"]["recall"] == 1.0
+    # every other sft description is empty: precision (1 + 0) / 2, and only its licence half can be right
+    assert said["sft"]["precision"] == 0.5 and said["sft"]["empty"] == 0.5 and said["sft"]["repeats"] == 0.5
+    assert said["sft"]["unclosed"] == 1.0 and said["sft"]["distinct"] == pytest.approx(2 / 24)
+    assert said["sft"]["recall"] == pytest.approx((1 / 3 + 0) / 2) and said["sft"]["tokens"] == pytest.approx(2.0)
+    assert said["sft"]["domain"] == 0.25
+    assert said["grpo"]["distinct"] == 1.0
+
+
+def test_paired_differences_are_those_of_the_values(summary: dict) -> None:
+    judge = summary["paired"]["grpo-sft"]["judge"]
+    results = summary["results"]
+    for metric, difference in judge.items():
+        assert difference["value"] == pytest.approx(results["grpo"]["judge"][metric]["value"] - results["sft"]["judge"][metric]["value"])
+    assert "grpo-nearest_train_label" not in summary["paired"]
+
+
+def test_scorers_that_agree_everywhere_agree_fully(summary: dict) -> None:
+    assert summary["agreement"]["sft"] == pytest.approx({"top1": 1.0, "centred_cosine": 1.0})
+
+
+def test_domains_and_the_confusion_matrix_count_every_row(summary: dict) -> None:
+    assert summary["confusion"]["gold"] == {"licence": {"python_test": 12}, "python_test": {"python_test": 12}}
+    assert summary["confusion"]["sft"]["licence"] == {"licence": 6, "none": 6}
+    assert summary["domains"]["licence"]["gold"]["domain"]["value"] == 0.0
+    assert summary["domains"]["python_test"]["gold"]["domain"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 12, "documents": 6}
+
+
+# Gates ----------------------------------------------------------------------------------------------------------------
+
+def test_a_gate_judges_the_bound_that_is_worse_for_the_claim(summary: dict) -> None:
+    first, second, third = summary["gates"]
+    assert first["value"] == summary["paired"]["grpo-sft"]["judge"]["centred_cosine"]["low"] and first["passed"]
+    assert second["value"] == summary["claims"]["sft"]["repeats"]["high"] and not second["passed"]
+    assert third["value"] == summary["claims"]["grpo"]["precision"]["low"]
+
+
+@pytest.mark.parametrize(("relation", "threshold", "passed"), [
+    (">=", 0.5, True), (">", 0.5, False), (">=", 0.51, False), ("<", 0.7, False), ("<=", 0.7, True), ("<", 0.71, True)])
+def test_relations_of_gates(relation: str, threshold: float, passed: bool) -> None:
+    summary = {"results": {"sft": {"judge": {"top1": {"value": 0.6, "low": 0.5, "high": 0.7}}}}}
+    gate = judge_gate(summary, ("sft.judge.top1", relation, threshold))
+    assert gate == {"name": "sft.judge.top1", "relation": relation, "threshold": threshold, "passed": passed,
+                    "value": 0.5 if relation.startswith(">") else 0.7}
+
+
+def test_a_gate_on_an_arm_that_was_not_trained_fails_without_a_value(summary: dict) -> None:
+    gate = judge_gate(summary, ("grpo_no_contrast.judge.top1", ">=", 0.1))
+    assert gate["value"] is None and not gate["passed"]
+
+
+@pytest.mark.parametrize("gate", [("sft.judge.top2", ">=", 0.1), ("sft.top1", ">=", 0.1), ("other.judge.top1", ">=", 0.1),
+                                  ("sft.judge.top1", "=", 0.1), ("sft.claims.top1", ">=", 0.1), ("sft-gold.judge.top1", ">=", 0.1)])
+def test_a_gate_that_names_no_figure_is_refused_before_any_work(gate: tuple) -> None:
+    with pytest.raises(ValueError, match="gate: got"):
+        check_gates([gate])
+
+
+def test_the_gates_of_every_preset_name_figures() -> None:
+    for make in PRESETS.values():
+        check_gates(make().evaluation.gates)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary: dict) -> None:
+    report = {**summary, "preset": "tiny", "resamples": 300,
+              "base": {"name": "b", "digest": "d" * 32, "layer": 1, "num_layers": 3, "d_model": 8, "injection_norm": 4.0},
+              "lineage": {"sft": {"fingerprint": "f", "config_hash": "c", "created": "t", "documents": {"train": 3}}},
+              "examples": [{"activation_id": "x", "domain": "licence", "text": "```\nfenced\n```", "descriptions": {"sft": "- a"}}]}
+    markdown = tables.to_markdown(json.loads(json.dumps(report)))
+    for title in ("## Gates", "## Under the reward scorer", "## Under the judge scorer", "## Paired differences",
+                  "## What the descriptions claim", "## By domain", "## Agreement", "## Lineage", "## Example 1", "## Definitions"):
+        assert title in markdown
+    assert "````text\n```\nfenced\n```\n````" in markdown
+    assert f"| sft | {tables.interval(summary['results']['sft']['judge']['top1'])} |" in markdown

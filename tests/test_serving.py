@@ -1,0 +1,233 @@
+"""The HTTP endpoint: a real Ray Serve on a free port, in front of tiny random models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from nla_ray import vectors
+from nla_ray.activations import load_activations
+from nla_ray.artifacts import Run
+from nla_ray.config import BaseConfig, ComputeConfig, GRPOSettings, RunConfig, ServeConfig
+from nla_ray.models.reconstructor import Reconstructor
+from nla_ray.models.verbalizer import Verbalizer
+from nla_ray.presets import nano
+from nla_ray.serving import application, schema
+from nla_ray.serving.schema import Refusal
+
+D_MODEL = 32
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_config(base: BaseConfig, folder: Path, port: int = 0) -> RunConfig:
+    return dataclasses.replace(
+        nano(), run_dir=str(folder), base=base, compute=ComputeConfig(threads=1, capture_cpus=0.5, serve_cpus=0.1),
+        grpo=GRPOSettings(max_new_tokens=8), serve=ServeConfig(port=port, max_text_chars=400, max_batch=3))
+
+
+@pytest.fixture(scope="module")
+def config(ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run with every artifact that serving needs, and a free port."""
+    from tiny_artifacts import make_artifacts
+
+    config = run_config(tiny_base, tmp_path_factory.mktemp("served"), free_port())
+    make_artifacts(Run(config))
+    return config
+
+
+@pytest.fixture(scope="module")
+def client(config: RunConfig) -> Iterator[httpx.Client]:
+    """The running application."""
+    address = application.start(config)
+    try:
+        with httpx.Client(base_url=address, timeout=60) as client:
+            yield client
+    finally:
+        application.stop()
+
+
+@pytest.fixture(scope="module")
+def activations(config: RunConfig) -> torch.Tensor:
+    return load_activations(Run(config), "test").vectors[:3]
+
+
+def refused(response: httpx.Response) -> tuple[str, str, str]:
+    assert response.status_code == 422, response.text
+    body = response.json()
+    assert set(body) == {"what", "got", "expected"}
+    return body["what"], body["got"], body["expected"]
+
+
+# What is answered -------------------------------------------------------------------------------------------------------
+
+def test_descriptions_are_those_of_the_verbalizer_itself(client: httpx.Client, config: RunConfig, activations: torch.Tensor) -> None:
+    for name in ("grpo", "sft"):
+        response = client.post("/v1/describe", json={"activations": activations.tolist(), "verbalizer": name})
+        assert response.status_code == 200, response.text
+        body = response.json()
+        assert (body["verbalizer"], body["layer"]) == (name, 1)
+        own = Verbalizer.load(config.base, Path(config.run_dir) / name / "adapter").describe(activations, max_new_tokens=8)
+        assert [one["description"] for one in body["descriptions"]] == [one.text for one in own]
+        assert [one["closed"] for one in body["descriptions"]] == [one.closed for one in own]
+
+
+def test_the_default_verbalizer_is_the_one_after_grpo(client: httpx.Client, activations: torch.Tensor) -> None:
+    assert client.post("/v1/describe", json={"activations": activations.tolist()}).json()["verbalizer"] == "grpo"
+
+
+def test_a_text_is_described_as_its_captured_activation_is(client: httpx.Client, config: RunConfig) -> None:
+    table = load_activations(Run(config), "test")
+    from_texts = client.post("/v1/describe", json={"texts": table.texts[:2]}).json()["descriptions"]
+    from_activations = client.post("/v1/describe", json={"activations": table.vectors[:2].tolist()}).json()["descriptions"]
+    assert from_texts == from_activations
+
+
+def test_sampling_is_seeded(client: httpx.Client, activations: torch.Tensor) -> None:
+    def sample(seed: int) -> list:
+        body = {"activations": activations.tolist(), "temperature": 1.5, "seed": seed}
+        return client.post("/v1/describe", json=body).json()["descriptions"]
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_scores_are_cosines_of_one_reconstruction(client: httpx.Client, config: RunConfig, activations: torch.Tensor) -> None:
+    descriptions = ["- Python test: frame", "", "- licence: copy"]
+    items = [{"description": text, "activation": row} for text, row in zip(descriptions, activations.tolist(), strict=True)]
+    scores = client.post("/v1/score", json={"items": items}).json()["scores"]
+    for name in ("reward", "judge"):
+        reconstructor = Reconstructor.load(config.base, Path(config.run_dir) / f"{name}_scorer")
+        reconstruction = reconstructor.reconstruct(descriptions)
+        expected = vectors.centred_cosine(reconstruction, activations, reconstructor.mean)
+        torch.testing.assert_close(torch.tensor([one[name]["centred_cosine"] for one in scores]), expected, atol=1e-5, rtol=0)
+        cosine = torch.tensor([one[name]["cosine"] for one in scores])
+        torch.testing.assert_close(cosine, vectors.cosine(reconstruction, activations), atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor([one[name]["squared_error"] for one in scores]), 2 - 2 * cosine, atol=1e-4, rtol=0)
+    only = client.post("/v1/score", json={"items": items[:1], "scorers": ["judge"]}).json()["scores"]
+    assert [set(one) for one in only] == [{"judge"}]
+
+
+def test_a_text_is_explained_at_every_position_asked_for(client: httpx.Client, config: RunConfig) -> None:
+    text = "def frame(): index rows"
+    body = client.post("/v1/explain", json={"text": text, "positions": [-1, 4, -2]}).json()
+    last = body["num_tokens"] - 1
+    assert [one["position"] for one in body["explanations"]] == [last, 4, last - 1]
+    assert all(set(one["scores"]) == {"reward", "judge"} for one in body["explanations"])
+    described = client.post("/v1/describe", json={"texts": [text]}).json()["descriptions"][0]
+    assert body["explanations"][0]["description"] == described["description"]
+
+
+def test_models_names_base_adapters_and_fingerprints(client: httpx.Client, config: RunConfig) -> None:
+    body = client.get("/v1/models").json()
+    assert (body["base"]["d_model"], body["base"]["layer"], body["base"]["num_layers"]) == (D_MODEL, 1, 3)
+    assert [one["name"] for one in body["verbalizers"]] == ["grpo", "sft"]
+    assert [one["name"] for one in body["scorers"]] == ["reward", "judge"]
+    assert body["verbalizers"][1]["fingerprint"] == Run(config).find("sft").fingerprint
+
+
+def test_health_is_told_by_every_deployment(client: httpx.Client) -> None:
+    response = client.get("/healthz")
+    assert response.status_code == 200
+    assert response.json() == {"status": "ok", "deployments": {"verbalizer": "ok", "scorer": "ok", "capture": "ok"}}
+
+
+def test_the_openapi_page_describes_every_route_and_its_refusals(client: httpx.Client) -> None:
+    page = client.get("/openapi.json").json()
+    assert set(page["paths"]) == {"/v1/describe", "/v1/score", "/v1/explain", "/v1/models", "/healthz"}
+    refusal = page["paths"]["/v1/describe"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
+    assert refusal == {"$ref": "#/components/schemas/ErrorBody"}
+
+
+# What is refused --------------------------------------------------------------------------------------------------------
+
+ONES = [1.0] * D_MODEL
+
+
+@pytest.mark.parametrize(("path", "body", "what", "got", "expected"), [
+    ("describe", {"activations": [[1.0] * 31]}, "activations[0]", "31 numbers", "32 numbers"),
+    ("describe", {"activations": [ONES, [0.0] * D_MODEL]}, "activations[1]", "norm 0", "at least 1e-06"),
+    ("describe", {"activations": [ONES[:-1] + [float("nan")]]}, "activations[0][31]", "nan", "finite float32"),
+    ("describe", {"activations": [[float("inf")] + ONES[1:]]}, "activations[0][0]", "inf", "finite float32"),
+    ("describe", {"activations": [[1e39] + ONES[1:]]}, "activations[0][0]", "1e+39", "finite float32"),
+    ("describe", {"activations": [["x"] + ONES[1:]]}, "activations.0.0", "x", "valid number"),
+    ("describe", {"activations": []}, "activations", "0 items", "1 to 3 items"),
+    ("describe", {"activations": [ONES] * 4}, "activations", "4 items", "1 to 3 items"),
+    ("describe", {}, "body", "neither", "exactly one of activations and texts"),
+    ("describe", {"activations": [ONES], "texts": ["a"]}, "body", "both", "exactly one"),
+    ("describe", {"activations": [ONES], "layer": 2}, "layer", "2", "1, the layer"),
+    ("describe", {"activations": [ONES], "verbalizer": "gold"}, "verbalizer", "gold", "one of grpo, sft"),
+    ("describe", {"activations": [ONES], "temperature": -1}, "temperature", "-1", "greater than or equal to 0"),
+    ("describe", {"activations": [ONES], "max_new_tokens": 0}, "max_new_tokens", "0", "greater than or equal to 1"),
+    ("describe", {"activation": [ONES]}, "activation", "[[1.0", "not permitted"),
+    ("describe", {"texts": ["fine", " \n\t"]}, "texts[1]", "' ", "visible character"),
+    ("describe", {"texts": []}, "texts", "0 items", "1 to 3"),
+    ("describe", {"texts": ["a" * 401]}, "texts[0]", "401 characters", "at most 400 characters"),
+    ("describe", {"texts": ["\u3042" * 390]}, "texts[0]", "tokens with the chat template", "at most 256 tokens"),
+    ("score", {"items": []}, "items", "0 items", "1 to 3 items"),
+    ("score", {"items": [{"description": "- a", "activation": [1.0]}]}, "items[0].activation", "1 numbers", "32 numbers"),
+    ("score", {"items": [{"description": "a" * 401, "activation": ONES}]}, "items[0].description", "401", "at most 400"),
+    ("score", {"items": [{"description": "- a"}]}, "items.0.activation", "nothing", "Field required"),
+    ("score", {"items": [{"description": "- a", "activation": ONES}], "scorers": ["gold"]}, "scorers", "gold", "one of reward, judge"),
+    ("score", {"items": [{"description": "- a", "activation": ONES}], "layer": -1}, "layer", "-1", "1, the layer"),
+    ("explain", {"text": ""}, "text", "''", "visible character"),
+    ("explain", {"text": "a", "positions": []}, "positions", "0 items", "1 to 3 items"),
+    ("explain", {"text": "a", "positions": [500]}, "positions", "[500]", "the prompt's tokens"),
+    ("explain", {"text": "a", "positions": [-500]}, "positions", "[-500]", "the prompt's tokens"),
+    ("explain", {"text": "a", "layer": 0}, "layer", "0", "1, the layer"),
+])
+def test_bad_requests_are_refused_with_what_got_and_expected(
+        client: httpx.Client, path: str, body: dict, what: str, got: str, expected: str) -> None:
+    # json.dumps writes NaN and Infinity as JavaScript does; httpx's own json= refuses to
+    answer = refused(client.post(f"/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"}))
+    assert answer[0] == what
+    assert got in answer[1] and expected in answer[2]
+
+
+def test_a_body_that_is_no_json_is_refused(client: httpx.Client) -> None:
+    what, _, expected = refused(client.post("/v1/describe", content=b'{"texts": [', headers={"Content-Type": "application/json"}))
+    assert "JSON" in expected and what
+
+
+def test_after_all_refusals_the_endpoint_still_answers(client: httpx.Client) -> None:
+    assert client.post("/v1/describe", json={"texts": ["def frame(): rows"]}).status_code == 200
+
+
+def test_a_lone_surrogate_is_refused_before_any_model() -> None:
+    with pytest.raises(Refusal, match="lone surrogate"):
+        schema.check_text("text", "a\ud800b", 100)
+
+
+# What is missing --------------------------------------------------------------------------------------------------------
+
+def test_a_port_in_use_is_one_clear_message(client: httpx.Client, config: RunConfig) -> None:
+    with pytest.raises(ValueError, match="expected a free port.*--serve.port"):
+        application.check_port(config.serve)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ValueError, match="in use"):
+            application.check_port(ServeConfig(port=other.getsockname()[1]))
+
+
+def test_missing_artifacts_name_the_job_that_makes_them(tiny_base: BaseConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"artifact 'sft'.*jobs/sft\.py"):
+        application.find_models(Run(run_config(tiny_base, tmp_path)))
+
+
+def test_a_run_of_another_base_is_not_served(config: RunConfig, tmp_path: Path) -> None:
+    from tiny import make_tiny_base
+
+    other = make_tiny_base(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="expected .* with which it was made"):
+        application.find_models(Run(dataclasses.replace(config, base=other)))
