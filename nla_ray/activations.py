@@ -400,7 +400,7 @@ def _train_stats(location: Location, shards: list[str], d_model: int) -> tuple[d
     """
     import torch
 
-    from nla_ray import vectors
+    from nla_ray.vectors import direction, norm
 
     sums: dict[int, Tensor] = {}
     norms: dict[int, list[np.ndarray]] = {}
@@ -409,9 +409,9 @@ def _train_stats(location: Location, shards: list[str], d_model: int) -> tuple[d
         train = _read_rows(location / shard, ["split", "layer", "doc_id", "activation"], split="train")
         documents.update(train["doc_id"].to_pylist())
         for layer in pc.unique(train["layer"]).to_pylist():
-            rows = torch.from_numpy(_matrix(train.filter(pc.equal(train["layer"], layer))["activation"], d_model))
-            sums[layer] = sums.get(layer, torch.zeros(d_model, dtype=torch.float64)) + vectors.direction(rows).double().sum(0)
-            norms.setdefault(layer, []).append(vectors.norm(rows).squeeze(-1).numpy())
+            rows = torch.tensor(_matrix(train.filter(pc.equal(train["layer"], layer))["activation"], d_model))
+            sums[layer] = sums.get(layer, torch.zeros(d_model, dtype=torch.float64)) + direction(rows).double().sum(0)
+            norms.setdefault(layer, []).append(norm(rows).squeeze(-1).numpy())
     stats = {}
     for layer in sorted(sums):
         every = np.concatenate(norms[layer]).astype(np.float64)

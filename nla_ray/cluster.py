@@ -8,12 +8,14 @@ Knows nothing of any stage.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +41,11 @@ _ANY_NUMBER = 1_000.0
 _SHUTDOWN_SECONDS = 3.0
 """How long the processes of an embedded Ray may take to leave by themselves."""
 _STOP_SECONDS = 8.0
+_CONNECT_SECONDS = 10.0
+_START_ATTEMPTS = 3
 _INTERRUPTED = 130
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray, under this name, for the driver of a submitted job."""
 _USER_ERRNOS = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another --run-dir",
                 errno.EACCES: "choose another --run-dir", errno.EADDRINUSE: "choose another --serve.port"}
 """Operating-system errors that a user can cause, and the remedy."""
@@ -169,7 +175,6 @@ def worker_environment(threads: int, *, offline: bool = True) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "DS_LOG_LEVEL": "error",
         "WANDB_MODE": "disabled",
         "PYTHONWARNINGS": "ignore",
     }
@@ -191,39 +196,70 @@ def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
     """
     before = set(_descendants())
     environment = worker_environment(compute.threads, offline=offline)
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        sources = str(Path(__file__).resolve().parent.parent)  # a checkout that is not installed
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (sources, os.environ.get("PYTHONPATH"))))
+    else:
+        _require_reachable(address)
     options: dict[str, Any] = {
         "configure_logging": False,
         "log_to_driver": True,
         "runtime_env": {"env_vars": environment, "worker_process_setup_hook": "nla_ray.runlog.configure_worker"},
+        **(_embedded_options(compute) if address is None else {}),
     }
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None:
-        options |= _embedded_options(compute)
-        sources = str(Path(__file__).resolve().parent.parent)  # a checkout that is not installed
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (sources, os.environ.get("PYTHONPATH"))))
     logger.debug("connecting to Ray: %s", address or "embedded")
     try:
-        _start_ray(address, options)
+        for attempts_left in reversed(range(_START_ATTEMPTS)):
+            if _start_ray(address, options, can_fail=attempts_left > 0):
+                break
+            _shutdown(before)
         yield
     finally:
         _shutdown(before)
 
 
-def _start_ray(address: str | None, options: dict[str, Any]) -> None:
-    """`ray.init`, with its errors in our words and the SIGTERM handler that was there before (Ray puts its own there)."""
+def _start_ray(address: str | None, options: dict[str, Any], *, can_fail: bool) -> bool:
+    """`ray.init`, with its errors in our words and the SIGTERM handler that was there before (Ray puts its own there).
+
+    False, where that `can_fail`: an embedded Ray did not come up in Ray's own fixed thirty seconds, as on a busy machine.
+    """
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a paragraph about tokens at every start
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ core writes to our stderr; failures come as exceptions
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", **options)
     except ConnectionError as error:
-        raise ValueError(f"RAY_ADDRESS: got {address!r}, which cannot be reached ({error}), expected a running Ray cluster. "
-                         "Start it, or unset RAY_ADDRESS to use an embedded one.") from None
+        raise ValueError(_unreachable(address, error)) from None
     except SystemExit:  # Ray's answer to a SIGTERM while it starts
         raise KeyboardInterrupt from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)
+    except Exception as error:
+        if not can_fail or "timed out during startup" not in str(error):
+            raise
+        logger.warning("Ray did not start within 30 s: the machine is busy. Trying again ...")
+        return False
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+    return True
+
+
+def _require_reachable(address: str) -> None:
+    """Raise ValueError unless something listens at HOST:PORT: Ray's core ends the process where nothing does."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # `auto`, or a name that Ray resolves
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ValueError(_unreachable(address, error)) from None
+
+
+def _unreachable(address: str | None, error: Exception) -> str:
+    return (f"RAY_ADDRESS: got {address!r}, which cannot be reached ({error}), expected a running Ray cluster. "
+            "Start it, or unset RAY_ADDRESS to use an embedded one.")
 
 
 def _shutdown(before: set[psutil.Process]) -> None:
@@ -258,7 +294,7 @@ def run_job(description: str, body: Callable[[Run], None], *, ray: bool = True, 
     """
     from nla_ray.presets import parse_arguments
 
-    config = parse_arguments(description)
+    config = _with_lasting_run_dir(parse_arguments(description))
     try:
         if config.dry_run:
             from nla_ray.plan import describe_plan
@@ -276,6 +312,17 @@ def run_job(description: str, body: Callable[[Run], None], *, ray: bool = True, 
         logger.debug("stopped by an error", exc_info=error)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _with_lasting_run_dir(config: RunConfig) -> RunConfig:
+    """The run directory as every process of the run finds it: absolute, or a URI.
+
+    In a submitted job a relative one lies in the home folder: Ray deletes the folder that it unpacks a job's files into.
+    """
+    if "://" in config.run_dir:
+        return config
+    start = Path.home() / "nla_ray" if _SUBMITTED in os.environ else Path.cwd()
+    return dataclasses.replace(config, run_dir=str(start / config.run_dir))
 
 
 def _run_connected(config: RunConfig, body: Callable[[Run], None], ray: bool, lock: bool, cleanup: Callable[[], None]) -> None:

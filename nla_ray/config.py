@@ -230,6 +230,49 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that decides the small base model of the embedded default. Only jobs/pretrain.py reads it."""
+
+    vocab_size: int = 4_096
+    d_model: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    ffn_size: int = 704
+    max_positions: int = 512
+    row_tokens: int = 256
+    """Tokens in one packed row; attention never crosses the samples in it."""
+    rows_per_step: int = 32
+    steps: int = 1_800
+    peak_lr: float = 2e-3
+    """Peak rate of AdamW, which trains embeddings and vectors."""
+    muon_lr: float = 0.02
+    """Peak rate of Muon, which trains the matrices inside the blocks."""
+    warmup_steps: int = 60
+    weight_decay: float = 0.1
+    raw_share: float = 0.25
+    """Share of raw text in the tokens; the rest are chats about documents."""
+    answer_weight: float = 2.5
+    """Weight of an answer's token in the loss, against 1 for a token of the document."""
+    prompt_weight: float = 8.0
+    """Weight of the soft target at the generation prompt."""
+    read_weight: float = 8.0
+    """Weight of the same target read from the output of block `base.layer` through the final norm and the output matrix."""
+    num_words: int = 12
+    """Salient words of a document in its soft target and in its word list."""
+    chunks_per_domain: int = 12_000
+    documents_per_domain: int = 3_500
+    num_processes: int = 2
+    """Single-threaded processes that share every step."""
+    compile: bool = True
+    """Compile the step with torch.compile: minutes at the start, twice the speed after; needs a C++ compiler."""
+    checkpoint_seconds: float = 180.0
+    install: bool = False
+    """Copy the finished model into the package, where `embedded:nano` finds it."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything one run is made from. The resolved value is written into the run."""
 
@@ -252,6 +295,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
         grpo = self.grpo

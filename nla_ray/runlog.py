@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = "nla_ray"
-_QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "datasets", "accelerate", "deepspeed",
-                    "DeepSpeed", "httpx", "urllib3", "botocore", "werkzeug")
+_QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "datasets", "accelerate", "httpx", "urllib3", "botocore", "werkzeug")
 _LINE_SECONDS = 10.0
 """Seconds between two progress lines where there is no terminal to draw a bar on."""
 
@@ -68,6 +67,11 @@ def _install(handlers: list[logging.Handler]) -> None:
     logger.propagate = False
     for name in _QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its own level when it is imported; a filter stays
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _terminal_handler() -> logging.Handler:

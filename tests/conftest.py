@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nla_ray.artifacts import Run
-from nla_ray.config import BaseConfig, ComputeConfig
+from nla_ray.config import BaseConfig, ComputeConfig, EvaluationConfig, GRPOSettings, RunConfig
 from nla_ray.manifest import Manifest
 from nla_ray.presets import nano
 from nla_ray.records import CHUNK_SCHEMA, split_of
@@ -58,6 +58,19 @@ def tiny_run(tiny_base: BaseConfig, tmp_path: Path) -> Callable[..., Run]:
     return make
 
 
+@pytest.fixture(scope="session")
+def published_run(ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run on the tiny base with every artifact up to `grpo`; tests that change it copy it first."""
+    from tiny_artifacts import make_artifacts
+
+    compute = ComputeConfig(threads=1, capture_cpus=0.5, rollout_cpus=0.5, serve_cpus=0.1)
+    config = dataclasses.replace(nano(), run_dir=str(tmp_path_factory.mktemp("published")), base=tiny_base, compute=compute,
+                                 grpo=GRPOSettings(max_new_tokens=8),
+                                 evaluation=EvaluationConfig(min_documents=10, bootstrap_resamples=200))
+    make_artifacts(Run(config))
+    return config
+
+
 @pytest.fixture
 def publish_corpus() -> Callable[..., Manifest]:
     """Publishes a corpus artifact by hand: `publish_corpus(run, shards=[["text", ...], ...])`; two chunks a document."""
@@ -80,3 +93,22 @@ def corpus_table(shard: int, texts: Sequence[str]) -> pa.Table:
         rows.append({"text_id": f"{doc_id}#{index % 2}", "doc_id": doc_id, "split": split_of(doc_id), "domain": "prose",
                      "chunk_index": index % 2, "text": text})
     return pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA)
+
+
+@pytest.fixture(scope="session")
+def s3_uri() -> Iterator[Callable[[str], str]]:
+    """Run directories on a local S3 server: `s3_uri("name")` -> `s3://key:secret@bucket/name?...`."""
+    import socket
+
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1", aws_access_key_id="test",
+                 aws_secret_access_key="test").create_bucket(Bucket="runs")
+    yield lambda name: f"s3://test:test@runs/{name}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    server.stop()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from nla_ray.artifacts import Location, Run
+from nla_ray.config import EvaluationConfig, RunConfig
 from nla_ray.evaluation import controls, tables
+from nla_ray.evaluation.report import evaluate, make_report, read_report, show_report
 from nla_ray.evaluation.metrics import METRICS, Comparisons
 from nla_ray.evaluation.summary import CLAIM_FIGURES, Described, Evaluated, check_gates, judge_gate, summarise
 from nla_ray.presets import PRESETS
@@ -73,8 +80,9 @@ def test_the_nearest_train_label_is_the_label_of_the_activation_with_the_highest
     labels = {"x": "X", "y": "Y", "z": "Z"}
     test = torch.tensor([[3.0, 3.1], [0.1, 5.0]])
     assert controls.nearest_train_labels(test, train, ["x", "y", "z"], labels, torch.zeros(2)) == ["Z", "Y"]
-    with pytest.raises(ValueError, match="'z'"):
-        controls.nearest_train_labels(test, train, ["x", "y", "z"], {"x": "X", "y": "Y"}, torch.zeros(2))
+    assert controls.nearest_train_labels(test, train, ["x", "y", "z"], {"x": "X", "y": "Y"}, torch.zeros(2)) == ["Y", "Y"]
+    with pytest.raises(ValueError, match="got none for 3"):
+        controls.nearest_train_labels(test, train, ["x", "y", "z"], {}, torch.zeros(2))
 
 
 def test_a_random_vector_depends_on_the_activation_id_alone_and_the_mean_is_one_row_for_all() -> None:
@@ -181,3 +189,136 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
         assert title in markdown
     assert "````text\n```\nfenced\n```\n````" in markdown
     assert f"| sft | {tables.interval(summary['results']['sft']['judge']['top1'])} |" in markdown
+
+
+# The stage on a real run -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def copied_run(published_run: RunConfig, tmp_path: Path) -> Callable[..., Run]:
+    """Copies of a run that is ready to be evaluated: `copied_run("name", evaluation=EvaluationConfig(...))`."""
+    def copy(name: str = "copy", **sections: object) -> Run:
+        shutil.copytree(published_run.run_dir, tmp_path / name)
+        return Run(dataclasses.replace(published_run, run_dir=str(tmp_path / name), **sections))
+
+    return copy
+
+
+def change_documents(run: Run, name: str, documents: dict[str, list[str]]) -> None:
+    manifest = dataclasses.replace(run.find(name), documents=documents)
+    (run.root / name / "manifest.json").write_text(manifest.to_json())
+
+
+def test_the_stage_publishes_a_report_on_test_documents_and_is_skipped_when_complete(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    manifest = evaluate(run)
+    report = read_report(run)
+    assert list(report["results"]) == ["gold", "nearest_train_label", "sft", "grpo", "shuffled", "generic", "mean_activation",
+                                       "random_vector"]
+    assert (report["n"], report["documents"]) == (28, 14)
+    assert len(manifest.documents["test"]) == 14
+    assert set(manifest.parents) == {"corpus", "activations", "labels", "reward_scorer", "judge_scorer", "sft", "grpo"}
+    lines = (Path(run.config.run_dir) / "report/descriptions/mean_activation.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["description"] for line in lines}) == 1 and len(lines) == 28
+    assert report["claims"]["generic"]["distinct"]["value"] == pytest.approx(1 / 28, abs=1e-6)
+    assert evaluate(run) == manifest
+
+
+def test_an_interrupted_report_reuses_the_descriptions_it_has_and_ends_the_same(copied_run: Callable[..., Run]) -> None:
+    undisturbed, interrupted = copied_run("a"), copied_run("b")
+    make_report(undisturbed.config)
+    done = Path(undisturbed.config.run_dir) / "report/descriptions"
+    place = Path(interrupted.config.run_dir) / "report/descriptions"
+    place.mkdir(parents=True)
+    shutil.copy(done / "sft.jsonl", place)
+    lines = (done / "grpo.jsonl").read_text().splitlines(keepends=True)
+    (place / "grpo.jsonl").write_text("".join(lines[:5]) + lines[5][:10])
+    written = (place / "sft.jsonl").stat().st_mtime_ns
+    make_report(interrupted.config)
+    assert (place / "sft.jsonl").stat().st_mtime_ns == written
+    assert (place / "grpo.jsonl").read_text() == "".join(lines)
+    assert read_report(interrupted) == read_report(undisturbed)
+
+
+def test_descriptions_of_other_activations_are_not_taken_for_these(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    place = Path(run.config.run_dir) / "report/descriptions/sft.jsonl"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"activation_id": "other@1:2", "description": "", "closed": True, "num_tokens": 0}) + "\n")
+    with pytest.raises(ValueError, match="descriptions of other activations"):
+        make_report(run.config)
+
+
+def test_a_test_document_that_an_ancestor_learned_from_stops_the_report(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    learned = run.find("sft").documents["train"]
+    leaked = next(doc_id for doc_id in evaluated_documents(run) if doc_id not in learned)
+    change_documents(run, "sft", {"train": [*learned, leaked]})
+    with pytest.raises(ValueError, match="lineage: 1 test documents were in the train documents of sft"):
+        make_report(run.config)
+    change_documents(run, "sft", {"train": learned, "validation": [leaked]})
+    with pytest.raises(ValueError, match="validation documents of sft"):
+        make_report(run.config)
+
+
+def evaluated_documents(run: Run) -> list[str]:
+    from nla_ray.activations import load_activations
+
+    return load_activations(run, "test").doc_ids
+
+
+def test_scorers_that_share_a_document_stop_the_report(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    change_documents(run, "judge_scorer", run.find("reward_scorer").documents)
+    with pytest.raises(ValueError, match="share .* train documents"):
+        make_report(run.config)
+
+
+def test_too_few_test_documents_are_an_error_and_not_a_smaller_report(copied_run: Callable[..., Run]) -> None:
+    run = copied_run(evaluation=EvaluationConfig(min_documents=15))
+    with pytest.raises(ValueError, match="got 14, expected at least 15"):
+        make_report(run.config)
+    few = copied_run("few", evaluation=EvaluationConfig(min_documents=10, max_activations=9))
+    with pytest.raises(ValueError, match="expected at least 10"):
+        make_report(few.config)
+
+
+def test_a_missing_artifact_names_its_job(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    (run.root / "judge_scorer").delete()
+    with pytest.raises(ValueError, match=r"'judge_scorer'.*jobs/sft\.py"):
+        evaluate(run)
+
+
+def test_the_ablation_arm_has_a_report_of_its_own_that_shows_both(copied_run: Callable[..., Run],
+                                                                 published_run: RunConfig) -> None:
+    from tiny_artifacts import publish_verbalizer
+
+    grpo = dataclasses.replace(published_run.grpo, contrast="none")
+    run = copied_run(grpo=grpo)
+    publish_verbalizer(run, "grpo_no_contrast", seed=7)
+    make_report(run.config)
+    report = read_report(run)
+    assert {"grpo", "grpo_no_contrast"} <= set(report["results"]) and "grpo-grpo_no_contrast" in report["paired"]
+    assert run.find("report") is None and run.find("report_no_contrast") is not None
+
+
+def test_a_failed_gate_ends_with_a_status_only_when_asked(copied_run: Callable[..., Run], capsys: pytest.CaptureFixture) -> None:
+    gates = (("gold.claims.domain", ">=", 0.9), ("grpo.claims.precision", ">=", 0.9))
+    run = copied_run(evaluation=EvaluationConfig(min_documents=10, bootstrap_resamples=50, gates=gates))
+    make_report(run.config)
+    show_report(run)
+    shown = capsys.readouterr().out
+    assert "report.md" in shown and "PASS" in shown and "FAIL" in shown
+    with pytest.raises(SystemExit, match="1 of 2 gates failed: grpo.claims.precision"):
+        show_report(Run(dataclasses.replace(run.config, gate=True)))
+
+
+def test_a_report_can_be_made_on_an_object_store(copied_run: Callable[..., Run], published_run: RunConfig) -> None:
+    local = copied_run()
+    uri = f"memory://evaluated-{Path(local.config.run_dir).parent.name}"
+    for path in local.root.list_files():
+        (Location.of(uri) / path).write_bytes((local.root / path).read_bytes())
+    remote = Run(dataclasses.replace(local.config, run_dir=uri))
+    make_report(remote.config)
+    make_report(local.config)
+    assert read_report(remote) == read_report(local)

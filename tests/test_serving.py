@@ -15,7 +15,7 @@ import torch
 from nla_ray import vectors
 from nla_ray.activations import load_activations
 from nla_ray.artifacts import Run
-from nla_ray.config import BaseConfig, ComputeConfig, GRPOSettings, RunConfig, ServeConfig
+from nla_ray.config import BaseConfig, RunConfig, ServeConfig
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.verbalizer import Verbalizer
 from nla_ray.presets import nano
@@ -31,20 +31,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_config(base: BaseConfig, folder: Path, port: int = 0) -> RunConfig:
-    return dataclasses.replace(
-        nano(), run_dir=str(folder), base=base, compute=ComputeConfig(threads=1, capture_cpus=0.5, serve_cpus=0.1),
-        grpo=GRPOSettings(max_new_tokens=8), serve=ServeConfig(port=port, max_text_chars=400, max_batch=3))
-
-
 @pytest.fixture(scope="module")
-def config(ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run with every artifact that serving needs, and a free port."""
-    from tiny_artifacts import make_artifacts
-
-    config = run_config(tiny_base, tmp_path_factory.mktemp("served"), free_port())
-    make_artifacts(Run(config))
-    return config
+def config(published_run: RunConfig) -> RunConfig:
+    """A run with every artifact that serving needs, small limits and a free port."""
+    return dataclasses.replace(published_run, serve=ServeConfig(port=free_port(), max_text_chars=400, max_batch=3))
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +159,7 @@ ONES = [1.0] * D_MODEL
     ("describe", {"activations": [ONES], "verbalizer": "gold"}, "verbalizer", "gold", "one of grpo, sft"),
     ("describe", {"activations": [ONES], "temperature": -1}, "temperature", "-1", "greater than or equal to 0"),
     ("describe", {"activations": [ONES], "max_new_tokens": 0}, "max_new_tokens", "0", "greater than or equal to 1"),
+    ("describe", {"activations": [ONES], "max_new_tokens": 5_000}, "max_new_tokens", "5000", "context has room for"),
     ("describe", {"activation": [ONES]}, "activation", "[[1.0", "not permitted"),
     ("describe", {"texts": ["fine", " \n\t"]}, "texts[1]", "' ", "visible character"),
     ("describe", {"texts": []}, "texts", "0 items", "1 to 3"),
@@ -222,7 +213,7 @@ def test_a_port_in_use_is_one_clear_message(client: httpx.Client, config: RunCon
 
 def test_missing_artifacts_name_the_job_that_makes_them(tiny_base: BaseConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"artifact 'sft'.*jobs/sft\.py"):
-        application.find_models(Run(run_config(tiny_base, tmp_path)))
+        application.find_models(Run(dataclasses.replace(nano(), base=tiny_base, run_dir=str(tmp_path))))
 
 
 def test_a_run_of_another_base_is_not_served(config: RunConfig, tmp_path: Path) -> None:

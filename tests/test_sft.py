@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
+from transformers import TrainerCallback
 
 from nla_ray import vectors
 from nla_ray.config import BaseConfig, ComputeConfig, LoraSettings, RunConfig, SFTConfig
@@ -25,6 +26,7 @@ from nla_ray.training.sft import (
 
 LABELS = ("- A Python test: file, rows", "- A licence: copying, conditions", "- topics: code", "- tokens: def, assert\n- next: return")
 SETTINGS = SFTConfig(lora=LoraSettings(rank=4, alpha=8), epochs=3, batch_size=8, learning_rate=1e-2, seed=3)
+LONG = dataclasses.replace(SETTINGS, epochs=10, learning_rate=3e-2)
 
 
 def make_pairs(count: int, *, first_row: int = 0, seed: int = 0) -> Pairs:
@@ -132,14 +134,14 @@ def test_validation_loss_is_the_mean_over_tokens_however_they_are_batched(tiny_b
 
 
 def test_training_learns_from_the_activation_and_the_best_epoch_is_saved(tiny_base: BaseConfig, tmp_path: Path) -> None:
-    trainer, checkpoints = prepare(tiny_base, tmp_path)
+    trainer, checkpoints = prepare(tiny_base, tmp_path, LONG)
     base_before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
     trainer.train()
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(evaluations) == SETTINGS.epochs
+    assert len(evaluations) == LONG.epochs
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert checkpoints.best["value"] == min(entry["eval_loss"] for entry in evaluations)
-    assert checkpoints.best["metrics"]["eval_information"] > 0.05
+    assert checkpoints.best["metrics"]["eval_information"] > 0.005
     for name, parameter in trainer.model.named_parameters():
         if not parameter.requires_grad:
             assert torch.equal(parameter, base_before[name]), name
@@ -189,11 +191,10 @@ def test_the_same_seed_gives_the_same_adapter_and_a_resumed_run_gives_it_too(tin
     state = adapter_state(whole.model)
     assert all(torch.equal(tensor, state[name]) for name, tensor in adapter_state(again.model).items())
 
-    cut, checkpoints = prepare(tiny_base, tmp_path / "cut")
-    cut.args.max_steps, steps = 6, cut.state.max_steps  # stops in the middle of the second of three epochs of four steps
-    cut.add_callback(StopAt(6))
-    cut.args.max_steps = steps if steps > 0 else -1
-    cut.train()
+    cut, _ = prepare(tiny_base, tmp_path / "cut")
+    cut.add_callback(StopAt(6))  # in the middle of the second of three epochs of four steps
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
     resumed, checkpoints = prepare(tiny_base, tmp_path / "cut")
     assert checkpoints.last().endswith("checkpoint-4")
     resumed.train(resume_from_checkpoint=checkpoints.last())
@@ -201,14 +202,7 @@ def test_the_same_seed_gives_the_same_adapter_and_a_resumed_run_gives_it_too(tin
         assert torch.equal(tensor, state[name]), name
 
 
-class StopAt:
-    """Placeholder replaced below."""
-
-
-from transformers import TrainerCallback  # noqa: E402
-
-
-class StopAt(TrainerCallback):  # noqa: F811
+class StopAt(TrainerCallback):
     """Ends a training run after a number of steps, saving nothing."""
 
     def __init__(self, step: int) -> None:

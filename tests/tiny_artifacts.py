@@ -34,7 +34,7 @@ def make_artifacts(run: Run, *, verbalizers: tuple[str, ...] = ("sft", "grpo")) 
     for seed, (name, half) in enumerate((("reward_scorer", "even"), ("judge_scorer", "odd"))):
         _publish_scorer(run, name, seed, [doc_id for doc_id in train if document_half(doc_id) == half])
     for seed, name in enumerate(verbalizers):
-        _publish_verbalizer(run, name, seed, train)
+        publish_verbalizer(run, name, seed)
 
 
 def _chunks() -> list[dict]:
@@ -76,7 +76,8 @@ def _publish_scorer(run: Run, name: str, seed: int, documents: list[str]) -> Non
     stage.publish(documents={"train": documents}, model=base_info(run.config.base).to_dict())
 
 
-def _publish_verbalizer(run: Run, name: str, seed: int, documents: list[str]) -> None:
+def publish_verbalizer(run: Run, name: str, seed: int) -> None:
+    """An adapter of random weights as artifact `name`: `sft`, `grpo` or `grpo_no_contrast`."""
     parents = ("activations", "labels") if name == "sft" else ("activations", "sft", "reward_scorer")
     stage = run.stage(name, "base", "sft" if name == "sft" else "grpo", parents={parent: run.find(parent) for parent in parents})
     model = add_lora(load_backbone(run.config.base), LORA, seed=seed)
@@ -85,4 +86,5 @@ def _publish_verbalizer(run: Run, name: str, seed: int, documents: list[str]) ->
     set_adapter_state(model, state)
     with stage.local_folder() as folder:
         save_adapter(model, folder / "adapter")
-    stage.publish(documents={"train": documents}, model=base_info(run.config.base).to_dict())
+    train = run.find("activations").documents["train"]
+    stage.publish(documents={"train": train}, model=base_info(run.config.base).to_dict())

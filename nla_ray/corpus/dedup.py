@@ -34,6 +34,8 @@ def first_of_clusters(signatures: np.ndarray, threshold: float) -> np.ndarray:
     keep = np.ones(len(signatures), dtype=bool)
     while True:
         alive = np.flatnonzero(keep)
+        if len(alive) < 2:
+            return keep
         removed = alive[_later_members(signatures[alive], threshold)]
         if len(removed) == 0:
             return keep

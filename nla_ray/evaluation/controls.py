@@ -50,15 +50,16 @@ def label_descriptions(name: str, text_ids: Sequence[str], doc_ids: Sequence[str
 
 def nearest_train_labels(test: Tensor, train: Tensor, train_text_ids: Sequence[str], labels: Mapping[str, str],
                          mean: Tensor) -> list[str]:
-    """For every test activation the label of the nearest train activation by centred cosine: [rows, d_model] -> rows.
+    """For every test activation the label of the nearest labelled train activation by centred cosine.
 
-    Raises ValueError when a train text has no label: the nearest of some activations would be another control.
+    Raises ValueError when no train text has a label.
     """
-    missing = [text_id for text_id in train_text_ids if text_id not in labels]
-    if missing:
-        raise ValueError(f"train labels: got none for {len(missing)} captured texts, first {missing[0]!r}, expected "
-                         "one for each. Delete the labels and run jobs/label.py again.")
-    return [labels[train_text_ids[row]] for row in nearest_rows(test, train, mean).tolist()]
+    labelled = [row for row, text_id in enumerate(train_text_ids) if text_id in labels]
+    if not labelled:
+        raise ValueError(f"train labels: got none for {len(train_text_ids)} captured texts, expected some. "
+                         "Make them with: python jobs/label.py")
+    known = train if len(labelled) == len(train) else train[torch.tensor(labelled)]
+    return [labels[train_text_ids[labelled[row]]] for row in nearest_rows(test, known, mean).tolist()]
 
 
 def injected_vectors(name: str, activation_ids: Sequence[str], activations: Tensor, mean: Tensor, seed: int) -> Tensor:

@@ -165,8 +165,8 @@ def describe_all(run: Run, manifests: Mapping[str, Manifest], test: ActivationTa
         if artifact not in manifests:
             continue
         names = [artifact, *(INJECTED if artifact == "sft" else ())]
-        with run.local_copy(artifact, manifests[artifact]) as copy:
-            described |= _from_adapter(run.config, copy / "adapter", names, test, mean, folder, count)
+        with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
+            described |= _from_adapter(run.config, adapter, names, test, mean, folder, count)
     return {name: described[name] for name in VERBALIZERS if name in described}
 
 

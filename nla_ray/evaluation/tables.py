@@ -19,6 +19,8 @@ CLAIM_TITLES = {
     "domain": "domain right", "repeats": "repeats an item", "distinct": "distinct", "unclosed": "unclosed",
     "empty": "empty", "tokens": "tokens",
 }
+_PLAIN_WIDTH = 132
+"""Columns where output goes to a file or a log."""
 _SHORT_METRICS = ("top1", "top1_10way", "centred_cosine", "delta", "fve")
 _SHORT_CLAIMS = ("precision", "domain", "repeats", "tokens")
 
@@ -159,22 +161,15 @@ v original, r reconstruction from a description, n(x) = x/|x|, mu = mean n(v) ov
 
 def print_report(report: Mapping[str, Any]) -> None:
     """The report's tables, gates and examples on the terminal."""
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table as RichTable
 
     console = Console()
-    tables = [*geometry_tables(report, _SHORT_METRICS), claims_table(report, _SHORT_CLAIMS), gates_table(report)]
-    for table in tables:
-        if not table.rows:
-            continue
-        rich = RichTable(title=table.title, box=box.SIMPLE_HEAD, title_justify="left")
-        for head in table.heads:
-            rich.add_column(head)
-        for row in table.rows:
-            rich.add_row(*map(escape, row))
-        console.print(rich)
+    if not console.is_terminal:
+        console = Console(width=_PLAIN_WIDTH)
+    for table in (*geometry_tables(report, _SHORT_METRICS), claims_table(report, _SHORT_CLAIMS), gates_table(report)):
+        if table.rows:
+            console.print(_rich(table))
     console.print(f"{report['n']} activations of {report['documents']} test documents; 95% intervals over documents")
     for example in report["examples"]:
         console.rule(escape(f"{example['domain']}  {example['activation_id']}"))
@@ -182,3 +177,16 @@ def print_report(report: Mapping[str, Any]) -> None:
         for name, description in example["descriptions"].items():
             style = "bold" if name.startswith("grpo") else None
             console.print(f"\n{name}:\n{description}", markup=False, highlight=False, style=style)
+
+
+def _rich(table: Table):
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    rich = RichTable(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for place, head in enumerate(table.heads):
+        rich.add_column(head, no_wrap=place == 0)
+    for row in table.rows:
+        rich.add_row(*map(escape, row))
+    return rich

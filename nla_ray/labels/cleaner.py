@@ -2,37 +2,52 @@
 
 Teachers answer in numbered lists, bold phrases and paragraphs, often cut off by their token limit. The cleaner
 strips markup and the phrases that every label shares ("the model is likely ..."), drops a last sentence that
-was cut off, and caps the length. It adds no word of its own, and knows neither the text nor the teacher.
+was cut off, and caps the length at the end of a clause. It adds no word of its own, and knows neither the text
+nor the teacher.
 """
+
+from __future__ import annotations
 
 import re
 
 MAX_BULLETS = 3
+MAX_HEADING_CHARS = 160
+
 _NUMBER = re.compile(r"(?:^|(?<=\s))(\d{1,2})[.)]\s+(?=\S)")
 _BULLET_LINE = re.compile(r"^\s*[-*•]\s+", re.MULTILINE)
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”)*]*\s+(?=[\"'“(*`]*[A-Z0-9])")
-_MARKUP = re.compile(r"\*{1,3}|__|^#{1,6}\s+|```\w*", re.MULTILINE)
-_OUTER_QUOTES = re.compile(r"^[\"'“”]+|[\"'“”]+$")
-_MODEL_IS = (
-    r"(?:the |this |a )?(?:language )?(?:model|assistant|sequence|activation|response|text)(?:'s (?:next tokens?|response|output|activation))? "
-    r"(?:(?:is|was|will be|would be|may be|might be|appears to be|seems to be|seems|appears|will|would|may|might) )?"
-    r"(?:(?:most )?(?:likely|probably|currently|about) )?(?:to )?"
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)*]*\s+(?=[\"'“‘«(*`—]+\S|[A-Z0-9])")
+_QUOTATION = re.compile(r"(?:(?<=\s)|^)([\"“]).{2,160}?[\"”](?=[\s.,;:!?)]|$)|(?:(?<=\s)|^)(['‘]).{2,160}?['’](?=[\s.,;:!?)]|$)")
+_MARKUP = re.compile(r"\*{1,3}|__|^#{1,6}\s+|```\w*|`", re.MULTILINE)
+_OUTER_QUOTES = re.compile(r"^[\"'“”‘’]+|[\"'“”‘’]+$")
+_BOLD_HEADING = re.compile(r"\*\*(?P<heading>.+?)\*\*\s*[:\-–—]?\s*(?P<rest>.*)", re.DOTALL)
+_QUOTED_HEADING = re.compile(
+    r"(?:[\"“](?P<double>.{2,160}?)[\"”]|['‘](?P<single>.{2,160}?)['’])(?:\s*[:;,\-–—]\s+|\s+(?=[A-Z]))(?P<rest>.*)", re.DOTALL
 )
-_BOILERPLATE = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"^(?:here (?:is|are)|sure|certainly|okay|based on)\b[^:]{0,80}:\s*",
-        rf"^(?:likely|next|predicted) (?:continuation|sequence|token)s?:\s*",
-        rf"^{_MODEL_IS}(?:preparing|prepare|reading|continue with|continuing with|start(?:ing)? (?:with|by)|be|predicting|predicts?|"
-        r"anticipat(?:es|ing)|expect(?:s|ing)?|generat(?:e|es|ing)|introduc(?:e|es|ing)|suggest(?:s|ing)?|focus(?:es|ing)? on)?"
-        r"(?: that)?(?: to)?\s+(?=\S)",
-        r"^it (?:predicts?|anticipates?|expects?|may|might|will|would|could|likely)\s+(?:this|that|to)?\s*",
-        r"^this (?:sequence|phrase|continuation|suggests?|indicates?|reflects?)\s+(?:that\s+)?",
-    )
+_END_MARKS = (".", "!", "?", ":", "…")
+
+_SURE = r"(?:also |then |now |most |very )*(?:likely |probably |possibly |currently |perhaps )?"
+_SUBJECT = (
+    r"(?:(?:(?:the|this|a) )?(?:language )?(?:model|assistant|sequence|activation|response|reply|continuation|phrase|prediction)"
+    r"(?:'s (?:next tokens?|response|output|activation))?|it|this text|this)"
 )
-_SALIENT = re.compile(r"^(?:the )?salient tokens? (?:include|are)\s+", re.IGNORECASE)
-_KIND_ON_TOPICS = re.compile(r"^(?:an? )?(?P<kind>[\w+ ]{2,24}) on (?P<first>[a-z]+)(?: and (?P<second>[a-z]+))?$")
-_FIELD = re.compile(r"^(topic|tokens|next|kind|words|format|pattern): ", re.IGNORECASE)
+_AUXILIARY = r"(?:(?:is|was|will|would|could|can|may|might|appears|seems)(?: be| poised| about| ready)*(?: likely)?(?: to)? )?"
+_VERB = (
+    r"(?:prepar(?:es?|ing)|read(?:s|ing)|continu(?:es?|ing) with|start(?:s|ing)? (?:with|by)|be|predict(?:s|ing)?|anticipat(?:es?|ing)|"
+    r"expect(?:s|ing)?|generat(?:es?|ing)|introduc(?:es?|ing)|suggest(?:s|ing)?|focus(?:es|ing)? on|aim(?:s|ing)? to|"
+    r"recogni[sz]es|include?s?|provid(?:es?|ing)|signal(?:s|ing|ling)?|indicat(?:es?|ing)|reflect(?:s|ing)?)"
+)
+_BOILERPLATE = (
+    re.compile(r"^(?:here (?:is|are)|sure|certainly|okay|based on)\b[^:]{0,80}:\s*", re.IGNORECASE),
+    re.compile(r"^(?:likely|next|predicted|plausible) (?:continuation|sequence|tokens?|phrase|next tokens?)s?:\s*", re.IGNORECASE),
+    re.compile(rf"^{_SUBJECT} {_SURE}{_AUXILIARY}{_SURE}{_VERB} (?:that |to |for |this sequence to )?(?=\S)", re.IGNORECASE),
+    re.compile(rf"^{_SUBJECT} (?:appears|seems) to be {_SURE}(?=\S)", re.IGNORECASE),
+)
+_READS = re.compile(
+    r"(?:is likely reading|appears to be) (?P<kind>[\w+ ]{2,40}) on (?P<topics>nothing in particular|[a-z]+(?: and [a-z]+)?)\.?$"
+)
+"""How the offline teachers name the kind of document and its topics."""
+_CONTINUES = re.compile(r"is likely to continue with (?P<form>.+?)\.?$")
+_SALIENT = re.compile(r"^Salient tokens include (?P<words>.+?)\.?$")
 
 
 def clean_label(raw: str, max_words: int = 70) -> str:
@@ -61,67 +76,85 @@ def _split_items(raw: str) -> list[str]:
     if len(starts) < 2:
         starts = [match.span() for match in _BULLET_LINE.finditer(raw)]
     if len(starts) < 2:
-        return [piece for line in raw.splitlines() for piece in _SENTENCE_END.split(line) if piece.strip()]
+        return [piece for line in raw.splitlines() for piece in _split_sentences(line) if piece.strip()]
     ends = [start for start, _ in starts[1:]] + [len(raw)]
     return [raw[begin:end] for (_, begin), end in zip(starts, ends, strict=True)]
 
 
+def _split_sentences(text: str) -> list[str]:
+    """Sentences; an end mark inside a quotation ends none."""
+    quoted = [match.span() for match in _QUOTATION.finditer(text)]
+    pieces, start = [], 0
+    for match in _SENTENCE_END.finditer(text):
+        if not any(begin < match.start() < end for begin, end in quoted):
+            pieces.append(text[start : match.end()])
+            start = match.end()
+    return [*pieces, text[start:]]
+
+
 def _drop_cut_off(raw: str) -> str:
-    """Without its last sentence when that has no end mark and something stands before it."""
-    if not raw or raw.rstrip("\"'”*`) ").endswith((".", "!", "?", ":", "…")):
+    """Without its last sentence when that has no end mark and another one stands before it."""
+    if raw.rstrip("\"'”’*`) ").endswith(_END_MARKS):
         return raw
-    whole = [match.end() for match in re.finditer(r"[.!?][\"'”*`)]*(?=\s)", raw)]
-    # A number such as "3." ends no sentence.
-    whole = [end for end in whole if not re.search(r"(?:^|\s)\d{1,2}[.]$", raw[:end])]
-    return raw[: whole[-1]] if whole and raw.count(".") > 1 else raw
+    ends = [match.end() for match in re.finditer(r"[.!?][\"'”’*`)]*(?=\s)", raw)]
+    # "3." begins an item and ends no sentence; an ellipsis goes on.
+    whole = [end for end in ends if not re.search(r"(?:(?:^|\s)\d{1,2}[.]|\.\.\.)[\"'”’*`)]*$", raw[:end])]
+    return raw[: whole[-1]] if len(whole) > 1 or (whole and "\n" in raw) else raw
 
 
 def _clean_item(item: str) -> str:
     """One bullet: heading and first sentence, without markup, boilerplate and end mark."""
     heading, rest = _split_heading(item.strip())
-    sentences = [_strip_boilerplate(sentence) for sentence in _SENTENCE_END.split(rest) if sentence.strip()]
-    body = next((sentence for sentence in sentences if sentence), "")
-    if heading.lower() in ("topic", "kind"):
-        heading = ""
-    if heading.lower() in ("tokens", "next"):
-        heading = heading.lower()
-    if not heading and sentences and (template := _offline_form(rest, body)):
-        return template
+    sentences = [sentence.strip() for sentence in _split_sentences(rest) if sentence.strip()]
+    if sentences and (fact := _offline_fact(sentences[0])):
+        return fact
+    body = _strip_boilerplate(sentences[0]) if sentences else ""
+    heading = heading.lower() if heading in ("Tokens", "Topic", "Next") else heading
     return f"{heading}: {body}" if heading and body else heading or body
 
 
 def _split_heading(item: str) -> tuple[str, str]:
-    """`**Heading**: rest` or `**Heading** rest` -> both without markup; no bold start: an empty heading."""
-    match = re.match(r"\*\*(?P<heading>.+?)\*\*\s*[:\-–—]?\s*(?P<rest>.*)", item, re.DOTALL)
-    if match is None:
+    """`**Heading**: rest` or `"Heading" - rest` -> both without markup; otherwise an empty heading."""
+    if match := _BOLD_HEADING.match(item):
+        heading = match["heading"]
+    elif match := _QUOTED_HEADING.match(item):
+        heading = match["double"] or match["single"]
+    if match is None or len(heading) > MAX_HEADING_CHARS:
         return "", _plain(item)
-    return _plain(match.group("heading")).rstrip(".:… "), _plain(match.group("rest"))
+    return _unquoted(_plain(heading)).rstrip(".:…, "), _plain(match["rest"])
 
 
-def _offline_form(sentence: str, body: str) -> str:
-    """`a Python test on frame and index` -> `Python test: frame, index`; named fields for the other two facts."""
-    if match := _KIND_ON_TOPICS.match(body):
-        topics = [topic for topic in (match["first"], match["second"]) if topic]
-        return f"{match['kind']}: {', '.join(topics)}"
-    if _SALIENT.match(sentence):
-        return f"tokens: {_SALIENT.sub('', body)}"
-    if re.search(r"\bcontinue with\b", sentence):
-        return f"next: {body}"
+def _offline_fact(sentence: str) -> str:
+    """`... is likely reading Python test on frame and index` -> `Python test: frame, index`; likewise the other facts."""
+    if match := _READS.search(sentence):
+        return f"{match['kind']}: {match['topics'].replace(' and ', ', ')}"
+    if match := _CONTINUES.search(sentence):
+        return f"next: {match['form']}"
+    if match := _SALIENT.search(sentence):
+        return f"tokens: {match['words']}"
     return ""
 
 
 def _strip_boilerplate(sentence: str) -> str:
-    sentence = sentence.strip()
     for pattern in _BOILERPLATE:
-        shorter = pattern.sub("", sentence, count=1).strip()
-        sentence = shorter or sentence
-    return _OUTER_QUOTES.sub("", sentence.rstrip(".!…: ")).strip().rstrip(".")
+        sentence = pattern.sub("", sentence, count=1).strip() or sentence
+    return _OUTER_QUOTES.sub("", sentence.rstrip(".!…:; ")).strip().rstrip(".")
 
 
 def _plain(text: str) -> str:
-    return _OUTER_QUOTES.sub("", " ".join(_MARKUP.sub("", text).replace("`", "").split())).strip()
+    return " ".join(_MARKUP.sub("", text).split())
+
+
+def _unquoted(text: str) -> str:
+    """Without the one pair of quotation marks around it."""
+    is_quoted = len(text) > 2 and text[0] + text[-1] in ('""', "''", "“”", "‘’")
+    return text[1:-1] if is_quoted else text
 
 
 def _cap_words(text: str, limit: int) -> str:
+    """At most `limit` words, ended at the last clause in the second half when there is one."""
     words = text.split()
-    return " ".join(words[:limit]).rstrip(",;:") if len(words) > limit else text
+    if len(words) <= limit:
+        return text
+    clause = max((index for index in range(limit // 2, limit) if words[index].endswith((",", ";", ":", "–", "—"))), default=limit - 1)
+    return " ".join(words[: clause + 1]).rstrip(",;:–— ")

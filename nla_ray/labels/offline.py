@@ -30,6 +30,27 @@ STOP_WORDS = frozenset(
     def return import class elif else pass lambda yield try except finally raise isinstance len str int bool""".split()
 )
 
+ENDINGS = tuple(
+    (re.compile(pattern), phrase)
+    for pattern, phrase in (
+        (r"#(define|include|if|else|end|pragma)", "a preprocessor line"),
+        (r"#|//|\*|/\*|\{#", "more of a comment"),
+        (r">>>|\.\.\.", "the output of an example"),
+        (r".*[(\[{,\\]$", "the next item of an open list"),
+        (r".*(:|%\})$", "the body of an opened block"),
+        (r"([)\]};\s]+|end\w*(\(.*\))?)$", "a new part after a closed block"),
+        (r"[-+] ", "another list item"),
+        (r"return|raise|yield|pass|break|continue", "a new function or branch"),
+        (r"assert|.*\.assert", "another check"),
+        (r".*;$", "another statement or member"),
+        (r"[\w.\[\]\"', ]+[:=+\-]*=\s*\S", "another assignment"),
+        (r".*([.!?]|\"\"\")$", "a new sentence"),
+        (r".*\)$", "another call"),
+    )
+)
+"""Pattern of a text's last line -> the continuation it asks for; the first that matches counts."""
+INDENTED, UNFINISHED = "more of an indented block", "the rest of a sentence"
+
 _PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
@@ -117,30 +138,13 @@ def observe(text: str, domain: str, statistics: WordStatistics) -> Facts:
 
 
 def describe_ending(text: str) -> str:
-    """Which continuation the end of the text asks for: one of a closed set of phrases."""
-    lines = [line for line in text.rstrip().split("\n") if line.strip()]
+    """Which continuation the end of the text asks for: the first phrase of ENDINGS whose pattern its last line begins with."""
+    lines = [line for line in text.split("\n") if line.strip()]
     last = lines[-1] if lines else ""
-    body, indent = last.strip(), len(last) - len(last.lstrip())
-    for matches, phrase in (
-        (body.startswith(("#", "//", "*", "/*", "{#")) and not body.startswith(("#define", "#include", "#if", "#end")),
-         "more of a comment"),
-        (body.startswith(("#define", "#include", "#if", "#end", "#else", "#pragma")), "a preprocessor line"),
-        (body.startswith((">>>", "...")), "the output of an example"),
-        (body.endswith(("(", "[", "{", ",", "\\")), "the next item of an open list"),
-        (body.endswith(":") or body.endswith("%}"), "the body of an opened block"),
-        (bool(re.fullmatch(r"[)\]};,\s]+|end\w*(\(.*\))?", body)), "a new part after a closed block"),
-        (body.startswith(("- ", "* ", "+ ")), "another list item"),
-        (body.startswith(("return", "raise", "yield", "pass", "break", "continue")), "a new function or branch"),
-        (body.startswith("assert") or ".assert" in body, "another check"),
-        (body.endswith(";"), "another statement or member"),
-        (bool(re.match(r"[\w.\[\]\"', ]+\s*[:=+\-]*=\s*\S", body)), "another assignment"),
-        (body.endswith((".", "!", "?", '"""')), "a new sentence"),
-        (body.endswith(")"), "another call"),
-        (indent >= 4, "more of an indented block"),
-    ):
-        if matches:
+    for pattern, phrase in ENDINGS:
+        if pattern.match(last.strip()):
             return phrase
-    return "the rest of a sentence"
+    return INDENTED if last.startswith("    ") else UNFINISHED
 
 
 class ContentFirstTeacher:

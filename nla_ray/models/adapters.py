@@ -52,9 +52,7 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default", *,
     Adapters of a model with more blocks load into one with fewer (a verbalizer's into a reconstructor's base): weights of
     blocks that are not there are left out. Raises ValueError when the folder holds no adapter or one of another shape.
     """
-    if not (Path(folder) / _CONFIG_NAME).is_file():
-        raise ValueError(f"adapter: got {str(folder)!r} without {_CONFIG_NAME}, expected a saved adapter. "
-                         "Name the folder that holds adapter_config.json and adapter_model.safetensors.")
+    _require_adapter(folder)
     try:
         if isinstance(model, PeftModel):
             _require_new(model, name)
@@ -83,14 +81,16 @@ def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") ->
 
 def read_adapter(folder: Path | str) -> tuple[dict[str, Tensor], LoraSettings]:
     """A saved adapter without a model: its tensors as `adapter_state` names them, and its settings."""
-    config = LoraConfig.from_pretrained(str(folder))
-    return load_peft_weights(str(folder), device="cpu"), LoraSettings(rank=config.r, alpha=config.lora_alpha,
-                                                                      dropout=config.lora_dropout)
+    _require_adapter(folder)
+    return load_peft_weights(str(folder), device="cpu"), _settings(LoraConfig.from_pretrained(str(folder)))
 
 
 def adapter_settings(model: PeftModel, name: str = "default") -> LoraSettings:
     """The settings an adapter was made with."""
-    config = model.peft_config[name]
+    return _settings(model.peft_config[name])
+
+
+def _settings(config: LoraConfig) -> LoraSettings:
     return LoraSettings(rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout)
 
 
@@ -145,6 +145,12 @@ def adapter_active(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
         activate(model, before)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _require_adapter(folder: Path | str) -> None:
+    if not (Path(folder) / _CONFIG_NAME).is_file():
+        raise ValueError(f"adapter: got {str(folder)!r} without {_CONFIG_NAME}, expected a saved adapter. "
+                         "Name the folder that holds adapter_config.json and adapter_model.safetensors.")
 
 
 def _require_new(model: PeftModel, name: str) -> None:

@@ -10,8 +10,9 @@ from nla_ray.activations import check_base
 from nla_ray.artifacts import Run
 from nla_ray.cluster import demand, require_resources, worker_options
 from nla_ray.config import RunConfig, ServeConfig
+from nla_ray.injection import build_injection_prompt
 from nla_ray.manifest import Manifest
-from nla_ray.models.backbone import base_info
+from nla_ray.models.backbone import base_info, load_model_config, load_tokenizer
 from nla_ray.runlog import get_logger
 from nla_ray.serving.schema import BaseBody, ModelBody, ModelsResponse
 
@@ -34,10 +35,13 @@ def find_models(run: Run) -> ModelsResponse:
     if not verbalizers:
         run.require("sft", "sft")
     scorers = {name: run.require(f"{name}_scorer", "sft") for name in SCORERS}
-    info = base_info(run.config.base)
+    tokenizer = load_tokenizer(run.config.base)
+    info = base_info(run.config.base, tokenizer)
     for manifest in (*verbalizers.values(), *scorers.values()):
         check_base(manifest, info)
-    base = BaseBody(name=info.name, digest=info.digest, layer=info.layer, d_model=info.d_model,
+    prompt = build_injection_prompt(tokenizer, run.config.base.marker)
+    room = load_model_config(run.config.base).max_position_embeddings - len(prompt)
+    base = BaseBody(name=info.name, digest=info.digest, layer=info.layer, d_model=info.d_model, max_new_tokens=room,
                     num_layers=info.num_layers, max_tokens=run.config.base.max_tokens, injection_norm=info.injection_norm)
     return ModelsResponse(base=base, verbalizers=[_body(name, "verbalizer", one) for name, one in verbalizers.items()],
                           scorers=[_body(name, "scorer", one) for name, one in scorers.items()])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +56,12 @@ class VerbalizerService:
         run = Run(config)
         self._lock, self._verbalizers = threading.Lock(), {}
         self._longest = config.grpo.max_new_tokens
-        with ExitStack() as copies:
-            for name in names:
-                folder = copies.enter_context(run.local_copy(name, run.require(name, name)))
-                self._verbalizers[name] = Verbalizer.load(config.base, folder / "adapter")
+        model = load_backbone(config.base)
+        for name in names:
+            manifest = run.require(name, name)
+            with run.local_copy(name, manifest, "adapter") as folder:
+                self._verbalizers[name] = Verbalizer.load(config.base, folder, model=model,
+                                                          neighbours=manifest.model["neighbours"])
 
     def describe(self, name: str, activations: np.ndarray, sampling: Sampling) -> list[DescriptionBody]:
         """One description for each row of [n, d_model]."""
@@ -84,12 +85,11 @@ class ScorerService:
         self._lock, self._reconstructors = threading.Lock(), {}
         self._batch_size = config.evaluation.batch_size
         model = None
-        with ExitStack() as copies:
-            for name in names:
-                artifact = f"{name}_scorer"
-                folder = copies.enter_context(run.local_copy(artifact, run.require(artifact, "sft")))
+        for name in names:
+            artifact = f"{name}_scorer"
+            with run.local_copy(artifact, run.require(artifact, "sft")) as folder:
                 self._reconstructors[name] = Reconstructor.load(config.base, folder, adapter=name, model=model)
-                model = self._reconstructors[name].model
+            model = self._reconstructors[name].model
 
     def score(self, names: Sequence[str], descriptions: Sequence[str],
               activations: np.ndarray) -> list[dict[str, ScoreBody]]:
@@ -163,6 +163,7 @@ class Endpoint:
         """Describe activations, or the activations at the end of texts."""
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         schema.check_layer(request.layer, self._base.layer)
+        schema.check_length(request.max_new_tokens, self._base.max_new_tokens)
         if (request.activations is None) == (request.texts is None):
             given = "neither" if request.texts is None else "both"
             raise Refusal("body", given, "exactly one of activations and texts")
@@ -195,6 +196,7 @@ class Endpoint:
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         scorers = schema.choose_names("scorers", request.scorers, self._scorers)
         schema.check_layer(request.layer, self._base.layer)
+        schema.check_length(request.max_new_tokens, self._base.max_new_tokens)
         schema.check_text("text", request.text, self._settings.max_text_chars)
         schema.check_batch("positions", len(request.positions), self._settings.max_batch)
         captured = await self._captured("text", request.text, request.positions)

@@ -53,7 +53,7 @@ class Sampling(_Message):
     """How a description is written."""
 
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy decoding.")
-    max_new_tokens: int | None = Field(None, ge=1, le=1_024, description=(
+    max_new_tokens: int | None = Field(None, ge=1, description=(
         "Longest description in tokens; by default what training used."))
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling; without effect at temperature 0.")
 
@@ -153,7 +153,8 @@ class BaseBody(_Message):
     layer: int = Field(description="0-based: the output of this decoder block; transformers' hidden_states[layer + 1].")
     d_model: int
     num_layers: int
-    max_tokens: int
+    max_tokens: int = Field(description="Longest text in tokens, chat template included.")
+    max_new_tokens: int = Field(description="Longest description in tokens that the base's context has room for.")
     injection_norm: float
 
 
@@ -193,6 +194,12 @@ def check_layer(layer: int | None, served: int) -> None:
     """Refuse a layer other than the served one; None is the served one."""
     if layer is not None and layer != served:
         raise Refusal("layer", layer, f"{served}, the layer that this endpoint serves")
+
+
+def check_length(max_new_tokens: int | None, longest: int) -> None:
+    """Refuse a description longer than the context has room for; None is what training used."""
+    if max_new_tokens is not None and max_new_tokens > longest:
+        raise Refusal("max_new_tokens", max_new_tokens, f"at most {longest}, what the base's context has room for")
 
 
 def check_activation(what: str, activation: Sequence[float], d_model: int) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PrinterCallback
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` may change: TRL's minor version is pinned
 from trl import GRPOConfig, GRPOTrainer
@@ -34,17 +35,17 @@ from nla_ray.records import seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.actors import ActorPool, shared_tensor
 from nla_ray.training.loop import METRICS_NAME, Checkpoints, prepare_worker, run_training, trainer_arguments
-from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData, best_reading
+from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
 from nla_ray.training.rewards import reward_weights, schedule_rows
 from nla_ray.training.rollouts import RolloutWorker
 from nla_ray.training.scoring import ScorerWorker
-from nla_ray.training.steps import GRPOCallback, StepClock, StepSampler, TrainingData
+from nla_ray.training.steps import SECONDS, GRPOCallback, StepClock, StepSampler, TrainingData
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from ray import ObjectRef
 
-PARENTS = {"activations": "capture", "sft": "sft", "reward_scorer": "reconstruct", "judge_scorer": "reconstruct"}
+PARENTS = {"activations": "capture", "sft": "sft", "reward_scorer": "sft", "judge_scorer": "sft"}
 """Every artifact GRPO is made from, and the job that makes it."""
 _WARMUP_SHARE = 0.05
 
@@ -53,17 +54,12 @@ logger = get_logger(__name__)
 
 # The driver's side -----------------------------------------------------------------------------------------------------
 
-def artifact_name(settings: GRPOSettings) -> str:
-    """`grpo`, or `grpo_no_contrast` for the ablation, so that one run holds both arms."""
-    return "grpo" if settings.contrast == "wrong" else "grpo_no_contrast"
-
-
 def train_grpo(run: Run) -> Manifest:
     """Sharpen the SFT verbalizer by the reward scorer. Skipped when complete; resumed from its last checkpoint.
 
     Raises ValueError for a missing artifact (naming its job), a cluster that is too small, or settings that do not fit.
     """
-    name = artifact_name(run.config.grpo)
+    name = run.config.grpo.artifact
     parents = {parent: run.require(parent, job) for parent, job in PARENTS.items()}
     stage = run.stage(name, "base", "grpo", parents=parents)
     if stage.manifest is not None:
@@ -75,10 +71,10 @@ def train_grpo(run: Run) -> Manifest:
     train, validation = load_activations(run, "train"), load_activations(run, "validation")
     with actor_pools(run, train, validation) as (bank, rollouts, scorers):
         data = training_data(run, train, validation, bank)
-        run_training(run, name, train_worker, {"data": data, "rollouts": rollouts, "scorers": scorers})
+        told = run_training(run, name, train_worker, {"data": data, "rollouts": rollouts, "scorers": scorers})
     records = [json.loads(line) for line in (stage.location / METRICS_NAME).read_text().splitlines()]
     return stage.publish(documents={"train": data.documents, "validation": data.monitor.doc_ids},
-                         model=base_info(run.config.base).to_dict(), metrics=summary(records, run.config.grpo))
+                         model=base_info(run.config.base).to_dict(), metrics=summary(records, told["published_step"]))
 
 
 def check_settings(config: RunConfig) -> None:
@@ -131,21 +127,17 @@ def training_data(run: Run, train: ActivationTable, validation: ActivationTable,
                             doc_ids=[validation.doc_ids[row] for row in watched], texts=[validation.texts[row] for row in watched]))
 
 
-def summary(records: Sequence[dict[str, Any]], settings: GRPOSettings) -> dict[str, Any]:
-    """For the manifest: the monitor's readings at the start, at the checkpoint that is published, and every warning."""
-    monitored = [record for record in records if JUDGE_COSINE in record]
-    if not monitored:
-        return {}
-    published = published_reading(monitored, settings)
-    return {"published_step": published["step"], "published": published, "sft": monitored[0], "last": monitored[-1],
-            "chosen_by": "judge centred cosine on validation" if settings.contrast == "wrong" else "last step",
-            "warned_steps": [record["step"] for record in monitored if record.get(WARNED)]}
-
-
-def published_reading(monitored: Sequence[dict[str, Any]], settings: GRPOSettings) -> dict[str, Any]:
-    """The reading whose checkpoint is published: the judge's best after training began; the last one of the ablation."""
-    trained = [record for record in monitored if record["step"] > 0] or list(monitored)
-    return trained[-1] if settings.contrast == "none" else dict(best_reading(trained))
+def summary(records: Sequence[dict[str, Any]], published_step: int) -> dict[str, Any]:
+    """For the manifest: the monitor's readings of the SFT verbalizer, of the published checkpoint and at the end; every warning;
+    and the mean seconds of a step."""
+    readings = [record for record in records if JUDGE_COSINE in record]
+    steps = [record for record in records if SECONDS + "step" in record][1:]  # the first one also waits for the actors to start
+    return {
+        "published_step": published_step, "published": next(one for one in readings if one["step"] == published_step),
+        "sft": readings[0], "last": readings[-1], "warned_steps": [record["step"] for record in readings if record[WARNED]],
+        "mean_seconds": {name.removeprefix(SECONDS): sum(record[name] for record in steps) / len(steps)
+                         for name in (steps[0] if steps else {}) if name.startswith(SECONDS)},
+    }
 
 
 # A worker's side -------------------------------------------------------------------------------------------------------
@@ -161,10 +153,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                           model.get_input_embeddings().vocab_size, config["rollouts"], config["scorers"], clock)
     monitor = Monitor(run_config.grpo, data.monitor, config["rollouts"], config["scorers"])
     trainer = build_trainer(run_config, checkpoints.folder, model, sampler, clock)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(GRPOCallback(checkpoints, run_config.grpo, trainer, sampler.publisher, monitor, clock))
     trainer.train(resume_from_checkpoint=checkpoints.last())
     checkpoints.upload()
-    return {"best": checkpoints.best}
+    return {"published_step": checkpoints.best["step"]}
 
 
 def load_policy(run_config: RunConfig, data: TrainingData) -> nn.Module:

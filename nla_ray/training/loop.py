@@ -18,16 +18,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from nla_ray.artifacts import Location, Run
 from nla_ray.cluster import demand, require_resources, resources_of
 from nla_ray.config import BaseConfig, ComputeConfig, RunConfig
 from nla_ray.runlog import MetricsLog, get_logger
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 COMPLETE_NAME = "complete"
 """Empty file inside a checkpoint, written last: a checkpoint without it is torn and ignored."""
@@ -240,8 +243,20 @@ class StageCallback(TrainerCallback):
             self._last_line = time.monotonic()
             logger.info("%s: step %d of %d, loss %.4f", self.title, state.global_step, state.max_steps, float(logs["loss"]))
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        if state.is_world_process_zero and metrics:
+            figures = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items())
+            logger.info("%s: validation at step %d of %d: %s", self.title, state.global_step, state.max_steps, figures)
+
     def on_save(self, args, state, control, **kwargs) -> None:
         self.checkpoints.mark_complete(state.global_step)
+
+
+def follow(trainer: Trainer, checkpoints: Checkpoints, title: str) -> Trainer:
+    """Give a trainer the stage's callback in place of the library's printing; returns the trainer."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StageCallback(checkpoints, title))
+    return trainer
 
 
 # Precision, threads, DeepSpeed -----------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
     """A transformers Trainer for this reconstructor, whose best validated weights go to `checkpoints`."""
     from transformers import Trainer, TrainingArguments
 
-    from nla_ray.training.loop import StageCallback, checkpoint_trainable_only, trainer_arguments
+    from nla_ray.training.loop import checkpoint_trainable_only, follow, trainer_arguments
 
     checkpoint_trainable_only(reconstructor)
     encoded = reconstructor.encode(train.descriptions)
@@ -192,7 +192,7 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
         def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
             reconstruction = _reconstruct(self.model, self.model_wrapped, validation.descriptions)
             figures = validation_figures(reconstruction, validation.targets, mean, wrong)
-            self.log(figures)
+            self.log(dict(figures))
             checkpoints.offer(self.state.global_step, figures["eval_loss"], self.model.save, parameters=trained, metrics=figures)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
             return figures
@@ -206,8 +206,9 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
         per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate, warmup_steps=_WARMUP_SHARE,
         lr_scheduler_type="linear", eval_strategy="epoch", save_strategy="epoch", logging_steps=20,
     )
-    return ReconstructionTrainer(model=reconstructor, args=arguments, data_collator=collate, train_dataset=range(len(encoded)),
-                                 eval_dataset=range(len(validation.doc_ids)), callbacks=[StageCallback(checkpoints, checkpoints.name)])
+    trainer = ReconstructionTrainer(model=reconstructor, args=arguments, data_collator=collate, train_dataset=range(len(encoded)),
+                                    eval_dataset=range(len(validation.doc_ids)))
+    return follow(trainer, checkpoints, checkpoints.name)
 
 
 def make_optimizer(reconstructor, learning_rate: float) -> torch.optim.Optimizer:

@@ -78,8 +78,7 @@ class RolloutWorker:
         torch.set_num_threads(threads)
         tokenizer = load_tokenizer(base)
         self.engine = GenerationEngine(load_backbone(base), tokenizer, build_injection_prompt(tokenizer, base.marker),
-                                       base.injection_norm, max_slots=MAX_SLOTS)
-        self.lora = lora
+                                       base.injection_norm, max_slots=MAX_SLOTS, lora=lora)
         self._banks = {"train": shared_tensor(train), "validation": shared_tensor(validation)}
         self._held: tuple[str, int] | None = None
 

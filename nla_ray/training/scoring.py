@@ -74,7 +74,7 @@ class ScorerWorker:
 
     @staticmethod
     def _load(run: Run, name: ScorerName, model) -> Scorer:
-        with run.local_copy(name, run.require(name, "reconstruct")) as folder:
+        with run.local_copy(name, run.require(name, "sft")) as folder:
             reconstructor = Reconstructor.load(run.config.base, folder, adapter=name, model=model)
         return Scorer(reconstructor, getattr(run.config, name).batch_size)
 

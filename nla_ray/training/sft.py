@@ -170,7 +170,7 @@ def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SF
     from trl import SFTConfig, SFTTrainer
 
     from nla_ray.models.adapters import save_adapter
-    from nla_ray.training.loop import StageCallback, trainer_arguments
+    from nla_ray.training.loop import follow, trainer_arguments
 
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -197,7 +197,7 @@ def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SF
             figures = {name: validation_loss(self.model_wrapped, part, self.data_collator, len(prompt), self.args.device)
                        for name, part in held_out.items()}
             figures["eval_information"] = figures["eval_loss_shuffled"] - figures["eval_loss"]
-            self.log(figures)
+            self.log(dict(figures))
             checkpoints.offer(self.state.global_step, figures["eval_loss"], save, parameters=trained, metrics=figures)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
             return figures
@@ -211,5 +211,6 @@ def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SF
         warmup_steps=_WARMUP_SHARE, lr_scheduler_type="linear", eval_strategy="epoch", save_strategy="epoch", logging_steps=20,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
     )
-    return VerbalizerTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(examples), eval_dataset=Dataset.from_list(
-        held_out["eval_loss"]), processing_class=tokenizer, callbacks=[StageCallback(checkpoints, "sft")])
+    trainer = VerbalizerTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(examples),
+                                eval_dataset=Dataset.from_list(held_out["eval_loss"]), processing_class=tokenizer)
+    return follow(trainer, checkpoints, "sft")

@@ -144,7 +144,7 @@ class GRPOCallback(StageCallback):
 
     def __init__(self, checkpoints: Checkpoints, settings: GRPOSettings, trainer: Trainer, publisher: WeightPublisher,
                  monitor: Monitor, clock: StepClock) -> None:
-        super().__init__(checkpoints, "grpo")
+        super().__init__(checkpoints, settings.artifact)
         self.settings, self.trainer, self.publisher, self.monitor, self.clock = settings, trainer, publisher, monitor, clock
         self._readings = [record for record in self._log.read() if JUDGE_COSINE in record]
         self._seconds: dict[str, float] = {}
@@ -201,7 +201,8 @@ class GRPOCallback(StageCallback):
         """The judge chooses what is published; the ablation is there to show where its reward leads, so it keeps its last."""
         value = -reading[JUDGE_COSINE] if self.settings.contrast == "wrong" else -float(step)
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
-        self.checkpoints.offer(step, value, lambda folder: save_adapter(self.trainer.model, folder / "adapter"), trained)
+        self.checkpoints.offer(step, value, lambda folder: save_adapter(self.trainer.model, folder / "adapter"),
+                               parameters=trained, metrics=reading)
 
 
 def step_line(record: Mapping[str, float], steps: int) -> str:

@@ -1,0 +1,16 @@
+"""Capture the activations of a run's corpus: python jobs/capture.py --preset nano."""
+
+from nla_ray.cluster import run_job
+
+
+def body(run) -> None:
+    from nla_ray.activations import capture_activations
+
+    manifest = capture_activations(run)
+    metrics = manifest.metrics
+    print(f"{metrics['activations']} activations of {metrics['texts']} texts in {run.root / 'activations'} "
+          f"({100 * metrics['padding']:.1f} % padding; left out: {metrics['skipped'] or 'none'})")
+
+
+if __name__ == "__main__":
+    run_job(__doc__, body)
