@@ -1,5 +1,7 @@
 """Serves a trained run over HTTP (Ray Serve): descriptions of activations and texts, and scores. Ctrl-C stops it."""
 
+import os
+
 from nla_ray.cluster import run_job
 
 
@@ -10,9 +12,10 @@ def body(run) -> None:
 
 
 def cleanup() -> None:
-    from nla_ray.serving.application import stop
+    if "RAY_ADDRESS" in os.environ:  # an embedded Ray takes Serve with it when it ends
+        from nla_ray.serving.application import stop
 
-    stop()
+        stop()
 
 
 if __name__ == "__main__":

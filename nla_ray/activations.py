@@ -13,8 +13,10 @@ import io
 import json
 import logging
 import random
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,7 @@ _SENTINEL = "nla-ray-text"
 _TEXT_COLUMNS = ["text_id", "doc_id", "split", "domain", "text"]
 _WRITER_CPUS = 0.25
 _READER_CPUS = 1.0
+_ATTEMPTS = 3
 
 logger = get_logger(__name__)
 
@@ -289,14 +292,17 @@ class ShardRecord:
         (target / _SCRATCH / f"{self.shard}.json").write_text(json.dumps(content))
 
     @classmethod
-    def load(cls, target: Location, shard: str, base_digest: str) -> ShardRecord | None:
-        """The record of a shard that is complete, whole and of this base; None when it must be captured (again)."""
+    def load(cls, target: Location, shard: str, base_digest: str, *, check_file: bool = True) -> ShardRecord | None:
+        """The record of a shard that is complete, whole and of this base; None when it must be captured (again).
+
+        `check_file=False` trusts the record, for shards that this process has just seen written.
+        """
         try:
             content = json.loads((target / _SCRATCH / f"{shard}.json").read_text())
             record = cls(**{**content, "file": FileRecord(**content["file"])})
         except (OSError, ValueError, TypeError, KeyError):  # absent, or torn: either way it is captured again
             return None
-        is_whole = (target / shard).exists() and (target / shard).record() == record.file
+        is_whole = not check_file or ((target / shard).exists() and (target / shard).record() == record.file)
         return record if is_whole and record.base_digest == base_digest else None
 
 
@@ -318,24 +324,40 @@ def capture_activations(run: Run) -> Manifest:
         check_layer(layer, info.num_layers)
     digest = f"{info.digest}/{info.tokenizer_digest}"
     shards = sorted(path for path in corpus.files if path.endswith(".parquet"))
-    todo = [shard for shard in shards if ShardRecord.load(stage.location, shard, digest) is None]
-    if len(todo) < len(shards):
-        logger.info("activations: %d of %d shards are there already", len(shards) - len(todo), len(shards))
-    if todo:
-        _capture_shards(run, stage, corpus, todo, digest)
+    _capture_shards(run, stage, corpus, shards, digest)
     return _publish(stage, shards, digest, info)
 
 
 def _capture_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str) -> None:
+    """Capture the shards that have no record yet; when an actor or node was lost, go on with those that are left."""
+    import ray
+
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        todo = [shard for shard in shards if ShardRecord.load(stage.location, shard, digest) is None]
+        if not todo:
+            return
+        if len(todo) < len(shards):
+            logger.info("activations: %d of %d shards are there already", len(shards) - len(todo), len(shards))
+        try:
+            _stream_shards(run, stage, corpus, todo, digest)
+            return
+        except ray.exceptions.RayError as error:
+            if not attempts_left or cluster.user_message(error) is not None or isinstance(error, ray.exceptions.RayTaskError):
+                raise
+            logger.warning("activations: a process was lost (%s); going on with the shards that are left", type(error).__name__)
+
+
+def _stream_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str) -> None:
     """Stream shards through read -> tokenise -> capture -> write."""
     import ray.data
 
     config = run.config
     num_actors = min(config.capture.num_actors, len(shards))
-    capture = cluster.worker_options(config.compute, "capture")
+    options = cluster.worker_options(config.compute, "capture")
     # On CPU the reader asks for the same as the actor, so that Ray Data runs it inside the actor: one process less.
-    reader = {"num_cpus": _READER_CPUS} if capture["num_gpus"] else capture
-    writer = {"num_cpus": _WRITER_CPUS}
+    reader = {"num_cpus": _READER_CPUS} if options["num_gpus"] else options
+    # Restarting the only actor gains nothing over starting again on what is left, and Ray prints a warning where it may.
+    capture = {**options, "max_restarts": -1 if num_actors > 1 else 0}
     cluster.require_resources([cluster.demand(config.compute, "capture", num_actors),
                                cluster.Demand(name="writer", count=1, resources={"CPU": _WRITER_CPUS})])
     with _quiet_ray_data(), stage_progress("activations", len(shards)) as advance:
@@ -345,29 +367,34 @@ def _capture_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str],
         rows = texts.map_batches(Capture, fn_constructor_args=(config.base, config.capture, config.compute.threads),
                                  compute=ray.data.ActorPoolStrategy(size=num_actors), batch_size=None, batch_format="pyarrow", **capture)
         written = rows.map_batches(write_shard, fn_kwargs={"target": stage.location, "batch_tokens": config.capture.batch_tokens,
-                                                           "base_digest": digest}, batch_size=None, batch_format="pyarrow", **writer)
+                                                           "base_digest": digest}, batch_size=None, batch_format="pyarrow",
+                                   num_cpus=_WRITER_CPUS)
         for counts in written.iter_rows():
             advance(note=f"{counts['activations']} activations of {counts['tokens']} tokens in {counts['shard']}")
 
 
-class _quiet_ray_data:
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
     """Ray Data without its own bars and log lines (errors come as exceptions), and with blocks that are never split."""
+    from ray.data import DataContext
+    from ray.util.annotations import RayDeprecationWarning
 
-    def __enter__(self) -> None:
-        from ray.data import DataContext
-
-        self._context = DataContext.get_current()
-        self._before = (self._context.enable_progress_bars, self._context.target_max_block_size)
-        self._context.enable_progress_bars, self._context.target_max_block_size = False, None
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-    def __exit__(self, *_: object) -> None:
-        self._context.enable_progress_bars, self._context.target_max_block_size = self._before
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = DataContext.get_current()
+    before = context.enable_progress_bars, context.target_max_block_size
+    context.enable_progress_bars, context.target_max_block_size = False, None
+    try:
+        with warnings.catch_warnings():
+            # `max_restarts` is passed the old way until Ray 2.64; there is no named parameter for it yet.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            yield
+    finally:
+        context.enable_progress_bars, context.target_max_block_size = before
 
 
 def _publish(stage: Stage, shards: list[str], digest: str, info: BaseInfo) -> Manifest:
     """Gather the shards' records into stats.json and skipped.jsonl, and write the manifest."""
-    records = [ShardRecord.load(stage.location, shard, digest) for shard in shards]
+    records = [ShardRecord.load(stage.location, shard, digest, check_file=False) for shard in shards]
     if None in records:
         raise RuntimeError(f"{stage.location}: shard {shards[records.index(None)]} is not complete after capture, expected a whole file.")
     counts = _counts(records)

@@ -227,7 +227,6 @@ def _start_ray(address: str | None, options: dict[str, Any], *, can_fail: bool) 
     import ray
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # a paragraph about tokens at every start
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ core writes to our stderr; failures come as exceptions
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", **options)
@@ -365,13 +364,21 @@ def user_message(error: BaseException) -> str | None:
     for cause in _causes(error):
         if type(cause) is ValueError:
             return str(cause)
-        if type(cause).__name__ == "ActorDiedError" and (told := re.search(r"^ValueError: (.*)", str(cause), re.MULTILINE | re.DOTALL)):
-            return told[1].strip()  # raised in an actor's __init__: Ray keeps only its text
         if isinstance(cause, OSError) and cause.errno in _USER_ERRNOS:
-            where = f" at {cause.filename}" if cause.filename else ""
-            return (f"operating system: got {os.strerror(cause.errno).lower()!r}{where}, expected to be allowed and able to use it. "
-                    f"Nothing complete was damaged: {_USER_ERRNOS[cause.errno]} and run the same command again.")
+            return _refused(cause.errno, cause.filename)
+        if type(cause).__module__.startswith("ray."):  # Ray Data, and an actor that died in __init__, keep only the text
+            if told := re.search(r"^ValueError: (.+)$", str(cause), re.MULTILINE):
+                return told[1].strip()
+            told = re.search(r"^(?:OSError|PermissionError): \[Errno (\d+)\]", str(cause), re.MULTILINE)
+            if told and int(told[1]) in _USER_ERRNOS:
+                return _refused(int(told[1]), None)
     return None
+
+
+def _refused(number: int, path: str | None) -> str:
+    where = f" at {path}" if path else ""
+    return (f"operating system: got {os.strerror(number).lower()!r}{where}, expected to be allowed and able to use it. "
+            f"Nothing complete was damaged: {_USER_ERRNOS[number]} and run the same command again.")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

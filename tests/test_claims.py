@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nla_ray.evaluation import claims
+from nla_ray.labels.cleaner import clean_label
+from nla_ray.labels.offline import ContentFirstTeacher, FormatFirstTeacher, WordStatistics
 
 DESCRIPTION = "- Python test: frame, index\n- tokens: assert, dtype, loadFrame\n- next: another check"
 TEXT = "def test_frame():\n    assert loadFrame(df).dtype == 'int64'\n    # 2.5 items, Los Angeles"
@@ -105,3 +107,14 @@ def test_domain_named_compares_with_the_true_domain() -> None:
 
 def test_words_outside_ascii_are_words() -> None:
     assert claims.claim_counts("- tokens: größe, 東京", "Die Größe von 東京") == (2, 2)
+
+
+@pytest.mark.parametrize("teacher", [ContentFirstTeacher, FormatFirstTeacher])
+def test_the_offline_teachers_claim_nothing_that_is_not_in_the_text(teacher: type) -> None:
+    frequency = {word: 20 for word in ("test", "frame", "assert", "load", "dtype", "licence", "copy")}
+    describe = teacher(WordStatistics(num_documents=200, document_frequency=frequency)).describe
+    for text in (TEXT, "zzz qqq", ""):
+        label = clean_label(describe(text, "python_test"))
+        found, claimed = claims.claim_counts(label, text)
+        assert found == claimed and (claimed > 0) == (text == TEXT)
+        assert claims.domain_named(label, "python_test", NAMES) and not claims.repeats_item(label)

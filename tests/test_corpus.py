@@ -112,7 +112,9 @@ def test_chunks_end_at_lines_and_keep_their_bounds() -> None:
     lines = [f"line {number} of a text with several words in it" for number in range(60)]
     chunks = embedded.cut_chunks("\n".join(lines), seed_key="doc", min_chars=100, max_chars=200)
     assert all(100 <= len(chunk) <= 200 for chunk in chunks)
-    assert [line for chunk in chunks for line in chunk.split("\n")] == lines[: sum(chunk.count("\n") + 1 for chunk in chunks)]
+    starts = [lines.index(chunk.split("\n")[0]) for chunk in chunks]
+    assert all(chunk.split("\n") == lines[start : start + chunk.count("\n") + 1] for chunk, start in zip(chunks, starts, strict=True))
+    assert len(chunks) > 10 and starts == sorted(set(starts))
     assert chunks == embedded.cut_chunks("\n".join(lines), seed_key="doc", min_chars=100, max_chars=200)
 
 

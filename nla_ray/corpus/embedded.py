@@ -63,7 +63,9 @@ _SUFFIX_DOMAINS = {
     ".yaml": "configuration", ".yml": "configuration", ".json": "configuration", ".toml": "configuration",
     ".jinja": "jinja_template", ".j2": "jinja_template", ".proto": "protocol_buffer", ".cmake": "cmake",
 }
-_SKIPPED_PARTS = frozenset({"thirdparty_files", "_vendor", "_vendored", "vendored", "__pycache__", "jars", "site-packages", "client", "lib2to3"})
+_SKIPPED_PARTS = frozenset({
+    "thirdparty_files", "_vendor", "_vendored", "vendored", "__pycache__", "jars", "site-packages", "client", "lib2to3",
+})
 """Copies of other packages, build output, web bundles."""
 _SKIPPED_PREFIXES = ("torch/include/ATen/ops/", "numpy/_core/tests/data/")
 """Thousands of generated one-operator headers; numeric tables."""
@@ -130,7 +132,9 @@ def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast
             yield from _definitions(child)
 
 
-def cut_chunks(text: str, *, seed_key: str, min_chars: int = MIN_CHUNK_CHARS, max_chars: int = MAX_CHUNK_CHARS) -> list[str]:
+def cut_chunks(
+    text: str, *, seed_key: str, min_chars: int = MIN_CHUNK_CHARS, max_chars: int = MAX_CHUNK_CHARS
+) -> list[str]:
     """Consecutive pieces of the text, cut at line ends, each of a seeded length in [min_chars, max_chars].
 
     A line that is longer than max_chars is cut at a space. Pieces below min_chars (the end of the text, the

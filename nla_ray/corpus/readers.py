@@ -205,7 +205,8 @@ def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
     except (OSError, ValueError) as error:
         raise ValueError(f"corpus.path {path}: got a dataset that cannot be loaded ({error}), expected a folder written by "
                          "save_to_disk. Save it again.") from None
-    parts = {path.name: loaded} if isinstance(loaded, Dataset) else {f"{path.name}/{name}": part for name, part in loaded.items()}
+    is_one = isinstance(loaded, Dataset)
+    parts = {path.name: loaded} if is_one else {f"{path.name}/{name}": part for name, part in loaded.items()}
     for source, part in parts.items():
         columns = _wanted_columns(part.column_names, path, config)
         number = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from nla_ray.evaluation.summary import SCORERS, Described, Evaluated, check_gate
 from nla_ray.evaluation.tables import print_report, to_markdown
 from nla_ray.labels.stage import load_labels
 from nla_ray.manifest import Manifest, check_disjoint, check_lineage
-from nla_ray.models.backbone import base_info, load_tokenizer
+from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.verbalizer import Verbalizer
 from nla_ray.runlog import MetricsLog, get_logger, stage_progress
@@ -43,7 +42,7 @@ logger = get_logger(__name__)
 
 
 def evaluate(run: Run) -> Manifest:
-    """The report of a run. The work is done by one Ray process that is placed like a rollout worker, when Ray is there.
+    """The report of a run. The work is done by one Ray process that is placed like a scorer, when Ray is there.
 
     Raises ValueError for a missing artifact, too few test documents, a test document that was trained on, or a gate
     that names no figure.
@@ -65,8 +64,8 @@ def _make_placed(config: RunConfig) -> None:
     if not ray.is_initialized():
         make_report(config)
         return
-    require_resources([demand(config.compute, "rollout")])
-    worker = ray.remote(make_report).options(max_retries=3, **worker_options(config.compute, "rollout"))
+    require_resources([demand(config.compute, "scorer")])
+    worker = ray.remote(make_report).options(max_retries=3, **worker_options(config.compute, "scorer"))
     ray.get(worker.remote(config))
 
 
@@ -157,21 +156,24 @@ def _domain_names(domains: Sequence[str]) -> dict[str, str]:
 
 def describe_all(run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, mean: Tensor,
                  folder: Path) -> dict[str, list[Described]]:
-    """Descriptions of every test activation by verbalizer, in report order; written to `{folder}` as they come."""
-    count = _TokenCount(load_tokenizer(run.config.base))
-    described = {name: _write(folder / f"{name}.jsonl", test.ids, [(text, True) for text in texts], count)
-                 for name, texts in _from_labels(run, test, mean).items()}
+    """Descriptions of every test activation by verbalizer, in report order; written to `folder` as they come."""
+    folder.mkdir(parents=True, exist_ok=True)
+    describer = _Describer(run.config, test, folder)
+    described = {name: describer.keep(name, texts) for name, texts in _label_controls(run, test, mean).items()}
     for artifact in TRAINED:
         if artifact not in manifests:
             continue
-        names = [artifact, *(INJECTED if artifact == "sft" else ())]
+        injected = {artifact: test.vectors}
+        if artifact == "sft":
+            injected |= {name: injected_vectors(name, test.ids, test.vectors, mean, run.config.evaluation.seed)
+                         for name in INJECTED}
         with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
-            described |= _from_adapter(run.config, adapter, names, test, mean, folder, count)
+            described |= describer.describe(adapter, manifests[artifact].model["neighbours"], injected)
     return {name: described[name] for name in VERBALIZERS if name in described}
 
 
-def _from_labels(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
-    """The controls that need no model."""
+def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
+    """What the controls that need no model say of every test activation."""
     gold = {row["text_id"]: row["label"] for row in load_labels(run, "test") if row["drawn"]}
     known = {row["text_id"]: row["label"] for row in load_labels(run, "train") if row["drawn"]}
     train = load_activations(run, "train")
@@ -182,72 +184,67 @@ def _from_labels(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, lis
     return {**texts, "nearest_train_label": nearest}
 
 
-def _from_adapter(config: RunConfig, adapter: Path, names: Sequence[str], test: ActivationTable, mean: Tensor,
-                  folder: Path, count: _TokenCount) -> dict[str, list[Described]]:
-    """What one adapter says of the activations (`sft`, `grpo`) or of what is injected instead (`mean_activation`)."""
-    logs = {name: MetricsLog(folder / f"{name}.jsonl") for name in names}
-    described = {name: _read(log, test.ids) for name, log in logs.items()}
-    if all(len(rows) == len(test.ids) for rows in described.values()):
+class _Describer:
+    """Keeps `{verbalizer}.jsonl` files of descriptions, and makes what they lack with adapters over one loaded base."""
+
+    def __init__(self, config: RunConfig, test: ActivationTable, folder: Path) -> None:
+        self._config, self._ids, self._folder = config, test.ids, folder
+        self._tokenizer, self._model = load_tokenizer(config.base), None
+        self._num_tokens: dict[str, int] = {}
+
+    def keep(self, name: str, texts: Sequence[str]) -> list[Described]:
+        """Write descriptions that cost nothing to make, one for each activation."""
+        described = [self._described(text, closed=True) for text in texts]
+        rows = (_row(activation_id, one) for activation_id, one in zip(self._ids, described, strict=True))
+        (self._folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return described
-    verbalizer = Verbalizer.load(config.base, adapter)
-    for name, log in logs.items():
-        injected = test.vectors
-        if name in INJECTED:
-            injected = injected_vectors(name, test.ids, test.vectors, mean, config.evaluation.seed)
-        _describe(verbalizer, name, injected, test.ids, described[name], log, config, count)
-    return described
 
+    def describe(self, adapter: Path, neighbours: Sequence[int],
+                 injected: Mapping[str, Tensor]) -> dict[str, list[Described]]:
+        """What one adapter says, by name of what is injected: [rows, d_model], or [1, d_model] for all rows alike."""
+        logs = {name: MetricsLog(self._folder / f"{name}.jsonl") for name in injected}
+        described = {name: self._read(log) for name, log in logs.items()}
+        if any(len(done) < len(self._ids) for done in described.values()):
+            self._model = load_backbone(self._config.base) if self._model is None else self._model
+            verbalizer = Verbalizer.load(self._config.base, adapter, neighbours=neighbours, model=self._model)
+            for name, vectors in injected.items():
+                self._complete(verbalizer, name, vectors, described[name], logs[name])
+        return described
 
-def _describe(verbalizer: Verbalizer, name: str, injected: Tensor, ids: Sequence[str], done: list[Described],
-              log: MetricsLog, config: RunConfig, count: _TokenCount) -> None:
-    """Append the missing descriptions to `done` and to the file, chunk by chunk; one injected row serves all."""
-    chunk = config.evaluation.batch_size * _CHUNK_BATCHES
-    with stage_progress(f"describe: {name}", len(ids)) as advance:
-        advance(len(done))
-        while len(done) < len(ids):
-            start = len(done)
-            rows = injected if len(injected) == 1 else injected[start:start + chunk]
-            written = verbalizer.describe(rows, max_new_tokens=config.grpo.max_new_tokens)
-            copies = len(ids) - start if len(injected) == 1 else 1
-            fresh = [Described(one.text, one.closed, count(one.text)) for one in written] * copies
-            for activation_id, one in zip(ids[start:], fresh):
-                log.append(_row(activation_id, one))
-            done += fresh
-            advance(len(fresh))
+    def _complete(self, verbalizer: Verbalizer, name: str, injected: Tensor, done: list[Described],
+                  log: MetricsLog) -> None:
+        """Append the missing descriptions to `done` and to the file, chunk by chunk."""
+        chunk = self._config.evaluation.batch_size * _CHUNK_BATCHES
+        with stage_progress(f"describe: {name}", len(self._ids)) as advance:
+            advance(len(done))
+            while len(done) < len(self._ids):
+                start = len(done)
+                rows = injected if len(injected) == 1 else injected[start:start + chunk]
+                written = verbalizer.describe(rows, max_new_tokens=self._config.grpo.max_new_tokens)
+                copies = len(self._ids) - start if len(injected) == 1 else 1
+                fresh = [self._described(one.text, one.closed) for one in written] * copies
+                for activation_id, one in zip(self._ids[start:], fresh):
+                    log.append(_row(activation_id, one))
+                done += fresh
+                advance(len(fresh))
 
+    def _read(self, log: MetricsLog) -> list[Described]:
+        """What is there already. Raises ValueError when it describes other activations."""
+        rows = log.read()
+        if [row["activation_id"] for row in rows] != self._ids[:len(rows)]:
+            raise ValueError(f"{log.path}: got descriptions of other activations than the test split's, expected the "
+                             "same in order. The file is damaged; delete it and evaluate again.")
+        return [Described(row["description"], row["closed"], row["num_tokens"]) for row in rows]
 
-def _write(path: Path, ids: Sequence[str], written: Sequence[tuple[str, bool]], count: _TokenCount) -> list[Described]:
-    """Descriptions that cost nothing to make are made anew and written whole."""
-    described = [Described(text, closed, count(text)) for text, closed in written]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = (_row(activation_id, one) for activation_id, one in zip(ids, described, strict=True))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return described
-
-
-def _read(log: MetricsLog, ids: Sequence[str]) -> list[Described]:
-    """What is there already. Raises ValueError when it describes other activations."""
-    rows = log.read()
-    if [row["activation_id"] for row in rows] != list(ids[:len(rows)]):
-        raise ValueError(f"{log.path}: got descriptions of other activations than the test split's, expected the "
-                         "same in order. The file is damaged; delete it and evaluate again.")
-    return [Described(row["description"], row["closed"], row["num_tokens"]) for row in rows]
+    def _described(self, text: str, closed: bool) -> Described:
+        """With its length in tokens; labels and controls repeat, so each text is counted once."""
+        if text not in self._num_tokens:
+            self._num_tokens[text] = len(self._tokenizer.encode(text, add_special_tokens=False))
+        return Described(text, closed, self._num_tokens[text])
 
 
 def _row(activation_id: str, one: Described) -> dict[str, Any]:
     return {"activation_id": activation_id, "description": one.text, "closed": one.closed, "num_tokens": one.num_tokens}
-
-
-class _TokenCount:
-    """Tokens of a description; labels and controls repeat, so each text is counted once."""
-
-    def __init__(self, tokenizer) -> None:
-        self._tokenizer, self._known = tokenizer, {}
-
-    def __call__(self, text: str) -> int:
-        if text not in self._known:
-            self._known[text] = len(self._tokenizer.encode(text, add_special_tokens=False))
-        return self._known[text]
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------
@@ -257,11 +254,11 @@ def reconstruct_all(run: Run, manifests: Mapping[str, Manifest],
     """Reconstructions by verbalizer and scorer, each [rows, d_model]. Both scorers share one loaded base."""
     result: dict[str, dict[str, Tensor]] = {name: {} for name in descriptions}
     model = None
-    with ExitStack() as copies, stage_progress("reconstruct", len(SCORERS) * len(descriptions)) as advance:
+    with stage_progress("reconstruct", len(SCORERS) * len(descriptions)) as advance:
         for scorer in SCORERS:
             artifact = f"{scorer}_scorer"
-            folder = copies.enter_context(run.local_copy(artifact, manifests[artifact]))
-            reconstructor = Reconstructor.load(run.config.base, folder, adapter=scorer, model=model)
+            with run.local_copy(artifact, manifests[artifact]) as folder:
+                reconstructor = Reconstructor.load(run.config.base, folder, adapter=scorer, model=model)
             model = reconstructor.model
             for name, described in descriptions.items():
                 texts = [one.text for one in described]

@@ -16,34 +16,40 @@ MAX_HEADING_CHARS = 160
 _NUMBER = re.compile(r"(?:^|(?<=\s))(\d{1,2})[.)]\s+(?=\S)")
 _BULLET_LINE = re.compile(r"^\s*[-*•]\s+", re.MULTILINE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)*]*\s+(?=[\"'“‘«(*`—]+\S|[A-Z0-9])")
-_QUOTATION = re.compile(r"(?:(?<=\s)|^)([\"“]).{2,160}?[\"”](?=[\s.,;:!?)]|$)|(?:(?<=\s)|^)(['‘]).{2,160}?['’](?=[\s.,;:!?)]|$)")
+_QUOTATION = re.compile(r"(?:(?<=\s)|^)(?:[\"“].{2,160}?[\"”]|['‘].{2,160}?['’])(?=[\s.,;:!?)]|$)")
 _MARKUP = re.compile(r"\*{1,3}|__|^#{1,6}\s+|```\w*|`", re.MULTILINE)
 _OUTER_QUOTES = re.compile(r"^[\"'“”‘’]+|[\"'“”‘’]+$")
 _BOLD_HEADING = re.compile(r"\*\*(?P<heading>.+?)\*\*\s*[:\-–—]?\s*(?P<rest>.*)", re.DOTALL)
 _QUOTED_HEADING = re.compile(
-    r"(?:[\"“](?P<double>.{2,160}?)[\"”]|['‘](?P<single>.{2,160}?)['’])(?:\s*[:;,\-–—]\s+|\s+(?=[A-Z]))(?P<rest>.*)", re.DOTALL
+    r"(?:[\"“](?P<double>.{2,160}?)[\"”]|['‘](?P<single>.{2,160}?)['’])"
+    r"(?:\s*[:;,\-–—]\s+|\s+(?=[A-Z]))(?P<rest>.*)",
+    re.DOTALL,
 )
 _END_MARKS = (".", "!", "?", ":", "…")
 
 _SURE = r"(?:also |then |now |most |very )*(?:likely |probably |possibly |currently |perhaps )?"
 _SUBJECT = (
-    r"(?:(?:(?:the|this|a) )?(?:language )?(?:model|assistant|sequence|activation|response|reply|continuation|phrase|prediction)"
+    r"(?:(?:(?:the|this|a) )?(?:language )?"
+    r"(?:model|assistant|sequence|activation|response|reply|continuation|phrase|prediction)"
     r"(?:'s (?:next tokens?|response|output|activation))?|it|this text|this)"
 )
 _AUXILIARY = r"(?:(?:is|was|will|would|could|can|may|might|appears|seems)(?: be| poised| about| ready)*(?: likely)?(?: to)? )?"
 _VERB = (
-    r"(?:prepar(?:es?|ing)|read(?:s|ing)|continu(?:es?|ing) with|start(?:s|ing)? (?:with|by)|be|predict(?:s|ing)?|anticipat(?:es?|ing)|"
-    r"expect(?:s|ing)?|generat(?:es?|ing)|introduc(?:es?|ing)|suggest(?:s|ing)?|focus(?:es|ing)? on|aim(?:s|ing)? to|"
+    r"(?:prepar(?:es?|ing)|read(?:s|ing)|continu(?:es?|ing) with|start(?:s|ing)? (?:with|by)|be|predict(?:s|ing)?|"
+    r"anticipat(?:es?|ing)|expect(?:s|ing)?|generat(?:es?|ing)|introduc(?:es?|ing)|suggest(?:s|ing)?|focus(?:es|ing)? on|aim(?:s|ing)? to|"
     r"recogni[sz]es|include?s?|provid(?:es?|ing)|signal(?:s|ing|ling)?|indicat(?:es?|ing)|reflect(?:s|ing)?)"
 )
 _BOILERPLATE = (
     re.compile(r"^(?:here (?:is|are)|sure|certainly|okay|based on)\b[^:]{0,80}:\s*", re.IGNORECASE),
-    re.compile(r"^(?:likely|next|predicted|plausible) (?:continuation|sequence|tokens?|phrase|next tokens?)s?:\s*", re.IGNORECASE),
+    re.compile(
+        r"^(?:likely|next|predicted|plausible) (?:continuation|sequence|tokens?|phrase|next tokens?)s?:\s*", re.IGNORECASE
+    ),
     re.compile(rf"^{_SUBJECT} {_SURE}{_AUXILIARY}{_SURE}{_VERB} (?:that |to |for |this sequence to )?(?=\S)", re.IGNORECASE),
     re.compile(rf"^{_SUBJECT} (?:appears|seems) to be {_SURE}(?=\S)", re.IGNORECASE),
 )
 _READS = re.compile(
-    r"(?:is likely reading|appears to be) (?P<kind>[\w+ ]{2,40}) on (?P<topics>nothing in particular|[a-z]+(?: and [a-z]+)?)\.?$"
+    r"(?:is likely reading|appears to be) (?P<kind>[\w+ ]{2,40}) on "
+    r"(?P<topics>nothing in particular|[a-z]+(?: and [a-z]+)?)\.?$"
 )
 """How the offline teachers name the kind of document and its topics."""
 _CONTINUES = re.compile(r"is likely to continue with (?P<form>.+?)\.?$")
@@ -156,5 +162,6 @@ def _cap_words(text: str, limit: int) -> str:
     words = text.split()
     if len(words) <= limit:
         return text
-    clause = max((index for index in range(limit // 2, limit) if words[index].endswith((",", ";", ":", "–", "—"))), default=limit - 1)
-    return " ".join(words[: clause + 1]).rstrip(",;:–— ")
+    clauses = [index for index in range(limit // 2, limit) if words[index].endswith((",", ";", ":", "–", "—"))]
+    last = max(clauses, default=limit - 1)
+    return " ".join(words[: last + 1]).rstrip(",;:–— ")

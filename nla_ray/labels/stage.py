@@ -69,7 +69,8 @@ def label_texts(run: Run) -> Manifest:
     _require_labels(stage, counts, reasons)
     logger.info("labels: %d of %d texts, %d labels%s", counts.texts - counts.unlabelled_texts, counts.texts, counts.labels,
                 f", refused: {reasons}" if reasons else "")
-    metrics = {**asdict(counts), "mean_words": round(counts.words / counts.labels, 2), "refused": reasons, "import_sha256": imported}
+    mean_words = round(counts.words / counts.labels, 2)
+    metrics = {**asdict(counts), "mean_words": mean_words, "refused": reasons, "import_sha256": imported}
     return stage.publish(documents=documents, metrics=metrics)
 
 
@@ -163,14 +164,16 @@ def _file_hash(path: str | None) -> str | None:
 def _require_same_import(manifest: Manifest, imported: str | None, config: LabelConfig) -> None:
     there = manifest.metrics.get("import_sha256")
     if imported not in (there, "missing"):
-        raise ValueError(f"label.import_path {config.import_path}: got content with sha256 {str(imported)[:12]}, expected "
-                         f"{str(there)[:12]}, from which the run's labels were made. Restore the file or use another --run-dir.")
+        raise ValueError(f"label.import_path {config.import_path}: got content with sha256 {str(imported)[:12]}, "
+                         f"expected {str(there)[:12]}, from which the run's labels were made. Restore the file or use "
+                         "another --run-dir.")
 
 
 def _require_labels(stage: Stage, counts: LabelCounts, reasons: dict[str, int]) -> None:
     if counts.labels == 0:
-        raise ValueError(f"labels in {stage.location}: got no label for any of {counts.texts} texts (refused: {reasons or 'none'}), "
-                         "expected at least one. See refused.jsonl there; labels must carry texts of this corpus.")
+        raise ValueError(f"labels in {stage.location}: got no label for any of {counts.texts} texts (refused: "
+                         f"{reasons or 'none'}), expected at least one. See refused.jsonl there; labels must carry texts of "
+                         "this corpus.")
 
 
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:

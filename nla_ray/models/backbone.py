@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -369,5 +370,7 @@ def _first_blocks(decoder: nn.Module, num_blocks: int) -> nn.Module:
     view._modules = dict(decoder._modules)  # copy.copy shares the registry, and the original must keep its blocks and norm
     view.layers = nn.ModuleList(list(decoder.layers)[:num_blocks])
     view.norm = nn.Identity()
+    for name in [name for name in vars(view) if name.endswith("_hooks")]:  # DeepSpeed's, put on the decoder, know only it
+        setattr(view, name, OrderedDict())
     view.config = keep_blocks(decoder.config, num_blocks)
     return view

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ VERBALIZERS = ("grpo", "sft")
 SCORERS = ("reward", "judge")
 _ONGOING_REQUESTS = 8
 """Requests a model replica takes in at once; its lock runs them one by one."""
+_LOGGING = {"log_level": "WARNING"}
+"""Serve writes a line for every request otherwise."""
 
 logger = get_logger(__name__)
 
@@ -42,7 +45,8 @@ def find_models(run: Run) -> ModelsResponse:
     prompt = build_injection_prompt(tokenizer, run.config.base.marker)
     room = load_model_config(run.config.base).max_position_embeddings - len(prompt)
     base = BaseBody(name=info.name, digest=info.digest, layer=info.layer, d_model=info.d_model, max_new_tokens=room,
-                    num_layers=info.num_layers, max_tokens=run.config.base.max_tokens, injection_norm=info.injection_norm)
+                    num_layers=info.num_layers, max_tokens=run.config.base.max_tokens,
+                    injection_norm=info.injection_norm)
     return ModelsResponse(base=base, verbalizers=[_body(name, "verbalizer", one) for name, one in verbalizers.items()],
                           scorers=[_body(name, "scorer", one) for name, one in scorers.items()])
 
@@ -77,8 +81,10 @@ def start(config: RunConfig) -> str:
     require_resources([demand(config.compute, "serve", 3)])
     application = build_application(config)
     check_port(config.serve)
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.serve.host, "port": config.serve.port})
-    serve.run(application, name=APPLICATION_NAME, route_prefix="/")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets its own level when it is imported
+    serve.start(proxy_location="HeadOnly", logging_config=_LOGGING,
+                http_options={"host": config.serve.host, "port": config.serve.port})
+    serve.run(application, name=APPLICATION_NAME, route_prefix="/", logging_config=_LOGGING)
     return f"http://{config.serve.host}:{config.serve.port}"
 
 

@@ -19,7 +19,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from nla_ray import __version__, prompts, vectors
+import nla_ray
+from nla_ray import prompts, vectors
 from nla_ray.artifacts import Run
 from nla_ray.config import RunConfig, ServeConfig
 from nla_ray.models.backbone import ResidualReader, load_backbone, load_tokenizer, torch_device
@@ -234,7 +235,8 @@ class Endpoint:
             raise Refusal(what, f"{captured.num_tokens} tokens with the chat template",
                           f"at most {self._base.max_tokens} tokens")
         if not captured.positions:
-            raise Refusal("positions", positions, f"-{captured.num_tokens} to {captured.num_tokens - 1}, the prompt's tokens")
+            raise Refusal("positions", positions,
+                          f"-{captured.num_tokens} to {captured.num_tokens - 1}, the prompt's tokens")
         return captured
 
 
@@ -256,9 +258,10 @@ async def _awaited(answer: Awaitable[str]) -> str:
 
 def build_api(endpoint: Endpoint) -> FastAPI:
     """Routes, OpenAPI page and the form of refusals."""
-    api = FastAPI(title="nla_ray", version=__version__,
+    api = FastAPI(title="nla_ray", version=nla_ray.__version__,
                   description="Descriptions of a language model's activations, and scores of them.")
-    refused: dict[int | str, dict[str, Any]] = {422: {"model": ErrorBody, "description": "Refused: what, got, expected."}}
+    refused: dict[int | str, dict[str, Any]] = {
+        422: {"model": ErrorBody, "description": "Refused: what, got, expected."}}
     for path, answer, body in (("/v1/describe", endpoint.describe, DescribeResponse),
                                ("/v1/score", endpoint.score, ScoreResponse),
                                ("/v1/explain", endpoint.explain, ExplainResponse)):

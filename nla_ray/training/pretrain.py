@@ -108,8 +108,8 @@ def check_train_only(doc_ids: Iterable[str]) -> None:
     """Raise RuntimeError unless every document belongs to the train split."""
     strangers = [doc_id for doc_id in doc_ids if split_of(doc_id) != "train"]
     if strangers:
-        raise RuntimeError(f"pretraining: got {len(strangers)} documents outside the train split (first: {strangers[0]}), expected "
-                           "none. The choice of documents and the split function disagree.")
+        raise RuntimeError(f"pretraining: got {len(strangers)} documents outside the train split (first: {strangers[0]}), "
+                           "expected none. The choice of documents and the split function disagree.")
 
 
 def check_never_seen(card: dict[str, Any], doc_ids: Iterable[str]) -> None:
@@ -117,8 +117,8 @@ def check_never_seen(card: dict[str, Any], doc_ids: Iterable[str]) -> None:
     learned = set(card["doc_id_digests"])
     leaked = sorted(doc_id for doc_id in doc_ids if digest(doc_id) in learned)
     if leaked:
-        raise ValueError(f"lineage: the base model was pretrained on {len(leaked)} of the report's documents: {leaked[:3]}, expected "
-                         "none. Pretrain it again, or build the corpus with the split function of this version.")
+        raise ValueError(f"lineage: the base model was pretrained on {len(leaked)} of the report's documents: "
+                         f"{leaked[:3]}, expected none. Pretrain it again, or build the corpus with the split function of this version.")
 
 
 def digest(doc_id: str) -> str:
@@ -133,11 +133,14 @@ def train_worker(rank: int, work: Work) -> None:
     configure_worker()
     torch.set_num_threads(1)
     config = work.config
-    torch.distributed.init_process_group("gloo", init_method=f"file://{work.rendezvous}", rank=rank, world_size=config.num_processes)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{work.rendezvous}", rank=rank, world_size=config.num_processes
+    )
     texts: PretrainTexts = pickle.loads((work.folder / _TEXTS).read_bytes())
     tokenizer = Qwen2Tokenizer.from_pretrained(work.folder / _TOKENIZER)
     model = build_model(config, tokenizer)
-    check = partial(word_precision, model, tokenizer, texts.validation[:CHECK_TEXTS], texts.statistics, config, work.read_layer)
+    some = texts.validation[:CHECK_TEXTS]
+    check = partial(word_precision, model, tokenizer, some, texts.statistics, config, work.read_layer)
     progress = train(model, Rows.load(work.folder), work, rank, check)
     if rank == 0:
         precision = word_precision(model, tokenizer, texts.validation, texts.statistics, config, work.read_layer)
@@ -157,7 +160,10 @@ class Progress:
 
 
 def train(model: nn.Module, rows: Rows, work: Work, rank: int, check: Callable[[], dict[str, float]]) -> Progress:
-    """All steps from the last checkpoint on. Every process sees its share of each step's rows; `check` is logged at checkpoints."""
+    """All steps from the last checkpoint on. Every process sees its share of each step's rows.
+
+    `check` is called, and what it returns logged, before each checkpoint.
+    """
     config = work.config
     optimizers = Optimizers(model, config)
     progress = _load_state(model, optimizers, work.folder / _STATE)
@@ -178,8 +184,8 @@ def train(model: nn.Module, rows: Rows, work: Work, rank: int, check: Callable[[
             progress.history.append(_mean_losses(step + 1, window))
             window = []
             if rank == 0:
-                logger.info("pretrain: step %d of %d, %.0f s, gradient norm %.2f, %s", step + 1, config.steps, progress.seconds, norm,
-                            progress.history[-1])
+                logger.info("pretrain: step %d of %d, %.0f s, gradient norm %.2f, %s", step + 1, config.steps,
+                            progress.seconds, norm, progress.history[-1])
         if rank == 0 and time.monotonic() - saved > config.checkpoint_seconds:
             logger.info("pretrain: checkpoint at step %d, precision of salient words %s", step + 1, check())
             _save_state(model, optimizers, progress, work.folder / _STATE)
@@ -244,7 +250,8 @@ def make_card(work: Work, texts: PretrainTexts, progress: Progress, precision: d
 def save_model(model: nn.Module, tokenizer, card: dict[str, Any], folder: Path) -> None:
     """bf16 safetensors, configuration, tokenizer and card.json into an existing folder."""
     # The output matrix is the embedding matrix: written once.
-    weights = {name: value.detach().to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {name: value.detach().to(torch.bfloat16) for name, value in state.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -267,5 +274,5 @@ def install_model(folder: Path) -> Path:
 def _check_shape(config: PretrainConfig, read_layer: int) -> None:
     require(config.rows_per_step % config.num_processes == 0, "pretrain.rows_per_step", config.rows_per_step,
             f"a multiple of pretrain.num_processes ({config.num_processes})", "Change one of them.")
-    require(read_layer < config.num_layers, "base.layer", read_layer, f"a block below pretrain.num_layers ({config.num_layers})",
-            "Set --base.layer.")
+    require(read_layer < config.num_layers, "base.layer", read_layer,
+            f"a block below pretrain.num_layers ({config.num_layers})", "Set --base.layer.")

@@ -41,7 +41,8 @@ SOFT_WIDTH = 16
 CHATS_PER_ROW = 4
 CUT_CHARS = 60_000
 USUAL_PIECES, SHORT_PIECES = 40, 20
-"""Most pieces of one document: as long as the corpus cuts them, and from 60 characters on."""
+"""Most pieces of one document: as long as the corpus cuts them, and from MIN_SHORT_CHARS on."""
+MIN_SHORT_CHARS = 60
 RAW_CHARS = 4_000
 LOOK_AHEAD = 24
 """Chats among which the longest that fits a row is looked for."""
@@ -138,8 +139,9 @@ def _first_ones(texts: list[str]) -> np.ndarray:
 
 
 def _pieces_of(text: str, doc_id: str, draw: random.Random) -> list[str]:
-    usual = [piece for piece in cut_chunks(text[:CUT_CHARS], seed_key=f"{doc_id}/pretrain") if is_informative(piece)]
-    short = [piece for piece in cut_chunks(text[:CUT_CHARS], seed_key=f"{doc_id}/short", min_chars=60) if is_informative(piece)]
+    usual = cut_chunks(text[:CUT_CHARS], seed_key=f"{doc_id}/pretrain")
+    short = cut_chunks(text[:CUT_CHARS], seed_key=f"{doc_id}/short", min_chars=MIN_SHORT_CHARS)
+    usual, short = ([piece for piece in pieces if is_informative(piece)] for pieces in (usual, short))
     draw.shuffle(usual)
     draw.shuffle(short)
     return usual[:USUAL_PIECES] + short[:SHORT_PIECES]
@@ -182,7 +184,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, marker: str):
     return tokenizer
 
 
-def compose_answer(text: str, domain: str, statistics: WordStatistics, num_words: int, draw: random.Random) -> tuple[str, list[tuple[str, float]]]:
+def compose_answer(
+    text: str, domain: str, statistics: WordStatistics, num_words: int, draw: random.Random
+) -> tuple[str, list[tuple[str, float]]]:
     """One drawn answer, and the document's salient words with their shares of the soft target.
 
     Words are listed in a random order in which a word comes first with a probability proportional to its

@@ -39,7 +39,9 @@ def build_model(config: PretrainConfig, tokenizer) -> nn.Module:
     return Qwen2ForCausalLM(architecture)
 
 
-def run_blocks(model: nn.Module, tokens: Tensor, positions: Tensor, segments: Tensor, read_layer: int) -> tuple[Tensor, Tensor]:
+def run_blocks(
+    model: nn.Module, tokens: Tensor, positions: Tensor, segments: Tensor, read_layer: int
+) -> tuple[Tensor, Tensor]:
     """States after the final norm and the raw output of block `read_layer`, both [batch, seq, d_model].
 
     All three inputs are [batch, seq]; a token sees the earlier tokens of its own segment only.
@@ -62,7 +64,9 @@ def final_norm(model: nn.Module) -> nn.Module:
     return model.model.norm
 
 
-def training_losses(model: nn.Module, batch: dict[str, Tensor], config: PretrainConfig, read_layer: int) -> tuple[Tensor, Tensor]:
+def training_losses(
+    model: nn.Module, batch: dict[str, Tensor], config: PretrainConfig, read_layer: int
+) -> tuple[Tensor, Tensor]:
     """The weighted loss, and the plain means of LOSS_NAMES [5].
 
     At a generation prompt the soft target replaces the next token; it is asked twice, of the model's output and

@@ -1,0 +1,15 @@
+"""Measure capture and generation side by side with plain transformers: python jobs/benchmark.py --preset nano."""
+
+from nla_ray.cluster import run_job
+
+
+def body(run) -> None:
+    from nla_ray.benchmark import RESULTS_NAME, describe_results, run_benchmarks
+
+    for line in describe_results(run_benchmarks(run)):
+        print(line)
+    print(f"written to {run.root / RESULTS_NAME}")
+
+
+if __name__ == "__main__":
+    run_job(__doc__, body, ray=False)

@@ -1,0 +1,380 @@
+"""Speed, side by side with plain transformers, in one run: ratios, medians, and how far from what the machine can do.
+
+`capture` and `generate` are measured here, ours and the library's by turns, so that whatever else the machine does falls on
+both. `train` and `pipeline` are read from what those stages recorded. Nothing here decides how a stage works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from nla_ray.artifacts import Run
+from nla_ray.config import RunConfig
+from nla_ray.runlog import get_logger
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+REPETITIONS = 7
+NUM_ROWS = 64
+"""Activations described at once."""
+CAPTURE_FLOP = 4e11
+"""Work of one capture repetition: decides how many texts are read."""
+MIN_TEXTS, MAX_TEXTS = 16, 1_024
+LIBRARY_BATCH = 32
+"""Texts in one batch of the reference: the order they come in, padded to the longest."""
+RESULTS_NAME = "benchmark.json"
+_LIBRARIES_SHOWN = ("torch", "transformers", "peft", "trl", "ray")
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of several repetitions of one piece of work."""
+
+    wall: list[float]
+    cpu: list[float]
+    """Processor seconds of all threads: what remains comparable on a machine that does other things as well."""
+
+    def to_dict(self, tokens: int) -> dict[str, Any]:
+        wall = statistics.median(self.wall)
+        return {"seconds": wall, "cpu_seconds": statistics.median(self.cpu), "tokens_per_second": tokens / wall,
+                "all_seconds": self.wall, "all_cpu_seconds": self.cpu}
+
+
+def side_by_side(ours: Callable[[], object], library: Callable[[], object], repetitions: int) -> tuple[Timing, Timing]:
+    """Time both by turns, after one unmeasured run of each; who begins changes with every turn."""
+    ours()
+    library()
+    timings = {ours: Timing(wall=[], cpu=[]), library: Timing(wall=[], cpu=[])}
+    for repetition in range(repetitions):
+        for work in (ours, library) if repetition % 2 == 0 else (library, ours):
+            wall, cpu = time.perf_counter(), time.process_time()
+            work()
+            timings[work].wall.append(time.perf_counter() - wall)
+            timings[work].cpu.append(time.process_time() - cpu)
+    return timings[ours], timings[library]
+
+
+def compare(ours: Timing, library: Timing, tokens: int) -> dict[str, Any]:
+    """Both timings and the ratio library / ours: of medians, with the extremes over neighbouring repetitions."""
+    ratios = [theirs / own for own, theirs in zip(ours.wall, library.wall)]
+    return {
+        "ratio": statistics.median(library.wall) / statistics.median(ours.wall), "ratio_low": min(ratios), "ratio_high": max(ratios),
+        "cpu_ratio": statistics.median(library.cpu) / statistics.median(ours.cpu), "tokens": tokens,
+        "ours": ours.to_dict(tokens), "library": library.to_dict(tokens),
+    }
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def describe_machine(dtype: str, device: str) -> dict[str, Any]:
+    """Processor, threads, versions, and two measured limits: matrix product (FLOP/s) and copying (bytes/s)."""
+    import importlib.metadata
+
+    import torch
+
+    return {
+        "processor": _processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "dtype": dtype, "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _LIBRARIES_SHOWN},
+        "matmul_flop_per_second": _matmul_rate(getattr(torch, dtype), device), "copy_bytes_per_second": _copy_rate(device),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _best_seconds(work: Callable[[], object], device: str, repetitions: int = 10) -> float:
+    import torch
+
+    def timed() -> float:
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return min(timed() for _ in range(repetitions))
+
+
+def _matmul_rate(dtype, device: str) -> float:
+    import torch
+
+    size = 1_024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best_seconds(lambda: left @ right, device)
+
+
+def _copy_rate(device: str) -> float:
+    import torch
+
+    source = torch.zeros(1 << 25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
+
+
+# --- capture ---------------------------------------------------------------------------------------------------------
+
+
+def benchmark_capture(config: RunConfig, texts: Sequence[str], repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """The capture stage's reader against the whole model with `output_hidden_states`, on the same texts in random order.
+
+    Tokens are the texts' own, padding not counted. Raises RuntimeError when the two disagree on an activation.
+    """
+    import torch
+
+    from nla_ray.activations import ActivationReader, TextEncoder, wanted_layers
+    from nla_ray.models.backbone import load_backbone, load_tokenizer
+
+    base, layers = config.base, wanted_layers(config.base, config.capture)
+    whole, tokenizer = load_backbone(base), load_tokenizer(base)
+    encoder = TextEncoder(tokenizer, base, dataclasses.replace(config.capture, positions="last"))
+    encoded = _enough_texts(encoder, texts, sum(parameter.numel() for parameter in whole.parameters()))
+    cut = load_backbone(base, num_blocks=layers[-1] + 1)
+    reader = ActivationReader(cut, layers, config.capture.batch_tokens)
+
+    def ours() -> Tensor:
+        return torch.cat([torch.from_numpy(array) for array in reader.read(encoded)[base.layer]])
+
+    @torch.inference_mode()
+    def library() -> Tensor:
+        found = []
+        for start in range(0, len(encoded), LIBRARY_BATCH):
+            batch = tokenizer.pad({"input_ids": [text.ids for text in encoded[start:start + LIBRARY_BATCH]]}, return_tensors="pt").to(whole.device)
+            states = whole(**batch, output_hidden_states=True).hidden_states[base.layer + 1]
+            found.append(states[torch.arange(len(states)), batch["attention_mask"].sum(-1) - 1].float().cpu())
+        return torch.cat(found)
+
+    error = _relative_error(ours(), library()) if base.layer + 1 < len(whole.model.layers) else None
+    if error is not None and error > (1e-4 if base.dtype == "float32" else 5e-2):
+        raise RuntimeError(f"capture benchmark: got activations that differ by {error:.1e} of their size, expected the same vectors.")
+    tokens = sum(len(text.ids) for text in encoded)
+    result = compare(*side_by_side(ours, library, repetitions), tokens)
+    return {**result, "texts": len(encoded), "layer": base.layer, "largest_relative_difference": error,
+            "flop": 2 * tokens * _block_parameters(cut)}
+
+
+def _enough_texts(encoder, texts: Sequence[str], parameters: int) -> list:
+    """Texts in random order until their tokens mean CAPTURE_FLOP of work."""
+    from nla_ray.activations import Skipped
+
+    encoded, tokens = [], 0
+    for number, text in enumerate(random.Random(0).sample(list(texts), len(texts))):
+        if len(encoded) >= MAX_TEXTS or (len(encoded) >= MIN_TEXTS and 2 * parameters * tokens > CAPTURE_FLOP):
+            break
+        try:
+            encoded.append(encoder.encode(str(number), text))
+            tokens += len(encoded[-1].ids)
+        except Skipped:
+            continue
+    return encoded
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def _block_parameters(model: nn.Module) -> int:
+    """Parameters that multiply every token: matrices of the blocks and an output head, not the embedding table."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters()
+               if parameter.ndim == 2 and "embed_tokens" not in name and ".lora_" not in name)
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def benchmark_generate(config: RunConfig, activations: Tensor, adapter_folder: str | None, repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """The engine against batched `model.generate` through the embedding wrapper and the unmerged adapter, greedy, same rows.
+
+    Without an adapter folder a random adapter is used. The share of rows with the same tokens is part of the result.
+    """
+    from nla_ray.injection import build_injection_prompt
+    from nla_ray.models.adapters import adapter_settings, adapter_state, add_lora, load_adapter
+    from nla_ray.models.backbone import load_backbone, load_tokenizer
+    from nla_ray.models.engine import GenerationEngine
+
+    base, limit = config.base, config.grpo.max_new_tokens
+    model, tokenizer = load_backbone(base), load_tokenizer(base)
+    prompt = build_injection_prompt(tokenizer, base.marker)
+    model = add_lora(model, config.sft.lora, trainable=False) if adapter_folder is None else load_adapter(model, adapter_folder)
+    model.eval()
+    engine = GenerationEngine(model, tokenizer, prompt, base.injection_norm, len(activations), adapter_settings(model))
+    started = time.perf_counter()
+    engine.load_weights(adapter_state(model), 1)
+    load_seconds = time.perf_counter() - started
+
+    def ours() -> list[list[int]]:
+        return [rollout.token_ids for rollout in engine.generate(activations, max_new_tokens=limit)]
+
+    def library() -> list[list[int]]:
+        return library_generate(model, tokenizer, prompt, activations, base.injection_norm, limit, engine.end_ids)
+
+    own, theirs = ours(), library()
+    tokens, steps = sum(map(len, own)), max(map(len, own))
+    result = compare(*side_by_side(ours, library, repetitions), tokens)
+    started = time.perf_counter()
+    sampled = engine.generate(activations, temperature=1.0, max_new_tokens=limit)
+    seconds = time.perf_counter() - started
+    weights = _block_parameters(model.get_base_model()) + (model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel())
+    return {
+        **result, "rows": len(own), "same_rows": sum(a == b for a, b in zip(own, theirs)) / len(own), "adapter": adapter_folder or "random",
+        "longest": steps, "mean_length": tokens / len(own), "weight_load_seconds": load_seconds,
+        "sampled_tokens_per_second": sum(len(rollout.token_ids) for rollout in sampled) / seconds,
+        "flop": 2 * weights * tokens, "bytes": steps * weights * engine.decoder.dtype.itemsize,
+    }
+
+
+def library_generate(model, tokenizer, prompt, activations: Tensor, injection_norm: float, max_new_tokens: int,
+                     end_ids: frozenset[int]) -> list[list[int]]:
+    """Greedy tokens of `model.generate` for every activation, each row up to its end of text."""
+    import torch
+
+    from nla_ray.injection import activations_attached
+
+    with activations_attached(model.get_base_model(), activations, injection_norm) as wrapper, torch.inference_mode():
+        ids = torch.tensor([prompt.encode(row, wrapper.vocab_size) for row in range(len(activations))], device=model.device)
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+                                pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(end_ids))
+    rows = output[:, ids.shape[1]:].tolist()
+    return [row[:next((place + 1 for place, token in enumerate(row) if token in end_ids), len(row))] for row in rows]
+
+
+def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """The result with the time that its arithmetic or its weights' way through memory would take at the measured limits."""
+    ideal = max(result["flop"] / machine["matmul_flop_per_second"], result.get("bytes", 0) / machine["copy_bytes_per_second"])
+    return {**result, "roofline_seconds": ideal, "times_roofline": result["ours"]["seconds"] / ideal,
+            "library_times_roofline": result["library"]["seconds"] / ideal}
+
+
+# --- what the stages have recorded -----------------------------------------------------------------------------------
+
+
+def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
+    """Where a training step's seconds go: the median of every `seconds/...` figure in the stage's metrics; None without any."""
+    place = run.root / stage / "metrics.jsonl"
+    if not place.exists():
+        return None
+    records = [json.loads(line) for line in place.read_text().splitlines() if line.strip()]
+    named = {name for record in records for name in record if name.startswith("seconds/")}
+    if not named:
+        return None
+    medians = {name.removeprefix("seconds/"): statistics.median(record[name] for record in records if name in record) for name in sorted(named)}
+    step = medians.get("step")
+    return {"steps": sum("seconds/step" in record for record in records), "median_seconds": medians,
+            "share_of_step": {name: seconds / step for name, seconds in medians.items()} if step else None}
+
+
+def pipeline_seconds(run: Run) -> dict[str, Any] | None:
+    """Seconds of every stage of the run's pipeline and their sum; None when no pipeline has been run here."""
+    place = run.root / "timings.json"
+    if not place.exists():
+        return None
+    stages = json.loads(place.read_text())
+    return {"stages": stages, "seconds": sum(stages.values())}
+
+
+# --- the job ---------------------------------------------------------------------------------------------------------
+
+
+def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """All four sections, written to `benchmark.json` of the run, which makes the corpus first when it has none."""
+    import torch
+
+    from nla_ray.corpus.build import build_corpus
+    from nla_ray.models.backbone import torch_device
+
+    config = run.config
+    torch.set_num_threads(config.compute.threads)
+    texts = _test_texts(run, build_corpus(run))
+    machine = describe_machine(config.base.dtype, torch_device(config.base).type)
+    logger.info("benchmark: capture, %d repetitions of each side", repetitions)
+    capture = distance_to_limits(benchmark_capture(config, texts, repetitions), machine)
+    logger.info("benchmark: generate, %d repetitions of each side", repetitions)
+    sft = run.find("sft")
+    activations = _read_activations(config, texts)
+    if sft is None:
+        generate = benchmark_generate(config, activations, None, repetitions)
+    else:
+        with run.local_copy("sft", sft, "adapter/") as folder:
+            generate = benchmark_generate(config, activations, str(folder), repetitions)
+    results = {
+        "preset": config.preset, "base": config.base.model, "machine": machine, "capture": capture,
+        "generate": distance_to_limits(generate, machine),
+        "train": {stage: train_breakdown(run, stage) for stage in ("reward_scorer", "judge_scorer", "sft", "grpo")},
+        "pipeline": pipeline_seconds(run),
+    }
+    (run.root / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _test_texts(run: Run, corpus) -> list[str]:
+    """Texts of the test split, in the corpus's order."""
+    texts: list[str] = []
+    for path in sorted(path for path in corpus.files if path.endswith(".parquet")):
+        table = pq.read_table(io.BytesIO(run.verified("corpus", corpus, path).read_bytes()), columns=["split", "text"])
+        texts += [text for text, split in zip(table["text"].to_pylist(), table["split"].to_pylist()) if split == "test"]
+    if len(texts) < NUM_ROWS:
+        raise ValueError(f"benchmark: got {len(texts)} test texts, expected at least {NUM_ROWS}. Use a larger corpus (--corpus.max-chunks).")
+    return texts
+
+
+def _read_activations(config: RunConfig, texts: Sequence[str]) -> Tensor:
+    """Activations [NUM_ROWS, d_model] of texts in random order."""
+    import torch
+
+    from nla_ray.activations import ActivationReader, Skipped, TextEncoder
+    from nla_ray.models.backbone import load_backbone, load_tokenizer
+
+    base = config.base
+    encoder = TextEncoder(load_tokenizer(base), base, dataclasses.replace(config.capture, positions="last"))
+    encoded = []
+    for number, text in enumerate(random.Random(1).sample(list(texts), len(texts))):
+        try:
+            encoded.append(encoder.encode(str(number), text))
+        except Skipped:
+            continue
+        if len(encoded) == NUM_ROWS:
+            break
+    reader = ActivationReader(load_backbone(base, num_blocks=base.layer + 1), [base.layer], config.capture.batch_tokens)
+    return torch.cat([torch.from_numpy(array) for array in reader.read(encoded)[base.layer]])
+
+
+def describe_results(results: dict[str, Any]) -> list[str]:
+    """The results as lines to print."""
+    machine = results["machine"]
+    lines = [f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, {machine['dtype']}, "
+             f"{machine['matmul_flop_per_second'] / 1e9:.0f} GFLOP/s, {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s"]
+    for name in ("capture", "generate"):
+        part = results[name]
+        lines.append(f"{name}: {part['ratio']:.2f}x ({part['ratio_low']:.2f} to {part['ratio_high']:.2f}; processor time {part['cpu_ratio']:.2f}x), "
+                     f"{part['ours']['tokens_per_second']:.0f} against {part['library']['tokens_per_second']:.0f} tokens/s, "
+                     f"{part['times_roofline']:.1f} times the roofline")
+    lines.append(f"generate: {100 * results['generate']['same_rows']:.0f} % of rows with the same tokens, adapter {results['generate']['adapter']}")
+    for stage, breakdown in results["train"].items():
+        if breakdown:
+            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in breakdown["median_seconds"].items())
+            lines.append(f"{stage}: median seconds of a step: {parts}")
+    if results["pipeline"]:
+        lines.append(f"pipeline: {results['pipeline']['seconds']:.0f} s in all stages together")
+    return lines
