@@ -1,4 +1,4 @@
-"""Capture the activations of a run's corpus: python jobs/capture.py --preset nano."""
+"""Capture the activations of a run's corpus."""
 
 from nla_ray.cluster import run_job
 

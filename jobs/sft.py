@@ -1,4 +1,4 @@
-"""Train both reconstructors and the verbalizer's SFT from a run's activations and labels: python jobs/sft.py --preset nano."""
+"""Train both reconstructors and the verbalizer's SFT from a run's activations and labels."""
 
 from nla_ray.cluster import run_job
 

@@ -15,6 +15,7 @@ from typing import Any
 from nla_ray.artifacts import Run
 from nla_ray.cluster import resources_of
 from nla_ray.config import LoraSettings, PretrainConfig, RunConfig
+from nla_ray.records import TEST_SHARE, TRAIN_SHARE
 
 _CHARS_PER_TOKEN = 3.2
 """Source: measured on the embedded corpus with byte-level BPE tokenizers of 4,096 to 49,152 tokens, 2.6 to 3.8."""
@@ -22,7 +23,6 @@ _TEMPLATE_TOKENS = 30
 _LABEL_TOKENS = 60
 _PROMPT_TOKENS = 45
 """Of the verbalizer's prompt; the same for every activation."""
-_TRAIN_SHARE, _TEST_SHARE = 0.84, 0.10
 _CPU_PROCESS_BYTES = 0.6e9
 """A process that imported torch, transformers and peft, before any weight. Measured: 0.45 to 0.65 GB."""
 _GPU_PROCESS_BYTES = 1.5e9
@@ -229,7 +229,7 @@ def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
         config, shape = facts.config, facts.shape
         settings = getattr(config, name)
         blocks = config.base.layer + 1
-        examples = min(facts.texts * _TRAIN_SHARE / 2, settings.max_examples or float("inf"))
+        examples = min(facts.texts * TRAIN_SHARE / 2, settings.max_examples or float("inf"))
         tokens = examples * settings.epochs * min(settings.max_tokens, _LABEL_TOKENS + 8)
         trainable = shape.lora_parameters(settings.lora, blocks) + shape.d_model**2
         state = facts.trainer_bytes(shape.parameters_up_to(config.base.layer), trainable)
@@ -243,7 +243,7 @@ def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
 
 def _plan_sft(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
-    examples = min(facts.texts * _TRAIN_SHARE, config.sft.max_examples or float("inf"))
+    examples = min(facts.texts * TRAIN_SHARE, config.sft.max_examples or float("inf"))
     tokens = examples * config.sft.epochs * (_PROMPT_TOKENS + _LABEL_TOKENS)
     trainable = shape.lora_parameters(config.sft.lora, shape.num_layers)
     work = config.sft.batch_size * (_PROMPT_TOKENS + _LABEL_TOKENS) * _training_bytes(facts, shape.num_layers, with_head=True)
@@ -275,7 +275,7 @@ def _plan_grpo(facts: Facts) -> StagePlan:
 
 def _plan_evaluation(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
-    activations = min(facts.texts * _TEST_SHARE, config.evaluation.max_activations or float("inf"))
+    activations = min(facts.texts * TEST_SHARE, config.evaluation.max_activations or float("inf"))
     described = activations * 2 * config.grpo.max_new_tokens
     scored = activations * 8 * 2 * _LABEL_TOKENS
     return StagePlan(

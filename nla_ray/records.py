@@ -13,8 +13,9 @@ import pyarrow as pa
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-_TRAIN_SHARE = 0.84
-_VALIDATION_SHARE = 0.06
+TRAIN_SHARE = 0.84
+VALIDATION_SHARE = 0.06
+TEST_SHARE = 1 - TRAIN_SHARE - VALIDATION_SHARE
 
 _TEXT_FIELDS = [
     pa.field("text_id", pa.string(), nullable=False),
@@ -60,9 +61,9 @@ def activation_id(text_id: str, layer: int, position: int) -> str:
 def split_of(doc_id: str) -> Split:
     """The split of a document: a hash of its id alone, so that nothing derived from it can change sides."""
     share = int(hashlib.sha256(doc_id.encode()).hexdigest()[:8], 16) / 2**32
-    if share < _TRAIN_SHARE:
+    if share < TRAIN_SHARE:
         return "train"
-    return "validation" if share < _TRAIN_SHARE + _VALIDATION_SHARE else "test"
+    return "validation" if share < TRAIN_SHARE + VALIDATION_SHARE else "test"
 
 
 def document_half(doc_id: str) -> Literal["even", "odd"]:
@@ -85,7 +86,7 @@ class Rollout:
     """One sampled description with its tokens and log-probabilities.
 
     Example:
-        Rollout(row=17, token_ids=[220, 5, 9, 2], log_probs=[-0.1, -1.2, -0.3, -0.0], text="- Python test</description>",
+        Rollout(row=17, token_ids=[220, 5, 9, 2], log_probs=[-0.1, -1.2, -0.3, -0.0], text="- Python test{closing tag}",
                 finished=True, weight_version=12)
     """
 

@@ -214,26 +214,28 @@ def test_a_job_submitted_to_a_running_cluster_runs_there(tmp_path: Path, tiny_ba
     """`ray start --head`, then `ray job submit --working-dir . -- python jobs/capture.py`, in a Ray of its own ports."""
     run = tiny_run("run")
     publish_corpus(run)
-    tool = str(Path(sys.executable).parent / "ray")
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(tmp_path / "ray")}
-    environment.pop("RAY_ADDRESS", None)
+    programs = Path(sys.executable).parent
+    tool = str(programs / "ray")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{programs}:{environment['PATH']}"}
     head = subprocess.Popen([tool, "start", "--head", "--block", "--port=26379", "--dashboard-port=28265", "--num-cpus=2",
+                             "--dashboard-agent-listen-port=0", "--ray-client-server-port=26380", "--include-dashboard=true",
                              "--object-store-memory=100000000", "--temp-dir", f"/tmp/nla_{os.getpid()}"], env=environment,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         entry = ["python", "jobs/capture.py", "--run-dir", run.config.run_dir, "--base.model", tiny_base.model, "--base.layer", "1",
                  "--base.injection-norm", "4", "--base.max-tokens", "256", "--base.device", "cpu", "--compute.capture-cpus", "0.5"]
         submit = [tool, "job", "submit", "--address", "http://127.0.0.1:28265", "--working-dir", str(ROOT), "--", *entry]
-        for _ in range(30):
-            done = subprocess.run(submit, env=environment, capture_output=True, text=True)
+        for _ in range(20):
+            done = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=300)
             if not re.search("Failed to connect|No available agent", done.stdout + done.stderr):
                 break
             time.sleep(2)
         assert done.returncode == 0, done.stdout + done.stderr
         assert run.find("activations").metrics["activations"] == 10
     finally:
-        children = psutil.Process(head.pid).children(recursive=True)
+        started = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         head.terminate()
-        head.wait(30)
-        for process in psutil.wait_procs(children, timeout=10)[1]:
+        for process in psutil.wait_procs(started, timeout=10)[1]:
             process.kill()
+        head.wait()

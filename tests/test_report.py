@@ -19,6 +19,7 @@ from nla_ray.evaluation.metrics import METRICS, Comparisons
 from nla_ray.evaluation.summary import CLAIM_FIGURES, Described, Evaluated, check_gates, judge_gate, summarise
 from nla_ray.presets import PRESETS
 from nla_ray.prompts import GENERIC_DESCRIPTION
+from nla_ray.training.pretrain import digest
 
 ROWS = 24
 DOC_IDS = [f"doc{row // 2}" for row in range(ROWS)]
@@ -258,6 +259,17 @@ def test_a_test_document_that_an_ancestor_learned_from_stops_the_report(copied_r
     change_documents(run, "sft", {"train": learned, "validation": [leaked]})
     with pytest.raises(ValueError, match="validation documents of sft"):
         make_report(run.config)
+
+
+def test_a_test_document_that_the_base_was_pretrained_on_stops_the_report(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    card = Path(run.config.base.model) / "card.json"
+    try:
+        card.write_text(json.dumps({"doc_id_digests": [digest(evaluated_documents(run)[0])]}))
+        with pytest.raises(ValueError, match="the base model was pretrained on"):
+            make_report(run.config)
+    finally:
+        card.unlink()
 
 
 def evaluated_documents(run: Run) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from grpo_run import LORA, random_adapter
 from nla_ray.config import BaseConfig, ComputeConfig, GRPOSettings
 from nla_ray.models.adapters import adapter_state
-from nla_ray.training.actors import MAX_RETRIES, ActorPool, split_evenly
+from nla_ray.training.actors import MAX_RETRIES, ActorPool, SharedArray, split_evenly
 from nla_ray.training.rollouts import RolloutRequest, RolloutWorker, WeightPublisher, generate, group_rows, train_request
 
 BANK = torch.randn(12, 32, generator=torch.Generator().manual_seed(0)).numpy()
@@ -64,25 +64,28 @@ def test_whole_groups_are_found_and_a_broken_group_is_an_error() -> None:
 
 # Pools -----------------------------------------------------------------------------------------------------------------
 
-class Squarer:
-    """A worker that owes nothing to earlier calls, and can be told to die."""
+def squarer() -> type:
+    """A worker class that owes nothing to earlier calls, and can be told to die. Made here: actors cannot import this file."""
+    class Squarer:
+        def square(self, value: int, log: str = "", seconds: float = 0.0) -> tuple[int, int]:
+            if log:
+                Path(log).write_text(f"{os.getpid()}\n")
+            time.sleep(seconds)
+            return value * value, os.getpid()
 
-    def square(self, value: int, log: str = "", seconds: float = 0.0) -> tuple[int, int]:
-        if log:
-            with open(log, "a") as file:
-                file.write(f"{os.getpid()}\n")
-        time.sleep(seconds)
-        return value * value, os.getpid()
+        def die(self) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    return Squarer
 
 
 def test_a_call_whose_actor_is_killed_is_answered_by_its_successor(ray_cluster: None, tmp_path: Path) -> None:
-    pool = ActorPool("rollout", Squarer, (), count=1, compute=COMPUTE)
+    pool = ActorPool("rollout", squarer(), (), count=1, compute=COMPUTE)
     log = tmp_path / "pids"
     calls = pool.submit("square", [(3, str(log), 1.0)])
-    while not log.exists() or not log.read_text().endswith("\n"):
+    deadline = time.monotonic() + 60
+    while not log.exists() or not log.read_text():
+        assert time.monotonic() < deadline, "the actor did not start"
         time.sleep(0.05)
     killed = int(log.read_text())
     os.kill(killed, signal.SIGKILL)
@@ -92,7 +95,7 @@ def test_a_call_whose_actor_is_killed_is_answered_by_its_successor(ray_cluster: 
 
 
 def test_a_call_that_kills_every_actor_ends_in_one_clear_error(ray_cluster: None) -> None:
-    pool = ActorPool("rollout", Squarer, (), count=1, compute=COMPUTE)
+    pool = ActorPool("rollout", squarer(), (), count=1, compute=COMPUTE)
     with pytest.raises(RuntimeError, match=f"rollout actors: got one that died {MAX_RETRIES + 1} times under one call"):
         pool.collect(pool.submit("die", [()]))
     pool.close()
@@ -100,9 +103,8 @@ def test_a_call_that_kills_every_actor_ends_in_one_clear_error(ray_cluster: None
 
 def test_a_killed_rollout_actor_gets_the_current_weights_again(ray_cluster: None, tiny_base: BaseConfig, worker: RolloutWorker) -> None:
     import psutil
-    import ray
 
-    bank = ray.put(BANK)
+    bank = SharedArray(BANK)
     pool = ActorPool("rollout", RolloutWorker, (tiny_base, LORA, 1, bank, bank), count=1, compute=COMPUTE)
     weights = WeightPublisher().publish(random_adapter(tiny_base), 5)
     before = generate(pool, request([7, 2]), weights).rollouts

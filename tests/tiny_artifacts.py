@@ -78,7 +78,7 @@ def _publish_scorer(run: Run, name: str, seed: int, documents: list[str]) -> Non
 
 def publish_verbalizer(run: Run, name: str, seed: int) -> None:
     """An adapter of random weights as artifact `name`: `sft`, `grpo` or `grpo_no_contrast`."""
-    parents = ("activations", "labels") if name == "sft" else ("activations", "sft", "reward_scorer")
+    parents = ("activations", "labels") if name == "sft" else ("activations", "sft", "reward_scorer", "judge_scorer")
     stage = run.stage(name, "base", "sft" if name == "sft" else "grpo", parents={parent: run.find(parent) for parent in parents})
     model = add_lora(load_backbone(run.config.base), LORA, seed=seed)
     generator = torch.Generator().manual_seed(seed)

@@ -27,10 +27,11 @@ from nla_ray.evaluation.summary import SCORERS, Described, Evaluated, check_gate
 from nla_ray.evaluation.tables import print_report, to_markdown
 from nla_ray.labels.stage import load_labels
 from nla_ray.manifest import Manifest, check_disjoint, check_lineage
-from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
+from nla_ray.models.backbone import base_folder, base_info, load_backbone, load_tokenizer
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.verbalizer import Verbalizer
 from nla_ray.runlog import MetricsLog, get_logger, stage_progress
+from nla_ray.training.pretrain import check_never_seen
 
 JOBS = {"corpus": "corpus", "activations": "capture", "labels": "label", "reward_scorer": "sft", "judge_scorer": "sft",
         "sft": "sft"}
@@ -137,6 +138,7 @@ def load_test(run: Run, manifests: Mapping[str, Manifest]) -> ActivationTable:
     check_disjoint(manifests["reward_scorer"], manifests["judge_scorer"])
     test = load_activations(run, "test")
     check_lineage(test.doc_ids, manifests)
+    _check_base_lineage(run, test.doc_ids)
     if settings.max_activations is not None and settings.max_activations < len(test.ids):
         order = torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(settings.seed))
         test = test.select(sorted(order[:settings.max_activations].tolist()))
@@ -145,6 +147,14 @@ def load_test(run: Run, manifests: Mapping[str, Manifest]) -> ActivationTable:
         raise ValueError(f"test documents: got {documents}, expected at least {settings.min_documents}. Enlarge the "
                          "corpus or raise --evaluation.max-activations; fewer documents make no report.")
     return test
+
+
+def _check_base_lineage(run: Run, doc_ids: Sequence[str]) -> None:
+    """The base is an ancestor too. Only one that was pretrained here has a card that names its documents."""
+    card = base_folder(run.config.base.model, weights=False) / "card.json"
+    documents = json.loads(card.read_text()) if card.is_file() else {}
+    if "doc_id_digests" in documents:
+        check_never_seen(documents, doc_ids)
 
 
 def _domain_names(domains: Sequence[str]) -> dict[str, str]:
@@ -251,19 +261,29 @@ def _row(activation_id: str, one: Described) -> dict[str, Any]:
 
 def reconstruct_all(run: Run, manifests: Mapping[str, Manifest],
                     descriptions: Mapping[str, Sequence[Described]]) -> dict[str, dict[str, Tensor]]:
-    """Reconstructions by verbalizer and scorer, each [rows, d_model]. Both scorers share one loaded base."""
+    """Reconstructions by verbalizer and scorer, each [rows, d_model]. Both scorers share one loaded base.
+
+    A description is read once by each scorer, whichever verbalizers wrote it and however often.
+    """
+    batch_size = run.config.evaluation.batch_size
+    unique = sorted({one.text for described in descriptions.values() for one in described},
+                    key=lambda text: (len(text), text))
+    places = {text: place for place, text in enumerate(unique)}
     result: dict[str, dict[str, Tensor]] = {name: {} for name in descriptions}
     model = None
-    with stage_progress("reconstruct", len(SCORERS) * len(descriptions)) as advance:
+    with stage_progress("reconstruct", len(SCORERS) * len(unique)) as advance:
         for scorer in SCORERS:
             artifact = f"{scorer}_scorer"
             with run.local_copy(artifact, manifests[artifact]) as folder:
                 reconstructor = Reconstructor.load(run.config.base, folder, adapter=scorer, model=model)
             model = reconstructor.model
+            rows = []
+            for start in range(0, len(unique), batch_size):
+                rows.append(reconstructor.reconstruct(unique[start:start + batch_size], batch_size))
+                advance(len(rows[-1]), scorer)
+            read = torch.cat(rows)
             for name, described in descriptions.items():
-                texts = [one.text for one in described]
-                result[name][scorer] = reconstructor.reconstruct(texts, run.config.evaluation.batch_size)
-                advance(1, f"{name} by {scorer}")
+                result[name][scorer] = read[[places[one.text] for one in described]]
     return result
 
 

@@ -58,6 +58,8 @@ class GenerationEngine:
         self.end_ids = _end_ids(causal_model(model), tokenizer)
         self.decoder = Decoder(model, rows=max_slots)
         self._lora = lora
+        self._idle: dict[tuple[int, int], _Slots] = {}
+        """The last call's slots, by their size: a cache of the same size is not allocated again."""
         self.load_weights(None, 0)
 
     def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
@@ -88,7 +90,11 @@ class GenerationEngine:
         keys = rollout_keys(seed, [row for row in rows for _ in range(group_size)], samples).tolist()
         drafts = [_Draft(index=index, key=key) for index, key in enumerate(keys)]
         sampler = Sampler(self.decoder.shape.vocab_size, temperature, self.decoder.device)
-        _Generation(self, torch.as_tensor(activations), drafts, group_size, sampler, max_new_tokens).run()
+        size = min(self.max_slots, len(drafts)), max(1, max_new_tokens - 1)
+        slots = self._idle.pop(size, None) or _Slots(self.decoder, size[0], 1 + len(self.prompt.suffix_ids), size[1])
+        _Generation(self, torch.as_tensor(activations), drafts, group_size, sampler, max_new_tokens, slots).run()
+        slots.clear()
+        self._idle = {size: slots}
         texts = self.tokenizer.batch_decode([draft.token_ids for draft in drafts], skip_special_tokens=True,
                                             clean_up_tokenization_spaces=False)
         return [Rollout(row=rows[draft.index // group_size], token_ids=draft.token_ids, log_probs=draft.log_probs, text=text,
@@ -129,7 +135,12 @@ class _Slots:
         size = (shape.layers, slots, shape.groups, suffix + ring, shape.head_dim)
         self._cache = KeysValues(*(torch.zeros(size, dtype=decoder.dtype, device=decoder.device) for _ in range(2)))
         self._hidden = torch.full((slots, shape.groups, 1, suffix + ring), -torch.inf, dtype=decoder.dtype, device=decoder.device)
-        self._suffix, self._ring, self._steps = suffix, ring, 0
+        self.count, self._suffix, self._ring, self._steps = slots, suffix, ring, 0
+
+    def clear(self) -> None:
+        """Forget every row; what the cache holds is out of sight and finite."""
+        self._steps = 0
+        self._hidden.fill_(-torch.inf)
 
     def fill(self, slots: Sequence[int], chunk: KeysValues, members: Sequence[int]) -> None:
         """Give slots the suffix of members of a prefilled chunk; what the slots held before is out of sight."""
@@ -165,28 +176,26 @@ class _Generation:
     """One call of `generate`: who waits, who holds which slot, and what was sampled."""
 
     def __init__(self, engine: GenerationEngine, activations: Tensor, drafts: list[_Draft], group_size: int, sampler: Sampler,
-                 max_new_tokens: int) -> None:
+                 max_new_tokens: int, slots: _Slots) -> None:
         self._engine, self._decoder, self._sampler, self._max = engine, engine.decoder, sampler, max_new_tokens
         self._activations, self._group_size = activations, group_size
         self._unseen, self._waiting = deque(drafts), deque()
         """Rollouts not prefilled yet; and (draft, chunk, place in the chunk) of those that have their first token."""
         self._active: list[_Draft] = []
-        slots, suffix = min(engine.max_slots, len(drafts)), 1 + len(engine.prompt.suffix_ids)
-        self._slots = _Slots(self._decoder, slots, suffix, max(1, max_new_tokens - 1))
-        self._num_slots, self._prompt_length = slots, len(engine.prompt)
+        self._slots, self._prompt_length = slots, len(engine.prompt)
         self._rotations = self._decoder.rotations(len(engine.prompt) + max_new_tokens)
         self._tokens, self._keys, self._ages = (
-            torch.zeros(slots, dtype=torch.int64, device=self._decoder.device) for _ in range(3))
+            torch.zeros(slots.count, dtype=torch.int64, device=self._decoder.device) for _ in range(3))
 
     def run(self) -> None:
         """Until every rollout has ended."""
-        self._admit(range(self._num_slots))
+        self._admit(range(self._slots.count))
         while self._active:
             self._step()
 
     def _prefill_chunk(self) -> None:
         """Prefill as many activations as fill the slots once and draw the first token of each of their rollouts."""
-        size = max(1, self._num_slots // self._group_size) * self._group_size
+        size = max(1, self._slots.count // self._group_size) * self._group_size
         drafts = [self._unseen.popleft() for _ in range(min(size, len(self._unseen)))]
         first = drafts[0].index // self._group_size
         members = [draft.index // self._group_size - first for draft in drafts]

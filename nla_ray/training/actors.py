@@ -31,7 +31,7 @@ class ActorPool:
     """`count` actors of one worker class; calls are shared out in turn. Can be sent to other processes."""
 
     def __init__(self, kind: Kind, worker_class: type, arguments: Sequence[Any], *, count: int, compute: ComputeConfig) -> None:
-        """`arguments` may hold object references: Ray hands the worker what they refer to."""
+        """Large `arguments` travel as SharedArray, never as bare references: those Ray would not keep for a restart."""
         import ray
 
         self.kind = kind
@@ -75,8 +75,21 @@ def split_evenly(values: Sequence[Any], parts: int) -> list[list[Any]]:
     return [list(values[start:end]) for start, end in zip(ends, ends[1:]) if end > start]
 
 
-def shared_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the memory of an array from the object store, which is read-only: index it, never write to it."""
+class SharedArray:
+    """An array in the object store, which all processes of a node read in place. The process that made it must live."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        import ray
+
+        self.reference = ray.put(array)
+
+
+def shared_tensor(array: SharedArray | np.ndarray) -> Tensor:
+    """A tensor on the memory of an array that others read too: index it, never write to it."""
+    if isinstance(array, SharedArray):
+        import ray
+
+        array = ray.get(array.reference)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", UserWarning)  # the store's memory is read-only, of which torch warns
         return torch.from_numpy(array)

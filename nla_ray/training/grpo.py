@@ -33,7 +33,7 @@ from nla_ray.models.adapters import load_adapter
 from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
 from nla_ray.records import seed_of
 from nla_ray.runlog import get_logger
-from nla_ray.training.actors import ActorPool, shared_tensor
+from nla_ray.training.actors import ActorPool, SharedArray, shared_tensor
 from nla_ray.training.loop import METRICS_NAME, Checkpoints, prepare_worker, run_training, trainer_arguments
 from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
 from nla_ray.training.rewards import reward_weights, schedule_rows
@@ -43,7 +43,6 @@ from nla_ray.training.steps import SECONDS, GRPOCallback, StepClock, StepSampler
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from ray import ObjectRef
 
 PARENTS = {"activations": "capture", "sft": "sft", "reward_scorer": "sft", "judge_scorer": "sft"}
 """Every artifact GRPO is made from, and the job that makes it."""
@@ -96,13 +95,11 @@ def require_room(config: RunConfig) -> None:
 
 
 @contextmanager
-def actor_pools(run: Run, train: ActivationTable, validation: ActivationTable) -> Iterator[tuple[ObjectRef, ActorPool, ActorPool]]:
+def actor_pools(run: Run, train: ActivationTable, validation: ActivationTable) -> Iterator[tuple[SharedArray, ActorPool, ActorPool]]:
     """The train bank in the object store, rollout actors and scorer actors, for the length of a with-block."""
-    import ray
-
     config = dataclasses.replace(run.config, run_dir=str(run.root)) if run.root.is_local else run.config
     settings, compute = config.grpo, config.compute
-    bank, validation_bank = ray.put(train.vectors.numpy()), ray.put(validation.vectors.numpy())
+    bank, validation_bank = SharedArray(train.vectors.numpy()), SharedArray(validation.vectors.numpy())
     pools: list[ActorPool] = []
     try:
         pools.append(ActorPool("rollout", RolloutWorker, (config.base, config.sft.lora, compute.threads, bank, validation_bank),
@@ -114,7 +111,7 @@ def actor_pools(run: Run, train: ActivationTable, validation: ActivationTable) -
             pool.close()
 
 
-def training_data(run: Run, train: ActivationTable, validation: ActivationTable, bank: ObjectRef) -> TrainingData:
+def training_data(run: Run, train: ActivationTable, validation: ActivationTable, bank: SharedArray) -> TrainingData:
     """Schedule, source texts and the validation activations of the monitor."""
     settings = run.config.grpo
     schedule = schedule_rows(len(train.ids), settings.prompts_per_step, -(-settings.steps // settings.iterations), settings.seed)
@@ -162,11 +159,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def load_policy(run_config: RunConfig, data: TrainingData) -> nn.Module:
     """The base with the SFT adapter, trainable, and an embedding that knows the train activations."""
-    import ray
-
     run = Run(run_config)
     model = load_backbone(run_config.base)
-    attach_activations(model, shared_tensor(ray.get(data.bank)), run_config.base.injection_norm)
+    attach_activations(model, shared_tensor(data.bank), run_config.base.injection_norm)
     with run.local_copy("sft", run.require("sft", "sft")) as folder:
         return load_adapter(model, folder / "adapter", trainable=True)
 

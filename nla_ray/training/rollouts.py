@@ -22,7 +22,7 @@ from nla_ray.models.adapters import adapter_state
 from nla_ray.models.backbone import load_backbone, load_tokenizer
 from nla_ray.models.engine import GenerationEngine
 from nla_ray.records import Rollout, seed_of
-from nla_ray.training.actors import ActorPool, shared_tensor, split_evenly
+from nla_ray.training.actors import ActorPool, SharedArray, shared_tensor, split_evenly
 from nla_ray.training.loop import gathered
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class RolloutBatch:
 class RolloutWorker:
     """Backbone, generation engine and activation banks in one process. Plain: Ray wraps it from outside."""
 
-    def __init__(self, base: BaseConfig, lora: LoraSettings, threads: int, train: np.ndarray, validation: np.ndarray) -> None:
+    def __init__(self, base: BaseConfig, lora: LoraSettings, threads: int, train: SharedArray | np.ndarray,
+                 validation: SharedArray | np.ndarray) -> None:
         """`train`, `validation`: activation banks [rows, d_model] float32, only ever read."""
         torch.set_num_threads(threads)
         tokenizer = load_tokenizer(base)

@@ -18,7 +18,7 @@ from nla_ray.artifacts import Run
 from nla_ray.config import RunConfig
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.scorer import Scorer
-from nla_ray.training.actors import ActorPool, shared_tensor, split_evenly
+from nla_ray.training.actors import ActorPool, SharedArray, shared_tensor, split_evenly
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +64,7 @@ class ScoreBatch:
 class ScorerWorker:
     """Reward scorer, judge scorer and the train bank in one process. Plain: Ray wraps it from outside."""
 
-    def __init__(self, config: RunConfig, train: np.ndarray) -> None:
+    def __init__(self, config: RunConfig, train: SharedArray | np.ndarray) -> None:
         """`train`: activation bank [rows, d_model] float32, only ever read. Scorers are read from the run's artifacts."""
         torch.set_num_threads(config.compute.threads)
         self._train = shared_tensor(train)

@@ -21,7 +21,7 @@ from nla_ray.models.adapters import save_adapter
 from nla_ray.prompts import parse_description
 from nla_ray.records import Rollout
 from nla_ray.runlog import get_logger
-from nla_ray.training.actors import ActorPool
+from nla_ray.training.actors import ActorPool, SharedArray
 from nla_ray.training.loop import Checkpoints, StageCallback
 from nla_ray.training.monitor import JUDGE_COSINE, PREFIX, REWARDED, WARNED, Monitor, MonitorData, best_reading, hacking_warning
 from nla_ray.training.rewards import SCORE, TEXT_TERMS, WrongActivations, contrast, text_terms
@@ -47,7 +47,7 @@ class TrainingData:
     """Source text of every scheduled row."""
     documents: list[str]
     """doc_id of every row of the train bank."""
-    bank: ObjectRef
+    bank: SharedArray
     """[rows, d_model] float32, the train activations."""
     monitor: MonitorData
 

@@ -1,0 +1,134 @@
+"""GRPO while its processes are killed: actors and trainer come back by themselves, a driver by the same command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from grpo_run import grpo_config, prepare_run
+from nla_ray.activations import load_activations
+from nla_ray.artifacts import Run
+from nla_ray.config import BaseConfig
+from nla_ray.runlog import MetricsLog
+from nla_ray.training import grpo
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 6
+DRIVER = """
+import pickle, sys
+from nla_ray.artifacts import Run
+from nla_ray.cluster import connect
+from nla_ray.training.grpo import train_grpo
+
+if __name__ == "__main__":
+    run = Run(pickle.load(open(sys.argv[1], "rb")))
+    with run.locked(), connect(run.config.compute):
+        train_grpo(run)
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The metrics of a run that nobody disturbs, trained in this process."""
+    run = prepared(tiny_base, tmp_path_factory.mktemp("undisturbed"))
+    with grpo.actor_pools(run, load_activations(run, "train"), load_activations(run, "validation")) as (bank, rollouts, scorers):
+        data = grpo.training_data(run, load_activations(run, "train"), load_activations(run, "validation"), bank)
+        grpo.train_worker({"run": run.config, "name": "grpo", "data": data, "rollouts": rollouts, "scorers": scorers})
+    return MetricsLog(Path(run.config.run_dir) / "grpo" / "scratch" / "metrics.jsonl").read()
+
+
+def prepared(base: BaseConfig, folder: Path) -> Run:
+    return prepare_run(grpo_config(base, folder / "run", steps=STEPS, save_steps=2, monitor_steps=3))
+
+
+def assert_same_run(metrics: Path, expected: list[dict]) -> None:
+    """The same steps, batches, rewards and updates; clocks aside."""
+    records = MetricsLog(metrics).read()
+    assert [record["step"] for record in records] == [record["step"] for record in expected]
+    for record, other in zip(records, expected, strict=True):
+        timed = {key for key in record if key.startswith("seconds/") or key == "step_time"}
+        assert {key: record[key] for key in record.keys() - timed} == pytest.approx(
+            {key: other[key] for key in other.keys() - timed}, abs=1e-4), record["step"]
+
+
+def last_step(scratch: Path) -> int:
+    """The last step that a run has recorded; -1 before the first."""
+    path = scratch / "metrics.jsonl"
+    lines = path.read_text().splitlines()[:-1] if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=-1)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> object:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+    return found
+
+
+def find_actor(name: str, root: int) -> int | None:
+    """The pid of an actor of this class below process `root`."""
+    for process in psutil.Process(root).children(recursive=True):
+        try:
+            if f"ray::{name}" in " ".join(process.cmdline()):
+                return process.pid
+        except psutil.Error:
+            continue
+    return None
+
+
+def test_killed_actors_and_a_killed_trainer_come_back_by_themselves(undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path) -> None:
+    run = prepared(tiny_base, tmp_path)
+    scratch, killed = Path(run.config.run_dir) / "grpo" / "scratch", []
+
+    def kill_one_after_another() -> None:
+        for step, name in ((1, "RolloutWorker"), (2, "ScorerWorker"), (4, "RayTrainWorker")):
+            wait_until(lambda: last_step(scratch) >= step)
+            pid = wait_until(lambda: find_actor(name, os.getpid()))
+            os.kill(pid, signal.SIGKILL)
+            killed.append(name)
+
+    killer = threading.Thread(target=kill_one_after_another, daemon=True)
+    killer.start()
+    manifest = grpo.train_grpo(run)
+    killer.join(1)
+    assert killed == ["RolloutWorker", "ScorerWorker", "RayTrainWorker"]
+    assert_same_run(run.root.path / Path("grpo/metrics.jsonl"), undisturbed)
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.jsonl"} <= manifest.files.keys()
+    assert manifest.metrics["published_step"] in (3, 6)
+    assert set(manifest.parents) == {"activations", "sft", "reward_scorer", "judge_scorer"}
+    assert grpo.train_grpo(run) == manifest, "a complete artifact is skipped"
+
+
+def test_a_killed_driver_leaves_no_process_and_the_same_command_continues(undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path) -> None:
+    run = prepared(tiny_base, tmp_path)
+    scratch = Path(run.config.run_dir) / "grpo" / "scratch"
+    script, config = tmp_path / "driver.py", tmp_path / "config.pickle"
+    script.write_text(DRIVER)
+    config.write_bytes(pickle.dumps(dataclasses.replace(run.config)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("RAY_ADDRESS", None)
+    driver = subprocess.Popen([sys.executable, str(script), str(config)], env=environment)
+    wait_until(lambda: last_step(scratch) >= 4 or driver.poll() is not None)
+    assert driver.poll() is None, "the driver ended before it could be killed"
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert not (Path(run.config.run_dir) / "grpo" / "manifest.json").exists()
+    subprocess.run([sys.executable, str(script), str(config)], env=environment, check=True, timeout=400)
+    assert_same_run(Path(run.config.run_dir) / "grpo" / "metrics.jsonl", undisturbed)
+    assert run.find("grpo") is not None
