@@ -1,7 +1,7 @@
 """Speed, side by side with plain transformers, in one run: ratios, medians, and how far from what the machine can do.
 
-`capture` and `generate` are measured here, ours and the library's by turns, so that whatever else the machine does falls on
-both. `train` and `pipeline` are read from what those stages recorded. Nothing here decides how a stage works.
+`capture` and `generate` are measured here, ours and the library's by turns, so that whatever else the machine does
+falls on both. `train` and `pipeline` are read from what those stages recorded. Nothing here decides how a stage works.
 """
 
 from __future__ import annotations
@@ -73,9 +73,13 @@ def compare(ours: Timing, library: Timing, tokens: int) -> dict[str, Any]:
     """Both timings and the ratio library / ours: of medians, with the extremes over neighbouring repetitions."""
     ratios = [theirs / own for own, theirs in zip(ours.wall, library.wall)]
     return {
-        "ratio": statistics.median(library.wall) / statistics.median(ours.wall), "ratio_low": min(ratios), "ratio_high": max(ratios),
-        "cpu_ratio": statistics.median(library.cpu) / statistics.median(ours.cpu), "tokens": tokens,
-        "ours": ours.to_dict(tokens), "library": library.to_dict(tokens),
+        "ratio": statistics.median(library.wall) / statistics.median(ours.wall),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "cpu_ratio": statistics.median(library.cpu) / statistics.median(ours.cpu),
+        "tokens": tokens,
+        "ours": ours.to_dict(tokens),
+        "library": library.to_dict(tokens),
     }
 
 
@@ -89,10 +93,16 @@ def describe_machine(dtype: str, device: str) -> dict[str, Any]:
     import torch
 
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "torch_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "dtype": dtype, "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "dtype": dtype,
+        "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _LIBRARIES_SHOWN},
-        "matmul_flop_per_second": _matmul_rate(getattr(torch, dtype), device), "copy_bytes_per_second": _copy_rate(device),
+        "matmul_flop_per_second": _matmul_rate(getattr(torch, dtype), device),
+        "copy_bytes_per_second": _copy_rate(device),
     }
 
 
@@ -138,7 +148,8 @@ def _copy_rate(device: str) -> float:
 
 
 def benchmark_capture(config: RunConfig, texts: Sequence[str], repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """The capture stage's reader against the whole model with `output_hidden_states`, on the same texts in random order.
+    """The capture stage's reader against the whole model with `output_hidden_states`, on the same texts in random
+    order.
 
     Tokens are the texts' own, padding not counted. Raises RuntimeError when the two disagree on an activation.
     """
@@ -161,14 +172,17 @@ def benchmark_capture(config: RunConfig, texts: Sequence[str], repetitions: int 
     def library() -> Tensor:
         found = []
         for start in range(0, len(encoded), LIBRARY_BATCH):
-            batch = tokenizer.pad({"input_ids": [text.ids for text in encoded[start:start + LIBRARY_BATCH]]}, return_tensors="pt").to(whole.device)
+            batch = tokenizer.pad(
+                {"input_ids": [text.ids for text in encoded[start : start + LIBRARY_BATCH]]}, return_tensors="pt"
+            ).to(whole.device)
             states = whole(**batch, output_hidden_states=True).hidden_states[base.layer + 1]
             found.append(states[torch.arange(len(states)), batch["attention_mask"].sum(-1) - 1].float().cpu())
         return torch.cat(found)
 
     error = _relative_error(ours(), library()) if base.layer + 1 < len(whole.model.layers) else None
     if error is not None and error > (1e-4 if base.dtype == "float32" else 5e-2):
-        raise RuntimeError(f"capture benchmark: got activations that differ by {error:.1e} of their size, expected the same vectors.")
+        raise RuntimeError(f"capture benchmark: got activations that differ by {error:.1e} of their size, expected the "
+                           "same vectors.")
     tokens = sum(len(text.ids) for text in encoded)
     result = compare(*side_by_side(ours, library, repetitions), tokens)
     return {**result, "texts": len(encoded), "layer": base.layer, "largest_relative_difference": error,
@@ -204,20 +218,23 @@ def _block_parameters(model: nn.Module) -> int:
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def benchmark_generate(config: RunConfig, activations: Tensor, adapter_folder: str | None, repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """The engine against batched `model.generate` through the embedding wrapper and the unmerged adapter, greedy, same rows.
+def benchmark_generate(
+    config: RunConfig, activations: Tensor, adapter_folder: str | None, repetitions: int = REPETITIONS
+) -> dict[str, Any]:
+    """The engine against batched `model.generate` through the embedding wrapper and the unmerged adapter, greedy, same
+    rows.
 
     Without an adapter folder a random adapter is used. The share of rows with the same tokens is part of the result.
     """
     from nla_ray.injection import build_injection_prompt
-    from nla_ray.models.adapters import adapter_settings, adapter_state, add_lora, load_adapter
+    from nla_ray.models.adapters import adapter_settings, adapter_state, load_adapter
     from nla_ray.models.backbone import load_backbone, load_tokenizer
     from nla_ray.models.engine import GenerationEngine
 
     base, limit = config.base, config.grpo.max_new_tokens
     model, tokenizer = load_backbone(base), load_tokenizer(base)
     prompt = build_injection_prompt(tokenizer, base.marker)
-    model = add_lora(model, config.sft.lora, trainable=False) if adapter_folder is None else load_adapter(model, adapter_folder)
+    model = _with_random_adapter(model, config) if adapter_folder is None else load_adapter(model, adapter_folder)
     model.eval()
     engine = GenerationEngine(model, tokenizer, prompt, base.injection_norm, len(activations), adapter_settings(model))
     started = time.perf_counter()
@@ -236,13 +253,36 @@ def benchmark_generate(config: RunConfig, activations: Tensor, adapter_folder: s
     started = time.perf_counter()
     sampled = engine.generate(activations, temperature=1.0, max_new_tokens=limit)
     seconds = time.perf_counter() - started
-    weights = _block_parameters(model.get_base_model()) + (model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel())
+    weights = _block_parameters(model.get_base_model()) + (
+        model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel()
+    )
     return {
-        **result, "rows": len(own), "same_rows": sum(a == b for a, b in zip(own, theirs)) / len(own), "adapter": adapter_folder or "random",
-        "longest": steps, "mean_length": tokens / len(own), "weight_load_seconds": load_seconds,
+        **result,
+        "rows": len(own),
+        "same_rows": sum(a == b for a, b in zip(own, theirs)) / len(own),
+        "adapter": adapter_folder or "random",
+        "longest": steps,
+        "mean_length": tokens / len(own),
+        "weight_load_seconds": load_seconds,
         "sampled_tokens_per_second": sum(len(rollout.token_ids) for rollout in sampled) / seconds,
-        "flop": 2 * weights * tokens, "bytes": steps * weights * engine.decoder.dtype.itemsize,
+        "flop": 2 * weights * tokens,
+        "bytes": steps * weights * engine.decoder.dtype.itemsize,
     }
+
+
+def _with_random_adapter(model, config: RunConfig):
+    """The model with an adapter of the configured rank that changes what it says."""
+    import torch
+
+    from nla_ray.models.adapters import adapter_state, add_lora, set_adapter_state
+
+    model = add_lora(model, config.sft.lora, trainable=False)
+    generator = torch.Generator().manual_seed(0)
+    set_adapter_state(
+        model,
+        {name: torch.randn(value.shape, generator=generator) * 0.02 for name, value in adapter_state(model).items()},
+    )
+    return model
 
 
 def library_generate(model, tokenizer, prompt, activations: Tensor, injection_norm: float, max_new_tokens: int,
@@ -253,16 +293,27 @@ def library_generate(model, tokenizer, prompt, activations: Tensor, injection_no
     from nla_ray.injection import activations_attached
 
     with activations_attached(model.get_base_model(), activations, injection_norm) as wrapper, torch.inference_mode():
-        ids = torch.tensor([prompt.encode(row, wrapper.vocab_size) for row in range(len(activations))], device=model.device)
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
-                                pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(end_ids))
+        ids = torch.tensor(
+            [prompt.encode(row, wrapper.vocab_size) for row in range(len(activations))], device=model.device
+        )
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(end_ids),
+        )
     rows = output[:, ids.shape[1]:].tolist()
     return [row[:next((place + 1 for place, token in enumerate(row) if token in end_ids), len(row))] for row in rows]
 
 
 def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """The result with the time that its arithmetic or its weights' way through memory would take at the measured limits."""
-    ideal = max(result["flop"] / machine["matmul_flop_per_second"], result.get("bytes", 0) / machine["copy_bytes_per_second"])
+    """The result with the time that its arithmetic or its weights' way through memory would take at the measured
+    limits."""
+    ideal = max(
+        result["flop"] / machine["matmul_flop_per_second"], result.get("bytes", 0) / machine["copy_bytes_per_second"]
+    )
     return {**result, "roofline_seconds": ideal, "times_roofline": result["ours"]["seconds"] / ideal,
             "library_times_roofline": result["library"]["seconds"] / ideal}
 
@@ -271,7 +322,8 @@ def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[
 
 
 def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
-    """Where a training step's seconds go: the median of every `seconds/...` figure in the stage's metrics; None without any."""
+    """Where a training step's seconds go: the median of every `seconds/...` figure in the stage's metrics; None without
+    any."""
     place = run.root / stage / "metrics.jsonl"
     if not place.exists():
         return None
@@ -279,7 +331,10 @@ def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
     named = {name for record in records for name in record if name.startswith("seconds/")}
     if not named:
         return None
-    medians = {name.removeprefix("seconds/"): statistics.median(record[name] for record in records if name in record) for name in sorted(named)}
+    medians = {
+        name.removeprefix("seconds/"): statistics.median(record[name] for record in records if name in record)
+        for name in sorted(named)
+    }
     step = medians.get("step")
     return {"steps": sum("seconds/step" in record for record in records), "median_seconds": medians,
             "share_of_step": {name: seconds / step for name, seconds in medians.items()} if step else None}
@@ -335,7 +390,8 @@ def _test_texts(run: Run, corpus) -> list[str]:
         table = pq.read_table(io.BytesIO(run.verified("corpus", corpus, path).read_bytes()), columns=["split", "text"])
         texts += [text for text, split in zip(table["text"].to_pylist(), table["split"].to_pylist()) if split == "test"]
     if len(texts) < NUM_ROWS:
-        raise ValueError(f"benchmark: got {len(texts)} test texts, expected at least {NUM_ROWS}. Use a larger corpus (--corpus.max-chunks).")
+        raise ValueError(f"benchmark: got {len(texts)} test texts, expected at least {NUM_ROWS}. Use a larger corpus "
+                         "(--corpus.max-chunks).")
     return texts
 
 
@@ -363,14 +419,17 @@ def _read_activations(config: RunConfig, texts: Sequence[str]) -> Tensor:
 def describe_results(results: dict[str, Any]) -> list[str]:
     """The results as lines to print."""
     machine = results["machine"]
-    lines = [f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, {machine['dtype']}, "
-             f"{machine['matmul_flop_per_second'] / 1e9:.0f} GFLOP/s, {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s"]
+    lines = [f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
+             f"{machine['dtype']}, {machine['matmul_flop_per_second'] / 1e9:.0f} GFLOP/s, "
+             f"{machine['copy_bytes_per_second'] / 1e9:.1f} GB/s"]
     for name in ("capture", "generate"):
         part = results[name]
-        lines.append(f"{name}: {part['ratio']:.2f}x ({part['ratio_low']:.2f} to {part['ratio_high']:.2f}; processor time {part['cpu_ratio']:.2f}x), "
-                     f"{part['ours']['tokens_per_second']:.0f} against {part['library']['tokens_per_second']:.0f} tokens/s, "
-                     f"{part['times_roofline']:.1f} times the roofline")
-    lines.append(f"generate: {100 * results['generate']['same_rows']:.0f} % of rows with the same tokens, adapter {results['generate']['adapter']}")
+        lines.append(f"{name}: {part['ratio']:.2f}x ({part['ratio_low']:.2f} to {part['ratio_high']:.2f}; processor "
+                     f"time {part['cpu_ratio']:.2f}x), {part['ours']['tokens_per_second']:.0f} against "
+                     f"{part['library']['tokens_per_second']:.0f} tokens/s, {part['times_roofline']:.1f} times the "
+                     "roofline")
+    lines.append(f"generate: {100 * results['generate']['same_rows']:.0f} % of rows with the same tokens, adapter "
+                 f"{results['generate']['adapter']}")
     for stage, breakdown in results["train"].items():
         if breakdown:
             parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in breakdown["median_seconds"].items())

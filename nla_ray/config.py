@@ -256,12 +256,16 @@ class PretrainConfig:
     """Weight of an answer's token in the loss, against 1 for a token of the document."""
     prompt_weight: float = 8.0
     """Weight of the soft target at the generation prompt."""
+    boundary_weight: float = 4.0
+    """Weight of the soft target before each further word of a word list: the words not listed yet."""
     read_weight: float = 8.0
     """Weight of the same target read from the output of block `base.layer` through the final norm and the output matrix."""
     num_words: int = 12
     """Salient words of a document in its soft target and in its word list."""
     chunks_per_domain: int = 12_000
     documents_per_domain: int = 3_500
+    start_from: str | None = None
+    """Folder of a base model that this job made: its weights and tokenizer are the start. None: seeded weights."""
     num_processes: int = 2
     """Single-threaded processes that share every step."""
     compile: bool = True

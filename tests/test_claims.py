@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from nla_ray.corpus.embedded import DOMAIN_NAMES
 from nla_ray.evaluation import claims
 from nla_ray.labels.cleaner import clean_label
 from nla_ray.labels.offline import ContentFirstTeacher, FormatFirstTeacher, WordStatistics
@@ -117,4 +118,4 @@ def test_the_offline_teachers_claim_nothing_that_is_not_in_the_text(teacher: typ
         label = clean_label(describe(text, "python_test"))
         found, claimed = claims.claim_counts(label, text)
         assert found == claimed and (claimed > 0) == (text == TEXT)
-        assert claims.domain_named(label, "python_test", NAMES) and not claims.repeats_item(label)
+        assert claims.domain_named(label, "python_test", DOMAIN_NAMES) and not claims.repeats_item(label)

@@ -1,4 +1,5 @@
-"""The generation engine against transformers' own `generate` and forward pass, and its sampler against probabilities."""
+"""The generation engine against transformers' own `generate` and forward pass, and its sampler against
+probabilities."""
 
 import dataclasses
 from pathlib import Path
@@ -40,7 +41,9 @@ class Scene(NamedTuple):
     activations: Tensor
 
     def engine(self, max_slots: int = 4, model: torch.nn.Module | None = None) -> GenerationEngine:
-        engine = GenerationEngine(model or self.model, self.tokenizer, self.prompt, self.base.injection_norm, max_slots, LORA)
+        engine = GenerationEngine(
+            model or self.model, self.tokenizer, self.prompt, self.base.injection_norm, max_slots, LORA
+        )
         engine.load_weights(self.state, 7)
         return engine
 
@@ -68,7 +71,8 @@ def one_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 def library_greedy(scene: Scene, max_new_tokens: int) -> list[list[int]]:
-    """New tokens of `model.generate` through the embedding wrapper, with the adapter as PEFT runs it, up to the end of text."""
+    """New tokens of `model.generate` through the embedding wrapper, with the adapter as PEFT runs it, up to the end of
+    text."""
     with activations_attached(scene.model.get_base_model(), scene.activations, scene.base.injection_norm) as wrapper:
         ids = torch.tensor([scene.prompt.encode(row, wrapper.vocab_size) for row in range(len(scene.activations))])
         output = scene.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
@@ -118,7 +122,9 @@ def test_a_plain_base_without_adapter_is_generated_from_as_well(one_scene: Scene
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_log_probs_of_sampled_tokens_equal_the_trainers_within_1e_4(scene: Scene, temperature: float) -> None:
-    rollouts = scene.engine().generate(scene.activations, group_size=2, temperature=temperature, max_new_tokens=NEW_TOKENS, seed=1)
+    rollouts = scene.engine().generate(
+        scene.activations, group_size=2, temperature=temperature, max_new_tokens=NEW_TOKENS, seed=1
+    )
     for rollout in rollouts:
         expected = trainer_log_probs(scene, rollout, temperature or 1.0)
         torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, atol=1e-4, rtol=0)
@@ -165,7 +171,9 @@ def test_samples_belong_to_seed_row_and_sample_and_not_to_the_order_of_rows(one_
 
 
 def test_rollouts_come_ordered_by_activation_and_sample_with_text_and_version(one_scene: Scene) -> None:
-    rollouts = one_scene.engine().generate(one_scene.activations[:2], group_size=2, rows=[30, 10], temperature=1.0, max_new_tokens=4)
+    rollouts = one_scene.engine().generate(
+        one_scene.activations[:2], group_size=2, rows=[30, 10], temperature=1.0, max_new_tokens=4
+    )
     assert [rollout.row for rollout in rollouts] == [30, 30, 10, 10]
     assert {rollout.weight_version for rollout in rollouts} == {7}
     for rollout in rollouts:
@@ -193,14 +201,21 @@ def test_no_activations_give_no_rollouts(one_scene: Scene) -> None:
 def test_an_unsupported_architecture_is_refused_with_the_supported_ones_named(one_scene: Scene) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50))
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+    )
     with pytest.raises(ValueError, match="'gpt_neox'.*llama or qwen2"):
         one_scene.engine(model=model)
 
 
-@pytest.mark.parametrize("activations, message", [
-    (torch.ones(2, 16), r"expected \[n, 32\]"), (torch.full((2, 32), torch.nan), "non-finite"), (torch.ones(32), r"expected \[n, 32\]"),
-])
+@pytest.mark.parametrize(
+    "activations, message",
+    [
+        (torch.ones(2, 16), r"expected \[n, 32\]"),
+        (torch.full((2, 32), torch.nan), "non-finite"),
+        (torch.ones(32), r"expected \[n, 32\]"),
+    ],
+)
 def test_activations_that_cannot_be_described_are_refused(one_scene: Scene, activations: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         one_scene.engine().generate(activations)
@@ -214,7 +229,9 @@ def test_more_tokens_than_the_context_holds_are_refused(one_scene: Scene) -> Non
 def test_adapter_weights_that_do_not_fit_are_refused(one_scene: Scene) -> None:
     engine = one_scene.engine()
     with pytest.raises(ValueError, match="without a place"):
-        engine.load_weights({**one_scene.state, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 32)}, 1)
+        engine.load_weights(
+            {**one_scene.state, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 32)}, 1
+        )
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     with pytest.raises(ValueError, match="of another base"):
         engine.load_weights({**one_scene.state, name: torch.ones(4, 16)}, 1)
@@ -237,7 +254,9 @@ def test_sampled_frequencies_follow_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
     draws = 40_000
     keys = rollout_keys(3, list(range(draws)), [0] * draws)
-    chosen, log_probs = Sampler(5, 1.0).choose(probabilities.log().repeat(draws, 1), keys, torch.zeros(draws, dtype=torch.int64))
+    chosen, log_probs = Sampler(5, 1.0).choose(
+        probabilities.log().repeat(draws, 1), keys, torch.zeros(draws, dtype=torch.int64)
+    )
     expected = draws * probabilities
     chi_squared = ((torch.bincount(chosen, minlength=5) - expected).square() / expected).sum()
     assert chi_squared < 18.5, "beyond the 0.1% point of chi-squared with 4 degrees of freedom"
@@ -271,7 +290,9 @@ def test_a_negative_temperature_is_refused() -> None:
 
 
 def test_rollout_keys_differ_by_seed_row_and_sample_and_do_not_mix_them_up() -> None:
-    keys = [rollout_keys(seed, [row], [sample]).item() for seed in (0, 1, 2) for row in (0, 1, 2) for sample in (0, 1, 2)]
+    keys = [
+        rollout_keys(seed, [row], [sample]).item() for seed in (0, 1, 2) for row in (0, 1, 2) for sample in (0, 1, 2)
+    ]
     assert len(set(keys)) == 27
 
 

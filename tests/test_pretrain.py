@@ -12,15 +12,16 @@ import torch
 
 from nla_ray.config import BaseConfig, PretrainConfig
 from nla_ray.corpus.build import Chunk
-from nla_ray.labels.offline import WordStatistics
+from nla_ray.corpus.embedded import DOMAIN_NAMES
+from nla_ray.labels.offline import WordStatistics, salient_words
 from nla_ray.prompts import chat_prompt
 from nla_ray.records import split_of
 from nla_ray.training.pretrain import (
     Progress, Work, check_never_seen, check_train_only, digest, prepare_data, save_model, train, train_worker,
 )
 from nla_ray.training.pretrain_data import (
-    ANSWER, DOCUMENT, RAW, Chat, PretrainTexts, Rows, build_chats, compose_answer, pack_rows, raw_segments, soft_target,
-    train_tokenizer,
+    ANSWER, CHATS_PER_ROW, DOCUMENT, RAW, Chat, PretrainTexts, Rows, build_chats, compose_answer, list_targets, next_word_shares,
+    pack_rows, prompt_target, raw_segments, train_tokenizer,
 )
 from nla_ray.training.pretrain_model import build_model, lr_factor, run_blocks, soft_cross_entropy, training_losses
 
@@ -82,31 +83,41 @@ def test_too_little_text_for_the_vocabulary_is_a_clear_error() -> None:
 
 # Targets ---------------------------------------------------------------------------------------------------------------
 
-def test_the_soft_target_is_the_expectation_over_answers() -> None:
-    first_ids = {"frame": 1, "framework": 1, "index": 2, "- ": 3, "Python test": 4}
-    target = soft_target(first_ids.__getitem__, [("frame", 0.5), ("framework", 0.3), ("index", 0.2)], "Python test")
-    assert target == pytest.approx({1: 0.4, 2: 0.1, 3: 0.35, 4: 0.15})
-    assert soft_target(first_ids.__getitem__, [], "Python test") == pytest.approx({3: 0.35, 4: 0.65})
+def test_the_target_at_the_prompt_is_the_expectation_over_answers() -> None:
+    first_ids = {"frame": 1, "framework": 1, "index": 2, "- ": 3, "unit test": 4}
+    target = prompt_target(first_ids.__getitem__, [("frame", 5.0), ("framework", 3.0), ("index", 2.0)], "unit test")
+    assert target == pytest.approx({1: 0.36, 2: 0.09, 3: 0.35, 4: 0.2})
+    assert prompt_target(first_ids.__getitem__, [], "unit test") == pytest.approx({3: 0.35, 4: 0.65})
+
+
+def test_inside_a_list_the_words_not_listed_yet_are_the_target() -> None:
+    encode = {"index": [7, 8], " frame": [9], " frames": [9, 5], " dtype": [4]}.__getitem__
+    targets = list_targets(encode, [("index", 9.0), ("frame", 1.0), ("frames", 2.0), ("dtype", 2.0)])
+    assert targets == [(2, pytest.approx({9: 0.6, 4: 0.4})), (4, pytest.approx({9: 0.5, 4: 0.5})), (7, pytest.approx({4: 1.0}))]
 
 
 def test_a_word_comes_first_in_a_list_as_often_as_its_share_says() -> None:
-    first: Counter[str] = Counter()
-    shares: list[tuple[str, float]] = []
-    for number in range(6_000):
-        answer, shares = compose_answer("frame frame index dtype columns", "python_test", STATISTICS, 12, random.Random(number))
-        if "-" not in answer and answer != "Python test":
-            first[answer.split(",")[0]] += 1
-    total = sum(first.values())
-    assert 0.45 < total / 6_000 < 0.55
-    for word, share in shares:
-        assert first[word] / total == pytest.approx(share, abs=0.03)
+    words = salient_words("frame frame index dtype columns", STATISTICS, 12)
+    answers = [compose_answer("frame frame index dtype columns", "python_test", STATISTICS, words, random.Random(seed)) for seed in range(6_000)]
+    first = Counter(answer.listed[0][0] for answer in answers if answer.listed)
+    assert first.total() / 6_000 == pytest.approx(0.45, abs=0.03)
+    for word, share in next_word_shares(words):
+        assert first[word] / first.total() == pytest.approx(share, abs=0.03)
 
 
 def test_answers_are_word_lists_labels_or_the_domain() -> None:
-    answers = {compose_answer("frame index dtype", "python_test", STATISTICS, 12, random.Random(seed))[0] for seed in range(60)}
-    assert "Python test" in answers
-    assert any(answer.startswith("- tokens:") for answer in answers) and any(answer.startswith("- Python test:") for answer in answers)
-    assert {tuple(sorted(answer.split(", "))) for answer in answers if "-" not in answer} == {("Python test",), ("dtype", "frame", "index")}
+    words = salient_words("frame index dtype", STATISTICS, 12)
+    answers = {compose_answer("frame index dtype", "python_test", STATISTICS, words, random.Random(seed)).text for seed in range(60)}
+    assert "unit test" in answers
+    assert any(answer.startswith("- tokens:") for answer in answers) and any(answer.startswith("- unit test:") for answer in answers)
+    assert {tuple(sorted(answer.split(", "))) for answer in answers if "-" not in answer} == {("unit test",), ("dtype", "frame", "index")}
+
+
+def test_the_first_token_of_a_domain_s_name_tells_the_domain() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shipped())
+    assert len({tokenizer(name)["input_ids"][0] for name in DOMAIN_NAMES.values()}) == len(DOMAIN_NAMES)
 
 
 # Packing ---------------------------------------------------------------------------------------------------------------
@@ -127,11 +138,16 @@ def test_rows_hold_whole_chats_and_raw_text_without_padding(rows: Rows, texts: P
     assert 0.2 < (rows.parts == RAW).mean() < 0.6
 
 
-def test_the_soft_target_stands_at_the_last_token_of_the_generation_prompt(rows: Rows) -> None:
-    for row, slot in zip(*np.nonzero(rows.soft_positions >= 0), strict=True):
+def test_soft_targets_stand_at_generation_prompts_and_at_the_commas_of_lists(rows: Rows, tokenizer) -> None:
+    used = rows.soft_positions >= 0
+    assert used[:, :CHATS_PER_ROW].any() and used[:, CHATS_PER_ROW:].any()
+    for row, slot in zip(*np.nonzero(used), strict=True):
         position = rows.soft_positions[row, slot]
-        assert (rows.parts[row, position], rows.parts[row, position + 1]) == (DOCUMENT, ANSWER)
+        here, after = rows.parts[row, position], rows.parts[row, position + 1]
+        assert (here, after) == ((DOCUMENT, ANSWER) if slot < CHATS_PER_ROW else (ANSWER, ANSWER))
+        assert slot < CHATS_PER_ROW or tokenizer.decode([rows.tokens[row, position]]) == ","
         assert rows.soft_probabilities[row, slot].sum() == pytest.approx(1.0)
+        assert slot < CHATS_PER_ROW or rows.tokens[row, position + 1] in rows.soft_ids[row, slot]
 
 
 def test_rows_come_back_from_disk_as_they_were(rows: Rows, tmp_path: Path) -> None:
@@ -163,19 +179,21 @@ def test_soft_cross_entropy_by_hand() -> None:
 
 
 def test_the_loss_is_the_weighted_mean_of_its_parts(tokenizer) -> None:
-    chat = Chat(prompt_ids=[5, 6, 7, 8], answer_ids=[9, 10], soft={9: 0.6, 11: 0.4})
-    config = dataclasses.replace(SMALL, row_tokens=6, raw_share=0.0)
+    chat = Chat(prompt_ids=[5, 6, 7, 8], answer_ids=[9, 10, 11], soft=[(3, {9: 0.6, 11: 0.4}), (5, {11: 0.7, 12: 0.3})])
+    config = dataclasses.replace(SMALL, row_tokens=7, raw_share=0.0)
     batch = pack_rows([chat], iter(()), 1, config).batch(slice(0, 1))
     model = build_model(SMALL, tokenizer).eval()
     with torch.no_grad():
-        total, (raw, document, answer, first, first_read) = training_losses(model, batch, config, 1)
+        total, (raw, document, answer, first, first_read, next_word) = training_losses(model, batch, config, 1)
         logits = torch.log_softmax(model(batch["tokens"]).logits[0], dim=-1)
     losses = [-logits[position, token].item() for position, token in enumerate(batch["tokens"][0, 1:].tolist())]
     assert raw.item() == 0.0
     assert document.item() == pytest.approx(sum(losses[:3]) / 3, abs=1e-5)
     assert answer.item() == pytest.approx(losses[4], abs=1e-5)
     assert first.item() == pytest.approx(-(0.6 * logits[3, 9] + 0.4 * logits[3, 11]).item(), abs=1e-5)
-    expected = (sum(losses[:3]) + 2.5 * losses[4] + 8 * first.item() + 8 * first_read.item()) / (3 + 2.5 + 16)
+    assert next_word.item() == pytest.approx(-(0.7 * logits[5, 11] + 0.3 * logits[5, 12]).item(), abs=1e-5)
+    soft = 8 * first.item() + 8 * first_read.item() + 4 * next_word.item()
+    expected = (sum(losses[:3]) + 2.5 * losses[4] + soft) / (3 + 2.5 + 8 + 8 + 4)
     assert total.item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -201,7 +219,21 @@ def test_training_writes_a_bf16_model_that_transformers_loads_with_its_card(text
     assert model.dtype == torch.bfloat16 and model.config.model_type == "qwen2"
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert card["tokens_seen"] == 6 * 4 * 96 and card["final_losses_nats"]["step"] == 6
-    assert card["doc_id_digests"] == [digest(doc_id) for doc_id in texts.doc_ids]
+    assert card["doc_id_digests"] == sorted(digest(doc_id) for doc_id in texts.doc_ids)
+    assert 0.0 <= card["validation_label_repeats"] <= 1.0
+
+
+def test_a_training_that_starts_from_a_model_keeps_its_tokenizer_and_names_its_documents(texts: PretrainTexts, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_worker(0, work_in(first, texts))
+    config = dataclasses.replace(SMALL, start_from=str(first), steps=1, seed=1)
+    fewer = dataclasses.replace(texts, doc_ids=texts.doc_ids[:3], raw=texts.raw * 2 + VARIED)
+    prepare_data(fewer, config, MARKER, second / "scratch")
+    train_worker(0, Work(config=config, read_layer=1, folder=second / "scratch", target=second, rendezvous=second / "rendezvous"))
+    card = json.loads((second / "card.json").read_text())
+    assert (second / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
+    assert card["doc_id_digests"] == sorted(digest(doc_id) for doc_id in texts.doc_ids)
+    assert card["started_from"]["tokens_seen"] == 6 * 4 * 96
 
 
 class Interrupted(Exception):

@@ -31,7 +31,9 @@ def test_the_reconstructor_prompt_ends_in_the_only_marker_even_when_the_descript
 
 
 def test_a_description_with_braces_is_not_taken_for_a_template() -> None:
-    assert prompts.reconstructor_prompt("- f'{x}' and {description}", "#") == "- f'{x}' and {description}\nActivation: #"
+    assert (
+        prompts.reconstructor_prompt("- f'{x}' and {description}", "#") == "- f'{x}' and {description}\nActivation: #"
+    )
 
 
 def test_the_verbalizer_prompt_is_one_user_turn_that_ends_in_the_opening_tag() -> None:
@@ -42,4 +44,6 @@ def test_the_verbalizer_prompt_is_one_user_turn_that_ends_in_the_opening_tag() -
 
 def test_a_chat_prompt_carries_the_text_unchanged_and_ends_in_the_generation_prompt() -> None:
     text = "  two\n\nlines {{ with }} braces "
-    assert prompts.chat_prompt(build_tokenizer(), text) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        prompts.chat_prompt(build_tokenizer(), text) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    )

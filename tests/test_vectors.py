@@ -37,7 +37,9 @@ def test_mean_direction_is_the_mean_of_directions_and_is_not_normalised_again() 
 
 
 def test_centre_takes_the_mean_from_the_direction() -> None:
-    torch.testing.assert_close(vectors.centre(torch.tensor([3.0, 4.0]), torch.tensor([0.5, 0.5])), torch.tensor([0.1, 0.3]))
+    torch.testing.assert_close(
+        vectors.centre(torch.tensor([3.0, 4.0]), torch.tensor([0.5, 0.5])), torch.tensor([0.1, 0.3])
+    )
 
 
 def test_cosine_of_three_four_and_four_three_is_24_over_25() -> None:

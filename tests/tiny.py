@@ -21,7 +21,8 @@ SENTENCES = (
     "- A Python test that opens a file and asserts the number of rows.",
     "- A licence that permits copying, with conditions.",
     "def read(path):\n    with open(path) as file:\n        return file.read()\n",
-    "<description>- topics: code, tests\n- tokens: def, assert\n- next: the assistant explains the function</description>",
+    "<description>- topics: code, tests\n- tokens: def, assert\n- next: the assistant explains the "
+    "function</description>",
     "Activation: user assistant system\n",
 )
 _TABLE_ROWS_BEYOND_TOKENIZER = 13
@@ -55,15 +56,26 @@ def make_tiny_base(folder: Path | str, *, architecture: Literal["qwen2", "llama"
     config_class, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[architecture]
     config = config_class(
-        vocab_size=len(tokenizer) + _TABLE_ROWS_BEYOND_TOKENIZER, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=heads, num_key_value_heads=key_value_heads, max_position_embeddings=512, initializer_range=0.1,
-        tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer) + _TABLE_ROWS_BEYOND_TOKENIZER,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=tied,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # the library starts norms at one and biases at zero, which would hide them from tests
+            if (
+                parameter.ndim == 1
+            ):  # the library starts norms at one and biases at zero, which would hide them from tests
                 parameter.data += 0.1 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

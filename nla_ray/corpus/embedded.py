@@ -28,10 +28,10 @@ CORE_REQUIREMENTS = (
 
 DOMAIN_NAMES = {
     "python_code": "Python code",
-    "python_test": "Python test",
+    "python_test": "unit test",
     "model_code": "model code",
-    "cpp_header": "C++ header",
-    "cpp_source": "C++ source",
+    "cpp_header": "header file",
+    "cpp_source": "native source",
     "type_stub": "type stub",
     "cython": "Cython",
     "licence": "licence",
@@ -41,9 +41,12 @@ DOMAIN_NAMES = {
     "configuration": "configuration",
     "jinja_template": "Jinja template",
     "protocol_buffer": "protocol buffer",
-    "cmake": "CMake",
+    "cmake": "build script",
 }
-"""Slug of every embedded domain -> its human name, fixed because labels name it."""
+"""Slug of every embedded domain -> its human name, fixed because labels name it.
+
+No two begin with the same token: the first one of a name already tells the domain.
+"""
 
 API_PACKAGES = frozenset({"numpy", "pandas", "networkx", "sympy", "pyarrow", "huggingface_hub", "accelerate", "aiohttp"})
 """Packages read for docstrings only. All others are read for code only: no text is in two documents."""

@@ -117,7 +117,7 @@ class Facts:
     """What both teachers say about one text, before style.
 
     Example:
-        Facts(kind="Python test", topics=["frame", "index"], tokens=["assert", "dtype"], ending="an open block")
+        Facts(kind="unit test", topics=["frame", "index"], tokens=["assert", "dtype"], ending="another check")
     """
 
     kind: str
@@ -127,12 +127,15 @@ class Facts:
 
 
 def observe(text: str, domain: str, statistics: WordStatistics) -> Facts:
-    """The facts of one text. Topics are its two best words; tokens are the next ones and never repeat a topic."""
+    """The facts of one text. Topics are its two best words; tokens are the next ones and never repeat a topic.
+
+    Both are in alphabetical order: a writer that only goes forward names nothing twice.
+    """
     words = [word for word, _ in salient_words(text, statistics, NUM_TOPICS + NUM_TOKENS)]
     return Facts(
         kind=DOMAIN_NAMES.get(domain, domain.replace("_", " ")),
-        topics=words[:NUM_TOPICS],
-        tokens=words[NUM_TOPICS:],
+        topics=sorted(words[:NUM_TOPICS]),
+        tokens=sorted(words[NUM_TOPICS:]),
         ending=describe_ending(text),
     )
 

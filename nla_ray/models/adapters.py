@@ -1,7 +1,8 @@
 """LoRA adapters over a frozen base: the one module that imports peft.
 
 Verbalizer, reward scorer and judge scorer are adapters over the same base; a process that needs several loads the base
-once and switches between them. Protects the rule: only adapters are saved, never the base, its embedding or its vocabulary.
+once and switches between them. Protects the rule: only adapters are saved, never the base, its embedding or its
+vocabulary.
 """
 
 from __future__ import annotations
@@ -26,15 +27,21 @@ _CONFIG_NAME = "adapter_config.json"
 
 def add_lora(model: nn.Module, settings: LoraSettings, name: str = "default", *, trainable: bool = True,
              num_blocks: int | None = None, seed: int = 0) -> PeftModel:
-    """Add a fresh adapter to the seven projections of every block (of the first `num_blocks`), make it the active one, and
-    return the wrapped model.
+    """Add a fresh adapter to the seven projections of every block (of the first `num_blocks`), make it the active one,
+    and return the wrapped model.
 
-    A new adapter changes nothing yet (its second factor is zero); the first factor is drawn from `seed`. Its weights are
-    float32 whatever the base's type. Raises ValueError when an adapter of that name is there.
+    A new adapter changes nothing yet (its second factor is zero); the first factor is drawn from `seed`. Its weights
+    are float32 whatever the base's type. Raises ValueError when an adapter of that name is there.
     """
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(PROJECTIONS),
-                        layers_to_transform=None if num_blocks is None else list(range(num_blocks)),
-                        task_type=TaskType.CAUSAL_LM, inference_mode=not trainable)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(PROJECTIONS),
+        layers_to_transform=None if num_blocks is None else list(range(num_blocks)),
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=not trainable,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if not isinstance(model, PeftModel):
@@ -49,8 +56,9 @@ def add_lora(model: nn.Module, settings: LoraSettings, name: str = "default", *,
 def load_adapter(model: nn.Module, folder: Path | str, name: str = "default", *, trainable: bool = False) -> PeftModel:
     """Load a saved adapter, make it the active one, and return the wrapped model.
 
-    Adapters of a model with more blocks load into one with fewer (a verbalizer's into a reconstructor's base): weights of
-    blocks that are not there are left out. Raises ValueError when the folder holds no adapter or one of another shape.
+    Adapters of a model with more blocks load into one with fewer (a verbalizer's into a reconstructor's base): weights
+    of blocks that are not there are left out. Raises ValueError when the folder holds no adapter or one of another
+    shape.
     """
     _require_adapter(folder)
     try:
@@ -61,8 +69,8 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default", *,
             model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"adapter {str(folder)!r}: got weights of another shape ({reason}), expected an adapter of this base. "
-                         "Load it on the base that its manifest names.") from None
+        raise ValueError(f"adapter {str(folder)!r}: got weights of another shape ({reason}), expected an adapter of "
+                         "this base. Load it on the base that its manifest names.") from None
     activate(model, name, trainable=trainable)
     return model
 
@@ -102,12 +110,14 @@ def adapter_state(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
 
 
 def set_adapter_state(model: PeftModel, state: Mapping[str, Tensor], name: str = "default") -> None:
-    """Replace the weights of a loaded adapter by tensors named as in `adapter_state`. Raises ValueError when they do not fit."""
+    """Replace the weights of a loaded adapter by tensors named as in `adapter_state`. Raises ValueError when they do
+    not fit."""
     own = adapter_state(model, name)
     wrong = [key for key in {*own, *state} if key not in own or key not in state or own[key].shape != state[key].shape]
     if wrong:
-        raise ValueError(f"adapter weights for {name!r}: got {len(wrong)} tensors that do not fit, first {sorted(wrong)[0]!r}, expected "
-                         f"the {len(own)} of this adapter. They come from another base or rank.")
+        raise ValueError(f"adapter weights for {name!r}: got {len(wrong)} tensors that do not fit, first "
+                         f"{sorted(wrong)[0]!r}, expected the {len(own)} of this adapter. They come from another base "
+                         "or rank.")
     set_peft_model_state_dict(model, dict(state), adapter_name=name)
 
 
@@ -155,7 +165,8 @@ def _require_adapter(folder: Path | str) -> None:
 
 def _require_new(model: PeftModel, name: str) -> None:
     if name in model.peft_config:
-        raise ValueError(f"adapter: got the name {name!r} twice, expected a new one. Loaded are {sorted(model.peft_config)}.")
+        raise ValueError(f"adapter: got the name {name!r} twice, expected a new one. Loaded are "
+                         f"{sorted(model.peft_config)}.")
 
 
 def plain_linear(module: nn.Module) -> nn.Module:

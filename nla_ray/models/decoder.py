@@ -1,11 +1,11 @@
 """A compact decoder for Llama-like models, made for generation after a common prefix.
 
-Reads the weights of a transformers model with a LoRA adapter merged in, and arranges them for few, large operations: norm
-weights folded into the next projection, queries, keys and values in one product, rotary pairs side by side so that a
-rotation is one complex product, attention scale inside the query weights. Knows nothing of sampling or scheduling.
+Reads the weights of a transformers model with a LoRA adapter merged in, and arranges them for few, large operations:
+norm weights folded into the next projection, queries, keys and values in one product, rotary pairs side by side so that
+a rotation is one complex product, attention scale inside the query weights. Knows nothing of sampling or scheduling.
 
-Dimension words: rows (sequences), seq, d_model, heads, groups (key-value heads), share (query heads per group), head_dim,
-prefix (tokens common to all rows), own (a row's own tokens).
+Dimension words: rows (sequences), seq, d_model, heads, groups (key-value heads), share (query heads per group),
+head_dim, prefix (tokens common to all rows), own (a row's own tokens).
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def decoder_shape(model: nn.Module) -> Shape:
         unsupported.append("rotary frequencies that change with the length")
     if unsupported:
         raise ValueError(f"generation engine: got {', '.join(unsupported)}, expected a model of type "
-                         f"{' or '.join(SUPPORTED_MODEL_TYPES)} (RMSNorm, rotary positions, silu MLP). Choose such a base.")
+                         f"{' or '.join(SUPPORTED_MODEL_TYPES)} (RMSNorm, rotary positions, silu MLP). Choose such a "
+                         "base.")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(layers=config.num_hidden_layers, heads=config.num_attention_heads, groups=config.num_key_value_heads,
                  head_dim=head_dim, vocab_size=config.vocab_size, max_positions=config.max_position_embeddings,
@@ -109,15 +110,17 @@ class Decoder:
         self._blocks: list[Block] = []
 
     def load(self, state: Mapping[str, Tensor] | None, scaling: float) -> None:
-        """Merge an adapter (tensors as `adapters.adapter_state` names them; None: the plain base) into a copy of the weights.
+        """Merge an adapter (tensors as `adapters.adapter_state` names them; None: the plain base) into a copy of the
+        weights.
 
         `scaling` = alpha / rank. Raises ValueError for tensors that belong to no projection of this model.
         """
         remaining = dict(state or {})
         self._blocks = [self._build_block(index, remaining, scaling) for index in range(self.shape.layers)]
         if remaining:
-            raise ValueError(f"adapter weights: got {len(remaining)} tensors without a place, first {sorted(remaining)[0]!r}, expected "
-                             f"LoRA factors of {', '.join(PROJECTIONS)} in {self.shape.layers} blocks. They are of another base.")
+            raise ValueError(f"adapter weights: got {len(remaining)} tensors without a place, first "
+                             f"{sorted(remaining)[0]!r}, expected LoRA factors of {', '.join(PROJECTIONS)} in "
+                             f"{self.shape.layers} blocks. They are of another base.")
 
     def _build_block(self, index: int, state: dict[str, Tensor], scaling: float) -> Block:
         layer, shape = self._model.model.layers[index], self.shape
@@ -137,9 +140,11 @@ class Decoder:
             bias = torch.cat([_pair(first, shape.heads) * scale, _pair(second, shape.groups), third]).to(self.dtype)
         before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         return Block(
-            query_key_value=self._projection(_fold(joined, before), bias), output=self._projection(merged("self_attn", "o_proj")),
+            query_key_value=self._projection(_fold(joined, before), bias),
+            output=self._projection(merged("self_attn", "o_proj")),
             gate=self._projection(_fold(merged("mlp", "gate_proj"), after)),
-            up=self._projection(_fold(merged("mlp", "up_proj"), after)), down=self._projection(merged("mlp", "down_proj")),
+            up=self._projection(_fold(merged("mlp", "up_proj"), after)),
+            down=self._projection(merged("mlp", "down_proj")),
         )
 
     def _projection(self, weight: Tensor, bias: Tensor | None = None) -> Projection:
@@ -183,17 +188,26 @@ class Decoder:
             new = new.view(rows, seq, 2, shape.groups, shape.head_dim).permute(2, 0, 3, 1, 4)
             keys[layer], values[layer] = new[0], new[1]
             query = query.view(rows, seq, shape.groups, shape.share, shape.head_dim).permute(0, 2, 3, 1, 4)
-            mixed = _attend(query.reshape(rows, shape.groups, shape.share * seq, shape.head_dim), keys[layer], values[layer],
-                            future, prefix.keys[layer, 0], prefix.values[layer, 0])
+            mixed = _attend(
+                query.reshape(rows, shape.groups, shape.share * seq, shape.head_dim),
+                keys[layer],
+                values[layer],
+                future,
+                prefix.keys[layer, 0],
+                prefix.values[layer, 0],
+            )
             mixed = mixed.view(rows, shape.groups, shape.share, seq, shape.head_dim).permute(0, 3, 1, 2, 4)
             stream = self._after_attention(block, mixed.reshape(rows * seq, shape.query_width), stream)
         return stream.view(rows, seq, d_model)[:, -1], KeysValues(keys, values)
 
-    def step(self, embedded: Tensor, rotation: Tensor, own: KeysValues, column: int, hidden: Tensor, prefix: KeysValues) -> Tensor:
+    def step(
+        self, embedded: Tensor, rotation: Tensor, own: KeysValues, column: int, hidden: Tensor, prefix: KeysValues
+    ) -> Tensor:
         """One token per row: [rows, d_model] -> the stream after the last block.
 
         `own` holds keys and values of [layers, rows, groups, columns, head_dim]; the new ones are written to `column`.
-        `hidden` [rows * groups, 1, columns] is 0 where a row may look and -inf elsewhere; `rotation` [rows, 1, head_dim / 2].
+        `hidden` [rows * groups, 1, columns] is 0 where a row may look and -inf elsewhere; `rotation` [rows, 1, head_dim
+        / 2].
         """
         shape, stream, rows = self.shape, embedded, len(embedded)
         for layer, block in enumerate(self._blocks):
@@ -229,12 +243,17 @@ class Decoder:
         return F.rms_norm(stream, stream.shape[-1:], None, self.shape.epsilon)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, prefix_keys: Tensor, prefix_values: Tensor) -> Tensor:
-    """Attention of [rows, groups, queries, head_dim] over a common prefix [groups, prefix, head_dim] and own keys and values
-    [rows, groups, own, head_dim]; `hidden` is added to the own scores. The prefix is one product per group for all rows."""
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, prefix_keys: Tensor, prefix_values: Tensor
+) -> Tensor:
+    """Attention of [rows, groups, queries, head_dim] over a common prefix [groups, prefix, head_dim] and own keys and
+    values [rows, groups, own, head_dim]; `hidden` is added to the own scores. The prefix is one product per group for
+    all rows."""
     rows, groups, queries, head_dim = query.shape
     own, prefix = keys.shape[2], prefix_keys.shape[1]
-    own_scores = torch.baddbmm(hidden, query.reshape(rows * groups, queries, head_dim), keys.reshape(rows * groups, own, head_dim).mT)
+    own_scores = torch.baddbmm(
+        hidden, query.reshape(rows * groups, queries, head_dim), keys.reshape(rows * groups, own, head_dim).mT
+    )
     by_group = query.transpose(0, 1).reshape(groups, rows * queries, head_dim)
     prefix_scores = torch.bmm(by_group, prefix_keys.mT).view(groups, rows, queries, prefix).transpose(0, 1)
     scores = torch.cat((prefix_scores, own_scores.view(rows, groups, queries, own)), -1)
@@ -252,8 +271,8 @@ def _merge(weight: Tensor, state: dict[str, Tensor], name: str, scaling: float) 
     if down is None or up is None:
         return weight
     if up.shape[0] != weight.shape[0] or down.shape[1] != weight.shape[1] or up.shape[1] != down.shape[0]:
-        raise ValueError(f"adapter weights {name}: got factors {tuple(up.shape)} and {tuple(down.shape)} for a weight of "
-                         f"{tuple(weight.shape)}, expected [out, rank] and [rank, in]. They are of another base.")
+        raise ValueError(f"adapter weights {name}: got factors {tuple(up.shape)} and {tuple(down.shape)} for a weight "
+                         f"of {tuple(weight.shape)}, expected [out, rank] and [rank, in]. They are of another base.")
     return torch.addmm(weight, up.to(weight.device).float(), down.to(weight.device).float(), alpha=scaling)
 
 

@@ -1,11 +1,11 @@
 """The generation engine: activations -> sampled descriptions, with their log-probabilities.
 
-Rollouts, evaluation and serving call this plain class, which knows nothing of Ray. What it exploits: every prompt is the
-same up to the injected token. The life of one `generate` call:
+Rollouts, evaluation and serving call this plain class, which knows nothing of Ray. What it exploits: every prompt is
+the same up to the injected token. The life of one `generate` call:
 
 1. The prefix's keys and values are there already, computed once per weight version and shared by all rows.
-2. A chunk of activations is prefilled: injected token + suffix, once per activation. Its last logits give the first token
-   of every rollout of the group.
+2. A chunk of activations is prefilled: injected token + suffix, once per activation. Its last logits give the first
+   token of every rollout of the group.
 3. Rollouts take slots; each slot holds a copy of the suffix's keys and values, then the rollout's own.
 4. A step decodes one token for all slots. Keys of one step go to ONE column of the cache, whatever each row's length; a
    mask says which columns belong to a row. Rotary positions are inside the keys, so columns may lie in any order.
@@ -50,10 +50,11 @@ class GenerationEngine:
 
     def __init__(self, model: nn.Module, tokenizer, prompt: InjectionPrompt, injection_norm: float, max_slots: int = 64,
                  lora: LoraSettings | None = None) -> None:
-        """`model`: the frozen base, with or without adapters in it; its own weights are read, never changed.
-        `lora`: settings of the adapters that `load_weights` will get. Raises ValueError for an unsupported architecture."""
+        """`model`: the frozen base, with or without adapters in it; its own weights are read, never changed. `lora`:
+        settings of the adapters that `load_weights` will get. Raises ValueError for an unsupported architecture."""
         if max_slots < 1:
-            raise ValueError(f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded at once.")
+            raise ValueError(f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded at "
+                             "once.")
         self.tokenizer, self.prompt, self.injection_norm, self.max_slots = tokenizer, prompt, injection_norm, max_slots
         self.end_ids = _end_ids(causal_model(model), tokenizer)
         self.decoder = Decoder(model, rows=max_slots)
@@ -65,8 +66,9 @@ class GenerationEngine:
     def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
         """Use these adapter weights (names as in `adapters.adapter_state`; None: the plain base) from now on."""
         if adapter_state is not None and self._lora is None:
-            raise ValueError("generation engine: got adapter weights without their settings, expected lora=LoraSettings(...) when the "
-                             "engine was made. alpha / rank is not part of the tensors.")
+            raise ValueError("generation engine: got adapter weights without their settings, expected "
+                             "lora=LoraSettings(...) when the engine was made. alpha / rank is not part of the "
+                             "tensors.")
         scaling = self._lora.alpha / self._lora.rank if self._lora else 1.0
         with torch.inference_mode():
             self.decoder.load(adapter_state, scaling)
@@ -79,8 +81,8 @@ class GenerationEngine:
                  seed: int = 0, rows: Sequence[int] | None = None) -> list[Rollout]:
         """`group_size` rollouts for each activation of [n, d_model], ordered by (activation, sample).
 
-        `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the activations' rows in their bank,
-        which name them in the rollouts and seed their samples; default 0 to n - 1.
+        `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the activations' rows in their
+        bank, which name them in the rollouts and seed their samples; default 0 to n - 1.
         """
         rows = list(range(len(activations))) if rows is None else list(rows)
         self._check(activations, rows, group_size, max_new_tokens)
@@ -97,21 +99,31 @@ class GenerationEngine:
         self._idle = {size: slots}
         texts = self.tokenizer.batch_decode([draft.token_ids for draft in drafts], skip_special_tokens=True,
                                             clean_up_tokenization_spaces=False)
-        return [Rollout(row=rows[draft.index // group_size], token_ids=draft.token_ids, log_probs=draft.log_probs, text=text,
-                        finished=draft.finished, weight_version=self.weight_version) for draft, text in zip(drafts, texts)]
+        return [
+            Rollout(
+                row=rows[draft.index // group_size],
+                token_ids=draft.token_ids,
+                log_probs=draft.log_probs,
+                text=text,
+                finished=draft.finished,
+                weight_version=self.weight_version,
+            )
+            for draft, text in zip(drafts, texts)
+        ]
 
     def _check(self, activations: Tensor, rows: Sequence[int], group_size: int, max_new_tokens: int) -> None:
         d_model, limit = self.decoder.d_model, self.decoder.shape.max_positions
         if activations.ndim != 2 or activations.shape[1] != d_model or len(rows) != len(activations):
-            raise ValueError(f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected [n, {d_model}] and n "
-                             "rows. They come from another model; capture them again.")
+            raise ValueError(f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected [n, "
+                             f"{d_model}] and n rows. They come from another model; capture them again.")
         if not activations.isfinite().all():
             raise ValueError("activations: got non-finite values, expected finite ones. Capture them again.")
         if group_size < 1 or max_new_tokens < 1:
-            raise ValueError(f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at least 1 of each.")
+            raise ValueError(f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at least "
+                             "1 of each.")
         if len(self.prompt) + max_new_tokens > limit:
-            raise ValueError(f"max_new_tokens: got {max_new_tokens} after a prompt of {len(self.prompt)}, expected at most {limit} "
-                             "positions, the model's context. Lower it.")
+            raise ValueError(f"max_new_tokens: got {max_new_tokens} after a prompt of {len(self.prompt)}, expected at "
+                             f"most {limit} positions, the model's context. Lower it.")
 
     def prefill(self, activations: Tensor) -> tuple[Tensor, KeysValues]:
         """Injected token and suffix of [n, d_model] activations -> last logits [n, vocab] and their keys and values."""
@@ -126,15 +138,17 @@ class GenerationEngine:
 class _Slots:
     """Keys, values and visibility of the rows that are being decoded.
 
-    Columns 0..suffix-1 hold the suffix's tokens, the rest is a ring that one step fills at one column for all rows. A row
-    lives at most `ring` steps, so a column is never overwritten while its row needs it.
+    Columns 0..suffix-1 hold the suffix's tokens, the rest is a ring that one step fills at one column for all rows. A
+    row lives at most `ring` steps, so a column is never overwritten while its row needs it.
     """
 
     def __init__(self, decoder: Decoder, slots: int, suffix: int, ring: int) -> None:
         shape = decoder.shape
         size = (shape.layers, slots, shape.groups, suffix + ring, shape.head_dim)
         self._cache = KeysValues(*(torch.zeros(size, dtype=decoder.dtype, device=decoder.device) for _ in range(2)))
-        self._hidden = torch.full((slots, shape.groups, 1, suffix + ring), -torch.inf, dtype=decoder.dtype, device=decoder.device)
+        self._hidden = torch.full(
+            (slots, shape.groups, 1, suffix + ring), -torch.inf, dtype=decoder.dtype, device=decoder.device
+        )
         self.count, self._suffix, self._ring, self._steps = slots, suffix, ring, 0
 
     def clear(self) -> None:
@@ -175,8 +189,16 @@ class _Slots:
 class _Generation:
     """One call of `generate`: who waits, who holds which slot, and what was sampled."""
 
-    def __init__(self, engine: GenerationEngine, activations: Tensor, drafts: list[_Draft], group_size: int, sampler: Sampler,
-                 max_new_tokens: int, slots: _Slots) -> None:
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        activations: Tensor,
+        drafts: list[_Draft],
+        group_size: int,
+        sampler: Sampler,
+        max_new_tokens: int,
+        slots: _Slots,
+    ) -> None:
         self._engine, self._decoder, self._sampler, self._max = engine, engine.decoder, sampler, max_new_tokens
         self._activations, self._group_size = activations, group_size
         self._unseen, self._waiting = deque(drafts), deque()
@@ -203,7 +225,9 @@ class _Generation:
         keys = torch.tensor([draft.key for draft in drafts], device=logits.device)
         tokens, log_probs = self._sampler.choose(logits[members], keys, torch.zeros_like(keys))
         self._record(drafts, tokens, log_probs)
-        self._waiting.extend((draft, chunk, member) for draft, member in zip(drafts, members) if not self._has_ended(draft))
+        self._waiting.extend(
+            (draft, chunk, member) for draft, member in zip(drafts, members) if not self._has_ended(draft)
+        )
 
     def _admit(self, free: Sequence[int]) -> list[int]:
         """Give free slots to waiting rollouts; returns the slots that stay free."""
@@ -257,9 +281,9 @@ class _Generation:
     def _record(self, drafts: Sequence[_Draft], tokens: Tensor, log_probs: Tensor) -> None:
         for draft, token, log_prob in zip(drafts, tokens.tolist(), log_probs.tolist()):
             if log_prob != log_prob:
-                raise RuntimeError(f"generation engine: got a log-probability that is not a number under weight version "
-                                   f"{self._engine.weight_version}, expected finite logits. The adapter has diverged; go back to an "
-                                   "earlier checkpoint.")
+                raise RuntimeError("generation engine: got a log-probability that is not a number under weight "
+                                   f"version {self._engine.weight_version}, expected finite logits. The adapter has "
+                                   "diverged; go back to an earlier checkpoint.")
             draft.token_ids.append(token)
             draft.log_probs.append(log_prob)
             draft.finished = token in self._engine.end_ids

@@ -36,7 +36,8 @@ class Projection:
 
 
 class PackedProjection(Projection):
-    """The same on CPU through oneDNN, by the operations that torch.compile emits there (they have no public wrapper)."""
+    """The same on CPU through oneDNN, by the operations that torch.compile emits there (they have no public
+    wrapper)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, rows: int = 64) -> None:
         self._weight, self._bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows), bias
@@ -58,7 +59,9 @@ def packing_works(weight: Tensor) -> bool:
     """Whether oneDNN can hold this weight packed: a CPU tensor of a type this processor multiplies natively."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def make_projection(weight: Tensor, bias: Tensor | None = None, *, rows: int = 64) -> Projection:

@@ -1,9 +1,9 @@
 """A reconstructor: description -> activation. The first blocks of the base, a LoRA adapter and a linear head.
 
-r = mu + W h, in the space of directions n(v): h is the residual stream of layer K at the marker that ends the prompt, with
-its norm made sqrt(d_model); mu the train mean direction, which alone has cosine 0.95-0.99 with every activation, so that
-only the deviation has to be learned. Source: the public recipe (adapter, marker, layer); head [d, d] without bias as in
-the reference implementation. Knows nothing of losses or of Ray.
+r = mu + W h, in the space of directions n(v): h is the residual stream of layer K at the marker that ends the prompt,
+with its norm made sqrt(d_model); mu the train mean direction, which alone has cosine 0.95-0.99 with every activation,
+so that only the deviation has to be learned. Source: the public recipe (adapter, marker, layer); head [d, d] without
+bias as in the reference implementation. Knows nothing of losses or of Ray.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ HEAD_NAME = "head.safetensors"
 class Reconstructor(nn.Module):
     """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
 
-    def __init__(self, model, tokenizer, *, adapter: str, layer: int, marker: str, mean: Tensor, max_tokens: int) -> None:
+    def __init__(
+        self, model, tokenizer, *, adapter: str, layer: int, marker: str, mean: Tensor, max_tokens: int
+    ) -> None:
         super().__init__()
         d_model = causal_width(model)
         if mean.shape != (d_model,):
@@ -47,7 +49,8 @@ class Reconstructor(nn.Module):
     @classmethod
     def build(cls, base: BaseConfig, lora: LoraSettings, mean: Tensor, *, max_tokens: int = 96, seed: int = 0,
               adapter: str = "default") -> Reconstructor:
-        """A new one for training: only the adapter and the head have gradients. `mean`: train mean direction [d_model]."""
+        """A new one for training: only the adapter and the head have gradients. `mean`: train mean direction
+        [d_model]."""
         model = load_backbone(base, num_blocks=base.layer + 1)
         model = add_lora(model, lora, adapter, num_blocks=base.layer + 1, seed=seed)
         return cls(model, load_tokenizer(base), adapter=adapter, layer=base.layer, marker=base.marker, mean=mean,
@@ -55,15 +58,23 @@ class Reconstructor(nn.Module):
 
     @classmethod
     def load(cls, base: BaseConfig, folder: Path | str, *, adapter: str = "default", model=None) -> Reconstructor:
-        """A saved one, frozen. `model`: a loaded base to share, for example another reconstructor's `.model`; it gets the
-        weights as a further adapter, so `adapter` must be a new name there."""
+        """A saved one, frozen. `model`: a loaded base to share, for example another reconstructor's `.model`; it gets
+        the weights as a further adapter, so `adapter` must be a new name there."""
         weight, mean, layer, max_tokens = _read_head(Path(folder) / HEAD_NAME)
         if layer != base.layer:
             raise ValueError(f"reconstructor {str(folder)!r}: got layer {layer}, expected base.layer {base.layer}. "
                              "Use the configuration that its manifest records.")
         model = load_backbone(base, num_blocks=base.layer + 1) if model is None else model
         model = load_adapter(model, Path(folder) / ADAPTER_NAME, adapter)
-        own = cls(model, load_tokenizer(base), adapter=adapter, layer=layer, marker=base.marker, mean=mean, max_tokens=max_tokens)
+        own = cls(
+            model,
+            load_tokenizer(base),
+            adapter=adapter,
+            layer=layer,
+            marker=base.marker,
+            mean=mean,
+            max_tokens=max_tokens,
+        )
         own.head.weight.data.copy_(weight)
         return own.eval().requires_grad_(False)
 
@@ -71,24 +82,28 @@ class Reconstructor(nn.Module):
         """Write adapter/ and head.safetensors (`weight` [d, d], `mean` [d])."""
         save_adapter(self.model, Path(folder) / ADAPTER_NAME, self.adapter)
         tensors = {"weight": self.head.weight, "mean": self.mean}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, Path(folder) / HEAD_NAME,
-                  metadata={"layer": str(self.layer), "max_tokens": str(self.max_tokens)})
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            Path(folder) / HEAD_NAME,
+            metadata={"layer": str(self.layer), "max_tokens": str(self.max_tokens)},
+        )
 
     def encode(self, descriptions: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
-        """The prompts as ids, each ending in the marker. A description of more than `max_tokens` tokens is cut at its end."""
+        """The prompts as ids, each ending in the marker. A description of more than `max_tokens` tokens is cut at its
+        end."""
         limit = self.max_tokens if max_tokens is None else max_tokens
         texts = [prompts.reconstructor_prompt(self._cut(text, limit), self.marker) for text in descriptions]
         encoded = self.tokenizer(texts)["input_ids"] if texts else []
         for ids, text in zip(encoded, texts):
             if ids[-1] != self.marker_id or ids.count(self.marker_id) != 1:
-                raise ValueError(f"reconstructor prompt: got {ids.count(self.marker_id)} markers and last id {ids[-1]} for {text[-40:]!r}, "
-                                 f"expected one, at the end (id {self.marker_id}). The tokenizer appends tokens; choose another base.")
+                raise ValueError(f"reconstructor prompt: got {ids.count(self.marker_id)} markers and last id {ids[-1]} "
+                                 f"for {text[-40:]!r}, expected one, at the end (id {self.marker_id}). The tokenizer "
+                                 "appends tokens; choose another base.")
         return encoded
 
     def _cut(self, description: str, limit: int) -> str:
-        if len(description) <= limit:  # no tokenizer makes more tokens than bytes, and these are most descriptions' fast way
-            if len(description.encode()) <= limit:
-                return description
+        if len(description.encode()) <= limit:  # no tokenizer makes more tokens than bytes
+            return description
         ids = self.tokenizer.encode(description, add_special_tokens=False)
         if len(ids) <= limit:
             return description
@@ -106,7 +121,8 @@ class Reconstructor(nn.Module):
         return input_ids.to(device), attention_mask.to(device)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Right-padded prompts [batch, seq] -> reconstructions [batch, d_model] float32, under the adapter that is active.
+        """Right-padded prompts [batch, seq] -> reconstructions [batch, d_model] float32, under the adapter that is
+        active.
 
         The mask says where each prompt ends; attention needs none, being causal.
         """
@@ -151,5 +167,6 @@ def _read_head(file: Path) -> tuple[Tensor, Tensor, int, int]:
     with safe_open(file, framework="pt") as tensors:
         weight, mean, metadata = tensors.get_tensor("weight"), tensors.get_tensor("mean"), tensors.metadata()
     if not (weight.isfinite().all() and mean.isfinite().all()):
-        raise ValueError(f"{file}: got non-finite values, expected finite ones. The training run diverged; train it again.")
+        raise ValueError(f"{file}: got non-finite values, expected finite ones. The training run diverged; train it "
+                         "again.")
     return weight, mean, int(metadata["layer"]), int(metadata["max_tokens"])

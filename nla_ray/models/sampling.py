@@ -1,7 +1,7 @@
 """Choosing tokens: greedy, or by noise that belongs to (seed, row, sample, step, token) and to nothing else.
 
-The noise of a token is a hash, so a description does not depend on slots, batching or the order of rows: a change in the
-last bit of a logit changes a choice only at a near tie (an inverse-CDF sampler would flip at every boundary).
+The noise of a token is a hash, so a description does not depend on slots, batching or the order of rows: a change in
+the last bit of a logit changes a choice only at a near tie (an inverse-CDF sampler would flip at every boundary).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Sampler:
     def negative_noise(self, keys: Tensor, steps: Tensor) -> Tensor:
         """-E for every token, E standard exponential noise by (key, step): [rows, vocab] float32, never zero.
 
-        Two multiply-xorshift rounds on int32, in place. The arithmetic shifts cost the sign, which leaves the 31 bits used.
+        Two multiply-xorshift rounds on int32, in place. The arithmetic shifts cost the sign, which leaves the 31 bits
+        used.
         """
         mixed = (keys + steps * (_GOLDEN - (1 << 64))).unsqueeze(-1)
         low, high = mixed.to(torch.int32), (mixed >> 32).to(torch.int32)

@@ -39,8 +39,9 @@ def compare(reconstruction: Tensor, right: Tensor, wrong: Tensor, mean: Tensor) 
     """Scores of reconstructions [n, d] against right [n, d] and wrong [n, k, d], centred by `mean` [d]."""
     n, d_model = reconstruction.shape
     if right.shape != (n, d_model) or wrong.ndim != 3 or wrong.shape[0] != n or wrong.shape[2] != d_model:
-        raise ValueError(f"scores: got right {tuple(right.shape)} and wrong {tuple(wrong.shape)} for {n} descriptions, expected "
-                         f"({n}, {d_model}) and ({n}, k, {d_model}). Pass one right row and k wrong rows per description.")
+        raise ValueError(f"scores: got right {tuple(right.shape)} and wrong {tuple(wrong.shape)} for {n} descriptions, "
+                         f"expected ({n}, {d_model}) and ({n}, k, {d_model}). Pass one right row and k wrong rows per "
+                         "description.")
     repeated = reconstruction.unsqueeze(1)
     return Scores(
         right=vectors.cosine(reconstruction, right), wrong=vectors.cosine(repeated, wrong),
@@ -61,6 +62,7 @@ class Scorer:
         return self.reconstructor.mean.cpu()
 
     def score(self, descriptions: Sequence[str], right: Tensor, wrong: Tensor) -> Scores:
-        """Scores of n descriptions against right activations [n, d_model] and wrong ones [n, k, d_model] (k may be 0)."""
+        """Scores of n descriptions against right activations [n, d_model] and wrong ones [n, k, d_model] (k may be
+        0)."""
         reconstruction = self.reconstructor.reconstruct(descriptions, self.batch_size)
         return compare(reconstruction, torch.as_tensor(right), torch.as_tensor(wrong), self.mean)

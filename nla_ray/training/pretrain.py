@@ -33,7 +33,7 @@ from nla_ray.runlog import configure_worker, get_logger
 from nla_ray.training.pretrain_data import (
     ANSWER, DOCUMENT, RAW, PretrainTexts, Rows, build_chats, gather_texts, pack_rows, raw_segments, train_tokenizer,
 )
-from nla_ray.training.pretrain_model import LOSS_NAMES, Optimizers, build_model, training_losses, word_precision
+from nla_ray.training.pretrain_model import LOSS_NAMES, Optimizers, build_model, list_repeats, training_losses, word_precision
 
 logger = get_logger(__name__)
 
@@ -86,12 +86,16 @@ def pretrain(run: Run) -> Manifest:
 
 def prepare_data(texts: PretrainTexts, config: PretrainConfig, marker: str, folder: Path) -> None:
     """Everything the processes read: packed rows as memory-mapped arrays, tokenizer, texts for validation."""
+    from transformers import Qwen2Tokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
     check_train_only(texts.doc_ids)
     logger.info("pretrain: %d chunks, %d raw texts, %d documents", len(texts.chunks), len(texts.raw), len(texts.doc_ids))
-    tokenizer = train_tokenizer(
-        [text for _, text in texts.chunks] + texts.raw, vocab_size=config.vocab_size, marker=marker
-    )
+    if config.start_from is None:
+        learn_from = [text for _, text in texts.chunks] + texts.raw
+        tokenizer = train_tokenizer(learn_from, vocab_size=config.vocab_size, marker=marker)
+    else:
+        tokenizer = Qwen2Tokenizer.from_pretrained(config.start_from)
     chats = build_chats(texts, tokenizer, config)
     raw = raw_segments(texts.raw, tokenizer, seed_of(config.seed, "raw"))
     rows = pack_rows(chats, raw, config.steps * config.rows_per_step, config)
@@ -139,13 +143,18 @@ def train_worker(rank: int, work: Work) -> None:
     texts: PretrainTexts = pickle.loads((work.folder / _TEXTS).read_bytes())
     tokenizer = Qwen2Tokenizer.from_pretrained(work.folder / _TOKENIZER)
     model = build_model(config, tokenizer)
+    if config.start_from is not None:
+        model.load_state_dict(type(model).from_pretrained(config.start_from, dtype=torch.float32).state_dict())
     some = texts.validation[:CHECK_TEXTS]
     check = partial(word_precision, model, tokenizer, some, texts.statistics, config, work.read_layer)
     progress = train(model, Rows.load(work.folder), work, rank, check)
     if rank == 0:
         precision = word_precision(model, tokenizer, texts.validation, texts.statistics, config, work.read_layer)
-        logger.info("pretrain: done; precision of salient words on validation texts %s", precision)
-        save_model(model, tokenizer, make_card(work, texts, progress, precision), work.target)
+        repeats = list_repeats(model, tokenizer, texts.validation[:CHECK_TEXTS], config)
+        logger.info("pretrain: done; on validation texts, precision of salient words %s, labels that repeat a word %.2f",
+                    precision, repeats)
+        figures = {"validation_word_precision": precision, "validation_label_repeats": repeats}
+        save_model(model, tokenizer, make_card(work, texts, progress, figures), work.target)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -227,23 +236,29 @@ def _load_state(model: nn.Module, optimizers: Optimizers, path: Path) -> Progres
     return Progress(**state["progress"])
 
 
-def make_card(work: Work, texts: PretrainTexts, progress: Progress, precision: dict[str, float]) -> dict[str, Any]:
-    """What the model is and what it was made from; `doc_id_digests` lists every document it learned from."""
+def make_card(work: Work, texts: PretrainTexts, progress: Progress, figures: dict[str, Any]) -> dict[str, Any]:
+    """What the model is and what it was made from; `doc_id_digests` lists every document it or its start learned from."""
     config = work.config
+    digests = {digest(doc_id) for doc_id in texts.doc_ids}
+    start = None
+    if config.start_from is not None:
+        start = json.loads((Path(config.start_from) / "card.json").read_text())
+        digests.update(start.pop("doc_id_digests"))
     return {
         "what": "Qwen2-architecture chat model of the embedded default, trained to describe the user's document",
         "settings": {**asdict(config), "read_layer": work.read_layer},
         "num_chunks": len(texts.chunks),
-        "num_documents": len(texts.doc_ids),
+        "num_documents": len(digests),
         "splits": ["train"],
         "tokens_seen": config.steps * config.rows_per_step * config.row_tokens,
         "final_losses_nats": progress.history[-1],
         "history": progress.history[:: max(1, len(progress.history) // 50)],
-        "validation_word_precision": precision,
+        **figures,
         "num_validation_chunks": len(texts.validation),
         "seconds": round(progress.seconds),
         "torch": torch.__version__,
-        "doc_id_digests": [digest(doc_id) for doc_id in texts.doc_ids],
+        "started_from": start,
+        "doc_id_digests": sorted(digests),
     }
 
 

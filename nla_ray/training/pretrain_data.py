@@ -2,7 +2,8 @@
 
 In a chat the user gives a piece of a document and the assistant says what it holds: a list of its salient words,
 a label in either offline style, or the kind of document. The target at the generation prompt is the exact
-expectation over those answers, so its gradient has no sampling noise. Only train documents are read, and no
+expectation over those answers, and before each further word of a list it is the words not listed yet, so that
+neither has sampling noise and a word that was listed is never a target again. Only train documents are read, and no
 piece of them that a held-out text of the corpus nearly repeats.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from nla_ray.config import CorpusConfig, PretrainConfig
 from nla_ray.corpus.build import Chunk, embedded_chunks
 from nla_ray.corpus.dedup import first_of_clusters, minhash_signatures
-from nla_ray.corpus.embedded import cut_chunks, is_informative, list_sources, read_source, seeded_order
+from nla_ray.corpus.embedded import DOMAIN_NAMES, cut_chunks, is_informative, list_sources, read_source, seeded_order
 from nla_ray.labels.cleaner import clean_label
 from nla_ray.labels.offline import ContentFirstTeacher, FormatFirstTeacher, WordStatistics, observe, salient_words
 from nla_ray.prompts import chat_prompt
@@ -34,11 +35,14 @@ CHAT_TEMPLATE = (
 )
 """ChatML without a default system prompt."""
 RAW, DOCUMENT, ANSWER = 0, 1, 2
-ANSWER_SHARES = {"words": 0.50, "description": 0.35, "domain": 0.15}
+ANSWER_SHARES = {"words": 0.45, "description": 0.35, "domain": 0.20}
 """How often each kind of answer is drawn. The target at the generation prompt is the expectation over them."""
 SOFT_WIDTH = 16
 """Candidates of one soft target: 12 words, the bullet, the domain, and two spare."""
 CHATS_PER_ROW = 4
+SOFT_SLOTS = 32
+"""Soft targets in one row: the generation prompts' in the first CHATS_PER_ROW slots, then those inside word lists while
+there is room; a place in a list without room has its next token as the target, as every other place."""
 CUT_CHARS = 60_000
 USUAL_PIECES, SHORT_PIECES = 40, 20
 """Most pieces of one document: as long as the corpus cuts them, and from MIN_SHORT_CHARS on."""
@@ -49,24 +53,36 @@ LOOK_AHEAD = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat:
-    """One tokenised chat and the soft target at its generation prompt.
+class Answer:
+    """What the assistant says, and the salient words of a list in the order they are listed, with their scores.
 
     Example:
-        Chat(prompt_ids=[1, 88, ...], answer_ids=[301, 14, 77, 2, 201], soft={301: 0.3, 77: 0.2, 15: 0.35, 90: 0.15})
+        Answer(text="index, frame", listed=[("index", 3.1), ("frame", 4.2)])
+    """
+
+    text: str
+    listed: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """One tokenised chat and its soft targets by position; the first stands at the last prompt token.
+
+    Example:
+        Chat(prompt_ids=[1, 88, ...], answer_ids=[301, 14, 77, 2, 201], soft=[(104, {301: 0.3, 77: 0.2, 15: 0.35, 90: 0.15})])
     """
 
     prompt_ids: list[int]
     answer_ids: list[int]
-    soft: dict[int, float]
+    soft: list[tuple[int, dict[int, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """Packed training rows; every array has the same first dimension.
 
-    tokens, positions, segments, parts: [rows, row_tokens]; soft_positions: [rows, CHATS_PER_ROW], -1 where
-    unused; soft_ids, soft_probabilities: [rows, CHATS_PER_ROW, SOFT_WIDTH].
+    tokens, positions, segments, parts: [rows, row_tokens]; soft_positions: [rows, SOFT_SLOTS], -1 where
+    unused; soft_ids, soft_probabilities: [rows, SOFT_SLOTS, SOFT_WIDTH].
     """
 
     tokens: np.ndarray
@@ -105,7 +121,7 @@ class PretrainTexts:
 
 def gather_texts(config: PretrainConfig) -> PretrainTexts:
     """Chunks and raw text of train documents, many more than the corpus takes, without the held-out ones' twins."""
-    corpus = embedded_chunks(CorpusConfig(seed=config.seed))
+    corpus = embedded_chunks(CorpusConfig())  # the default corpus, whatever this seed: its held-out texts are the ones to keep out
     statistics = WordStatistics.fit(chunk.text for chunk in corpus if chunk.split == "train")
     held_out = [chunk.text for chunk in corpus if chunk.split != "train"]
     by_domain: dict[str, list] = {}
@@ -185,38 +201,57 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, marker: str):
 
 
 def compose_answer(
-    text: str, domain: str, statistics: WordStatistics, num_words: int, draw: random.Random
-) -> tuple[str, list[tuple[str, float]]]:
-    """One drawn answer, and the document's salient words with their shares of the soft target.
+    text: str, domain: str, statistics: WordStatistics, words: list[tuple[str, float]], draw: random.Random
+) -> Answer:
+    """One drawn answer about a text with these salient words.
 
-    Words are listed in a random order in which a word comes first with a probability proportional to its
-    tf-idf (Plackett-Luce), so the shares are exactly the expectation of the first word.
+    Words are listed in a random order in which, at every place, the next one is drawn in proportion to its tf-idf
+    among those that are left (Plackett-Luce): `next_word_shares` is the exact expectation.
     """
-    words = salient_words(text, statistics, num_words)
-    total = sum(score for _, score in words) or 1.0
-    shares = [(word, score / total) for word, score in words]
     kind = draw.choices(list(ANSWER_SHARES), weights=list(ANSWER_SHARES.values()))[0]
     if kind == "words" and words:
         order = sorted(words, key=lambda pair: -math.log(1.0 - draw.random()) / pair[1])
-        return ", ".join(word for word, _ in order), shares
+        return Answer(text=", ".join(word for word, _ in order), listed=order)
     if kind == "description":
         teacher = draw.choice((ContentFirstTeacher, FormatFirstTeacher))(statistics)
-        return clean_label(teacher.describe(text, domain)), shares
-    return observe(text, domain, statistics).kind, shares
+        return Answer(text=clean_label(teacher.describe(text, domain)), listed=[])
+    return Answer(text=observe(text, domain, statistics).kind, listed=[])
 
 
-def soft_target(first_id_of, shares: Sequence[tuple[str, float]], kind: str) -> dict[int, float]:
+def next_word_shares(left: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """How likely each of the words that are left comes next: its score over the sum of theirs."""
+    total = sum(score for _, score in left)
+    return [(word, score / total) for word, score in left]
+
+
+def prompt_target(first_id_of: Callable[[str], int], words: Sequence[tuple[str, float]], kind: str) -> dict[int, float]:
     """Next-token distribution at the generation prompt: the expectation over answer kinds and word orders.
 
     `first_id_of` maps a string to the id of its first token. Sums to 1.
     """
-    target: dict[int, float] = {}
-    without_words = ANSWER_SHARES["words"] if not shares else 0.0
-    for string, share in (
-        *((word, ANSWER_SHARES["words"] * part) for word, part in shares),
+    without_words = 0.0 if words else ANSWER_SHARES["words"]
+    return _by_token(first_id_of, [
+        *((word, ANSWER_SHARES["words"] * share) for word, share in (next_word_shares(words) if words else ())),
         ("- ", ANSWER_SHARES["description"]),
         (kind, ANSWER_SHARES["domain"] + without_words),
-    ):
+    ])
+
+
+def list_targets(encode: Callable[[str], list[int]], listed: Sequence[tuple[str, float]]) -> list[tuple[int, dict[int, float]]]:
+    """The soft targets inside a word list: (index of the comma in the answer's tokens, the words left after it)."""
+    targets = []
+    position = 0
+    for index, (word, _) in enumerate(listed[:-1]):
+        position += len(encode(f" {word}" if index else word))
+        left = next_word_shares(listed[index + 1 :])
+        targets.append((position, _by_token(lambda string: encode(string)[0], [(f" {word}", share) for word, share in left])))
+        position += 1
+    return targets
+
+
+def _by_token(first_id_of: Callable[[str], int], shares: Iterable[tuple[str, float]]) -> dict[int, float]:
+    target: dict[int, float] = {}
+    for string, share in shares:
         token = first_id_of(string)
         target[token] = target.get(token, 0.0) + share
     return target
@@ -224,22 +259,26 @@ def soft_target(first_id_of, shares: Sequence[tuple[str, float]], kind: str) -> 
 
 def build_chats(texts: PretrainTexts, tokenizer, config: PretrainConfig) -> list[Chat]:
     """One chat a chunk, tokenised; chats longer than a row are left out."""
-    first_ids: dict[str, int] = {}
+    known: dict[str, list[int]] = {}
 
-    def first_id_of(string: str) -> int:
-        if string not in first_ids:
-            first_ids[string] = tokenizer(string)["input_ids"][0]
-        return first_ids[string]
+    def encode(string: str) -> list[int]:
+        if string not in known:
+            known[string] = tokenizer(string)["input_ids"]
+        return known[string]
 
-    answers, targets = [], []
+    answers: list[Answer] = []
+    at_prompt: list[dict[int, float]] = []
     for index, (domain, text) in enumerate(texts.chunks):
+        words = salient_words(text, texts.statistics, config.num_words)
         draw = random.Random(seed_of(config.seed, "answer", str(index)))
-        answer, shares = compose_answer(text, domain, texts.statistics, config.num_words, draw)
-        answers.append(f"{answer}{TURN_END}\n")
-        targets.append(soft_target(first_id_of, shares, observe(text, domain, texts.statistics).kind))
+        answers.append(compose_answer(text, domain, texts.statistics, words, draw))
+        at_prompt.append(prompt_target(lambda string: encode(string)[0], words, DOMAIN_NAMES[domain]))
     prompts = tokenizer([chat_prompt(tokenizer, text) for _, text in texts.chunks])["input_ids"]
-    answer_ids = tokenizer(answers)["input_ids"]
-    chats = [Chat(prompt_ids=p, answer_ids=a, soft=t) for p, a, t in zip(prompts, answer_ids, targets, strict=True)]
+    written = tokenizer([f"{answer.text}{TURN_END}\n" for answer in answers])["input_ids"]
+    chats = []
+    for prompt_ids, answer_ids, answer, target in zip(prompts, written, answers, at_prompt, strict=True):
+        inside = [(len(prompt_ids) + offset, left) for offset, left in list_targets(encode, answer.listed)]
+        chats.append(Chat(prompt_ids=prompt_ids, answer_ids=answer_ids, soft=[(len(prompt_ids) - 1, target), *inside]))
     return [chat for chat in chats if len(chat.prompt_ids) + len(chat.answer_ids) <= config.row_tokens]
 
 
@@ -294,12 +333,12 @@ def _find_fitting(waiting: list[Chat], room: int) -> int | None:
 
 
 def _empty_rows(num_rows: int, row_tokens: int) -> Rows:
-    plane, prompts = (num_rows, row_tokens), (num_rows, CHATS_PER_ROW)
+    plane, slots = (num_rows, row_tokens), (num_rows, SOFT_SLOTS)
     return Rows(
         tokens=np.zeros(plane, np.int32), positions=np.zeros(plane, np.int16), segments=np.zeros(plane, np.int8),
-        parts=np.zeros(plane, np.int8), soft_positions=np.full(prompts, -1, np.int16),
-        soft_ids=np.zeros((*prompts, SOFT_WIDTH), np.int32),
-        soft_probabilities=np.zeros((*prompts, SOFT_WIDTH), np.float32),
+        parts=np.zeros(plane, np.int8), soft_positions=np.full(slots, -1, np.int16),
+        soft_ids=np.zeros((*slots, SOFT_WIDTH), np.int32),
+        soft_probabilities=np.zeros((*slots, SOFT_WIDTH), np.float32),
     )
 
 
@@ -317,8 +356,9 @@ def _place_chat(rows: Rows, row: int, segment: int, start: int, chat: Chat) -> i
     answer = start + len(chat.prompt_ids)
     rows.parts[row, start:answer] = DOCUMENT
     rows.parts[row, answer:stop] = ANSWER
-    rows.soft_positions[row, segment] = answer - 1
-    for slot, (token, share) in enumerate(chat.soft.items()):
-        rows.soft_ids[row, segment, slot] = token
-        rows.soft_probabilities[row, segment, slot] = share
+    taken = CHATS_PER_ROW + int((rows.soft_positions[row, CHATS_PER_ROW:] >= 0).sum())
+    for slot, (offset, target) in zip([segment, *range(taken, SOFT_SLOTS)], chat.soft, strict=False):
+        rows.soft_positions[row, slot] = start + offset
+        rows.soft_ids[row, slot, : len(target)] = list(target)
+        rows.soft_probabilities[row, slot, : len(target)] = list(target.values())
     return stop

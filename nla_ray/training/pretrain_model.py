@@ -15,10 +15,11 @@ from nla_ray.config import PretrainConfig
 from nla_ray.corpus.build import Chunk
 from nla_ray.labels.offline import WordStatistics, observe, salient_words
 from nla_ray.prompts import chat_prompt
-from nla_ray.training.pretrain_data import ANSWER, DOCUMENT, RAW
+from nla_ray.training.pretrain_data import ANSWER, CHATS_PER_ROW, DOCUMENT, RAW
 
-LOSS_NAMES = ("raw", "document", "answer", "first", "first_read")
-"""Plain means in nats: next token in raw text, in documents and in answers; the soft target, final and at the read layer."""
+LOSS_NAMES = ("raw", "document", "answer", "first", "first_read", "next_word")
+"""Plain means in nats: next token in raw text, in documents and in answers; the soft target at generation prompts, final and
+at the read layer; the soft target inside word lists."""
 MUON_MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.95)
 CLIP_NORM = 1.0
@@ -67,7 +68,7 @@ def final_norm(model: nn.Module) -> nn.Module:
 def training_losses(
     model: nn.Module, batch: dict[str, Tensor], config: PretrainConfig, read_layer: int
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss, and the plain means of LOSS_NAMES [5].
+    """The weighted loss, and the plain means of LOSS_NAMES [6].
 
     At a generation prompt the soft target replaces the next token; it is asked twice, of the model's output and
     of the output of `read_layer`, so that what the activation holds can be read from it directly.
@@ -81,22 +82,27 @@ def training_losses(
     logits = model.lm_head(states[:, :-1]).float()
     losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     weights = hard * torch.where(parts == ANSWER, config.answer_weight, 1.0)
-    row = torch.arange(at.shape[0], device=at.device)[:, None].expand_as(at)
-    first = (soft_cross_entropy(model.lm_head(states[row, at]), batch) * used).sum()
-    first_read = (soft_cross_entropy(model.lm_head(final_norm(model)(read[row, at])), batch) * used).sum()
-    num_prompts = used.float().sum()
-    total = (losses * weights).sum() + config.prompt_weight * first + config.read_weight * first_read
-    total = total / (weights.sum() + (config.prompt_weight + config.read_weight) * num_prompts.clamp(min=1.0))
+    row = torch.arange(at.shape[0], device=at.device)[:, None]
+    soft = soft_cross_entropy(model.lm_head(states[row, at]), batch) * used
+    soft_read = soft_cross_entropy(model.lm_head(final_norm(model)(read[row, at[:, :CHATS_PER_ROW]])), batch)
+    first, next_word = soft[:, :CHATS_PER_ROW].sum(), soft[:, CHATS_PER_ROW:].sum()
+    first_read = (soft_read * used[:, :CHATS_PER_ROW]).sum()
+    num_prompts, num_inside = used[:, :CHATS_PER_ROW].sum().clamp(min=1), used[:, CHATS_PER_ROW:].sum()
+    total = (losses * weights).sum() + config.boundary_weight * next_word
+    total = total + config.prompt_weight * first + config.read_weight * first_read
+    soft_weight = (config.prompt_weight + config.read_weight) * num_prompts + config.boundary_weight * num_inside
+    total = total / (weights.sum() + soft_weight)
     chosen = [hard * (parts == part) for part in (RAW, DOCUMENT, ANSWER)]
     means = [(losses * mask).sum() / mask.sum().clamp(min=1.0) for mask in chosen]
-    means += [first / num_prompts.clamp(min=1.0), first_read / num_prompts.clamp(min=1.0)]
+    means += [first / num_prompts, first_read / num_prompts, next_word / num_inside.clamp(min=1)]
     return total, torch.stack(means).detach()
 
 
 def soft_cross_entropy(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """-sum_i p_i log q_i over the candidates of each generation prompt: [batch, prompts, vocab] -> [batch, prompts]."""
-    log_probabilities = functional.log_softmax(logits.float(), dim=-1).gather(-1, batch["soft_ids"])
-    return -(batch["soft_probabilities"] * log_probabilities).sum(dim=-1)
+    """-sum_i p_i log q_i over the candidates of the first `slots` soft targets: [batch, slots, vocab] -> [batch, slots]."""
+    slots = logits.shape[1]
+    log_probabilities = functional.log_softmax(logits.float(), dim=-1).gather(-1, batch["soft_ids"][:, :slots])
+    return -(batch["soft_probabilities"][:, :slots] * log_probabilities).sum(dim=-1)
 
 
 class Optimizers:
@@ -139,6 +145,20 @@ def lr_factor(step: int, warmup_steps: int, num_steps: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return (num_steps - step) / max(1, num_steps - warmup_steps)
+
+
+@torch.no_grad()
+def list_repeats(model: nn.Module, tokenizer, chunks: Sequence[Chunk], config: PretrainConfig, max_tokens: int = 48) -> float:
+    """Share of greedily written labels, begun by their bullet, that name a word twice in the list after a heading."""
+    repeats = 0
+    for chunk in chunks:
+        prompt = tokenizer(chat_prompt(tokenizer, chunk.text))["input_ids"][-(config.max_positions - max_tokens) :]
+        tokens = torch.tensor([[*prompt, *tokenizer("-")["input_ids"]]])
+        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, do_sample=False)
+        lines = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True).splitlines()
+        lists = [line.partition(": ")[2].split(", ") for line in lines]
+        repeats += any(len(words) != len(set(words)) for words in lists)
+    return repeats / max(1, len(chunks))
 
 
 @torch.no_grad()

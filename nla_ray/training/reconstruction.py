@@ -26,6 +26,7 @@ from nla_ray.training.batches import LengthBatches
 ScorerName = Literal["reward_scorer", "judge_scorer"]
 TEMPERATURE = 0.1
 """Of the in-batch contrastive term: centred cosines are divided by it."""
+_HEAD_RATE = 8.0
 _WARMUP_SHARE = 0.06
 _WEIGHT_DECAY = 0.01
 _EVALUATION_BATCH = 128
@@ -212,14 +213,14 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
 
 
 def make_optimizer(reconstructor, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW over adapter and head, the head's rate divided by d_model.
+    """AdamW over adapter and head, the head's rate multiplied by 8 / d_model.
 
     A step of rate e moves every output of the head by up to e * d_model (its inputs have unit mean square), and outputs
     are coordinates of a direction, of size d_model ** -0.5: at the adapter's rate the first steps would overshoot.
     """
     head = list(reconstructor.head.parameters())
     adapter = [parameter for parameter in reconstructor.model.parameters() if parameter.requires_grad]
-    groups = [{"params": adapter}, {"params": head, "lr": learning_rate / reconstructor.mean.shape[0]}]
+    groups = [{"params": adapter}, {"params": head, "lr": learning_rate * _HEAD_RATE / reconstructor.mean.shape[0]}]
     return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=_WEIGHT_DECAY)
 
 
