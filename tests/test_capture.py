@@ -31,6 +31,8 @@ from nla_ray.models.adapters import adapter_active, add_lora
 from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
 from nla_ray.records import activation_schema
 
+pytestmark = pytest.mark.slow  # several Ray clusters: minutes on two cores
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -19,6 +19,8 @@ from nla_ray.cluster import Demand, demand, require_resources, resources_of, unm
 from nla_ray.config import ComputeConfig
 from nla_ray.presets import PRESETS
 
+pytestmark = pytest.mark.slow  # several Ray clusters: minutes on two cores
+
 ROOT = Path(__file__).resolve().parent.parent
 SEVEN_B = PRESETS["qwen2.5-7b"]().compute
 

@@ -24,6 +24,8 @@ from nla_ray.config import BaseConfig
 from nla_ray.runlog import MetricsLog
 from nla_ray.training import grpo
 
+pytestmark = pytest.mark.slow  # processes are killed and runs restarted: minutes on two cores
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
 DRIVER = """

@@ -22,6 +22,8 @@ from nla_ray.training.rewards import schedule_rows
 from nla_ray.training.rollouts import RolloutWorker, train_request
 from nla_ray.training.steps import StepClock
 
+pytestmark = pytest.mark.slow  # whole GRPO runs: minutes on two cores
+
 BANK_ROWS = 24
 
 

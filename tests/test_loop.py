@@ -26,6 +26,8 @@ from nla_ray.training.loop import (
     COMPLETE_NAME, Checkpoints, checkpoint_trainable_only, collect_result, deepspeed_config, last_checkpoint, run_training,
 )
 
+pytestmark = pytest.mark.slow  # whole Ray Train runs: minutes on two cores
+
 
 def run_in(folder: Path | str, **compute) -> Run:
     return Run(dataclasses.replace(nano(), run_dir=str(folder), compute=ComputeConfig(threads=1, **compute)))

@@ -79,6 +79,7 @@ def squarer() -> type:
     return Squarer
 
 
+@pytest.mark.slow
 def test_a_call_whose_actor_is_killed_is_answered_by_its_successor(ray_cluster: None, tmp_path: Path) -> None:
     pool = ActorPool("rollout", squarer(), (), count=1, compute=COMPUTE)
     log = tmp_path / "pids"
@@ -94,6 +95,7 @@ def test_a_call_whose_actor_is_killed_is_answered_by_its_successor(ray_cluster: 
     pool.close()
 
 
+@pytest.mark.slow
 def test_a_call_that_kills_every_actor_ends_in_one_clear_error(ray_cluster: None) -> None:
     pool = ActorPool("rollout", squarer(), (), count=1, compute=COMPUTE)
     with pytest.raises(RuntimeError, match=f"rollout actors: got one that died {MAX_RETRIES + 1} times under one call"):
@@ -101,6 +103,7 @@ def test_a_call_that_kills_every_actor_ends_in_one_clear_error(ray_cluster: None
     pool.close()
 
 
+@pytest.mark.slow
 def test_a_killed_rollout_actor_gets_the_current_weights_again(ray_cluster: None, tiny_base: BaseConfig, worker: RolloutWorker) -> None:
     import psutil
 
