@@ -55,7 +55,7 @@ def _chunks() -> list[dict]:
 
 def _label(row: dict) -> str:
     words = [word for word in WORDS if word in row["text"].lower()]
-    kind = "Python test" if row["domain"] == "python_test" else "licence"
+    kind = "unit test" if row["domain"] == "python_test" else "licence"
     return f"- {kind}: {', '.join(words[:2])}\n- tokens: {', '.join(words[2:])}\n- next: another check"
 
 
