@@ -1,9 +1,9 @@
 """The second stage: which residual-stream vectors of which texts, captured with Ray Data into one file a corpus shard.
 
 One corpus shard is one block and one output file, written whole and recorded beside it, so that a run that died goes on
-with the shards it lacks. Protects the rule that what is captured depends on the text and the base alone: not on the number
-of actors, on the order of shards, or on what else was in the batch. Torch is imported by what runs the model only: the
-processes that read and write shards do without.
+with the shards it lacks. Protects the rule that what is captured depends on the text and the base alone: not on the
+number of actors, on the order of shards, or on what else was in the batch. Torch is imported by what runs the model
+only: the processes that read and write shards do without.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _ATTEMPTS = 3
 logger = get_logger(__name__)
 
 
-# From text to token positions ------------------------------------------------------------------------------------------
+# From text to token positions -----------------------------------------------------------------------------------------
 
 class Skipped(ValueError):
     """A text that has no activation. The message starts with the reason: `no_tokens`, `too_long` or `non_finite`."""
@@ -85,8 +85,8 @@ class TextEncoder:
         self._random_count = int(capture.positions[7:]) if capture.positions.startswith("random:") else None
         around = prompts.chat_prompt(tokenizer, _SENTINEL).split(_SENTINEL)
         if len(around) != 2:
-            raise ValueError(f"chat template of {base.model}: got the user's text {len(around) - 1} times in the prompt, expected "
-                             "once. Choose a base with an ordinary chat template.")
+            raise ValueError(f"chat template of {base.model}: got the user's text {len(around) - 1} times in the prompt, "
+                             "expected once. Choose a base with an ordinary chat template.")
         self._before, self._after = len(around[0]), len(around[1])
 
     def encode(self, text_id: str, text: str) -> EncodedText:
@@ -99,7 +99,8 @@ class TextEncoder:
         if not inside:
             raise Skipped("no_tokens: the text became no token, expected at least one")
         if len(ids) > self._max_tokens:
-            raise Skipped(f"too_long: the prompt has {len(ids)} tokens, expected at most {self._max_tokens} (--base.max-tokens)")
+            raise Skipped(f"too_long: the prompt has {len(ids)} tokens, expected at most {self._max_tokens} "
+                          "(--base.max-tokens)")
         if self._random_count is None:
             return EncodedText(ids=ids, positions=[len(ids) - 1])
         drawn = random.Random(seed_of(0, "positions", text_id)).sample(inside, min(self._random_count, len(inside)))
@@ -109,7 +110,7 @@ class TextEncoder:
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Indices of texts in batches of like length: at most `batch_tokens` padded tokens and MAX_PADDING padding in each.
 
-    Example: plan_batches([10, 5, 10, 5], 20) == [[1, 3], [0, 2]]. A text longer than `batch_tokens` is a batch of its own.
+    A text longer than `batch_tokens` is a batch of its own. Example: plan_batches([10, 5, 10, 5], 20) == [[1, 3], [0, 2]].
     """
     batches: list[list[int]] = []
     tokens = 0
@@ -130,7 +131,7 @@ def padded_tokens(lengths: Sequence[int], batch_tokens: int) -> int:
     return sum(len(batch) * max(lengths[i] for i in batch) for batch in plan_batches(lengths, batch_tokens))
 
 
-# Running the model -----------------------------------------------------------------------------------------------------
+# Running the model ----------------------------------------------------------------------------------------------------
 
 def wanted_layers(base: BaseConfig, capture: CaptureConfig) -> tuple[int, ...]:
     """The base's layer and any further ones, ascending."""
@@ -183,7 +184,7 @@ class Capture:
         self._reader = ActivationReader(load_backbone(base, num_blocks=layers[-1] + 1), layers, capture.batch_tokens)
 
     def __call__(self, texts: pa.Table) -> pa.Table:
-        """Columns of `read_texts` -> one row an activation (columns of `activation_schema`), texts left out at the end."""
+        """Columns of `read_texts` -> one row an activation (columns of `activation_schema`); texts left out come last."""
         is_kept = pc.is_null(texts["skipped"])
         kept, left_out = texts.filter(is_kept), texts.filter(pc.invert(is_kept))
         encoded = [EncodedText(ids=ids, positions=positions) for ids, positions
@@ -191,11 +192,12 @@ class Capture:
         vectors = self._reader.read(encoded)
         rows = [(row, layer, slot) for row, text in enumerate(encoded)
                 for layer in self._reader.layers for slot in range(len(text.positions))]
-        activations = np.array([vectors[layer][row][slot] for row, layer, slot in rows], np.float32).reshape(-1, self._reader.d_model)
+        activations = np.array([vectors[layer][row][slot] for row, layer, slot in rows], np.float32)
+        activations = activations.reshape(-1, self._reader.d_model)  # also where there is none
         places = [encoded[row].positions[slot] for row, _, slot in rows]
         found = _activation_rows(
-            kept.take(pa.array([row for row, _, _ in rows], pa.int64())), activations, [layer for _, layer, _ in rows], places,
-            [encoded[row].ids[place] for (row, _, _), place in zip(rows, places, strict=True)])
+            kept.take(pa.array([row for row, _, _ in rows], pa.int64())), activations,
+            [layer for _, layer, _ in rows], places, [encoded[row].ids[place] for (row, _, _), place in zip(rows, places, strict=True)])
         nowhere, nothing = [-1] * len(left_out), np.zeros((len(left_out), self._reader.d_model), np.float32)
         return pa.concat_tables([found, _activation_rows(left_out, nothing, nowhere, nowhere, nowhere)])
 
@@ -211,12 +213,13 @@ def _activation_rows(texts: pa.Table, activations: np.ndarray, layers: Sequence[
     columns = {name: texts[name] for name in ("shard", *_TEXT_COLUMNS, "num_tokens")}
     return pa.table({
         **columns, "skipped": pa.array(skipped, pa.string()), "activation_id": pa.array(ids, pa.string()),
-        "position": pa.array(positions, pa.int32()), "token": pa.array(tokens, pa.int32()), "layer": pa.array(layers, pa.int32()),
+        "position": pa.array(positions, pa.int32()), "token": pa.array(tokens, pa.int32()),
+        "layer": pa.array(layers, pa.int32()),
         "activation": pa.FixedSizeListArray.from_arrays(pa.array(activations.reshape(-1)), activations.shape[1]),
     })
 
 
-# Shards: read and tokenise, write --------------------------------------------------------------------------------------
+# Shards: read and tokenise, write -------------------------------------------------------------------------------------
 
 @functools.cache
 def _encoder(base: BaseConfig, capture: CaptureConfig) -> TextEncoder:
@@ -251,24 +254,27 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
 
 
 def write_shard(rows: pa.Table, *, target: Location, batch_tokens: int, base_digest: str) -> pa.Table:
-    """Write the activations of one shard under the shard's name, then the record that it is complete; returns its counts."""
+    """Write the activations of a shard under the shard's name, then the record that it is complete; returns its counts."""
     shards = set(rows["shard"].to_pylist())
     if len(shards) != 1:
-        raise RuntimeError(f"block of activations: got rows of {len(shards)} shards, expected those of one; Ray Data has joined blocks.")
+        raise RuntimeError(f"block of activations: got rows of {len(shards)} shards, expected those of one; "
+                           "Ray Data has joined blocks.")
     [shard] = shards
     is_kept = pc.is_null(rows["skipped"])
     kept, left_out = rows.filter(is_kept), rows.filter(pc.invert(is_kept))
     schema = activation_schema(rows.schema.field("activation").type.list_size)
     buffer = io.BytesIO()
-    pq.write_table(kept.select(schema.names).cast(schema), buffer, compression="zstd", use_dictionary=["split", "domain", "doc_id", "text"])
+    pq.write_table(kept.select(schema.names).cast(schema), buffer, compression="zstd",
+                   use_dictionary=["split", "domain", "doc_id", "text"])
     (target / shard).write_bytes(buffer.getvalue())
     lengths = list(dict(zip(rows["text_id"].to_pylist(), rows["num_tokens"].to_pylist(), strict=True)).values())
     lengths = [length for length in lengths if length]
     record = ShardRecord(
-        shard=shard, base_digest=base_digest, file=(target / shard).record(), texts=len(set(rows["text_id"].to_pylist())),
-        activations=len(kept), tokens=sum(lengths), padded_tokens=padded_tokens(lengths, batch_tokens),
+        shard=shard, base_digest=base_digest, file=(target / shard).record(),
+        texts=len(set(rows["text_id"].to_pylist())), activations=len(kept), tokens=sum(lengths), padded_tokens=padded_tokens(lengths, batch_tokens),
         skipped=[{"text_id": text_id, "reason": reason.partition(":")[0], "detail": reason.partition(": ")[2]}
-                 for text_id, reason in zip(left_out["text_id"].to_pylist(), left_out["skipped"].to_pylist(), strict=True)])
+                 for text_id, reason
+                 in zip(left_out["text_id"].to_pylist(), left_out["skipped"].to_pylist(), strict=True)])
     record.save(target)
     return pa.table({"shard": [shard], "activations": [record.activations], "tokens": [record.tokens]})
 
@@ -306,7 +312,7 @@ class ShardRecord:
         return record if is_whole and record.base_digest == base_digest else None
 
 
-# The stage -------------------------------------------------------------------------------------------------------------
+# The stage ------------------------------------------------------------------------------------------------------------
 
 def capture_activations(run: Run) -> Manifest:
     """Capture every text of the corpus that this run has; the manifest's metrics count what was left out, by reason.
@@ -342,9 +348,11 @@ def _capture_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str],
             _stream_shards(run, stage, corpus, todo, digest)
             return
         except ray.exceptions.RayError as error:
-            if not attempts_left or cluster.user_message(error) is not None or isinstance(error, ray.exceptions.RayTaskError):
+            is_ours = cluster.user_message(error) is not None or isinstance(error, ray.exceptions.RayTaskError)
+            if is_ours or not attempts_left:
                 raise
-            logger.warning("activations: a process was lost (%s); going on with the shards that are left", type(error).__name__)
+            logger.warning("activations: a process was lost (%s); going on with the shards that are left",
+                           type(error).__name__)
 
 
 def _stream_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str) -> None:
@@ -356,7 +364,7 @@ def _stream_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str], 
     options = cluster.worker_options(config.compute, "capture")
     # On CPU the reader asks for the same as the actor, so that Ray Data runs it inside the actor: one process less.
     reader = {"num_cpus": _READER_CPUS} if options["num_gpus"] else options
-    # Restarting the only actor gains nothing over starting again on what is left, and Ray prints a warning where it may.
+    # Restarting the only actor gains nothing over starting again on what is left, and Ray prints a warning about it.
     capture = {**options, "max_restarts": -1 if num_actors > 1 else 0}
     cluster.require_resources([cluster.demand(config.compute, "capture", num_actors),
                                cluster.Demand(name="writer", count=1, resources={"CPU": _WRITER_CPUS})])
@@ -365,9 +373,10 @@ def _stream_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str], 
         texts = blocks.map_batches(read_texts, fn_kwargs={"run": run, "corpus": replace(corpus, documents={})},
                                    batch_size=None, batch_format="pyarrow", **reader)
         rows = texts.map_batches(Capture, fn_constructor_args=(config.base, config.capture, config.compute.threads),
-                                 compute=ray.data.ActorPoolStrategy(size=num_actors), batch_size=None, batch_format="pyarrow", **capture)
-        written = rows.map_batches(write_shard, fn_kwargs={"target": stage.location, "batch_tokens": config.capture.batch_tokens,
-                                                           "base_digest": digest}, batch_size=None, batch_format="pyarrow",
+                                 compute=ray.data.ActorPoolStrategy(size=num_actors),
+                                 batch_size=None, batch_format="pyarrow", **capture)
+        target = {"target": stage.location, "batch_tokens": config.capture.batch_tokens, "base_digest": digest}
+        written = rows.map_batches(write_shard, fn_kwargs=target, batch_size=None, batch_format="pyarrow",
                                    num_cpus=_WRITER_CPUS)
         for counts in written.iter_rows():
             advance(note=f"{counts['activations']} activations of {counts['tokens']} tokens in {counts['shard']}")
@@ -396,13 +405,15 @@ def _publish(stage: Stage, shards: list[str], digest: str, info: BaseInfo) -> Ma
     """Gather the shards' records into stats.json and skipped.jsonl, and write the manifest."""
     records = [ShardRecord.load(stage.location, shard, digest, check_file=False) for shard in shards]
     if None in records:
-        raise RuntimeError(f"{stage.location}: shard {shards[records.index(None)]} is not complete after capture, expected a whole file.")
+        raise RuntimeError(f"{stage.location}: shard {shards[records.index(None)]} is not complete after capture, "
+                           "expected a whole file.")
     counts = _counts(records)
     if not counts["activations"]:
-        raise ValueError(f"activations: got none from {counts['texts']} texts ({counts['skipped']}), expected at least one. "
-                         "Check --base.max-tokens and the base model.")
+        raise ValueError(f"activations: got none from {counts['texts']} texts ({counts['skipped']}), expected at least "
+                         "one. Check --base.max-tokens and the base model.")
     layers, documents = _train_stats(stage.location, shards, info.d_model)
-    (stage.location / SKIPPED_NAME).write_text("".join(json.dumps(row) + "\n" for record in records for row in record.skipped))
+    skipped = [row for record in records for row in record.skipped]
+    (stage.location / SKIPPED_NAME).write_text("".join(json.dumps(row) + "\n" for row in skipped))
     (stage.location / STATS_NAME).write_text(json.dumps({"layers": layers, **counts}, indent=1))
     for temporary in (path for path in stage.location.list_files() if path.endswith(".tmp")):
         (stage.location / temporary).delete()
@@ -421,7 +432,7 @@ def _counts(records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _train_stats(location: Location, shards: list[str], d_model: int) -> tuple[dict[str, Any], list[str]]:
-    """Mean direction and norm quantiles of every layer over the train rows, one shard in memory at a time; train doc_ids.
+    """Mean direction and norm quantiles of every layer over the train rows, and the train doc_ids, a shard at a time.
 
     What grows with the corpus is four bytes an activation (its norm) and the names of the documents.
     """
@@ -442,12 +453,13 @@ def _train_stats(location: Location, shards: list[str], d_model: int) -> tuple[d
     stats = {}
     for layer in sorted(sums):
         every = np.concatenate(norms[layer]).astype(np.float64)
-        stats[str(layer)] = {"mean_direction": (sums[layer] / len(every)).float().tolist(), "mean_norm": float(every.mean()),
-                             "norm_quantiles": {str(q): float(np.quantile(every, q)) for q in QUANTILES}, "count": len(every)}
+        stats[str(layer)] = {
+            "mean_direction": (sums[layer] / len(every)).float().tolist(), "mean_norm": float(every.mean()),
+            "norm_quantiles": {str(q): float(np.quantile(every, q)) for q in QUANTILES}, "count": len(every)}
     return stats, sorted(documents)
 
 
-# Reading them back -----------------------------------------------------------------------------------------------------
+# Reading them back ----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationTable:
@@ -473,7 +485,8 @@ class ActivationTable:
         import torch
 
         chosen = [int(index) for index in indices]
-        lists = {name: [getattr(self, name)[index] for index in chosen] for name in ("ids", "text_ids", "doc_ids", "domains", "texts")}
+        lists = {name: [getattr(self, name)[index] for index in chosen]
+                 for name in ("ids", "text_ids", "doc_ids", "domains", "texts")}
         return ActivationTable(**lists, vectors=self.vectors[torch.tensor(chosen, dtype=torch.int64)])
 
 
@@ -492,8 +505,8 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
              for path in sorted(manifest.files) if path.endswith(".parquet")]
     table = pa.concat_tables(parts)
     if not len(table):
-        raise ValueError(f"activations of layer {layer}: got no {split} rows in {run.root / 'activations'}, expected some. "
-                         "Capture that layer (--capture.layers), or more documents.")
+        raise ValueError(f"activations of layer {layer}: got no {split} rows in {run.root / 'activations'}, expected "
+                         "some. Capture that layer (--capture.layers), or more documents.")
     matrix = np.empty((len(table), d_model), np.float32)
     start = 0
     for chunk in table["activation"].chunks:
@@ -502,7 +515,8 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
     ids = table["activation_id"].to_pylist()
     order = sorted(range(len(ids)), key=ids.__getitem__)
     loaded = ActivationTable(ids=ids, text_ids=table["text_id"].to_pylist(), doc_ids=table["doc_id"].to_pylist(),
-                             domains=table["domain"].to_pylist(), texts=table["text"].to_pylist(), vectors=torch.from_numpy(matrix))
+                             domains=table["domain"].to_pylist(), texts=table["text"].to_pylist(),
+                             vectors=torch.from_numpy(matrix))
     return loaded if order == list(range(len(ids))) else loaded.select(order)
 
 
@@ -518,8 +532,8 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
     for what, there, here in (("weights", manifest.model.get("digest"), info.digest),
                               ("tokenizer", manifest.model.get("tokenizer_digest"), info.tokenizer_digest)):
         if there != here:
-            raise ValueError(f"artifact {manifest.name!r}: got {what} {here} of {info.name}, expected {there} of {manifest.model.get('name')}, "
-                             "with which it was made. Load that base with --base.model, or make the artifact again.")
+            raise ValueError(f"artifact {manifest.name!r}: got {what} {here} of {info.name}, expected {there} of "
+                             f"{manifest.model.get('name')}, with which it was made. Load that base with --base.model, or make the artifact again.")
 
 
 def _read_rows(location: Location, columns: list[str], *, split: str, layer: int | None = None) -> pa.Table:

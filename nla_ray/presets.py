@@ -17,7 +17,7 @@ def nano() -> RunConfig:
     return RunConfig(
         preset="nano",
         run_dir="runs/nano",
-        base=BaseConfig(model="embedded:nano", layer=4, injection_norm=16.0, max_tokens=384),
+        base=BaseConfig(model="embedded:nano", layer=4, injection_norm=50.0, max_tokens=384),
         reward_scorer=ReconstructorConfig(document_half="even", teacher_share=0.5, seed=1),
         judge_scorer=ReconstructorConfig(document_half="odd", teacher_share=0.3, seed=2,
                                          lora=LoraSettings(rank=24, alpha=48)),

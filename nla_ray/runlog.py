@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = "nla_ray"
-_QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "datasets", "accelerate", "httpx", "urllib3", "botocore", "werkzeug")
+_QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "datasets", "accelerate", "httpx",
+                    "urllib3", "botocore", "werkzeug")
 _LINE_SECONDS = 10.0
 """Seconds between two progress lines where there is no terminal to draw a bar on."""
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module (`get_logger(__name__)`); silent below INFO until `configure` or `configure_worker` ran."""
+    """The logger of a module (`get_logger(__name__)`), silent below WARNING until `configure` or `configure_worker` ran."""
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
 
 
 def configure(log_path: Path | None = None) -> None:
-    """Show nla_ray's lines from INFO and libraries' from WARNING on stderr; with `log_path`, everything in that file too.
+    """Show nla_ray's lines from INFO and libraries' from WARNING on stderr; with `log_path`, all in that file too.
 
     A file that cannot be written is left out: the run itself will say why.
     """
@@ -102,11 +103,11 @@ def stage_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Callable[..., None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich import progress as bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(),
+               bars.TimeElapsedColumn(), bars.TimeRemainingColumn(), bars.TextColumn("{task.fields[note]}"))
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total, note="")
         yield lambda count=1, note="": progress.update(task, advance=count, note=note)
     get_logger("progress").info("%s: %d of %d", title, int(progress.tasks[0].completed), total)

@@ -37,7 +37,7 @@ def where(request, tmp_path: Path) -> str:
     return request.getfixturevalue("s3_uri")(uuid.uuid4().hex)
 
 
-# Publishing ------------------------------------------------------------------------------------------------------------
+# Publishing -----------------------------------------------------------------------------------------------------------
 
 def test_an_artifact_is_complete_when_its_manifest_is_there(where: str) -> None:
     run = run_at(where)
@@ -112,7 +112,7 @@ def test_files_written_into_the_local_folder_land_in_the_artifact(where: str) ->
         assert (folder / "config.json").read_text() == "{}"
 
 
-# Damage ----------------------------------------------------------------------------------------------------------------
+# Damage ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_a_damaged_file_is_one_message_that_names_it(where: str, damage: str) -> None:
@@ -154,7 +154,7 @@ def test_a_reader_never_sees_a_part_of_a_file(tmp_path: Path) -> None:
     assert location.read_text() == "old"
 
 
-# Locks -----------------------------------------------------------------------------------------------------------------
+# Locks ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["local", "memory", "s3"])
 def test_two_runs_on_one_directory_are_refused(kind: str, tmp_path: Path, request) -> None:
@@ -183,7 +183,7 @@ def test_a_lease_that_nobody_renews_is_taken_over() -> None:
         assert "a dead process" not in (Location.of(where) / ".lock").read_text()
 
 
-# File systems that refuse ----------------------------------------------------------------------------------------------
+# File systems that refuse ---------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
@@ -227,7 +227,7 @@ def test_a_scheme_that_no_file_system_speaks_is_one_message() -> None:
         run_at("nowhere://x")
 
 
-# Lineage ---------------------------------------------------------------------------------------------------------------
+# Lineage --------------------------------------------------------------------------------------------------------------
 
 def learned_from(name: str, *train: str, validation: tuple[str, ...] = ()) -> Manifest:
     return Manifest(name=name, config={}, config_hash="0", documents={"train": list(train), "validation": list(validation)})
@@ -249,7 +249,7 @@ def test_two_scorers_with_a_common_train_document_are_an_error() -> None:
         check_disjoint(learned_from("reward_scorer", "a", "b"), learned_from("judge_scorer", "b"))
 
 
-# Metrics and progress --------------------------------------------------------------------------------------------------
+# Metrics and progress -------------------------------------------------------------------------------------------------
 
 def test_a_metrics_log_survives_a_torn_last_line(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")

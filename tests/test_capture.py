@@ -31,8 +31,6 @@ from nla_ray.models.adapters import adapter_active, add_lora
 from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
 from nla_ray.records import activation_schema
 
-pytestmark = pytest.mark.slow  # several Ray clusters: minutes on two cores
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,7 +44,7 @@ def encode_all(tokenizer, base, positions: str = "last", texts=TEXTS) -> list[En
     return [encoder.encode(f"t{index}", text) for index, text in enumerate(texts)]
 
 
-# Positions -------------------------------------------------------------------------------------------------------------
+# Positions ------------------------------------------------------------------------------------------------------------
 
 def test_the_last_position_is_the_end_of_the_generation_prompt(tokenizer, tiny_base) -> None:
     [encoded] = encode_all(tokenizer, tiny_base, texts=["hello"])
@@ -79,7 +77,7 @@ def test_a_text_without_tokens_and_one_that_is_too_long_are_named(tokenizer, tin
     assert caught.value.reason == "too_long"
 
 
-# Batches ---------------------------------------------------------------------------------------------------------------
+# Batches --------------------------------------------------------------------------------------------------------------
 
 def test_batches_are_of_like_length_and_within_the_token_budget() -> None:
     assert plan_batches([10, 5, 10, 5], 20) == [[1, 3], [0, 2]]
@@ -100,7 +98,7 @@ def test_padding_stays_below_five_percent_whatever_the_lengths() -> None:
     assert 1 - sum(lengths) / padded_tokens(lengths, 8_192) < 0.05
 
 
-# The model -------------------------------------------------------------------------------------------------------------
+# The model ------------------------------------------------------------------------------------------------------------
 
 def residual_by_transformers(base, ids: list[int]) -> list[torch.Tensor]:
     """Outputs of all blocks for one unpadded text: `output_hidden_states`, and a hook for the last (which has the final norm)."""
@@ -149,7 +147,7 @@ def test_an_attached_adapter_that_is_off_does_not_change_what_is_captured(tokeni
     assert np.abs(on - plain).max() > 1e-3
 
 
-# Shards, without Ray ---------------------------------------------------------------------------------------------------
+# Shards, without Ray --------------------------------------------------------------------------------------------------
 
 def block(run, corpus, shard: str = "part-00000.parquet") -> pa.Table:
     return read_texts(pa.table({"shard": [shard]}), run=run, corpus=corpus)
@@ -210,7 +208,7 @@ def test_a_block_that_mixes_two_shards_is_refused(tiny_run, publish_corpus, tmp_
         write_shard(mixed, target=Location.of(tmp_path / "out"), batch_tokens=100, base_digest="d")
 
 
-# The stage, with Ray Data ----------------------------------------------------------------------------------------------
+# The stage, with Ray Data ---------------------------------------------------------------------------------------------
 
 def vectors_by_id(run, layer: int | None = None) -> dict[str, np.ndarray]:
     found = {}
@@ -249,6 +247,7 @@ def test_the_stage_writes_one_file_a_shard_with_stats_and_counts(ray_cluster, ti
     assert capture_activations(run) == manifest, "a complete stage is skipped"
 
 
+@pytest.mark.slow
 def test_neither_actors_nor_shards_change_an_activation(ray_cluster, tiny_run, publish_corpus) -> None:
     texts = [f"{text} {number}" for number in range(4) for text in TEXTS]
     capture = CaptureConfig(positions="random:2")
@@ -287,6 +286,7 @@ def test_a_layer_that_the_model_does_not_have_is_one_message(ray_cluster, tiny_r
         capture_activations(run)
 
 
+@pytest.mark.slow
 def test_when_nothing_can_be_captured_the_stage_says_so(ray_cluster, tiny_run, publish_corpus, tiny_base) -> None:
     run = tiny_run(base=replace(tiny_base, max_tokens=3))
     publish_corpus(run)
@@ -304,6 +304,7 @@ def test_artifacts_of_another_model_or_tokenizer_are_refused(tiny_run, tiny_base
         check_base(manifest, replace(info, tokenizer_digest="0"))
 
 
+@pytest.mark.slow
 def test_a_killed_capture_actor_costs_only_the_work_in_flight(ray_cluster, tiny_run, publish_corpus) -> None:
     calm, disturbed = tiny_run("calm"), tiny_run("disturbed")
     shards = [[f"{text} {number}" for text in TEXTS * 8] for number in range(12)]
@@ -325,6 +326,7 @@ def test_a_killed_capture_actor_costs_only_the_work_in_flight(ray_cluster, tiny_
     assert disturbed.find("activations").files == calm.find("activations").files
 
 
+@pytest.mark.slow
 def test_after_sigkill_of_the_driver_the_same_command_completes_with_the_same_bytes(
         ray_cluster, tiny_run, publish_corpus, tiny_base) -> None:
     calm, disturbed = tiny_run("calm"), tiny_run("disturbed")
@@ -347,6 +349,7 @@ def test_after_sigkill_of_the_driver_the_same_command_completes_with_the_same_by
     assert not list(folder.glob("**/*.tmp")) and not (folder / "scratch").exists()
 
 
+@pytest.mark.slow
 def test_capture_works_on_an_s3_run_directory(ray_cluster, tiny_run, publish_corpus, s3_uri) -> None:
     run = tiny_run(run_dir=s3_uri("capture"))
     publish_corpus(run)

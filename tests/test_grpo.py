@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from trl.trainer.utils import add_fused_lm_head
 
 from grpo_run import LORA, SETTINGS, grpo_config, prepare_run, random_adapter
 from nla_ray.activations import load_activations
 from nla_ray.artifacts import Run
 from nla_ray.config import BaseConfig, RunConfig
 from nla_ray.injection import attach_activations, build_injection_prompt
-from nla_ray.models.backbone import load_backbone, load_tokenizer
+from nla_ray.models.backbone import causal_model, load_backbone, load_tokenizer
+from nla_ray.models.prefix import share_prefix
 from nla_ray.runlog import MetricsLog
 from nla_ray.training import grpo
-from nla_ray.training.monitor import JUDGE_COSINE
+from nla_ray.training.monitor import JUDGE_COSINE, WARNED
 from nla_ray.training.rewards import schedule_rows
 from nla_ray.training.rollouts import RolloutWorker, train_request
 from nla_ray.training.steps import StepClock
 
-pytestmark = pytest.mark.slow  # whole GRPO runs: minutes on two cores
 
 BANK_ROWS = 24
 
@@ -65,6 +67,7 @@ def scored_batch(tiny_base: BaseConfig, tmp_path: Path):
     bank = torch.randn(BANK_ROWS, 32, generator=torch.Generator().manual_seed(1))
     model = random_adapter(tiny_base)
     attach_activations(model, bank, tiny_base.injection_norm)
+    share_prefix(model, build_injection_prompt(load_tokenizer(tiny_base), tiny_base.marker).prefix_ids)
     sampler = InProcessSampler(tiny_base, bank)
     sampler.data = grpo.TrainingData(schedule=schedule_rows(BANK_ROWS, 2, 4, seed=0), sources={}, documents=[], bank=None, monitor=None)
     trainer = grpo.build_trainer(config, tmp_path, model, sampler, StepClock())
@@ -109,6 +112,26 @@ def test_the_samplers_log_probs_are_the_trainers(scored_batch, tiny_base: BaseCo
     assert gap < 1e-4 and k3.abs() < 1e-6
 
 
+def test_computing_only_what_is_needed_changes_neither_log_probs_nor_entropies_nor_gradients(scored_batch, tiny_base: BaseConfig) -> None:
+    trainer, batch, bank = scored_batch
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    weights = batch["completion_mask"] * torch.linspace(-1, 1, batch["completion_mask"].shape[1])
+    answers = []
+    for own in (True, False):
+        if not own:  # back to TRL's own forward
+            del causal_model(trainer.model).forward, causal_model(trainer.model).model.forward
+            add_fused_lm_head(causal_model(trainer.model), temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+        trainer.model.zero_grad()
+        log_probs, entropy, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, attention, batch["completion_ids"].shape[1], compute_entropy=True)
+        (log_probs * weights).sum().backward()
+        gradients = [parameter.grad.clone() for parameter in trainer.model.parameters() if parameter.requires_grad]
+        answers.append((log_probs.detach() * batch["completion_mask"], entropy * batch["completion_mask"], gradients))
+    torch.testing.assert_close(answers[0], answers[1], atol=1e-4, rtol=1e-4)
+    assert max(gradient.abs().max() for gradient in answers[0][2]) > 0.1
+
+
 def test_the_log_prob_gap_counts_real_tokens_only() -> None:
     trainer, sampler = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -2.0, 9.0]])
     gap, k3 = grpo.log_prob_gap(trainer, sampler, torch.tensor([[1, 1, 0]]))
@@ -128,6 +151,35 @@ def test_dropout_is_off_and_only_the_policy_has_gradients(scored_batch) -> None:
     trainer, _, _ = scored_batch
     assert all(module.p == 0 for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout))
     assert all(".default." in name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad)
+
+
+def test_settings_under_which_a_group_or_a_batch_would_be_cut_are_refused(tiny_base: BaseConfig) -> None:
+    config = grpo_config(tiny_base, "unused", prompts_per_step=3)
+    with pytest.raises(ValueError, match="grpo.prompts_per_step: got 3, expected a multiple of compute.trainer_workers = 2"):
+        grpo.check_settings(dataclasses.replace(config, compute=dataclasses.replace(config.compute, trainer_workers=2)))
+    with pytest.raises(ValueError, match="grpo.save_steps: got 3, expected a multiple of grpo.iterations = 2"):
+        grpo.check_settings(grpo_config(tiny_base, "unused", iterations=2, save_steps=3))
+
+
+def test_a_missing_artifact_is_named_with_the_job_that_makes_it(tiny_base: BaseConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="artifact 'activations': got none.*python jobs/capture.py"):
+        grpo.train_grpo(Run(grpo_config(tiny_base, tmp_path)))
+
+
+def test_micro_batches_divide_the_rollouts_of_a_step_whatever_size_is_asked(tiny_base: BaseConfig, tmp_path: Path) -> None:
+    config = grpo_config(tiny_base, tmp_path, prompts_per_step=3, group_size=4, micro_batch_size=5)
+    arguments = grpo.grpo_arguments(config, tmp_path, [1.0] * 6)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 3)
+    assert arguments.generation_batch_size == 12
+
+
+def test_the_manifest_tells_where_the_seconds_went_and_which_step_was_published() -> None:
+    reading = {JUDGE_COSINE: 0.5, WARNED: 0.0}
+    records = [{"step": 0, **reading}, {"step": 1, "loss": 0.1, "seconds/step": 9.0}, {"step": 2, "loss": 0.1, "seconds/step": 2.0},
+               {"step": 2, JUDGE_COSINE: 0.6, WARNED: 0.0}, {"step": 3, "loss": 0.1, "seconds/step": 4.0}, {"step": 4, JUDGE_COSINE: 0.3, WARNED: 1.0}]
+    told = grpo.summary(records, 2)
+    assert told["published_step"] == 2 and told["published"][JUDGE_COSINE] == 0.6 and told["sft"]["step"] == 0
+    assert told["warned_steps"] == [4] and told["mean_seconds"] == {"step": 3.0}
 
 
 # With actors -----------------------------------------------------------------------------------------------------------
@@ -157,6 +209,7 @@ def comparable(records: list[dict]) -> list[dict]:
     return [{key: value for key, value in record.items() if not key.startswith("seconds/") and key != "step_time"} for record in records]
 
 
+@pytest.mark.slow
 def test_every_step_is_recorded_with_its_terms_and_its_seconds(undisturbed) -> None:
     _, records = undisturbed
     steps = [record for record in records if "loss" in record]
@@ -172,6 +225,7 @@ def test_every_step_is_recorded_with_its_terms_and_its_seconds(undisturbed) -> N
     assert steps[0]["reward"] == pytest.approx(weighted, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_judge_is_asked_before_during_and_after(undisturbed) -> None:
     _, records = undisturbed
     readings = [record for record in records if JUDGE_COSINE in record]
@@ -179,6 +233,7 @@ def test_the_judge_is_asked_before_during_and_after(undisturbed) -> None:
     assert all(record[JUDGE_COSINE + "_low"] <= record[JUDGE_COSINE] <= record[JUDGE_COSINE + "_high"] for record in readings)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_the_judges_best_checkpoint_after_training_began(undisturbed) -> None:
     import json
 
@@ -189,6 +244,7 @@ def test_what_is_kept_is_the_judges_best_checkpoint_after_training_began(undistu
     assert (scratch / kept["folder"] / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_with_the_same_batches(arena: dict, prepared: Run, undisturbed) -> None:
     from safetensors.torch import load_file
 

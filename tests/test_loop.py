@@ -23,10 +23,8 @@ from nla_ray.presets import nano
 from nla_ray.records import document_half
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.loop import (
-    COMPLETE_NAME, Checkpoints, checkpoint_trainable_only, collect_result, deepspeed_config, last_checkpoint, run_training,
+    Checkpoints, checkpoint_trainable_only, collect_result, deepspeed_config, last_checkpoint, run_training,
 )
-
-pytestmark = pytest.mark.slow  # whole Ray Train runs: minutes on two cores
 
 
 def run_in(folder: Path | str, **compute) -> Run:
@@ -255,12 +253,15 @@ def kill_worker_after_first_checkpoint(scratch: Path) -> threading.Thread:
     return thread
 
 
-def largest_difference(first: Path, second: Path) -> float:
+def relative_difference(first: Path, second: Path) -> float:
+    """Mean absolute difference of two files of weights over their mean size."""
     one, two = load_file(first), load_file(second)
     assert one.keys() == two.keys()
-    return max((one[name] - two[name]).abs().max().item() for name in one)
+    difference = sum((one[name] - two[name]).abs().sum().item() for name in one)
+    return difference / sum(tensor.abs().sum().item() for tensor in two.values())
 
 
+@pytest.mark.slow  # two trainings and a restart: half a minute on two idle cores
 def test_sft_in_a_ray_worker_under_zero_2_survives_its_worker_and_equals_the_plain_loop(stage_run: Run, tmp_path: Path) -> None:
     from nla_ray.training import sft
 
@@ -279,9 +280,10 @@ def test_sft_in_a_ray_worker_under_zero_2_survives_its_worker_and_equals_the_pla
     sft._train({"run": twin.config, "name": "sft"})
     collect_result(twin, "sft")
     adapter = "sft/adapter/adapter_model.safetensors"
-    assert largest_difference(Path(stage_run.root.path) / adapter, tmp_path / adapter) < 2e-3
+    assert relative_difference(Path(stage_run.root.path) / adapter, tmp_path / adapter) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_scorer_in_a_ray_worker_under_zero_3_equals_the_plain_loop(stage_run: Run, tmp_path: Path) -> None:
     from nla_ray.training import reconstruction
 
@@ -291,12 +293,14 @@ def test_a_scorer_in_a_ray_worker_under_zero_3_equals_the_plain_loop(stage_run: 
     assert set(manifest.files) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "head.safetensors", "metrics.jsonl"}
 
     twin = plain_twin(stage_run, tmp_path, "activations", "labels", "corpus")
-    reconstruction._train({"run": twin.config, "name": "reward_scorer"})
+    told = reconstruction._train({"run": twin.config, "name": "reward_scorer"})
     collect_result(twin, "reward_scorer")
+    assert manifest.metrics["eval_cosine"] == pytest.approx(told["metrics"]["eval_cosine"], abs=1e-3)
     for file in ("adapter/adapter_model.safetensors", "head.safetensors"):
-        assert largest_difference(Path(stage_run.root.path) / "reward_scorer" / file, tmp_path / "reward_scorer" / file) < 2e-3
+        assert relative_difference(Path(stage_run.root.path) / "reward_scorer" / file, tmp_path / "reward_scorer" / file) < 0.01
 
 
+@pytest.mark.slow
 def test_the_two_scorers_learn_from_disjoint_documents(stage_run: Run) -> None:
     from nla_ray.training.reconstruction import load_examples
 

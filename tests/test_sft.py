@@ -46,9 +46,11 @@ def prepare(base: BaseConfig, folder: Path, settings: SFTConfig = SETTINGS):
     """Trainer and checkpoints of a small training run in `folder`, without Ray."""
     config = make_run_config(base, folder, settings)
     train, validation = make_pairs(32), make_pairs(12, first_row=32, seed=5)
-    model = build_verbalizer(base, settings, torch.cat([train.vectors, validation.vectors]))
+    tokenizer = load_tokenizer(base)
+    prompt = build_injection_prompt(tokenizer, base.marker)
+    model = build_verbalizer(base, settings, torch.cat([train.vectors, validation.vectors]), prompt)
     checkpoints = Checkpoints(config, "sft")
-    return make_trainer(model, load_tokenizer(base), train, validation, settings, config, checkpoints), checkpoints
+    return make_trainer(model, tokenizer, train, validation, settings, config, checkpoints), checkpoints
 
 
 def encoded_batch(base: BaseConfig, count: int = 6):

@@ -291,7 +291,7 @@ def torch_device(base: BaseConfig) -> torch.device:
     return torch.device(base.device)
 
 
-def load_backbone(base: BaseConfig, *, num_blocks: int | None = None):
+def load_backbone(base: BaseConfig, *, num_blocks: int | None = None, attention: str | None = None):
     """The base as a frozen causal language model in eval mode, in its configured type and on its device.
 
     With `num_blocks` only the first blocks are read from disk, and neither final norm nor output head: such a model has
@@ -300,15 +300,15 @@ def load_backbone(base: BaseConfig, *, num_blocks: int | None = None):
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
-    folder, dtype = base_folder(base.model), getattr(torch, base.dtype)
+    folder, options = base_folder(base.model), {"dtype": getattr(torch, base.dtype), "attn_implementation": attention}
     config = load_model_config(base)
     with _quiet_loading():
         if num_blocks is None:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
         else:
             check_layer(num_blocks - 1, config.num_hidden_layers)
             config = keep_blocks(config, num_blocks)
-            decoder = AutoModel.from_pretrained(folder, config=config, dtype=dtype)
+            decoder = AutoModel.from_pretrained(folder, config=config, **options)
             model = _headless(config, decoder)
     return model.to(torch_device(base)).eval().requires_grad_(False)
 

@@ -48,10 +48,10 @@ class Reconstructor(nn.Module):
 
     @classmethod
     def build(cls, base: BaseConfig, lora: LoraSettings, mean: Tensor, *, max_tokens: int = 96, seed: int = 0,
-              adapter: str = "default") -> Reconstructor:
+              adapter: str = "default", attention: str | None = None) -> Reconstructor:
         """A new one for training: only the adapter and the head have gradients. `mean`: train mean direction
-        [d_model]."""
-        model = load_backbone(base, num_blocks=base.layer + 1)
+        [d_model]. `attention`: as `load_backbone` takes it."""
+        model = load_backbone(base, num_blocks=base.layer + 1, attention=attention)
         model = add_lora(model, lora, adapter, num_blocks=base.layer + 1, seed=seed)
         return cls(model, load_tokenizer(base), adapter=adapter, layer=base.layer, marker=base.marker, mean=mean,
                    max_tokens=max_tokens)

@@ -23,18 +23,20 @@ from transformers import PrinterCallback
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` may change: TRL's minor version is pinned
 from trl import GRPOConfig, GRPOTrainer
 
-from nla_ray.activations import ActivationTable, load_activations, load_stats
+from nla_ray.activations import ActivationTable, check_base, load_activations, load_stats
 from nla_ray.artifacts import Run
 from nla_ray.cluster import demand, require_resources
 from nla_ray.config import GRPOSettings, RunConfig, require
-from nla_ray.injection import attach_activations, build_injection_prompt
+from nla_ray.injection import InjectionPrompt, attach_activations, build_injection_prompt
 from nla_ray.manifest import Manifest, check_disjoint
 from nla_ray.models.adapters import load_adapter
-from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
+from nla_ray.models.backbone import base_info, causal_model, load_backbone, load_tokenizer
+from nla_ray.models.prefix import share_prefix
 from nla_ray.records import seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.actors import ActorPool, SharedArray, shared_tensor
 from nla_ray.training.loop import METRICS_NAME, Checkpoints, prepare_worker, run_training, trainer_arguments
+from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
 from nla_ray.training.rewards import reward_weights, schedule_rows
 from nla_ray.training.rollouts import RolloutWorker
@@ -65,6 +67,9 @@ def train_grpo(run: Run) -> Manifest:
         logger.info("%s: complete, skipped", name)
         return stage.manifest
     check_disjoint(parents["reward_scorer"], parents["judge_scorer"])
+    info = base_info(run.config.base)
+    for parent in parents.values():
+        check_base(parent, info)
     check_settings(run.config)
     require_room(run.config)
     train, validation = load_activations(run, "train"), load_activations(run, "validation")
@@ -73,7 +78,7 @@ def train_grpo(run: Run) -> Manifest:
         told = run_training(run, name, train_worker, {"data": data, "rollouts": rollouts, "scorers": scorers})
     records = [json.loads(line) for line in (stage.location / METRICS_NAME).read_text().splitlines()]
     return stage.publish(documents={"train": data.documents, "validation": data.monitor.doc_ids},
-                         model=base_info(run.config.base).to_dict(), metrics=summary(records, told["published_step"]))
+                         model=info.to_dict(), metrics=summary(records, told["published_step"]))
 
 
 def check_settings(config: RunConfig) -> None:
@@ -145,9 +150,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     data: TrainingData = config["data"]
     prepare_worker(run_config.compute)
     checkpoints = Checkpoints(run_config, config["name"])
-    model, tokenizer, clock = load_policy(run_config, data), load_tokenizer(run_config.base), StepClock()
-    sampler = StepSampler(run_config.grpo, data, build_injection_prompt(tokenizer, run_config.base.marker),
-                          model.get_input_embeddings().vocab_size, config["rollouts"], config["scorers"], clock)
+    prompt = build_injection_prompt(load_tokenizer(run_config.base), run_config.base.marker)
+    model, clock = load_policy(run_config, data, prompt), StepClock()
+    sampler = StepSampler(run_config.grpo, data, prompt, model.get_input_embeddings().vocab_size, config["rollouts"], config["scorers"], clock)
     monitor = Monitor(run_config.grpo, data.monitor, config["rollouts"], config["scorers"])
     trainer = build_trainer(run_config, checkpoints.folder, model, sampler, clock)
     trainer.remove_callback(PrinterCallback)
@@ -157,11 +162,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return {"published_step": checkpoints.best["step"]}
 
 
-def load_policy(run_config: RunConfig, data: TrainingData) -> nn.Module:
+def load_policy(run_config: RunConfig, data: TrainingData, prompt: InjectionPrompt) -> nn.Module:
     """The base with the SFT adapter, trainable, and an embedding that knows the train activations."""
     run = Run(run_config)
     model = load_backbone(run_config.base)
     attach_activations(model, shared_tensor(data.bank), run_config.base.injection_norm)
+    share_prefix(model, prompt.prefix_ids)
     with run.local_copy("sft", run.require("sft", "sft")) as folder:
         return load_adapter(model, folder / "adapter", trainable=True)
 
@@ -205,12 +211,14 @@ def schedule_dataset(schedule: Sequence[Sequence[int]]) -> Dataset:
 
 
 class VerbalizerTrainer(GRPOTrainer):
-    """TRL's trainer with two measurements added; its algorithm is left as it is."""
+    """TRL's trainer with two measurements added, and on a CPU with log-probs computed faster; its algorithm is left as it is."""
 
     def __init__(self, *, clock: StepClock, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._clock = clock
         self._policy_log_probs: Tensor | None = None
+        if self.args.use_cpu:
+            score_labels_only(causal_model(self.model), self.temperature)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         if torch.is_grad_enabled():

@@ -26,7 +26,7 @@ from nla_ray.training.batches import LengthBatches
 ScorerName = Literal["reward_scorer", "judge_scorer"]
 TEMPERATURE = 0.1
 """Of the in-batch contrastive term: centred cosines are divided by it."""
-_HEAD_RATE = 8.0
+_HEAD_RATE = 3.0
 _WARMUP_SHARE = 0.06
 _WEIGHT_DECAY = 0.01
 _EVALUATION_BATCH = 128
@@ -140,14 +140,15 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     from nla_ray.activations import load_stats
     from nla_ray.models.backbone import base_info
     from nla_ray.models.reconstructor import Reconstructor
-    from nla_ray.training.loop import Checkpoints, autocast_forward, prepare_worker
+    from nla_ray.training.loop import Checkpoints, autocast_forward, prepare_worker, training_attention
 
     run_config, name = config["run"], config["name"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), getattr(run_config, name)
     examples = {split: load_examples(run, split, settings) for split in ("train", "validation")}
     mean = torch.tensor(load_stats(run)["mean_direction"])
-    reconstructor = Reconstructor.build(run_config.base, settings.lora, mean, max_tokens=settings.max_tokens, seed=settings.seed)
+    reconstructor = Reconstructor.build(run_config.base, settings.lora, mean, max_tokens=settings.max_tokens, seed=settings.seed,
+                                        attention=training_attention(run_config.base))
     autocast_forward(reconstructor, run_config.base)
     in_float32 = torch.autocast(reconstructor.head.weight.device.type, enabled=False)
     reconstructor.head.forward = in_float32(reconstructor.head.forward)
@@ -213,15 +214,16 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
 
 
 def make_optimizer(reconstructor, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW over adapter and head, the head's rate multiplied by 8 / d_model.
+    """AdamW over adapter and head, the head's rate multiplied by 3 / sqrt(d_model).
 
     A step of rate e moves every output of the head by up to e * d_model (its inputs have unit mean square), and outputs
-    are coordinates of a direction, of size d_model ** -0.5: at the adapter's rate the first steps would overshoot.
+    are coordinates of a direction, of size d_model ** -0.5. Measured with d_model 256, three epochs, validation centred
+    cosine for 1, 0.2, 0.03 and 0.004 of the adapter's rate: 0.69, 0.72, 0.65, 0.40.
     """
     head = list(reconstructor.head.parameters())
     adapter = [parameter for parameter in reconstructor.model.parameters() if parameter.requires_grad]
-    groups = [{"params": adapter}, {"params": head, "lr": learning_rate * _HEAD_RATE / reconstructor.mean.shape[0]}]
-    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+    share = min(1.0, _HEAD_RATE / reconstructor.mean.shape[0] ** 0.5)
+    return torch.optim.AdamW([{"params": adapter}, {"params": head, "lr": learning_rate * share}], lr=learning_rate, weight_decay=_WEIGHT_DECAY)
 
 
 @torch.no_grad()

@@ -140,7 +140,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     train = load_pairs(run, "train", limit=settings.max_examples, seed=settings.seed, first_row=0)
     validation = load_pairs(run, "validation", limit=MAX_VALIDATION, seed=settings.seed, first_row=len(train.rows))
     tokenizer = load_tokenizer(run_config.base)
-    model = build_verbalizer(run_config.base, settings, torch.cat([train.vectors, validation.vectors]))
+    prompt = build_injection_prompt(tokenizer, run_config.base.marker)
+    model = build_verbalizer(run_config.base, settings, torch.cat([train.vectors, validation.vectors]), prompt)
     checkpoints = Checkpoints(run_config, config["name"])
     trainer = make_trainer(model, tokenizer, train, validation, settings, run_config, checkpoints)
     logger.info("sft: %d labels, %d for validation", len(train.rows), len(validation.rows))
@@ -153,14 +154,16 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_verbalizer(base, settings: SFTSettings, bank: Tensor):
+def build_verbalizer(base, settings: SFTSettings, bank: Tensor, prompt: InjectionPrompt):
     """The base with a fresh adapter to train, fed with virtual tokens of `bank` [rows, d_model]."""
     from nla_ray.models.adapters import add_lora
     from nla_ray.models.backbone import load_backbone
-    from nla_ray.training.loop import autocast_forward
+    from nla_ray.models.prefix import share_prefix
+    from nla_ray.training.loop import autocast_forward, training_attention
 
-    model = load_backbone(base)
+    model = load_backbone(base, attention=training_attention(base))
     attach_activations(model, bank, base.injection_norm)
+    share_prefix(model, prompt.prefix_ids)
     return autocast_forward(add_lora(model, settings.lora, seed=settings.seed), base)
 
 
