@@ -126,7 +126,7 @@ class SFTConfig:
     lora: LoraSettings = LoraSettings()
     epochs: int = 2
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     weight_decay: float = 0.01
     max_examples: int | None = None
     seed: int = 0

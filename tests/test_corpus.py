@@ -77,7 +77,8 @@ def test_none_or_one_text_has_no_duplicate(texts: list[str]) -> None:
     ("pandas/tests/frame/test_api.py", "python_test"),
     ("networkx/algorithms/cuts.py", "api_reference"),
     ("transformers/models/bert/modeling_bert.py", "model_code"),
-    ("torch/include/ATen/Tensor.h", "cpp_header"),
+    ("torch/include/ATen/Tensor.h", "native_code"),
+    ("ray/includes/common.cc", "native_code"),
     ("torch/include/ATen/ops/add.h", None),
     ("numpy/__init__.pyi", "type_stub"),
     ("numpy-2.4.6.dist-info/METADATA", "package_metadata"),
@@ -88,6 +89,11 @@ def test_none_or_one_text_has_no_duplicate(texts: list[str]) -> None:
 ])
 def test_a_file_belongs_to_one_domain_by_its_path(path: str, domain: str | None) -> None:
     assert embedded.domain_of(path) == domain
+
+
+def test_native_code_is_one_domain_whose_ids_keep_headers_and_sources_apart() -> None:
+    prefixes = {source.doc_id.split("/")[0] for source in embedded.list_sources() if source.domain == "native_code"}
+    assert prefixes == {"cpp_header", "cpp_source"}
 
 
 def test_documents_are_named_without_the_version_of_their_package() -> None:

@@ -14,7 +14,7 @@ from nla_ray.artifacts import Run
 from nla_ray.config import LabelConfig
 from nla_ray.labels.cleaner import clean_label
 from nla_ray.labels.offline import (
-    ContentFirstTeacher, FormatFirstTeacher, WordStatistics, describe_ending, observe, salient_words, split_words,
+    ContentFirstTeacher, Facts, FormatFirstTeacher, WordStatistics, describe_ending, observe, salient_words, split_words,
 )
 from nla_ray.labels.stage import label_row, label_texts, load_labels
 from nla_ray.labels.teacher import make_teachers
@@ -23,7 +23,7 @@ from nla_ray.records import CHUNK_SCHEMA, split_of, text_hash
 
 STATISTICS = WordStatistics(
     num_documents=1_000,
-    document_frequency={"frame": 20, "index": 50, "assert": 100, "dtype": 20, "columns": 40, "column": 40, "result": 200,
+    document_frequency={"frame": 20, "index": 50, "assert": 80, "dtype": 20, "columns": 40, "column": 40, "result": 200,
                         "expected": 125, "common": 600, "rare": 2},
 )
 TEXT = "frame = read_frame(index)\nassert frame.dtype == expected\nresult common rare columns"
@@ -55,11 +55,20 @@ def test_a_plural_is_not_named_beside_its_singular() -> None:
     assert [word for word, _ in salient_words("columns column", STATISTICS, 5)] == ["column"]
 
 
-def test_topics_and_tokens_share_no_word_and_occur_in_the_text() -> None:
+def test_words_fall_into_bands_by_their_share_of_all_tellable_words() -> None:
+    """Frequencies 20, 20, 40, 40, 50, 80, 125, 200: the middle of `columns` is at 100/575 = .17, of `index` at 145/575 = .25 (in
+    no band), of `assert` at .37 (none), of `expected` at 312.5/575 = .54, of `result` at .83."""
+    assert STATISTICS.band_of == {"dtype": 2, "frame": 2, "column": 2, "columns": 2, "expected": 1, "result": 0}
+
+
+def test_a_text_is_told_by_the_best_word_of_every_band() -> None:
     facts = observe(TEXT, "python_test", STATISTICS)
-    words = facts.topics + facts.tokens
-    assert facts.kind == "unit test" and len(words) == len(set(words)) == 7
-    assert set(words) <= set(split_words(TEXT))
+    assert facts == Facts(kind="unit test", topics=["result"], tokens=["expected", "frame"], ending="the rest of a sentence")
+
+
+def test_a_band_without_a_word_of_the_text_stays_empty() -> None:
+    facts = observe("dtype of the index", "python_test", STATISTICS)
+    assert (facts.topics, facts.tokens) == ([], ["dtype"])
 
 
 @pytest.mark.parametrize(("text", "ending"), [
@@ -88,15 +97,15 @@ def test_the_end_of_a_text_says_how_it_goes_on(text: str, ending: str) -> None:
 
 def test_the_two_teachers_say_the_same_facts_in_clearly_different_form() -> None:
     content, form = ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test"), FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test")
-    assert content.startswith("1. **Tokens**: assert, columns, expected, index, result.")
-    assert form.startswith("This text appears to be unit test on dtype and frame. The model is likely to continue")
+    assert content.startswith("1. **Tokens**: expected, frame.")
+    assert form.startswith("This text appears to be unit test on result. The model is likely to continue")
 
 
 def test_the_cleaned_forms_differ_in_order_only() -> None:
     content = clean_label(ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test")).splitlines()
     form = clean_label(FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test")).splitlines()
     assert content[0] == form[2] and content[0].startswith("- tokens: ")
-    assert content[1] == form[0] == "- unit test: dtype, frame"
+    assert content[1] == form[0] == "- unit test: result"
     assert content[2] == form[1] == "- next: the rest of a sentence"
 
 

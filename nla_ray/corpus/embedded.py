@@ -30,8 +30,7 @@ DOMAIN_NAMES = {
     "python_code": "Python code",
     "python_test": "unit test",
     "model_code": "model code",
-    "cpp_header": "header file",
-    "cpp_source": "native source",
+    "native_code": "native code",
     "type_stub": "type stub",
     "cython": "Cython",
     "licence": "licence",
@@ -60,8 +59,7 @@ CHARS_PER_DISTINCT_WORD = 40
 """A chunk needs one distinct word for so many characters; less is a table of numbers."""
 
 _SUFFIX_DOMAINS = {
-    ".h": "cpp_header", ".hpp": "cpp_header", ".cuh": "cpp_header",
-    ".cpp": "cpp_source", ".cc": "cpp_source", ".cu": "cpp_source", ".c": "cpp_source",
+    **dict.fromkeys((".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu", ".c"), "native_code"),
     ".pyi": "type_stub", ".pyx": "cython", ".pxd": "cython", ".pxi": "cython",
     ".yaml": "configuration", ".yml": "configuration", ".json": "configuration", ".toml": "configuration",
     ".jinja": "jinja_template", ".j2": "jinja_template", ".proto": "protocol_buffer", ".cmake": "cmake",
@@ -81,7 +79,7 @@ class Source:
     """Where one document comes from, before anything is read.
 
     Example:
-        Source(doc_id="cpp_header/torch/include/ATen/ATen.h", domain="cpp_header", path=Path("..."))
+        Source(doc_id="cpp_header/torch/include/ATen/ATen.h", domain="native_code", path=Path("..."))
     """
 
     doc_id: str
@@ -169,12 +167,13 @@ def _walk_sources() -> Iterator[Source]:
         for name in names:
             relative = (Path(folder) / name).relative_to(library).as_posix()
             if (domain := domain_of(relative)) is not None:
-                yield Source(doc_id=f"{domain}/python/{relative}", domain=domain, path=library / relative)
+                yield Source(doc_id=f"{_id_prefix(domain, relative)}/python/{relative}", domain=domain, path=library / relative)
     for distribution in closure_distributions(CORE_REQUIREMENTS):
         for relative in _recorded_files(distribution):
             if (domain := domain_of(relative)) is not None:
                 path = Path(str(distribution.locate_file(relative)))
-                yield Source(doc_id=f"{domain}/{_without_version(relative)}", domain=domain, path=path)
+                doc_id = f"{_id_prefix(domain, relative)}/{_without_version(relative)}"
+                yield Source(doc_id=doc_id, domain=domain, path=path)
     for topic in _manual_topics():
         yield Source(doc_id=f"language_manual/{topic}", domain="language_manual", path=None)
 
@@ -196,6 +195,17 @@ def domain_of(relative_path: str) -> str | None:
     if parts[-1] == "METADATA" or suffix in (".md", ".rst"):
         return "package_metadata"
     return None
+
+
+def _id_prefix(domain: str, relative_path: str) -> str:
+    """The first part of a document's id: its domain, but native code says header or source.
+
+    A chunk of C++ seldom shows which of the two it is from, so they are one domain. The id decides a document's split,
+    and the shipped base model was trained by these splits: the prefixes must stay as they are.
+    """
+    if domain != "native_code":
+        return domain
+    return "cpp_header" if relative_path.endswith((".h", ".hpp", ".cuh")) else "cpp_source"
 
 
 def _python_domain(parts: list[str]) -> str:

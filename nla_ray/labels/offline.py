@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from nla_ray.corpus.embedded import DOMAIN_NAMES
 
@@ -18,8 +19,15 @@ MIN_DOCUMENT_FREQUENCY = 15
 """A rarer word is one that a small model cannot learn to name."""
 MAX_DOCUMENT_SHARE = 0.25
 """A word in more than a quarter of all documents says nothing about one of them."""
-NUM_TOPICS = 2
-NUM_TOKENS = 5
+BANDS = ((0.74, 1.0), (0.40, 0.55), (0.0, 0.22))
+"""Where a label's words come from: shares of all tellable words in order of their document frequency, counted with it.
+
+One word of each band, the broad one as topic, the others as tokens. A writer that decides one word after the other must not
+name one twice. It cannot if every place of a list has a vocabulary of its own; the gaps keep a word near a border from
+fitting two places. Measured after supervised training of the embedded default on its validation texts: with the seven best
+words of a text, in the order of the alphabet or of frequency, 99% of the descriptions repeat a word; with one of each of
+five adjacent bands 48%, of three 16%, of these three 6%.
+"""
 
 STOP_WORDS = frozenset(
     """the and for that this with from are was were will would can could should may might must not but its has have
@@ -84,6 +92,19 @@ class WordStatistics:
             return 0.0
         return math.log(self.num_documents / frequency)
 
+    @cached_property
+    def band_of(self) -> dict[str, int]:
+        """Word -> index of its band in BANDS, for the words that lie in one."""
+        tellable = [word for word in self.document_frequency if self.inverse_frequency(word) > 0.0]
+        tellable.sort(key=lambda word: (self.document_frequency[word], word))
+        total = sum(self.document_frequency[word] for word in tellable)
+        bands, passed = {}, 0
+        for word in tellable:
+            share = (passed + self.document_frequency[word] / 2) / total
+            passed += self.document_frequency[word]
+            bands.update((word, index) for index, (low, high) in enumerate(BANDS) if low <= share < high)
+        return bands
+
 
 def split_words(text: str) -> list[str]:
     """Lower-case word pieces in order: identifiers are cut at `_`, digits and camelCase; 3 letters at least.
@@ -94,8 +115,8 @@ def split_words(text: str) -> list[str]:
     return [piece for piece in pieces if 3 <= len(piece) <= 18 and piece not in STOP_WORDS]
 
 
-def salient_words(text: str, statistics: WordStatistics, limit: int) -> list[tuple[str, float]]:
-    """The words of the text with the highest tf-idf, best first, each once, with their scores.
+def salient_words(text: str, statistics: WordStatistics, limit: int | None = None) -> list[tuple[str, float]]:
+    """The words of the text with the highest tf-idf (all, or `limit` of them), best first, each once, with their scores.
 
     tf-idf = (1 + log tf) * log(N / df). Ties go to the word that comes first in the alphabet. A plural beside
     its singular is dropped, so that a short list does not say one thing twice.
@@ -117,7 +138,7 @@ class Facts:
     """What both teachers say about one text, before style.
 
     Example:
-        Facts(kind="unit test", topics=["frame", "index"], tokens=["assert", "dtype"], ending="another check")
+        Facts(kind="unit test", topics=["index"], tokens=["assert", "dtype"], ending="another check")
     """
 
     kind: str
@@ -127,15 +148,15 @@ class Facts:
 
 
 def observe(text: str, domain: str, statistics: WordStatistics) -> Facts:
-    """The facts of one text. Topics are its two best words; tokens are the next ones and never repeat a topic.
-
-    Both are in alphabetical order: a writer that only goes forward names nothing twice.
-    """
-    words = [word for word, _ in salient_words(text, statistics, NUM_TOPICS + NUM_TOKENS)]
+    """The facts of one text: of each band (see BANDS) the word with the highest tf-idf, if the text has one."""
+    best: dict[int, str] = {}
+    for word, _ in salient_words(text, statistics):
+        if (band := statistics.band_of.get(word)) is not None:
+            best.setdefault(band, word)
     return Facts(
         kind=DOMAIN_NAMES.get(domain, domain.replace("_", " ")),
-        topics=sorted(words[:NUM_TOPICS]),
-        tokens=sorted(words[NUM_TOPICS:]),
+        topics=[best[0]] if 0 in best else [],
+        tokens=[best[band] for band in range(1, len(BANDS)) if band in best],
         ending=describe_ending(text),
     )
 
