@@ -62,6 +62,8 @@ class BaseConfig:
     """Longest chat-formatted prompt, in tokens, generation prompt included; longer texts are counted and left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Element type of the frozen weights. LoRA weights and activations are float32 always."""
+    training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products in training. `auto`: bfloat16 where the processor has instructions for it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -108,8 +110,9 @@ class ReconstructorConfig:
     """Half of the train documents it learns from; the two scorers' halves are disjoint."""
     teacher_share: float = 0.5
     """Share of its labels drawn from the first teacher; the rest come from the others."""
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 64
+    """Examples in one optimizer step, over all workers."""
     learning_rate: float = 1e-3
     contrastive_weight: float = 0.0
     """Weight of the in-batch contrastive term beside 1 - cosine."""
@@ -126,6 +129,7 @@ class SFTConfig:
     lora: LoraSettings = LoraSettings()
     epochs: int = 2
     batch_size: int = 32
+    """Examples in one optimizer step, over all workers."""
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
     max_examples: int | None = None

@@ -21,6 +21,10 @@ def nano() -> RunConfig:
         reward_scorer=ReconstructorConfig(document_half="even", teacher_share=0.5, seed=1),
         judge_scorer=ReconstructorConfig(document_half="odd", teacher_share=0.3, seed=2,
                                          lora=LoraSettings(rank=24, alpha=48)),
+        # Whole processes of one thread share the two cores: at this size two threads are hardly faster than one.
+        capture=CaptureConfig(batch_tokens=2_048, num_actors=2),
+        grpo=GRPOSettings(num_rollout_actors=2, repeat_penalty=0.5),
+        compute=ComputeConfig(trainer_workers=2, trainer_cpus=0.5, capture_cpus=0.75, threads=1),
         evaluation=EvaluationConfig(gates=(
             ("gold.reward.top1", ">=", 0.90), ("gold.judge.top1", ">=", 0.90),
             ("sft.reward.top1", ">=", 0.90), ("sft.judge.top1", ">=", 0.90),

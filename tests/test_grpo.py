@@ -153,6 +153,24 @@ def test_dropout_is_off_and_only_the_policy_has_gradients(scored_batch) -> None:
     assert all(".default." in name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad)
 
 
+def test_products_in_bfloat16_stay_near_float32_and_leave_weights_and_gradients_in_it(prepared: Run) -> None:
+    prompt = build_injection_prompt(load_tokenizer(prepared.config.base), prepared.config.base.marker)
+    data = grpo.TrainingData(schedule=[], sources={}, documents=[], monitor=None,
+                             bank=load_activations(prepared, "train").vectors.numpy())
+    ids = torch.tensor([prompt.encode(row, causal_model(random_adapter(prepared.config.base)).config.vocab_size) for row in range(3)])
+    log_probs = []
+    for dtype in ("float32", "bfloat16"):
+        base = dataclasses.replace(prepared.config.base, training_dtype=dtype)
+        policy = grpo.load_policy(dataclasses.replace(prepared.config, base=base), data, prompt)
+        logits = policy(input_ids=ids).logits
+        logits.float().square().mean().backward()
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        assert trained and all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in trained)
+        log_probs.append(logits.detach().float().log_softmax(-1))
+    difference = (log_probs[0] - log_probs[1]).abs()
+    assert 0 < difference.max() < 0.2
+
+
 def test_settings_under_which_a_group_or_a_batch_would_be_cut_are_refused(tiny_base: BaseConfig) -> None:
     config = grpo_config(tiny_base, "unused", prompts_per_step=3)
     with pytest.raises(ValueError, match="grpo.prompts_per_step: got 3, expected a multiple of compute.trainer_workers = 2"):
@@ -209,7 +227,6 @@ def comparable(records: list[dict]) -> list[dict]:
     return [{key: value for key, value in record.items() if not key.startswith("seconds/") and key != "step_time"} for record in records]
 
 
-@pytest.mark.slow
 def test_every_step_is_recorded_with_its_terms_and_its_seconds(undisturbed) -> None:
     _, records = undisturbed
     steps = [record for record in records if "loss" in record]
@@ -225,7 +242,6 @@ def test_every_step_is_recorded_with_its_terms_and_its_seconds(undisturbed) -> N
     assert steps[0]["reward"] == pytest.approx(weighted, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_the_judge_is_asked_before_during_and_after(undisturbed) -> None:
     _, records = undisturbed
     readings = [record for record in records if JUDGE_COSINE in record]
@@ -233,7 +249,6 @@ def test_the_judge_is_asked_before_during_and_after(undisturbed) -> None:
     assert all(record[JUDGE_COSINE + "_low"] <= record[JUDGE_COSINE] <= record[JUDGE_COSINE + "_high"] for record in readings)
 
 
-@pytest.mark.slow
 def test_what_is_kept_is_the_judges_best_checkpoint_after_training_began(undisturbed) -> None:
     import json
 
@@ -244,7 +259,6 @@ def test_what_is_kept_is_the_judges_best_checkpoint_after_training_began(undistu
     assert (scratch / kept["folder"] / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_with_the_same_batches(arena: dict, prepared: Run, undisturbed) -> None:
     from safetensors.torch import load_file
 

@@ -23,7 +23,7 @@ from nla_ray.presets import nano
 from nla_ray.records import document_half
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.loop import (
-    Checkpoints, checkpoint_trainable_only, collect_result, deepspeed_config, last_checkpoint, run_training,
+    Checkpoints, checkpoint_trainable_only, collect_result, deepspeed_config, last_checkpoint, run_training, worker_batch,
 )
 
 
@@ -230,11 +230,11 @@ def stage_run(ray_cluster, tiny_base, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-def plain_twin(run: Run, folder: Path, *artifacts: str) -> Run:
-    """The same run elsewhere, without DeepSpeed, on the same artifacts."""
-    for name in artifacts:
+def twin_of(run: Run, folder: Path, **compute: int) -> Run:
+    """The same run elsewhere, on the same activations and labels, with other workers."""
+    for name in ("activations", "labels", "corpus"):
         (folder / name).symlink_to(Path(run.root.path) / name)
-    compute = dataclasses.replace(run.config.compute, zero_stage=0)
+    compute = dataclasses.replace(run.config.compute, **compute)
     return Run(dataclasses.replace(run.config, run_dir=str(folder), compute=compute))
 
 
@@ -261,8 +261,21 @@ def relative_difference(first: Path, second: Path) -> float:
     return difference / sum(tensor.abs().sum().item() for tensor in two.values())
 
 
-@pytest.mark.slow  # two trainings and a restart: half a minute on two idle cores
-def test_sft_in_a_ray_worker_under_zero_2_survives_its_worker_and_equals_the_plain_loop(stage_run: Run, tmp_path: Path) -> None:
+ADAPTER = "sft/adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def plain_adapter(stage_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The SFT adapter that one process makes without DeepSpeed."""
+    from nla_ray.training import sft
+
+    twin = twin_of(stage_run, tmp_path_factory.mktemp("plain"), zero_stage=0)
+    sft._train({"run": twin.config, "name": "sft"})
+    collect_result(twin, "sft")
+    return Path(twin.root.path) / ADAPTER
+
+
+def test_sft_in_a_ray_worker_under_zero_2_survives_its_worker_and_equals_the_plain_loop(stage_run: Run, plain_adapter: Path) -> None:
     from nla_ray.training import sft
 
     killer = kill_worker_after_first_checkpoint(Path(stage_run.root.path) / "sft" / "scratch")
@@ -275,15 +288,24 @@ def test_sft_in_a_ray_worker_under_zero_2_survives_its_worker_and_equals_the_pla
     assert not set(manifest.documents["train"]) & set(manifest.documents["validation"])
     steps = [json.loads(line)["step"] for line in (stage_run.root / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
-
-    twin = plain_twin(stage_run, tmp_path, "activations", "labels", "corpus")
-    sft._train({"run": twin.config, "name": "sft"})
-    collect_result(twin, "sft")
-    adapter = "sft/adapter/adapter_model.safetensors"
-    assert relative_difference(Path(stage_run.root.path) / adapter, tmp_path / adapter) < 1e-3
+    assert relative_difference(Path(stage_run.root.path) / ADAPTER, plain_adapter) < 1e-3
 
 
-@pytest.mark.slow
+def test_two_workers_share_every_step_and_learn_what_one_learns(stage_run: Run, plain_adapter: Path, tmp_path: Path) -> None:
+    from nla_ray.training import sft
+
+    pair = twin_of(stage_run, tmp_path, zero_stage=2, trainer_workers=2)
+    manifest = sft.train_sft(pair)
+    assert manifest.metrics["best_step"] % 6 == 0, "48 examples are six steps of eight, whatever the number of workers"
+    assert relative_difference(tmp_path / ADAPTER, plain_adapter) < 1e-3
+
+
+def test_a_batch_that_workers_cannot_share_evenly_is_refused() -> None:
+    assert worker_batch(ComputeConfig(trainer_workers=2), 64) == 32
+    with pytest.raises(ValueError, match="batch_size: got 9, expected a multiple of compute.trainer_workers = 2"):
+        worker_batch(ComputeConfig(trainer_workers=2), 9)
+
+
 def test_a_scorer_in_a_ray_worker_under_zero_3_equals_the_plain_loop(stage_run: Run, tmp_path: Path) -> None:
     from nla_ray.training import reconstruction
 
@@ -292,7 +314,7 @@ def test_a_scorer_in_a_ray_worker_under_zero_3_equals_the_plain_loop(stage_run: 
     assert {document_half(doc_id) for doc_id in manifest.documents["train"]} == {"even"}
     assert set(manifest.files) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "head.safetensors", "metrics.jsonl"}
 
-    twin = plain_twin(stage_run, tmp_path, "activations", "labels", "corpus")
+    twin = twin_of(stage_run, tmp_path, zero_stage=0)
     told = reconstruction._train({"run": twin.config, "name": "reward_scorer"})
     collect_result(twin, "reward_scorer")
     assert manifest.metrics["eval_cosine"] == pytest.approx(told["metrics"]["eval_cosine"], abs=1e-3)
@@ -300,7 +322,6 @@ def test_a_scorer_in_a_ray_worker_under_zero_3_equals_the_plain_loop(stage_run: 
         assert relative_difference(Path(stage_run.root.path) / "reward_scorer" / file, tmp_path / "reward_scorer" / file) < 0.01
 
 
-@pytest.mark.slow
 def test_the_two_scorers_learn_from_disjoint_documents(stage_run: Run) -> None:
     from nla_ray.training.reconstruction import load_examples
 

@@ -81,4 +81,5 @@ def make_tiny_base(folder: Path | str, *, architecture: Literal["qwen2", "llama"
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return BaseConfig(model=str(folder), layer=1, injection_norm=4.0, max_tokens=256, dtype="float32", device="cpu")
+    return BaseConfig(model=str(folder), layer=1, injection_norm=4.0, max_tokens=256, dtype="float32", device="cpu",
+                      training_dtype="float32")

@@ -35,7 +35,9 @@ from nla_ray.models.prefix import share_prefix
 from nla_ray.records import seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.actors import ActorPool, SharedArray, shared_tensor
-from nla_ray.training.loop import METRICS_NAME, Checkpoints, prepare_worker, run_training, trainer_arguments
+from nla_ray.training.loop import (
+    METRICS_NAME, Checkpoints, autocast_forward, prepare_worker, run_training, trainer_arguments, training_attention,
+)
 from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
 from nla_ray.training.rewards import reward_weights, schedule_rows
@@ -165,11 +167,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 def load_policy(run_config: RunConfig, data: TrainingData, prompt: InjectionPrompt) -> nn.Module:
     """The base with the SFT adapter, trainable, and an embedding that knows the train activations."""
     run = Run(run_config)
-    model = load_backbone(run_config.base)
+    model = load_backbone(run_config.base, attention=training_attention(run_config.base))
     attach_activations(model, shared_tensor(data.bank), run_config.base.injection_norm)
     share_prefix(model, prompt.prefix_ids)
     with run.local_copy("sft", run.require("sft", "sft")) as folder:
-        return load_adapter(model, folder / "adapter", trainable=True)
+        return autocast_forward(load_adapter(model, folder / "adapter", trainable=True), run_config.base)
 
 
 def build_trainer(run_config: RunConfig, folder: Path, model: nn.Module, sampler: StepSampler, clock: StepClock) -> VerbalizerTrainer:

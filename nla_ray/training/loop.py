@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from nla_ray.artifacts import Location, Run
 from nla_ray.cluster import demand, require_resources, resources_of
-from nla_ray.config import BaseConfig, ComputeConfig, RunConfig
+from nla_ray.config import BaseConfig, ComputeConfig, RunConfig, require
 from nla_ray.runlog import MetricsLog, get_logger
 
 if TYPE_CHECKING:
@@ -282,8 +282,17 @@ def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict
     }
 
 
+def worker_batch(compute: ComputeConfig, batch_size: int) -> int:
+    """One worker's share of an optimizer step's examples. Raises ValueError when they cannot be shared out evenly."""
+    require(batch_size % compute.trainer_workers == 0, "batch_size", batch_size,
+            f"a multiple of compute.trainer_workers = {compute.trainer_workers}", "Change one of them.")
+    return batch_size // compute.trainer_workers
+
+
 def computes_in_bf16(base: BaseConfig) -> bool:
-    """Whether matrix products of training run in bfloat16: where the processor has instructions for it."""
+    """Whether matrix products of training run in bfloat16: as configured, or where the processor has instructions for it."""
+    if base.training_dtype != "auto":
+        return base.training_dtype == "bfloat16"
     if base.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

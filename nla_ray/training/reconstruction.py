@@ -168,7 +168,7 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
     """A transformers Trainer for this reconstructor, whose best validated weights go to `checkpoints`."""
     from transformers import Trainer, TrainingArguments
 
-    from nla_ray.training.loop import checkpoint_trainable_only, follow, trainer_arguments
+    from nla_ray.training.loop import checkpoint_trainable_only, follow, trainer_arguments, worker_batch
 
     checkpoint_trainable_only(reconstructor)
     encoded = reconstructor.encode(train.descriptions)
@@ -205,7 +205,7 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
 
     arguments = TrainingArguments(
         **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed), num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate, warmup_steps=_WARMUP_SHARE,
+        per_device_train_batch_size=worker_batch(run_config.compute, settings.batch_size), learning_rate=settings.learning_rate, warmup_steps=_WARMUP_SHARE,
         lr_scheduler_type="linear", eval_strategy="epoch", save_strategy="epoch", logging_steps=20,
     )
     trainer = ReconstructionTrainer(model=reconstructor, args=arguments, data_collator=collate, train_dataset=range(len(encoded)),

@@ -173,7 +173,7 @@ def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SF
     from trl import SFTConfig, SFTTrainer
 
     from nla_ray.models.adapters import save_adapter
-    from nla_ray.training.loop import follow, trainer_arguments
+    from nla_ray.training.loop import follow, trainer_arguments, worker_batch
 
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -210,7 +210,7 @@ def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SF
 
     arguments = SFTConfig(
         **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed), num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
+        per_device_train_batch_size=worker_batch(run_config.compute, settings.batch_size), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
         warmup_steps=_WARMUP_SHARE, lr_scheduler_type="linear", eval_strategy="epoch", save_strategy="epoch", logging_steps=20,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
     )
