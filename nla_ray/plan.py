@@ -27,9 +27,9 @@ _CPU_PROCESS_BYTES = 0.6e9
 """A process that imported torch, transformers and peft, before any weight. Measured: 0.45 to 0.65 GB."""
 _GPU_PROCESS_BYTES = 1.5e9
 """The same with a CUDA context."""
-_FLOPS = {"cpu float32": 1.2e11, "cpu bfloat16": 3.0e11, "gpu": 2.5e14}
-"""Sustained FLOP/s of one process. Source: measured forward passes of a 135M model on two idle cores; a quarter of the
-dense bf16 peak of an H100."""
+_FLOPS = {"cpu float32": 6e10, "cpu bfloat16": 1.5e11, "gpu": 2.5e14}
+"""Sustained FLOP/s of one thread, or of one GPU. Source: measured forward passes of a 135M model on two idle cores; a quarter of
+the dense bf16 peak of an H100."""
 
 _SMOLLM2_135M = {"hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30, "num_attention_heads": 9,
                  "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True}
@@ -240,7 +240,7 @@ def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
         tokens = examples * settings.epochs * min(settings.max_tokens, _LABEL_TOKENS + 8)
         trainable = shape.lora_parameters(settings.lora, blocks) + shape.d_model**2
         state = facts.trainer_bytes(shape.parameters_up_to(config.base.layer), trainable)
-        work = settings.batch_size * settings.max_tokens * _training_bytes(facts, blocks)
+        work = settings.batch_size / config.compute.trainer_workers * settings.max_tokens * _training_bytes(facts, blocks)
         return StagePlan(
             name=name, artifact=name, tokens=tokens, flops=6 * blocks * shape.block_parameters * tokens,
             processes=(facts.process("trainer", config.compute.trainer_workers, state + work),),
@@ -255,7 +255,8 @@ def _plan_sft(facts: Facts) -> StagePlan:
     tokens = examples * config.sft.epochs * length
     trainable = shape.lora_parameters(config.sft.lora, shape.num_layers)
     token_bytes = _training_bytes(facts, shape.num_layers, with_head=True)
-    memory = facts.trainer_bytes(shape.parameters, trainable) + config.sft.batch_size * length * token_bytes
+    batch = config.sft.batch_size / config.compute.trainer_workers
+    memory = facts.trainer_bytes(shape.parameters, trainable) + batch * length * token_bytes
     return StagePlan(
         name="sft", artifact="sft", tokens=tokens, flops=6 * shape.parameters * tokens,
         processes=(facts.process("trainer", config.compute.trainer_workers, memory),),
@@ -363,7 +364,9 @@ def _stage_lines(plan: StagePlan, facts: Facts, *, done: bool) -> list[str]:
                      f"about {_size(process.bytes)} {where} each")
     if plan.tokens:
         workers = plan.processes[0]
-        speed = _FLOPS["gpu" if workers.resources.get("GPU") else f"cpu {facts.config.base.dtype}"]
+        on_gpu = bool(workers.resources.get("GPU"))
+        threads = facts.config.compute.threads
+        speed = _FLOPS["gpu"] if on_gpu else _FLOPS[f"cpu {facts.config.base.dtype}"] * threads
         lines.append(f"  work       {plan.tokens:,.0f} tokens, {plan.flops:.2g} FLOP")
         seconds = plan.flops / (speed * workers.count)
         lines.append(f"  time       about {_duration(seconds)} at {speed:.2g} FLOP/s in each of {workers.count} x {workers.kind}")
