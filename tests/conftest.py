@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhe
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,20 @@ TEXTS = (
     "Two or three bullets: the topics, the tokens, the response. " * 3,
     "assert len(rows) == 3",
 )
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The lines that nla_ray logs during a test, from INFO, whatever earlier tests did to its loggers."""
+    lines: list[str] = []
+    logger, handler = logging.getLogger("nla_ray"), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    before = logger.level
+    logger.setLevel(logging.INFO)  # not by monkeypatch: child loggers remember what was enabled
+    yield lines
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

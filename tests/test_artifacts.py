@@ -278,11 +278,8 @@ def test_a_damaged_line_in_the_middle_of_a_metrics_log_is_an_error(tmp_path: Pat
         MetricsLog(path).read()
 
 
-def test_progress_without_a_terminal_ends_in_one_line(caplog) -> None:
-    import logging
-
-    logging.getLogger("nla_ray").propagate = True
-    with caplog.at_level("INFO", logger="nla_ray"), stage_progress("shards", 2) as advance:
+def test_progress_without_a_terminal_ends_in_one_line(told: list[str]) -> None:
+    with stage_progress("shards", 2) as advance:
         advance()
         advance(note="last")
-    assert [record.getMessage().split(" in ")[0] for record in caplog.records] == ["shards: 2 of 2"]
+    assert [line.split(" in ")[0] for line in told] == ["shards: 2 of 2"]

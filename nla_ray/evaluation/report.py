@@ -90,7 +90,8 @@ def ancestors(run: Run) -> dict[str, Manifest]:
 
 def make_report(config: RunConfig) -> None:
     """Everything between the ancestors and the published report, in this process."""
-    torch.set_num_threads(config.compute.threads)
+    # Alone on its machine: as many threads as all trainers have together.
+    torch.set_num_threads(config.compute.threads * config.compute.trainer_workers)
     run = Run(config)
     stage, manifests = _open_stage(run), ancestors(run)
     for name in ("activations", *TRAINED, *(f"{scorer}_scorer" for scorer in SCORERS)):

@@ -76,20 +76,28 @@ def split_evenly(values: Sequence[Any], parts: int) -> list[list[Any]]:
 
 
 class SharedArray:
-    """An array in the object store, which all processes of a node read in place. The process that made it must live."""
+    """An array in the object store, which all processes of a node read in place, for as long as the process that made it lives.
+
+    The reference is pickled out of Ray's sight: it is then never dropped, as an actor that is restarted needs, and Ray does
+    not print an error about it at the start of every actor.
+    """
 
     def __init__(self, array: np.ndarray) -> None:
         import ray
 
-        self.reference = ray.put(array)
+        self._pickled_reference = ray.cloudpickle.dumps(ray.put(array))
+
+    def read(self) -> np.ndarray:
+        """The array, in the store's own memory."""
+        import ray
+
+        return ray.get(ray.cloudpickle.loads(self._pickled_reference))
 
 
 def shared_tensor(array: SharedArray | np.ndarray) -> Tensor:
     """A tensor on the memory of an array that others read too: index it, never write to it."""
     if isinstance(array, SharedArray):
-        import ray
-
-        array = ray.get(array.reference)
+        array = array.read()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the store's memory is read-only, of which torch warns
         return torch.from_numpy(array)
