@@ -323,9 +323,10 @@ def capture_activations(run: Run) -> Manifest:
 
     corpus = run.require("corpus", "corpus")
     stage = run.stage("activations", "base", "capture", parents={"corpus": corpus})
-    if stage.complete:
-        return stage.manifest
     info = base_info(run.config.base)
+    if stage.complete:
+        check_base(stage.manifest, info)
+        return stage.manifest
     for layer in run.config.capture.layers:
         check_layer(layer, info.num_layers)
     digest = f"{info.digest}/{info.tokenizer_digest}"
@@ -362,11 +363,13 @@ def _stream_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str], 
     config = run.config
     num_actors = min(config.capture.num_actors, len(shards))
     options = cluster.worker_options(config.compute, "capture")
-    # On CPU the reader asks for the same as the actor, so that Ray Data runs it inside the actor: one process less.
+    # On CPU the reader asks for the same as the actor, so that Ray Data can run it inside the actor: one process less.
     reader = {"num_cpus": _READER_CPUS} if options["num_gpus"] else options
-    # Restarting the only actor gains nothing over starting again on what is left, and Ray prints a warning about it.
-    capture = {**options, "max_restarts": -1 if num_actors > 1 else 0}
+    # On one node, restarting an actor gains nothing over starting again on what is left, and Ray prints an error line about it.
+    capture = {**options, "max_restarts": -1 if len(ray.nodes()) > 1 else 0}
+    # Ray Data waits for ever where its tasks find no room beside the actors.
     cluster.require_resources([cluster.demand(config.compute, "capture", num_actors),
+                               cluster.Demand(name="reader", count=1, resources={"CPU": reader["num_cpus"]}),
                                cluster.Demand(name="writer", count=1, resources={"CPU": _WRITER_CPUS})])
     with _quiet_ray_data(), stage_progress("activations", len(shards)) as advance:
         blocks = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))

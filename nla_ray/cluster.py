@@ -50,6 +50,9 @@ _USER_ERRNOS = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROF
                 errno.EACCES: "choose another --run-dir", errno.EADDRINUSE: "choose another --serve.port"}
 """Operating-system errors that a user can cause, and the remedy."""
 
+_DISK_FULL = re.compile(r"No space left on device|PytorchStreamWriter failed|inline_container.*unexpected pos")
+"""What libraries that write files below Python say instead of raising an OSError."""
+
 logger = get_logger(__name__)
 
 
@@ -373,6 +376,8 @@ def user_message(error: BaseException) -> str | None:
             return str(cause)
         if isinstance(cause, OSError) and cause.errno in _USER_ERRNOS:
             return _refused(cause.errno, cause.filename)
+        if _DISK_FULL.search(str(cause)):
+            return _refused(errno.ENOSPC, None)
         if type(cause).__module__.startswith("ray."):  # Ray Data and an actor that died in __init__ keep only the text
             if told := re.search(r"^ValueError: (.+)$", str(cause), re.MULTILINE):
                 return told[1].strip()

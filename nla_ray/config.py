@@ -218,7 +218,7 @@ class ComputeConfig:
     rollout_gpus: float = 0.0
     scorer_cpus: float = 0.25
     scorer_gpus: float = 0.0
-    capture_cpus: float = 1.0
+    capture_cpus: float = 0.5
     capture_gpus: float = 0.0
     serve_cpus: float = 0.25
     serve_gpus: float = 0.0

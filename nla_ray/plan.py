@@ -301,7 +301,7 @@ def _plan_evaluation(facts: Facts) -> StagePlan:
 def _plan_serving(facts: Facts) -> StagePlan:
     weights = facts.shape.parameters * facts.item_bytes
     serve = facts.config.serve
-    return StagePlan(name="serve", artifact="-", processes=(facts.process("serve", 2, weights),),
+    return StagePlan(name="serve", artifact="-", processes=(facts.process("serve", 3, weights),),
                      files=f"none; http://{serve.host}:{serve.port}")
 
 

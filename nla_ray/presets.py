@@ -24,7 +24,7 @@ def nano() -> RunConfig:
         # Whole processes of one thread share the two cores: at this size two threads are hardly faster than one.
         capture=CaptureConfig(batch_tokens=2_048, num_actors=2),
         grpo=GRPOSettings(num_rollout_actors=2, repeat_penalty=0.5),
-        compute=ComputeConfig(trainer_workers=2, trainer_cpus=0.5, capture_cpus=0.75, threads=1),
+        compute=ComputeConfig(trainer_workers=2, trainer_cpus=0.5, threads=1),
         evaluation=EvaluationConfig(gates=(
             ("gold.reward.top1", ">=", 0.90), ("gold.judge.top1", ">=", 0.90),
             ("sft.reward.top1", ">=", 0.90), ("sft.judge.top1", ">=", 0.90),

@@ -132,7 +132,7 @@ def _lines(title: str, total: int) -> Iterator[Callable[..., None]]:
 class MetricsLog:
     """A file of metrics, one JSON object a line, that its writer may be killed on.
 
-    Opening it for appending cuts off a torn last line; reading skips one.
+    The first line appended cuts off a torn last one; reading skips it, and changes nothing.
 
     Example: `log.append({"step": 3, "loss": 2.5})` writes `{"step": 3, "loss": 2.5}`.
     """
@@ -140,14 +140,14 @@ class MetricsLog:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:
-                os.truncate(self.path, len(whole))
+        self._is_whole = False
 
     def append(self, metrics: dict[str, Any]) -> None:
         """Write one object and hand it to the operating system."""
+        if not self._is_whole and self.path.exists():
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+        self._is_whole = True
         with self.path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 

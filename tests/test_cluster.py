@@ -48,7 +48,8 @@ def test_every_stage_of_a_laptop_preset_fits_two_cores(name: str) -> None:
     compute, grpo = config.compute, config.grpo
     training = [demand(compute, "trainer", compute.trainer_workers), demand(compute, "rollout", grpo.num_rollout_actors),
                 demand(compute, "scorer", grpo.num_scorer_actors)]
-    capturing = [demand(compute, "capture", config.capture.num_actors), Demand(name="writer", count=1, resources={"CPU": 0.25})]
+    capturing = [demand(compute, "capture", config.capture.num_actors), demand(compute, "capture"),  # the reader asks for the same
+                 Demand(name="writer", count=1, resources={"CPU": 0.25})]
     for demands in (training, capturing):
         assert unmet_demands(demands, [{"CPU": 2.0}]) == []
 
@@ -119,6 +120,19 @@ def test_a_users_error_in_a_train_worker_is_its_one_message() -> None:
 def test_an_error_of_the_operating_system_that_a_user_can_mend_is_one_message() -> None:
     message = user_message(OSError(errno.EADDRINUSE, "in use"))
     assert "address already in use" in message and "choose another --serve.port" in message
+
+
+def test_a_full_disk_is_one_message_whoever_notices_it() -> None:
+    import torch
+
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, a device that is always full")
+    for write in (lambda: torch.save(torch.zeros(2**20), "/dev/full"), lambda: Path("/dev/full").write_bytes(b"1")):
+        with pytest.raises(Exception) as caught:
+            write()
+        assert "no space left on device" in user_message(caught.value) and "make room" in user_message(caught.value), caught.value
+    said_by_safetensors = "Error while serializing: I/O error: No space left on device (os error 28)"
+    assert "make room" in user_message(RuntimeError(said_by_safetensors))
 
 
 def test_an_error_of_the_system_keeps_its_traceback() -> None:

@@ -15,7 +15,7 @@ from nla_ray.artifacts import Run
 from nla_ray.config import CorpusConfig
 from nla_ray.corpus import embedded
 from nla_ray.corpus.build import Chunk, RejectsFile, build_corpus, embedded_chunks, user_chunks
-from nla_ray.corpus.dedup import first_of_clusters, minhash_signatures, similarity
+from nla_ray.corpus.dedup import first_of_clusters, has_twin, minhash_signatures, similarity
 from nla_ray.corpus.readers import Document, Reject, read_documents
 from nla_ray.records import split_of
 
@@ -66,6 +66,13 @@ def test_duplicates_are_found_the_same_way_whatever_the_batch() -> None:
 
 
 @pytest.mark.parametrize("texts", [[], ["only one"]])
+def test_twins_are_the_texts_that_nearly_repeat_one_of_others() -> None:
+    text = "def read(path):\n    with open(path) as file:\n        return [line.split(',') for line in file]\n" * 3
+    signatures = minhash_signatures([text, "A licence that permits copying, with conditions, and nothing else at all."])
+    assert has_twin(signatures, minhash_signatures([text + "# end", "unrelated words"]), 0.7).tolist() == [True, False]
+    assert has_twin(signatures, minhash_signatures([]), 0.7).tolist() == [False, False]
+
+
 def test_none_or_one_text_has_no_duplicate(texts: list[str]) -> None:
     assert first_of_clusters(minhash_signatures(texts), 0.7).tolist() == [True] * len(texts)
 

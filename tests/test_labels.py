@@ -265,6 +265,17 @@ def test_an_import_file_that_changed_since_is_an_error_not_a_mix(tiny_run: Calla
         label_texts(run)
 
 
+def test_an_import_file_that_changed_while_a_run_was_cut_off_is_an_error_too(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+    path = imported(tmp_path, [{"text": TEXTS["doc0"], "teacher": "a", "label": "..."}])
+    run = tiny_run(label=LabelConfig(import_path=path))
+    write_corpus(run, TEXTS)
+    with pytest.raises(ValueError, match="got no label"):
+        label_texts(run)
+    imported(tmp_path, [{"text": TEXTS["doc0"], "teacher": "a", "label": "Changed."}])
+    with pytest.raises(ValueError, match="Restore the file"):
+        label_texts(run)
+
+
 def test_labels_need_a_corpus_and_say_which_job_makes_it(tiny_run: Callable[..., Run]) -> None:
     with pytest.raises(ValueError, match="jobs/corpus.py"):
         label_texts(tiny_run())

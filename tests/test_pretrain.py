@@ -17,7 +17,8 @@ from nla_ray.labels.offline import WordStatistics, salient_words
 from nla_ray.prompts import chat_prompt
 from nla_ray.records import split_of
 from nla_ray.training.pretrain import (
-    Progress, Work, check_never_seen, check_train_only, digest, prepare_data, save_model, train, train_worker,
+    Progress, Work, check_never_seen, check_train_only, digest, never_nearly_seen, prepare_data, save_model, train,
+    train_worker,
 )
 from nla_ray.training.pretrain_data import (
     ANSWER, CHATS_PER_ROW, DOCUMENT, RAW, Chat, PretrainTexts, Rows, build_chats, compose_answer, list_targets, next_word_shares,
@@ -40,7 +41,7 @@ def small_texts() -> PretrainTexts:
     raw = [" ".join(draw.choices(words, k=80)) for _ in range(20)]
     train_ids = [name for name in (f"doc{number}" for number in range(30)) if split_of(name) == "train"]
     validation = [Chunk(text_id="v#0", doc_id="v", split="validation", domain="python_test", chunk_index=0, text="frame index dtype")]
-    return PretrainTexts(chunks=chunks, raw=raw, doc_ids=train_ids, validation=validation, statistics=STATISTICS)
+    return PretrainTexts(chunks=chunks, raw=raw, doc_ids=train_ids, twins=["twin"], validation=validation, statistics=STATISTICS)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,7 @@ def test_training_writes_a_bf16_model_that_transformers_loads_with_its_card(text
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert card["tokens_seen"] == 6 * 4 * 96 and card["final_losses_nats"]["step"] == 6
     assert card["doc_id_digests"] == sorted(digest(doc_id) for doc_id in texts.doc_ids)
+    assert card["twin_digests"] == [digest("twin")]
     assert 0.0 <= card["validation_label_repeats"] <= 1.0
 
 
@@ -270,7 +272,8 @@ def test_a_document_outside_the_train_split_is_refused() -> None:
 
 
 def test_the_card_tells_whether_a_report_s_document_was_learned_from() -> None:
-    card = {"doc_id_digests": [digest("seen")]}
+    card = {"doc_id_digests": [digest("seen")], "twin_digests": [digest("twin")]}
+    assert never_nearly_seen(card, ["new", "twin", "other"]) == [0, 2]
     check_never_seen(card, ["unseen", "other"])
     with pytest.raises(ValueError, match=r"1 of the report's documents: \['seen'\]"):
         check_never_seen(card, ["unseen", "seen"])

@@ -265,11 +265,25 @@ def test_a_test_document_that_the_base_was_pretrained_on_stops_the_report(copied
     run = copied_run()
     card = Path(run.config.base.model) / "card.json"
     try:
-        card.write_text(json.dumps({"doc_id_digests": [digest(evaluated_documents(run)[0])]}))
+        card.write_text(json.dumps({"doc_id_digests": [digest(evaluated_documents(run)[0])], "twin_digests": []}))
         with pytest.raises(ValueError, match="the base model was pretrained on"):
             make_report(run.config)
     finally:
         card.unlink()
+
+
+def test_a_test_document_that_nearly_repeats_one_of_the_bases_is_left_out_and_counted(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    documents = evaluated_documents(run)
+    card = Path(run.config.base.model) / "card.json"
+    try:
+        card.write_text(json.dumps({"doc_id_digests": [], "twin_digests": [digest(documents[0])]}))
+        make_report(run.config)
+    finally:
+        card.unlink()
+    report = read_report(run)
+    assert report["documents"] == len(set(documents)) - 1 and report["documents_left_out"] == 1
+    assert documents[0] not in run.find("report").documents["test"]
 
 
 def evaluated_documents(run: Run) -> list[str]:

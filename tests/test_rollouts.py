@@ -79,7 +79,14 @@ def squarer() -> type:
     return Squarer
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("actors, ranks, shares", [(2, 2, [[0], [1]]), (1, 2, [[0], [0]]), (6, 4, [[0], [1, 2], [3], [4, 5]]), (3, 1, [[0, 1, 2]])])
+def test_every_trainer_worker_has_actors_of_its_own_where_there_are_enough(actors: int, ranks: int, shares: list[list[int]]) -> None:
+    pool = ActorPool.__new__(ActorPool)  # without Ray: how actors are shared out does not depend on what they are
+    pool._actors = list(range(actors))
+    assert [pool.part(rank, ranks)._actors for rank in range(ranks)] == shares
+    assert len(pool) == actors
+
+
 def test_a_call_whose_actor_is_killed_is_answered_by_its_successor(ray_cluster: None, tmp_path: Path) -> None:
     pool = ActorPool("rollout", squarer(), (), count=1, compute=COMPUTE)
     log = tmp_path / "pids"
@@ -95,7 +102,6 @@ def test_a_call_whose_actor_is_killed_is_answered_by_its_successor(ray_cluster: 
     pool.close()
 
 
-@pytest.mark.slow
 def test_a_call_that_kills_every_actor_ends_in_one_clear_error(ray_cluster: None) -> None:
     pool = ActorPool("rollout", squarer(), (), count=1, compute=COMPUTE)
     with pytest.raises(RuntimeError, match=f"rollout actors: got one that died {MAX_RETRIES + 1} times under one call"):
@@ -103,7 +109,6 @@ def test_a_call_that_kills_every_actor_ends_in_one_clear_error(ray_cluster: None
     pool.close()
 
 
-@pytest.mark.slow
 def test_a_killed_rollout_actor_gets_the_current_weights_again(ray_cluster: None, tiny_base: BaseConfig, worker: RolloutWorker) -> None:
     import psutil
 

@@ -150,6 +150,7 @@ ONES = [1.0] * D_MODEL
     ("describe", {"activations": [ONES[:-1] + [float("nan")]]}, "activations[0][31]", "nan", "finite float32"),
     ("describe", {"activations": [[float("inf")] + ONES[1:]]}, "activations[0][0]", "inf", "finite float32"),
     ("describe", {"activations": [[1e39] + ONES[1:]]}, "activations[0][0]", "1e+39", "finite float32"),
+    ("describe", {"activations": [[1e30] + ONES[1:]]}, "activations[0]", "1e+30", "at most 1e+18"),
     ("describe", {"activations": [["x"] + ONES[1:]]}, "activations.0.0", "x", "valid number"),
     ("describe", {"activations": []}, "activations", "0 items", "1 to 3 items"),
     ("describe", {"activations": [ONES] * 4}, "activations", "4 items", "1 to 3 items"),
@@ -194,9 +195,15 @@ def test_after_all_refusals_the_endpoint_still_answers(client: httpx.Client) -> 
     assert client.post("/v1/describe", json={"texts": ["def frame(): rows"]}).status_code == 200
 
 
-def test_a_lone_surrogate_is_refused_before_any_model() -> None:
-    with pytest.raises(Refusal, match="lone surrogate"):
-        schema.check_text("text", "a\ud800b", 100)
+@pytest.mark.parametrize("route, body, what, got", [
+    ("describe", {"texts": ["a\ud800b"]}, "texts[0]", "a lone surrogate"),
+    ("describe", {"activations": [ONES], "verbalizer": "\ud800"}, "verbalizer", "\\ud800"),
+    ("score", {"items": [{"description": "\ud800", "activation": ONES}]}, "items[0].description", "a lone surrogate"),
+    ("explain", {"text": "\ud800"}, "text", "a lone surrogate"),
+])
+def test_a_lone_surrogate_is_refused_in_an_answer_that_can_be_read(client: httpx.Client, route: str, body: dict, what: str, got: str) -> None:
+    response = client.post(f"/v1/{route}", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert refused(response)[:2] == (what, got)
 
 
 # What is missing --------------------------------------------------------------------------------------------------------

@@ -61,6 +61,11 @@ def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return (left == right).mean(axis=-1)
 
 
+def has_twin(signatures: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
+    """Boolean mask over the rows of `signatures`: True where a row of `others` is estimated to be as similar as `threshold`."""
+    return np.array([similarity(row, others).max(initial=0.0) >= threshold for row in signatures], dtype=bool)
+
+
 def _normalise(text: str) -> bytes:
     squeezed = _SPACE.sub(b" ", text.lower().encode("utf-8", "replace")).strip()
     return squeezed.translate(_DIGITS).ljust(SHINGLE_BYTES)

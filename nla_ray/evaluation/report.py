@@ -31,7 +31,7 @@ from nla_ray.models.backbone import base_folder, base_info, load_backbone, load_
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.verbalizer import Verbalizer
 from nla_ray.runlog import MetricsLog, get_logger, stage_progress
-from nla_ray.training.pretrain import check_never_seen
+from nla_ray.training.pretrain import check_never_seen, never_nearly_seen
 
 JOBS = {"corpus": "corpus", "activations": "capture", "labels": "label", "reward_scorer": "sft", "judge_scorer": "sft",
         "sft": "sft"}
@@ -107,7 +107,8 @@ def make_report(config: RunConfig) -> None:
             reconstructions=reconstruct_all(run, manifests, descriptions), domain_names=_domain_names(test.domains))
         settings = config.evaluation
         summary = summarise(evaluated, settings.gates, settings.bootstrap_resamples, settings.seed)
-        report = {**_card(config, manifests), **summary, "examples": _examples(evaluated, test, settings)}
+        left_out = len(set(manifests["activations"].documents["test"]) - set(test.doc_ids))
+        report = {**_card(config, manifests), "documents_left_out": left_out, **summary, "examples": _examples(evaluated, test, settings)}
         (folder / "report.json").write_text(json.dumps(_rounded(report), indent=1) + "\n")
         (folder / "report.md").write_text(to_markdown(report))
     passed = sum(gate["passed"] for gate in summary["gates"])
@@ -139,7 +140,7 @@ def load_test(run: Run, manifests: Mapping[str, Manifest]) -> ActivationTable:
     check_disjoint(manifests["reward_scorer"], manifests["judge_scorer"])
     test = load_activations(run, "test")
     check_lineage(test.doc_ids, manifests)
-    _check_base_lineage(run, test.doc_ids)
+    test = _unknown_to_base(run, test)
     if settings.max_activations is not None and settings.max_activations < len(test.ids):
         order = torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(settings.seed))
         test = test.select(sorted(order[:settings.max_activations].tolist()))
@@ -150,12 +151,21 @@ def load_test(run: Run, manifests: Mapping[str, Manifest]) -> ActivationTable:
     return test
 
 
-def _check_base_lineage(run: Run, doc_ids: Sequence[str]) -> None:
-    """The base is an ancestor too. Only one that was pretrained here has a card that names its documents."""
-    card = base_folder(run.config.base.model, weights=False) / "card.json"
-    documents = json.loads(card.read_text()) if card.is_file() else {}
-    if "doc_id_digests" in documents:
-        check_never_seen(documents, doc_ids)
+def _unknown_to_base(run: Run, test: ActivationTable) -> ActivationTable:
+    """The base is an ancestor too. Of one that was pretrained here a card names the documents; of others nothing is known.
+
+    A document that it learned from is an error; one that nearly repeats such a document is left out.
+    """
+    path = base_folder(run.config.base.model, weights=False) / "card.json"
+    card = json.loads(path.read_text()) if path.is_file() else {}
+    if "doc_id_digests" not in card:
+        return test
+    check_never_seen(card, test.doc_ids)
+    kept = never_nearly_seen(card, test.doc_ids)
+    if len(kept) < len(test.ids):
+        logger.info("report: %d of %d test activations left out: their documents nearly repeat some that the base was pretrained on",
+                    len(test.ids) - len(kept), len(test.ids))
+    return test.select(kept)
 
 
 def _domain_names(domains: Sequence[str]) -> dict[str, str]:

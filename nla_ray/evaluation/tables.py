@@ -19,7 +19,7 @@ CLAIM_TITLES = {
     "domain": "domain right", "repeats": "repeats an item", "distinct": "distinct", "unclosed": "unclosed",
     "empty": "empty", "tokens": "tokens",
 }
-_PLAIN_WIDTH = 132
+_PLAIN_WIDTH = 150
 """Columns where output goes to a file or a log."""
 _SHORT_METRICS = ("top1", "top1_10way", "centred_cosine", "delta", "fve")
 _SHORT_CLAIMS = ("precision", "domain", "repeats", "tokens")
@@ -107,6 +107,8 @@ def _opening(report: Mapping[str, Any]) -> str:
         f"d_model {base['d_model']}, injection norm {base['injection_norm']:g}",
         f"- Evaluated: {report['n']} activations of {report['documents']} test documents; no ancestor learned from or "
         "chose on any of them",
+        "- Test documents left out, by choice of number or because they nearly repeat one that the base was pretrained on: "
+        f"{report['documents_left_out']}",
         f"- Every figure: value [95% interval], bootstrap over documents, {report['resamples']:,} resamples",
         "- Failed, truncated and empty descriptions are scored as they are; greedy decoding",
         "- The judge scorer shares no train document with the reward scorer; its scores never train the verbalizer",

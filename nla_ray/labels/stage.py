@@ -56,9 +56,10 @@ def label_texts(run: Run) -> Manifest:
     config = run.config.label
     imported = _file_hash(config.import_path)
     if stage.manifest is not None:
-        _require_same_import(stage.manifest, imported, config)
+        _require_same_import(stage.manifest.metrics.get("import_sha256"), imported, config)
         return stage.manifest
     refused: list[Refusal] = []
+    _remember_import(stage, imported, config)
     describe = _offline_labels(run, corpus, config) if imported is None else _imported_labels(run, corpus, config, refused)
     counts = LabelCounts()
     with stage.local_folder() as folder:
@@ -161,8 +162,17 @@ def _file_hash(path: str | None) -> str | None:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _require_same_import(manifest: Manifest, imported: str | None, config: LabelConfig) -> None:
-    there = manifest.metrics.get("import_sha256")
+def _remember_import(stage: Stage, imported: str | None, config: LabelConfig) -> None:
+    """Write down which content labels are made from before the first is made: what goes on later must meet the same."""
+    note = stage.location / "scratch" / "import_sha256"
+    if imported in (None, "missing"):
+        return
+    if note.exists():
+        _require_same_import(note.read_text(), imported, config)
+    note.write_text(imported)
+
+
+def _require_same_import(there: str | None, imported: str | None, config: LabelConfig) -> None:
     if imported not in (there, "missing"):
         raise ValueError(f"label.import_path {config.import_path}: got content with sha256 {str(imported)[:12]}, "
                          f"expected {str(there)[:12]}, from which the run's labels were made. Restore the file or use "

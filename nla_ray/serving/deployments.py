@@ -186,9 +186,7 @@ class Endpoint:
         schema.check_layer(request.layer, self._base.layer)
         activations = self._array("items", [item.activation for item in request.items], "items[{}].activation")
         for place, item in enumerate(request.items):
-            if len(item.description) > self._settings.max_text_chars:
-                raise Refusal(f"items[{place}].description", f"{len(item.description)} characters",
-                              f"at most {self._settings.max_text_chars} characters")
+            schema.check_description(f"items[{place}].description", item.description, self._settings.max_text_chars)
         scores = await self._scorer.score.remote(names, [item.description for item in request.items], activations)
         return ScoreResponse(layer=self._base.layer, scores=scores)
 

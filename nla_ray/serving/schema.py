@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MIN_NORM = 1e-6
 """An activation shorter than this has no direction."""
+MAX_NORM = 1e18
 MAX_FLOAT32 = 3.4028234663852886e38
 _SHOWN_CHARS = 120
 
@@ -32,6 +33,7 @@ class Refusal(Exception):
 def shorten(value: object) -> str:
     """A value as text of bounded length."""
     text = value if isinstance(value, str) else repr(value)
+    text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate would break the answer itself
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"
 
 
@@ -203,7 +205,7 @@ def check_length(max_new_tokens: int | None, longest: int) -> None:
 
 
 def check_activation(what: str, activation: Sequence[float], d_model: int) -> None:
-    """Refuse another width, values that float32 cannot hold, and a vector without direction."""
+    """Refuse another width, values that float32 cannot hold, and a vector whose direction it cannot compute."""
     if len(activation) != d_model:
         raise Refusal(what, f"{len(activation)} numbers", f"{d_model} numbers, the base's d_model")
     bad = next((place for place, value in enumerate(activation) if not abs(value) <= MAX_FLOAT32), None)
@@ -212,12 +214,19 @@ def check_activation(what: str, activation: Sequence[float], d_model: int) -> No
     length = math.hypot(*activation)
     if length < MIN_NORM:
         raise Refusal(what, f"a vector of norm {length:g}", f"a norm of at least {MIN_NORM:g}: zero has no direction")
+    if length > MAX_NORM:
+        raise Refusal(what, f"a vector of norm {length:g}", f"a norm of at most {MAX_NORM:g}: its square must be a float32 number")
 
 
 def check_text(what: str, text: str, max_chars: int) -> None:
     """Refuse a text without a visible character, one that UTF-8 cannot hold, and one above the limit."""
     if not text.strip():
         raise Refusal(what, repr(text[:20]), "a text with at least one visible character")
+    check_description(what, text, max_chars)
+
+
+def check_description(what: str, text: str, max_chars: int) -> None:
+    """Refuse one that UTF-8 cannot hold and one above the limit; an empty description is a description."""
     if len(text) > max_chars:
         raise Refusal(what, f"{len(text)} characters", f"at most {max_chars} characters")
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -7,6 +7,7 @@ outlive a trainer that is restarted and leave with the driver, however it ends. 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,16 @@ class ActorPool:
     def __len__(self) -> int:
         return len(self._actors)
 
-    def submit(self, method: str, requests: Sequence[tuple], first: int = 0) -> list[ObjectRef]:
-        """Start `method(*request)` for every request, the first on actor `first`, the next on the next one, and so on."""
-        return [getattr(self._actors[(first + index) % len(self)], method).remote(*request)
-                for index, request in enumerate(requests)]
+    def part(self, rank: int, ranks: int) -> ActorPool:
+        """The actors that serve one of `ranks` callers: an even share, or where actors are fewer one that is shared."""
+        start, end = rank * len(self) // ranks, (rank + 1) * len(self) // ranks
+        share = copy.copy(self)
+        share._actors = self._actors[start:max(end, start + 1)]
+        return share
+
+    def submit(self, method: str, requests: Sequence[tuple]) -> list[ObjectRef]:
+        """Start `method(*request)` for every request, the first on the first actor, the next on the next one, and so on."""
+        return [getattr(self._actors[index % len(self)], method).remote(*request) for index, request in enumerate(requests)]
 
     def collect(self, calls: Sequence[ObjectRef]) -> list[Any]:
         """Wait for the results, in order. Raises RuntimeError when an actor died more often than is made good."""

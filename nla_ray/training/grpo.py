@@ -64,15 +64,15 @@ def train_grpo(run: Run) -> Manifest:
     """
     name = run.config.grpo.artifact
     parents = {parent: run.require(parent, job) for parent, job in PARENTS.items()}
-    stage = run.stage(name, "base", "grpo", parents=parents)
-    if stage.manifest is not None:
-        logger.info("%s: complete, skipped", name)
-        return stage.manifest
     check_disjoint(parents["reward_scorer"], parents["judge_scorer"])
     info = base_info(run.config.base)
     for parent in parents.values():
         check_base(parent, info)
     check_settings(run.config)
+    stage = run.stage(name, "base", "grpo", parents=parents)
+    if stage.manifest is not None:
+        logger.info("%s: complete, skipped", name)
+        return stage.manifest
     require_room(run.config)
     train, validation = load_activations(run, "train"), load_activations(run, "validation")
     with actor_pools(run, train, validation) as (bank, rollouts, scorers):

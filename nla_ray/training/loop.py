@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -172,17 +174,17 @@ class Checkpoints:
         """
         if not value < self.best.get("value", float("inf")):
             return False
-        folder = self.folder / f"best-{step}"
+        # A name of its own: a resumed run may offer a step again, whose folder the record names until the new one is whole.
+        folder = self.folder / f"best-{step}-{uuid.uuid4().hex[:8]}"
         with gathered(parameters):
             if self.is_writer:
-                shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 save(folder)
         before, self.best = self.best, {"step": step, "value": value, "folder": folder.name,
                                         "metrics": metrics or {}}
         if self.is_writer:
             Location.of(self.folder / _BEST_NAME).write_text(json.dumps(self.best))
-            if before and before["folder"] != folder.name:
+            if before:
                 shutil.rmtree(self.folder / before["folder"], ignore_errors=True)
         return True
 
@@ -263,7 +265,10 @@ def follow(trainer: Trainer, checkpoints: Checkpoints, title: str) -> Trainer:
 # Precision, threads, DeepSpeed -----------------------------------------------------------------------------------------
 
 def prepare_worker(compute: ComputeConfig) -> None:
-    """Set up a worker process: torch threads, and the tools that DeepSpeed looks for beside this Python."""
+    """Set up a worker process: torch threads, one voice for all workers, and the tools that DeepSpeed looks for beside this
+    Python."""
+    if os.environ.get("RANK", "0") != "0":
+        logger.parent.setLevel(logging.WARNING)
     torch.set_num_threads(compute.threads)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if not compute.trainer_gpus:

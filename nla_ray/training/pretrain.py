@@ -7,6 +7,7 @@ the train split, and the card lists them all, so that a report can prove it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -63,8 +64,10 @@ def pretrain(run: Run) -> Manifest:
     With `pretrain.install` the model is also copied into the package. Whole processes, not threads, share a
     step: a thread that loses its core stalls every operation of the others, a process only the end of the step.
     """
+    install = run.config.pretrain.install
+    config = dataclasses.replace(run.config.pretrain, install=False)  # a copy in the package is no other model
+    run = Run(dataclasses.replace(run.config, pretrain=config))
     stage = run.stage("base", "pretrain")
-    config = run.config.pretrain
     _check_shape(config, run.config.base.layer)
     if stage.manifest is None:
         with stage.local_folder() as folder:
@@ -78,7 +81,7 @@ def pretrain(run: Run) -> Manifest:
             card = json.loads((folder / "card.json").read_text())
         metrics = {name: card[name] for name in ("tokens_seen", "final_losses_nats", "validation_word_precision", "seconds")}
         stage.publish(documents={"train": texts.doc_ids}, metrics=metrics)
-    if config.install:
+    if install:
         with run.local_copy("base", stage.manifest) as folder:
             install_model(folder)
     return stage.manifest
@@ -123,6 +126,12 @@ def check_never_seen(card: dict[str, Any], doc_ids: Iterable[str]) -> None:
     if leaked:
         raise ValueError(f"lineage: the base model was pretrained on {len(leaked)} of the report's documents: "
                          f"{leaked[:3]}, expected none. Pretrain it again, or build the corpus with the split function of this version.")
+
+
+def never_nearly_seen(card: dict[str, Any], doc_ids: Sequence[str]) -> list[int]:
+    """Places of the documents that do not nearly repeat one which a model with this card was pretrained on."""
+    twins = set(card["twin_digests"])
+    return [place for place, doc_id in enumerate(doc_ids) if digest(doc_id) not in twins]
 
 
 def digest(doc_id: str) -> str:
@@ -237,13 +246,15 @@ def _load_state(model: nn.Module, optimizers: Optimizers, path: Path) -> Progres
 
 
 def make_card(work: Work, texts: PretrainTexts, progress: Progress, figures: dict[str, Any]) -> dict[str, Any]:
-    """What the model is and what it was made from; `doc_id_digests` lists every document it or its start learned from."""
+    """What the model is and what it was made from; `doc_id_digests` lists every document it or its start learned from,
+    `twin_digests` the held-out ones that nearly repeat one of them."""
     config = work.config
-    digests = {digest(doc_id) for doc_id in texts.doc_ids}
+    digests, twins = ({digest(doc_id) for doc_id in ids} for ids in (texts.doc_ids, texts.twins))
     start = None
     if config.start_from is not None:
         start = json.loads((Path(config.start_from) / "card.json").read_text())
         digests.update(start.pop("doc_id_digests"))
+        twins.update(start.pop("twin_digests"))
     return {
         "what": "Qwen2-architecture chat model of the embedded default, trained to describe the user's document",
         "settings": {**asdict(config), "read_layer": work.read_layer},
@@ -259,6 +270,7 @@ def make_card(work: Work, texts: PretrainTexts, progress: Progress, figures: dic
         "torch": torch.__version__,
         "started_from": start,
         "doc_id_digests": sorted(digests),
+        "twin_digests": sorted(twins),
     }
 
 

@@ -4,7 +4,7 @@ In a chat the user gives a piece of a document and the assistant says what it ho
 a label in either offline style, or the kind of document. The target at the generation prompt is the exact
 expectation over those answers, and before each further word of a list it is the words not listed yet, so that
 neither has sampling noise and a word that was listed is never a target again. Only train documents are read, and no
-piece of them that a held-out text of the corpus nearly repeats.
+piece of them that a held-out text of the corpus nearly repeats; held-out documents that nearly repeat a whole one are listed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from nla_ray.config import CorpusConfig, PretrainConfig
-from nla_ray.corpus.build import Chunk, embedded_chunks
-from nla_ray.corpus.dedup import first_of_clusters, minhash_signatures
+from nla_ray.corpus.build import HEAD_CHARS, Chunk, embedded_chunks
+from nla_ray.corpus.dedup import first_of_clusters, has_twin, minhash_signatures
 from nla_ray.corpus.embedded import DOMAIN_NAMES, cut_chunks, is_informative, list_sources, read_source, seeded_order
 from nla_ray.labels.cleaner import clean_label
 from nla_ray.labels.offline import ContentFirstTeacher, FormatFirstTeacher, WordStatistics, observe, salient_words
@@ -115,6 +115,8 @@ class PretrainTexts:
     chunks: list[tuple[str, str]]
     raw: list[str]
     doc_ids: list[str]
+    twins: list[str]
+    """Held-out documents of the corpus that nearly repeat one of `doc_ids`: no evidence that the model reads what it never saw."""
     validation: list[Chunk]
     statistics: WordStatistics
 
@@ -128,13 +130,14 @@ def gather_texts(config: PretrainConfig) -> PretrainTexts:
     for source in list_sources():
         if split_of(source.doc_id) == "train":
             by_domain.setdefault(source.domain, []).append(source)
-    chunks, raw, doc_ids = [], [], []
+    chunks, raw, doc_ids, heads = [], [], [], []
     for domain, sources in sorted(by_domain.items()):
         known = {source.doc_id: source for source in sources}
         pieces: list[str] = []
         for doc_id in seeded_order(list(known), config.seed)[: config.documents_per_domain]:
             if (text := read_source(known[doc_id])) is not None:
                 doc_ids.append(doc_id)
+                heads.append(text[:HEAD_CHARS])
                 draw = random.Random(seed_of(config.seed, "pretrain", doc_id))
                 pieces += _pieces_of(text, doc_id, draw)
                 raw.append(_raw_window(text, draw))
@@ -146,8 +149,18 @@ def gather_texts(config: PretrainConfig) -> PretrainTexts:
     return PretrainTexts(
         chunks=[chunk for chunk, kept in zip(chunks, keep, strict=True) if kept],
         raw=[text for text, kept in zip(raw, raw_keep, strict=True) if kept],
-        doc_ids=sorted(doc_ids), validation=validation, statistics=statistics,
+        doc_ids=sorted(doc_ids), twins=find_twins({chunk.doc_id for chunk in corpus if chunk.split != "train"}, heads),
+        validation=validation, statistics=statistics,
     )
+
+
+def find_twins(doc_ids: Iterable[str], heads: list[str]) -> list[str]:
+    """Those of the embedded documents whose beginning is a near duplicate of one of `heads`, sorted."""
+    sources = {source.doc_id: source for source in list_sources()}
+    doc_ids = sorted(doc_ids)
+    own = minhash_signatures([(read_source(sources[doc_id]) or "")[:HEAD_CHARS] for doc_id in doc_ids])
+    is_twin = has_twin(own, minhash_signatures(heads), CorpusConfig().near_duplicate_jaccard)
+    return [doc_id for doc_id, found in zip(doc_ids, is_twin, strict=True) if found]
 
 
 def _first_ones(texts: list[str]) -> np.ndarray:

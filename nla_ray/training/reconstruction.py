@@ -36,12 +36,16 @@ logger = get_logger(__name__)
 
 def train_scorer(run: Run, name: ScorerName) -> Manifest:
     """Train one scorer from activations and labels, unless it is complete; return its manifest."""
+    from nla_ray.activations import check_base
+    from nla_ray.models.backbone import base_info
+    from nla_ray.training.loop import run_training, worker_batch
+
     parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
+    check_base(parents["activations"], base_info(run.config.base))
+    worker_batch(run.config.compute, getattr(run.config, name).batch_size)  # what is wrong is said before anything is begun
     stage = run.stage(name, "base", name, parents=parents)
     if stage.complete:
         return stage.manifest
-    from nla_ray.training.loop import run_training
-
     told = run_training(run, name, _train, {})
     return stage.publish(documents=told["documents"], model=told["model"], metrics=told["metrics"])
 

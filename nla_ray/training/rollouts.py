@@ -131,10 +131,10 @@ def train_request(settings: GRPOSettings, rows: list[int], step: int) -> Rollout
                           max_new_tokens=settings.max_new_tokens, seed=seed_of(settings.seed, "rollout", str(step)))
 
 
-def generate(pool: ActorPool, request: RolloutRequest, weights: PublishedWeights, first: int = 0) -> RolloutBatch:
+def generate(pool: ActorPool, request: RolloutRequest, weights: PublishedWeights) -> RolloutBatch:
     """A request shared out over the pool, a contiguous part of its rows to each actor; seconds are the slowest actor's."""
     parts = [dataclasses.replace(request, rows=rows) for rows in split_evenly(request.rows, len(pool))]
-    batches: list[RolloutBatch] = pool.collect(pool.submit("generate", [(part, weights) for part in parts], first))
+    batches: list[RolloutBatch] = pool.collect(pool.submit("generate", [(part, weights) for part in parts]))
     return RolloutBatch(rollouts=[rollout for batch in batches for rollout in batch.rollouts],
                         load_seconds=max(batch.load_seconds for batch in batches),
                         generate_seconds=max(batch.generate_seconds for batch in batches))

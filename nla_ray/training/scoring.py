@@ -93,13 +93,13 @@ class ScorerWorker:
         return chosen.reconstructor.reconstruct(descriptions, chosen.batch_size)
 
 
-def submit_scores(pool: ActorPool, request: ScoreRequest, first: int = 0) -> list[ObjectRef]:
+def submit_scores(pool: ActorPool, request: ScoreRequest) -> list[ObjectRef]:
     """Start scoring, shared out over the pool; the trainer works on meanwhile. `ScoreBatch.join(pool.collect(...))` ends it."""
     parts = split_evenly(range(len(request.descriptions)), len(pool))
     requests = [ScoreRequest(descriptions=[request.descriptions[index] for index in part],
                              rows=[request.rows[index] for index in part],
                              wrong_rows=[request.wrong_rows[index] for index in part]) for part in parts]
-    return pool.submit("score", [(one,) for one in requests], first)
+    return pool.submit("score", [(one,) for one in requests])
 
 
 def reconstruct(pool: ActorPool, scorer: ScorerName, descriptions: list[str]) -> Tensor:

@@ -39,12 +39,16 @@ logger = get_logger(__name__)
 
 def train_sft(run: Run) -> Manifest:
     """Train the verbalizer on the drawn labels of train documents, unless it is complete; return its manifest."""
+    from nla_ray.activations import check_base
+    from nla_ray.models.backbone import base_info
+    from nla_ray.training.loop import run_training, worker_batch
+
     parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
+    check_base(parents["activations"], base_info(run.config.base))
+    worker_batch(run.config.compute, run.config.sft.batch_size)  # what is wrong is said before anything is begun
     stage = run.stage("sft", "base", "sft", parents=parents)
     if stage.complete:
         return stage.manifest
-    from nla_ray.training.loop import run_training
-
     told = run_training(run, "sft", _train, {})
     return stage.publish(documents=told["documents"], model=told["model"], metrics=told["metrics"])
 

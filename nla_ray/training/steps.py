@@ -93,11 +93,9 @@ class StepSampler:
         with self.clock.measure("publication"):
             weights = self.publisher.publish(trainer.model, step)
         with self.clock.measure("rollout"):
-            batch = generate(self._rollouts, train_request(self.settings, groups, step), weights,
-                             first=rank * len(self._rollouts) // ranks)
+            batch = generate(self._rollouts.part(rank, ranks), train_request(self.settings, groups, step), weights)
         self.clock.add("rollout_busy", batch.generate_seconds)
-        self._scoring = submit_scores(self._scorers, self._score_request(batch.rollouts, step),
-                                      first=rank * len(self._scorers) // ranks)
+        self._scoring = submit_scores(self._scorers.part(rank, ranks), self._score_request(batch.rollouts, step))
         return self._fields(batch.rollouts)
 
     def _score_request(self, rollouts: Sequence[Rollout], step: int) -> ScoreRequest:
