@@ -53,6 +53,13 @@ def test_case_white_space_and_the_values_of_digits_do_not_tell_texts_apart() -> 
     assert first_of_clusters(minhash_signatures(texts), 0.7).tolist() == [True, False, True]
 
 
+def test_twins_are_the_texts_that_nearly_repeat_one_of_others() -> None:
+    text = "def read(path):\n    with open(path) as file:\n        return [line.split(',') for line in file]\n" * 3
+    signatures = minhash_signatures([text, "A licence that permits copying, with conditions, and nothing else at all."])
+    assert has_twin(signatures, minhash_signatures([text + "# end", "unrelated words"]), 0.7).tolist() == [True, False]
+    assert has_twin(signatures, minhash_signatures([]), 0.7).tolist() == [False, False]
+
+
 def test_the_first_of_each_cluster_is_kept_and_chains_collapse() -> None:
     words = sentences(3, 60).split()
     chain = [" ".join(words[start : start + 50]) for start in (0, 3, 6)] + [sentences(4, 50)]
@@ -66,13 +73,6 @@ def test_duplicates_are_found_the_same_way_whatever_the_batch() -> None:
 
 
 @pytest.mark.parametrize("texts", [[], ["only one"]])
-def test_twins_are_the_texts_that_nearly_repeat_one_of_others() -> None:
-    text = "def read(path):\n    with open(path) as file:\n        return [line.split(',') for line in file]\n" * 3
-    signatures = minhash_signatures([text, "A licence that permits copying, with conditions, and nothing else at all."])
-    assert has_twin(signatures, minhash_signatures([text + "# end", "unrelated words"]), 0.7).tolist() == [True, False]
-    assert has_twin(signatures, minhash_signatures([]), 0.7).tolist() == [False, False]
-
-
 def test_none_or_one_text_has_no_duplicate(texts: list[str]) -> None:
     assert first_of_clusters(minhash_signatures(texts), 0.7).tolist() == [True] * len(texts)
 
