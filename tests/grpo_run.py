@@ -27,13 +27,13 @@ SETTINGS = GRPOSettings(steps=4, prompts_per_step=2, group_size=4, micro_batch_s
 TEXT = "def read(path):\n    with open(path) as file:\n        assert file.rows == 3\n"
 
 
-def grpo_config(base: BaseConfig, run_dir: Path | str, *, zero_stage: int = 0, **settings: object) -> RunConfig:
+def grpo_config(base: BaseConfig, run_dir: Path | str, *, zero_stage: int = 0, trainer_workers: int = 1, **settings: object) -> RunConfig:
     """Four steps of eight rollouts, a checkpoint and a reading after the second and the fourth."""
     scorer = ReconstructorConfig(lora=LORA, document_half="even", max_tokens=24, batch_size=8)
     return dataclasses.replace(
         nano(), run_dir=str(run_dir), base=base, sft=SFTConfig(lora=LORA), grpo=dataclasses.replace(SETTINGS, **settings),
         reward_scorer=scorer, judge_scorer=dataclasses.replace(scorer, document_half="odd"),
-        compute=ComputeConfig(threads=1, trainer_cpus=0.5, zero_stage=zero_stage))
+        compute=ComputeConfig(threads=1, trainer_cpus=0.5, zero_stage=zero_stage, trainer_workers=trainer_workers))
 
 
 def prepare_run(config: RunConfig) -> Run:

@@ -1,4 +1,4 @@
-"""GRPO while its processes are killed: actors and trainer come back by themselves, a driver by the same command."""
+"""GRPO while its processes are killed: actors and trainers come back by themselves, a driver by the same command."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def undisturbed(ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pyte
     return MetricsLog(Path(run.config.run_dir) / "grpo" / "scratch" / "metrics.jsonl").read()
 
 
-def prepared(base: BaseConfig, folder: Path) -> Run:
-    return prepare_run(grpo_config(base, folder / "run", steps=STEPS, save_steps=2, monitor_steps=3))
+def prepared(base: BaseConfig, folder: Path, **workers: int) -> Run:
+    return prepare_run(grpo_config(base, folder / "run", steps=STEPS, save_steps=2, monitor_steps=3, **workers))
 
 
 def assert_same_run(metrics: Path, expected: list[dict]) -> None:
@@ -91,8 +91,8 @@ def find_actor(name: str, root: int) -> int | None:
     return None
 
 
-def test_killed_actors_and_a_killed_trainer_come_back_by_themselves(undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path) -> None:
-    run = prepared(tiny_base, tmp_path)
+def test_killed_actors_and_a_killed_one_of_two_trainers_come_back_and_do_what_one_undisturbed_trainer_does(undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path) -> None:
+    run = prepared(tiny_base, tmp_path, trainer_workers=2, num_rollout_actors=2, zero_stage=2)
     scratch, killed = Path(run.config.run_dir) / "grpo" / "scratch", []
 
     def kill_one_after_another() -> None:

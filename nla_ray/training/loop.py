@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -265,12 +264,10 @@ def follow(trainer: Trainer, checkpoints: Checkpoints, title: str) -> Trainer:
 # Precision, threads, DeepSpeed -----------------------------------------------------------------------------------------
 
 def prepare_worker(compute: ComputeConfig) -> None:
-    """Set up a worker process: torch threads, one voice for all workers, and the tools that DeepSpeed looks for beside this
-    Python."""
+    """Set up a worker process: torch threads, one voice for all workers, DeepSpeed's kind of device."""
     if os.environ.get("RANK", "0") != "0":
         logger.parent.setLevel(logging.WARNING)
     torch.set_num_threads(compute.threads)
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if not compute.trainer_gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -326,19 +323,11 @@ def autocast_forward(model: nn.Module, base: BaseConfig) -> nn.Module:
 
 
 def deepspeed_config(compute: ComputeConfig) -> dict[str, Any] | None:
-    """DeepSpeed's configuration for `TrainingArguments(deepspeed=...)`; None (one log line) where it cannot be had.
-
-    On CPU DeepSpeed compiles its shared-memory collectives on first use, which needs ninja and a C++ compiler.
-    """
+    """DeepSpeed's configuration for `TrainingArguments(deepspeed=...)`; None trains without it. On CPU nothing is compiled."""
     if compute.zero_stage == 0:
         return None
     if not compute.trainer_gpus:
-        missing = missing_build_tools()
-        if missing:
-            logger.info("training without ZeRO: DeepSpeed needs %s, which this machine lacks", " and ".join(missing))
-            return None
-        if compute.trainer_workers == 1:
-            _skip_shared_memory_collectives()
+        _skip_shared_memory_collectives()
     zero: dict[str, Any] = {"stage": compute.zero_stage, "reduce_bucket_size": _BUCKET_ELEMENTS,
                             "allgather_bucket_size": _BUCKET_ELEMENTS, "overlap_comm": bool(compute.trainer_gpus)}
     if compute.zero_stage == 3:
@@ -349,15 +338,12 @@ def deepspeed_config(compute: ComputeConfig) -> dict[str, Any] | None:
             "steps_per_print": 10**9}
 
 
-def missing_build_tools() -> list[str]:
-    """Which of the tools DeepSpeed's compilation needs are not on PATH."""
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    missing = [] if any(shutil.which(compiler) for compiler in compilers) else ["a C++ compiler"]
-    return missing + ([] if shutil.which("ninja") else ["ninja"])
-
-
 def _skip_shared_memory_collectives() -> None:
-    """A single worker exchanges nothing with others: spare it the compilation (half a minute on first use)."""
+    """Spare CPU workers an op that DeepSpeed would compile when it starts: its inference calls it, its training never does.
+
+    It needs a C++ compiler and half a minute on first use, and a build that is killed leaves a lock for which every later run
+    would wait without end.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}
