@@ -104,6 +104,21 @@ def test_training_beats_the_mean_and_saves_the_best_epoch_without_touching_the_b
     assert checkpoints.best["metrics"]["eval_fve"] > 0.2
 
 
+def test_a_trainer_that_computes_activations_twice_finds_the_blocks_and_the_same_gradients(tiny_base: BaseConfig) -> None:
+    gradients = []
+    for twice in (False, True):
+        reconstructor = Reconstructor.build(tiny_base, SETTINGS.lora, torch.ones(32), seed=0)
+        torch.nn.init.normal_(reconstructor.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        if twice:
+            # As transformers.Trainer calls it.
+            reconstructor.activation_checkpointing_enable(activation_checkpointing_kwargs=None, every_n_layers=1, offload=False)
+        reconstructor.train()
+        reconstructor(*reconstructor.collate(reconstructor.encode(["- a licence", "- tokens: file"]))).square().sum().backward()
+        gradients.append([parameter.grad for parameter in reconstructor.parameters() if parameter.requires_grad])
+        assert any(getattr(module, "gradient_checkpointing", False) for module in reconstructor.modules()) == twice
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_checkpoints_hold_what_is_trained_and_no_more(tiny_base: BaseConfig, tmp_path: Path) -> None:
     trainer, _, checkpoints = prepare(tiny_base, tmp_path, dataclasses.replace(SETTINGS, epochs=1))
     trainer.train()

@@ -120,9 +120,9 @@ class Reconstructor(nn.Module):
         device = self.head.weight.device
         return input_ids.to(device), attention_mask.to(device)
 
-    def gradient_checkpointing_enable(self, **arguments) -> None:
-        """What a trainer calls before it trains with gradient checkpointing: the blocks are the base's."""
-        self.model.gradient_checkpointing_enable(**arguments)
+    def activation_checkpointing_enable(self, **arguments) -> None:
+        """What a trainer calls where activations are computed twice to save memory: the blocks are the base's."""
+        self.model.activation_checkpointing_enable(**arguments)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Right-padded prompts [batch, seq] -> reconstructions [batch, d_model] float32, under the adapter that is
