@@ -97,7 +97,7 @@ def make_report(config: RunConfig) -> None:
     for name in ("activations", *TRAINED, *(f"{scorer}_scorer" for scorer in SCORERS)):
         if name in manifests:
             check_base(manifests[name], base_info(config.base))
-    test = load_test(run, manifests)
+    test, left_out = load_test(run, manifests)
     mean = torch.tensor(load_stats(run)["mean_direction"])
     with stage.local_folder() as folder:
         descriptions = describe_all(run, manifests, test, mean, folder / "descriptions")
@@ -107,7 +107,6 @@ def make_report(config: RunConfig) -> None:
             reconstructions=reconstruct_all(run, manifests, descriptions), domain_names=_domain_names(test.domains))
         settings = config.evaluation
         summary = summarise(evaluated, settings.gates, settings.bootstrap_resamples, settings.seed)
-        left_out = len(set(manifests["activations"].documents["test"]) - set(test.doc_ids))
         report = {**_card(config, manifests), "documents_left_out": left_out, **summary, "examples": _examples(evaluated, test, settings)}
         (folder / "report.json").write_text(json.dumps(_rounded(report), indent=1) + "\n")
         (folder / "report.md").write_text(to_markdown(report))
@@ -134,12 +133,14 @@ def show_report(run: Run) -> None:
 
 # What is evaluated ----------------------------------------------------------------------------------------------------
 
-def load_test(run: Run, manifests: Mapping[str, Manifest]) -> ActivationTable:
-    """Test activations (a seeded choice when `max_activations` is set), after lineage was checked."""
+def load_test(run: Run, manifests: Mapping[str, Manifest]) -> tuple[ActivationTable, int]:
+    """Test activations (a seeded choice when `max_activations` is set), after lineage was checked; and how many documents were
+    left out."""
     settings = run.config.evaluation
     check_disjoint(manifests["reward_scorer"], manifests["judge_scorer"])
     test = load_activations(run, "test")
     check_lineage(test.doc_ids, manifests)
+    captured = len(set(test.doc_ids))
     test = _unknown_to_base(run, test)
     if settings.max_activations is not None and settings.max_activations < len(test.ids):
         order = torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(settings.seed))
@@ -148,7 +149,7 @@ def load_test(run: Run, manifests: Mapping[str, Manifest]) -> ActivationTable:
     if documents < settings.min_documents:
         raise ValueError(f"test documents: got {documents}, expected at least {settings.min_documents}. Enlarge the "
                          "corpus or raise --evaluation.max-activations; fewer documents make no report.")
-    return test
+    return test, captured - documents
 
 
 def _unknown_to_base(run: Run, test: ActivationTable) -> ActivationTable:
