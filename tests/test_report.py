@@ -180,7 +180,7 @@ def test_the_gates_of_every_preset_name_figures() -> None:
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary: dict) -> None:
-    report = {**summary, "preset": "tiny", "resamples": 300,
+    report = {**summary, "preset": "tiny", "resamples": 300, "documents_left_out": 17,
               "base": {"name": "b", "digest": "d" * 32, "layer": 1, "num_layers": 3, "d_model": 8, "injection_norm": 4.0},
               "lineage": {"sft": {"fingerprint": "f", "config_hash": "c", "created": "t", "documents": {"train": 3}}},
               "examples": [{"activation_id": "x", "domain": "licence", "text": "```\nfenced\n```", "descriptions": {"sft": "- a"}}]}
@@ -188,6 +188,7 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
     for title in ("## Gates", "## Under the reward scorer", "## Under the judge scorer", "## Paired differences",
                   "## What the descriptions claim", "## By domain", "## Agreement", "## Lineage", "## Example 1", "## Definitions"):
         assert title in markdown
+    assert "pretrained on: 17\n" in markdown
     assert "````text\n```\nfenced\n```\n````" in markdown
     assert f"| sft | {tables.interval(summary['results']['sft']['judge']['top1'])} |" in markdown
 
