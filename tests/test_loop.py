@@ -17,8 +17,8 @@ from tiny_artifacts import make_artifacts
 from torch import nn
 
 from nla_ray.artifacts import Location, Run
-from nla_ray.config import ComputeConfig, LoraSettings, ReconstructorConfig, SFTConfig
-from nla_ray.presets import nano
+from nla_ray.config import CaptureConfig, ComputeConfig, LoraSettings, ReconstructorConfig, SFTConfig
+from nla_ray.presets import nano, preset
 from nla_ray.records import document_half
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.loop import (
@@ -294,6 +294,40 @@ def test_two_workers_share_every_step_and_learn_what_one_learns(stage_run: Run, 
     manifest = sft.train_sft(pair)
     assert manifest.metrics["best_step"] % 6 == 0, "48 examples are six steps of eight, whatever the number of workers"
     assert relative_difference(tmp_path / ADAPTER, plain_adapter) < 1e-3
+
+
+def test_every_training_stage_is_built_from_the_7b_preset_at_reduced_width(ray_cluster: None, tmp_path: Path) -> None:
+    from tiny import make_tiny_base
+
+    from nla_ray.activations import load_activations
+    from nla_ray.injection import build_injection_prompt
+    from nla_ray.models.backbone import load_tokenizer
+    from nla_ray.training import grpo, reconstruction, sft
+
+    seven_b = preset("qwen2.5-7b")
+    plan = deepspeed_config(seven_b.compute)["zero_optimization"]
+    assert plan["stage"] == 2 and plan["overlap_comm"]
+    tiny = make_tiny_base(tmp_path / "base", blocks=28, width=112, heads=28, key_value_heads=4)
+    few = {"epochs": 1, "max_examples": 32}
+    config = dataclasses.replace(
+        seven_b, run_dir=str(tmp_path / "run"), base=dataclasses.replace(seven_b.base, model=tiny.model, max_tokens=256, device="cpu"),
+        capture=CaptureConfig(), sft=dataclasses.replace(seven_b.sft, **few),
+        reward_scorer=dataclasses.replace(seven_b.reward_scorer, **few), judge_scorer=dataclasses.replace(seven_b.judge_scorer, **few),
+        compute=ComputeConfig(threads=1, zero_stage=0))
+    run = Run(config)
+    make_artifacts(run, verbalizers=("sft",))
+    assert run.find("activations").model["layer"] == 20 and load_activations(run, "train").vectors.shape[1] == 112
+    for name, told in (("reward_scorer", reconstruction._train({"run": config, "name": "reward_scorer"})),
+                       ("sft", sft._train({"run": config, "name": "sft"}))):
+        assert told["metrics"]["examples"] > 0 and told["metrics"]["eval_loss"] > 0, name
+    prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
+    data = grpo.TrainingData(schedule=[], sources={}, documents=[], monitor=None, bank=load_activations(run, "train").vectors.numpy())
+    policy = grpo.load_policy(config, data, prompt)
+    vocab_size = policy.get_input_embeddings().vocab_size
+    logits = policy(input_ids=torch.tensor([prompt.encode(0, vocab_size)])).logits
+    assert logits.shape == (1, len(prompt), vocab_size) and logits.isfinite().all()
+    arguments = grpo.grpo_arguments(config, tmp_path, [1.0] * 6)
+    assert arguments.generation_batch_size == 16 * 8 and arguments.learning_rate == 1.4e-5
 
 
 def test_a_batch_that_workers_cannot_share_evenly_is_refused() -> None:

@@ -47,7 +47,7 @@ def build_tokenizer(vocab_size: int = 400):
 
 
 def make_tiny_base(folder: Path | str, *, architecture: Literal["qwen2", "llama"] = "qwen2", tied: bool = True,
-                   heads: int = 2, key_value_heads: int = 1, seed: int = 0) -> BaseConfig:
+                   blocks: int = 3, width: int = 32, heads: int = 2, key_value_heads: int = 1, seed: int = 0) -> BaseConfig:
     """Write a random model with its tokenizer into `folder` and return the base configuration that names it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -57,9 +57,9 @@ def make_tiny_base(folder: Path | str, *, architecture: Literal["qwen2", "llama"
         "qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[architecture]
     config = config_class(
         vocab_size=len(tokenizer) + _TABLE_ROWS_BEYOND_TOKENIZER,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=blocks,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         max_position_embeddings=512,
