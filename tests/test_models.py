@@ -289,6 +289,12 @@ def test_a_saved_adapter_holds_only_lora_tensors_and_loads_under_another_name(
     assert not [name for name, parameter in other.named_parameters() if parameter.requires_grad]
 
 
+def test_a_saved_adapter_is_the_same_file_whatever_process_wrote_it(tiny_base: BaseConfig, tmp_path: Path) -> None:
+    save_adapter(add_lora(load_backbone(tiny_base), LORA), tmp_path)
+    modules = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(PROJECTIONS)
+
+
 def test_two_adapters_share_one_base_and_switching_restores_what_was_trainable(
     tiny_base: BaseConfig, ids: Tensor
 ) -> None:

@@ -84,6 +84,7 @@ def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") ->
     save_file(adapter_state(model, name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set: its order differs from process to process
     config.save_pretrained(folder)
 
 
