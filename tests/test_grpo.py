@@ -69,7 +69,7 @@ def scored_batch(tiny_base: BaseConfig, tmp_path: Path):
     attach_activations(model, bank, tiny_base.injection_norm)
     share_prefix(model, build_injection_prompt(load_tokenizer(tiny_base), tiny_base.marker).prefix_ids)
     sampler = InProcessSampler(tiny_base, bank)
-    sampler.data = grpo.TrainingData(schedule=schedule_rows(BANK_ROWS, 2, 4, seed=0), sources={}, documents=[], bank=None, monitor=None)
+    sampler.data = grpo.TrainingData(schedule=schedule_rows(BANK_ROWS, 2, 4, seed=0), sources={}, wrong=None, bank=None, monitor=None)
     trainer = grpo.build_trainer(config, tmp_path, model, sampler, StepClock())
     for name, parameter in trainer.model.named_parameters():
         if ".default." in name:
@@ -155,7 +155,7 @@ def test_dropout_is_off_and_only_the_policy_has_gradients(scored_batch) -> None:
 
 def test_products_in_bfloat16_stay_near_float32_and_leave_weights_and_gradients_in_it(prepared: Run) -> None:
     prompt = build_injection_prompt(load_tokenizer(prepared.config.base), prepared.config.base.marker)
-    data = grpo.TrainingData(schedule=[], sources={}, documents=[], monitor=None,
+    data = grpo.TrainingData(schedule=[], sources={}, wrong=None, monitor=None,
                              bank=load_activations(prepared, "train").vectors.numpy())
     ids = torch.tensor([prompt.encode(row, causal_model(random_adapter(prepared.config.base)).config.vocab_size) for row in range(3)])
     log_probs = []

@@ -321,7 +321,7 @@ def test_every_training_stage_is_built_from_the_7b_preset_at_reduced_width(ray_c
                        ("sft", sft._train({"run": config, "name": "sft"}))):
         assert told["metrics"]["examples"] > 0 and told["metrics"]["eval_loss"] > 0, name
     prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
-    data = grpo.TrainingData(schedule=[], sources={}, documents=[], monitor=None, bank=load_activations(run, "train").vectors.numpy())
+    data = grpo.TrainingData(schedule=[], sources={}, wrong=None, monitor=None, bank=load_activations(run, "train").vectors.numpy())
     policy = grpo.load_policy(config, data, prompt)
     vocab_size = policy.get_input_embeddings().vocab_size
     logits = policy(input_ids=torch.tensor([prompt.encode(0, vocab_size)])).logits

@@ -398,6 +398,9 @@ def test_a_saved_reconstructor_loads_alone_or_into_a_shared_base(
     expected = reconstructor.reconstruct(DESCRIPTIONS)
     reconstructor.save(tmp_path)
     assert set(load_file(tmp_path / "head.safetensors")) == {"weight", "mean"}
+    for copy in range(8):
+        reconstructor.save(tmp_path / f"copy{copy}")
+    assert len({(tmp_path / f"copy{copy}" / "head.safetensors").read_bytes() for copy in range(8)}) == 1
     alone = Reconstructor.load(tiny_base, tmp_path, adapter="reward")
     shared = Reconstructor.load(tiny_base, tmp_path, adapter="judge", model=alone.model)
     in_whole = Reconstructor.load(tiny_base, tmp_path, adapter="reward", model=load_backbone(tiny_base))

@@ -26,7 +26,7 @@ STAGES = ("corpus", "activations", "labels", "reward_scorer", "judge_scorer", "s
 NUM_DOCUMENTS = 150
 SHORT = (
     "--corpus.chunks-per-document", "2", "--reward-scorer.max-examples", "64", "--judge-scorer.max-examples", "64",
-    "--reward-scorer.epochs", "1", "--judge-scorer.epochs", "1", "--sft.max-examples", "64", "--sft.epochs", "1",
+    "--reward-scorer.batch-size", "16", "--judge-scorer.batch-size", "16", "--reward-scorer.epochs", "1", "--judge-scorer.epochs", "1", "--sft.max-examples", "64", "--sft.epochs", "1",
     "--grpo.steps", "2", "--grpo.prompts-per-step", "2", "--grpo.group-size", "4", "--grpo.num-wrong", "2",
     "--grpo.save-steps", "1", "--grpo.monitor-steps", "1", "--grpo.monitor-activations", "20", "--grpo.max-new-tokens", "24",
     "--evaluation.min-documents", "5", "--evaluation.bootstrap-resamples", "200",

@@ -94,9 +94,10 @@ def make_report(config: RunConfig) -> None:
     torch.set_num_threads(config.compute.threads * config.compute.trainer_workers)
     run = Run(config)
     stage, manifests = _open_stage(run), ancestors(run)
+    base = base_info(config.base)
     for name in ("activations", *TRAINED, *(f"{scorer}_scorer" for scorer in SCORERS)):
         if name in manifests:
-            check_base(manifests[name], base_info(config.base))
+            check_base(manifests[name], base)
     test, left_out = load_test(run, manifests)
     mean = torch.tensor(load_stats(run)["mean_direction"])
     with stage.local_folder() as folder:

@@ -8,6 +8,7 @@ bias as in the reference implementation. Knows nothing of losses or of Ray.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from nla_ray.models.backbone import ResidualReader, load_backbone, load_tokenize
 
 ADAPTER_NAME = "adapter"
 HEAD_NAME = "head.safetensors"
+_SETTINGS = "reconstructor"
+"""Key of the head file's metadata."""
 
 
 class Reconstructor(nn.Module):
@@ -82,10 +85,12 @@ class Reconstructor(nn.Module):
         """Write adapter/ and head.safetensors (`weight` [d, d], `mean` [d])."""
         save_adapter(self.model, Path(folder) / ADAPTER_NAME, self.adapter)
         tensors = {"weight": self.head.weight, "mean": self.mean}
+        # One entry: the library writes several in an order that changes from process to process.
+        settings = json.dumps({"layer": self.layer, "max_tokens": self.max_tokens})
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             Path(folder) / HEAD_NAME,
-            metadata={"layer": str(self.layer), "max_tokens": str(self.max_tokens)},
+            metadata={_SETTINGS: settings},
         )
 
     def encode(self, descriptions: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
@@ -173,4 +178,5 @@ def _read_head(file: Path) -> tuple[Tensor, Tensor, int, int]:
     if not (weight.isfinite().all() and mean.isfinite().all()):
         raise ValueError(f"{file}: got non-finite values, expected finite ones. The training run diverged; train it "
                          "again.")
-    return weight, mean, int(metadata["layer"]), int(metadata["max_tokens"])
+    settings = json.loads(metadata[_SETTINGS])
+    return weight, mean, settings["layer"], settings["max_tokens"]

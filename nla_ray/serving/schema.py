@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 MIN_NORM = 1e-6
 """An activation shorter than this has no direction."""
 MAX_NORM = 1e18
+"""The square of a longer one's norm leaves float32."""
 MAX_FLOAT32 = 3.4028234663852886e38
 _SHOWN_CHARS = 120
 

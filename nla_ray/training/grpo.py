@@ -27,6 +27,7 @@ from nla_ray.activations import ActivationTable, check_base, load_activations, l
 from nla_ray.artifacts import Run
 from nla_ray.cluster import demand, require_resources
 from nla_ray.config import GRPOSettings, RunConfig, require
+from nla_ray.evaluation.metrics import Comparisons
 from nla_ray.injection import InjectionPrompt, attach_activations, build_injection_prompt
 from nla_ray.manifest import Manifest, check_disjoint
 from nla_ray.models.adapters import load_adapter
@@ -40,7 +41,7 @@ from nla_ray.training.loop import (
 )
 from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
-from nla_ray.training.rewards import reward_weights, schedule_rows
+from nla_ray.training.rewards import WrongActivations, reward_weights, schedule_rows
 from nla_ray.training.rollouts import RolloutWorker
 from nla_ray.training.scoring import ScorerWorker
 from nla_ray.training.steps import SECONDS, GRPOCallback, StepClock, StepSampler, TrainingData
@@ -79,7 +80,7 @@ def train_grpo(run: Run) -> Manifest:
         data = training_data(run, train, validation, bank)
         told = run_training(run, name, train_worker, {"data": data, "rollouts": rollouts, "scorers": scorers})
     records = [json.loads(line) for line in (stage.location / METRICS_NAME).read_text().splitlines()]
-    return stage.publish(documents={"train": data.documents, "validation": data.monitor.doc_ids},
+    return stage.publish(documents={"train": train.doc_ids, "validation": data.monitor.doc_ids},
                          model=info.to_dict(), metrics=summary(records, told["published_step"]))
 
 
@@ -119,16 +120,19 @@ def actor_pools(run: Run, train: ActivationTable, validation: ActivationTable) -
 
 
 def training_data(run: Run, train: ActivationTable, validation: ActivationTable, bank: SharedArray) -> TrainingData:
-    """Schedule, source texts and the validation activations of the monitor."""
+    """Schedule, source texts and the validation activations of the monitor. Raises ValueError when there are too few of any."""
     settings = run.config.grpo
     schedule = schedule_rows(len(train.ids), settings.prompts_per_step, -(-settings.steps // settings.iterations), settings.seed)
     rows = sorted({row for batch in schedule for row in batch})
     generator = torch.Generator().manual_seed(seed_of(settings.seed, "monitor"))
     watched = sorted(torch.randperm(len(validation.ids), generator=generator)[:settings.monitor_activations].tolist())
+    vectors, doc_ids = validation.vectors[watched].clone(), [validation.doc_ids[row] for row in watched]
+    mean = torch.tensor(load_stats(run)["mean_direction"])
     return TrainingData(
-        schedule=schedule, sources={row: train.texts[row] for row in rows}, documents=list(train.doc_ids), bank=bank,
-        monitor=MonitorData(rows=watched, originals=validation.vectors[watched].clone(), mean=torch.tensor(load_stats(run)["mean_direction"]),
-                            doc_ids=[validation.doc_ids[row] for row in watched], texts=[validation.texts[row] for row in watched]))
+        schedule=schedule, sources={row: train.texts[row] for row in rows}, bank=bank,
+        wrong=WrongActivations(train.doc_ids, settings.num_wrong) if settings.contrast == "wrong" else None,
+        monitor=MonitorData(rows=watched, comparisons=Comparisons.draw(vectors, doc_ids, mean, settings.seed),
+                            doc_ids=doc_ids, texts=[validation.texts[row] for row in watched]))
 
 
 def summary(records: Sequence[dict[str, Any]], published_step: int) -> dict[str, Any]:

@@ -25,9 +25,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
+from nla_ray.activations import check_base
 from nla_ray.artifacts import Location, Run
 from nla_ray.cluster import demand, require_resources, resources_of
 from nla_ray.config import BaseConfig, ComputeConfig, RunConfig, require
+from nla_ray.manifest import Manifest
+from nla_ray.models.backbone import base_info
 from nla_ray.runlog import MetricsLog, get_logger
 
 if TYPE_CHECKING:
@@ -80,6 +83,23 @@ def run_training(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict
     returned = trainer.fit().return_value
     collect_result(run, name)
     return returned or {}
+
+
+def train_on_labels(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict[str, Any]]) -> Manifest:
+    """Artifact `name`, learned by `worker_fn` from activations and labels under the settings of that name; its manifest.
+
+    Skipped when complete. `worker_fn` returns `documents`, `model` and `metrics` for the manifest. What a user can have set
+    wrong is said before anything is begun.
+    """
+    parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
+    check_base(parents["activations"], base_info(run.config.base))
+    worker_batch(run.config.compute, getattr(run.config, name).batch_size)
+    stage = run.stage(name, "base", name, parents=parents)
+    if stage.manifest is not None:
+        logger.info("%s: complete, skipped", name)
+        return stage.manifest
+    told = run_training(run, name, worker_fn, {})
+    return stage.publish(documents=told["documents"], model=told["model"], metrics=told["metrics"])
 
 
 def collect_result(run: Run, name: str) -> None:

@@ -37,13 +37,11 @@ class MonitorData:
 
     rows: list[int]
     """Rows of the validation bank."""
-    originals: Tensor
-    """[rows, d_model]."""
+    comparisons: Comparisons
+    """The activations, the train mean, and what each activation is compared with."""
     doc_ids: list[str]
     texts: list[str]
     """The source text of each."""
-    mean: Tensor
-    """Train mean direction [d_model]."""
 
 
 class Monitor:
@@ -52,7 +50,7 @@ class Monitor:
     def __init__(self, settings: GRPOSettings, data: MonitorData, rollouts: ActorPool, scorers: ActorPool) -> None:
         self.settings, self.data = settings, data
         self._rollouts, self._scorers = rollouts, scorers
-        self._comparisons = Comparisons.draw(data.originals, data.doc_ids, data.mean, settings.seed)
+        self._comparisons = data.comparisons
         self._bootstrap = DocumentBootstrap(data.doc_ids, resamples=_RESAMPLES, seed=settings.seed)
 
     def read(self, weights: PublishedWeights) -> dict[str, float]:
@@ -78,7 +76,7 @@ class Monitor:
         return reading
 
     def _centred(self, reconstruction: Tensor) -> Tensor:
-        return vectors.centred_cosine(reconstruction, self._comparisons.originals, self.data.mean)
+        return vectors.centred_cosine(reconstruction, self._comparisons.originals, self._comparisons.mean)
 
     def _garbage(self, reconstruction: Tensor) -> Tensor:
         return vectors.cosine(reconstruction, self._comparisons.originals[self._comparisons.wrong])
@@ -88,7 +86,7 @@ class Monitor:
         if self.settings.contrast == "none":
             return vectors.cosine(reconstruction, self._comparisons.originals)
         wrong = self._comparisons.originals[self._comparisons.others]
-        return self._centred(reconstruction) - vectors.centred_cosine(reconstruction.unsqueeze(1), wrong, self.data.mean).mean(1)
+        return self._centred(reconstruction) - vectors.centred_cosine(reconstruction.unsqueeze(1), wrong, self._comparisons.mean).mean(1)
 
 
 def text_figures(written: Sequence[Rollout], texts: Sequence[str]) -> dict[str, float]:

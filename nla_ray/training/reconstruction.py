@@ -15,13 +15,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from nla_ray import vectors
+from nla_ray.activations import load_activations, load_stats
 from nla_ray.artifacts import Run
 from nla_ray.config import ReconstructorConfig
 from nla_ray.evaluation.metrics import derangement
+from nla_ray.labels.stage import load_labels
 from nla_ray.manifest import Manifest
+from nla_ray.models.backbone import base_info
+from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.records import document_half, seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.batches import LengthBatches
+from nla_ray.training.loop import (
+    Checkpoints, autocast_forward, checkpoint_trainable_only, follow, prepare_worker, train_on_labels, trainer_arguments,
+    training_attention, worker_batch,
+)
 
 ScorerName = Literal["reward_scorer", "judge_scorer"]
 TEMPERATURE = 0.1
@@ -36,18 +44,7 @@ logger = get_logger(__name__)
 
 def train_scorer(run: Run, name: ScorerName) -> Manifest:
     """Train one scorer from activations and labels, unless it is complete; return its manifest."""
-    from nla_ray.activations import check_base
-    from nla_ray.models.backbone import base_info
-    from nla_ray.training.loop import run_training, worker_batch
-
-    parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
-    check_base(parents["activations"], base_info(run.config.base))
-    worker_batch(run.config.compute, getattr(run.config, name).batch_size)  # what is wrong is said before anything is begun
-    stage = run.stage(name, "base", name, parents=parents)
-    if stage.complete:
-        return stage.manifest
-    told = run_training(run, name, _train, {})
-    return stage.publish(documents=told["documents"], model=told["model"], metrics=told["metrics"])
+    return train_on_labels(run, name, _train)
 
 
 # Examples --------------------------------------------------------------------------------------------------------------
@@ -90,9 +87,6 @@ def load_examples(run: Run, split: Literal["train", "validation"], settings: Rec
 
     Train labels follow the scorer's teacher mix, validation labels are the drawn ones. Raises ValueError when none is left.
     """
-    from nla_ray.activations import load_activations
-    from nla_ray.labels.stage import load_labels
-
     rows = load_labels(run, split)
     if split == "train":
         labels = choose_labels(rows, first_teacher=run.config.label.teachers[0], share=settings.teacher_share, seed=settings.seed)
@@ -141,11 +135,6 @@ def validation_figures(reconstruction: Tensor, target: Tensor, mean: Tensor, wro
 
 def _train(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best figures."""
-    from nla_ray.activations import load_stats
-    from nla_ray.models.backbone import base_info
-    from nla_ray.models.reconstructor import Reconstructor
-    from nla_ray.training.loop import Checkpoints, autocast_forward, prepare_worker, training_attention
-
     run_config, name = config["run"], config["name"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), getattr(run_config, name)
@@ -172,7 +161,6 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
     """A transformers Trainer for this reconstructor, whose best validated weights go to `checkpoints`."""
     from transformers import Trainer, TrainingArguments
 
-    from nla_ray.training.loop import checkpoint_trainable_only, follow, trainer_arguments, worker_batch
 
     checkpoint_trainable_only(reconstructor)
     encoded = reconstructor.encode(train.descriptions)

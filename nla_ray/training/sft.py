@@ -17,15 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nla_ray.activations import load_activations
 from nla_ray.artifacts import Run
 from nla_ray.config import SFTConfig as SFTSettings
 from nla_ray.evaluation.metrics import derangement
 from nla_ray.injection import InjectionPrompt, attach_activations, build_injection_prompt
+from nla_ray.labels.stage import load_labels
 from nla_ray.manifest import Manifest
+from nla_ray.models.adapters import add_lora, save_adapter
+from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
+from nla_ray.models.prefix import share_prefix
 from nla_ray.prompts import wrap_description
 from nla_ray.records import seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.batches import LengthBatches
+from nla_ray.training.loop import (
+    Checkpoints, autocast_forward, follow, prepare_worker, train_on_labels, trainer_arguments, training_attention, worker_batch,
+)
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -39,18 +47,7 @@ logger = get_logger(__name__)
 
 def train_sft(run: Run) -> Manifest:
     """Train the verbalizer on the drawn labels of train documents, unless it is complete; return its manifest."""
-    from nla_ray.activations import check_base
-    from nla_ray.models.backbone import base_info
-    from nla_ray.training.loop import run_training, worker_batch
-
-    parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
-    check_base(parents["activations"], base_info(run.config.base))
-    worker_batch(run.config.compute, run.config.sft.batch_size)  # what is wrong is said before anything is begun
-    stage = run.stage("sft", "base", "sft", parents=parents)
-    if stage.complete:
-        return stage.manifest
-    told = run_training(run, "sft", _train, {})
-    return stage.publish(documents=told["documents"], model=told["model"], metrics=told["metrics"])
+    return train_on_labels(run, "sft", _train)
 
 
 # Examples --------------------------------------------------------------------------------------------------------------
@@ -75,9 +72,6 @@ def load_pairs(run: Run, split: Literal["train", "validation"], *, limit: int | 
 
     Raises ValueError when there is none.
     """
-    from nla_ray.activations import load_activations
-    from nla_ray.labels.stage import load_labels
-
     labels = {row["text_id"]: row["label"] for row in load_labels(run, split) if row["drawn"]}
     table = load_activations(run, split)
     kept = [index for index, text_id in enumerate(table.text_ids) if text_id in labels]
@@ -135,9 +129,6 @@ def validation_loss(model, examples: Sequence[Mapping[str, list[int]]], collate,
 
 def _train(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best figures."""
-    from nla_ray.models.backbone import base_info, load_tokenizer
-    from nla_ray.training.loop import Checkpoints, prepare_worker
-
     run_config = config["run"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), run_config.sft
@@ -160,11 +151,6 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
 
 def build_verbalizer(base, settings: SFTSettings, bank: Tensor, prompt: InjectionPrompt):
     """The base with a fresh adapter to train, fed with virtual tokens of `bank` [rows, d_model]."""
-    from nla_ray.models.adapters import add_lora
-    from nla_ray.models.backbone import load_backbone
-    from nla_ray.models.prefix import share_prefix
-    from nla_ray.training.loop import autocast_forward, training_attention
-
     model = load_backbone(base, attention=training_attention(base))
     attach_activations(model, bank, base.injection_norm)
     share_prefix(model, prompt.prefix_ids)
@@ -176,8 +162,6 @@ def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SF
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from nla_ray.models.adapters import save_adapter
-    from nla_ray.training.loop import follow, trainer_arguments, worker_batch
 
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
     vocab_size = model.get_input_embeddings().num_embeddings

@@ -45,8 +45,8 @@ class TrainingData:
     """Rows of the train bank, one list for each batch of rollouts."""
     sources: dict[int, str]
     """Source text of every scheduled row."""
-    documents: list[str]
-    """doc_id of every row of the train bank."""
+    wrong: WrongActivations | None
+    """Draws what the descriptions of a row must not fit; None in the arm without contrast."""
     bank: SharedArray
     """[rows, d_model] float32, the train activations."""
     monitor: MonitorData
@@ -83,7 +83,6 @@ class StepSampler:
         self.settings, self.data, self.prompt, self.vocab_size, self.clock = settings, data, prompt, vocab_size, clock
         self.publisher = WeightPublisher()
         self._rollouts, self._scorers = rollouts, scorers
-        self._wrong = WrongActivations(data.documents, settings.num_wrong) if settings.contrast == "wrong" else None
         self._scoring: list[ObjectRef] = []
 
     def __call__(self, prompts: list[str], trainer: Trainer) -> dict[str, list]:
@@ -99,7 +98,7 @@ class StepSampler:
         return self._fields(batch.rollouts)
 
     def _score_request(self, rollouts: Sequence[Rollout], step: int) -> ScoreRequest:
-        wrong = {row: self._wrong.draw(row, self.settings.seed, step) if self._wrong else []
+        wrong = {row: self.data.wrong.draw(row, self.settings.seed, step) if self.data.wrong else []
                  for row in {rollout.row for rollout in rollouts}}
         return ScoreRequest(descriptions=[parse_description(rollout.text).text for rollout in rollouts],
                             rows=[rollout.row for rollout in rollouts], wrong_rows=[wrong[rollout.row] for rollout in rollouts])
