@@ -48,6 +48,16 @@ def centred_cosine(reconstruction: Tensor, original: Tensor, mean: Tensor) -> Te
     return cosine(centre(reconstruction, mean), centre(original, mean))
 
 
+def mean_pairwise_cosine(x: Tensor) -> Tensor:
+    """Mean of cos(x_i, x_j) over the pairs i < j of N >= 2 rows: [..., N, d_model] -> [...], between -1 and 1.
+
+    (|sum_i n(x_i)|^2 - sum_i |n(x_i)|^2) / (N (N - 1)): linear in N, and a zero row has cosine 0 with every other.
+    """
+    directions, rows = direction(x), x.shape[-2]
+    pairs = directions.sum(-2).square().sum(-1) - directions.square().sum((-2, -1))
+    return (pairs / (rows * (rows - 1))).clamp(-1.0, 1.0)  # rounding leaves the interval by 1e-7
+
+
 def squared_error(reconstruction: Tensor, original: Tensor) -> Tensor:
     """|n(r) - n(v)|^2 = 2 (1 - cos(r, v)): [...]. Between 0 and 4."""
     return (direction(reconstruction) - direction(original)).square().sum(-1)

@@ -469,3 +469,12 @@ def test_a_verbalizer_describes_with_its_adapter_and_refuses_other_neighbours(
     assert shared.describe(activations, max_new_tokens=6) == described
     with pytest.raises(ValueError, match="neighbours"):
         Verbalizer.load(tiny_base, tmp_path, neighbours=(0, 0))
+
+
+def test_samples_of_a_verbalizer_are_ordered_by_activation_and_do_not_depend_on_their_number(tiny_base: BaseConfig) -> None:
+    verbalizer, activations = Verbalizer.load(tiny_base, None), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    one, four = (verbalizer.describe(activations, max_new_tokens=6, temperature=1.0, seed=5, rows=[7, 2, 9], group_size=size)
+                 for size in (1, 4))
+    assert len(four) == 12 and four[::4] == one
+    assert four[4:8] == verbalizer.describe(activations[1:2], max_new_tokens=6, temperature=1.0, seed=5, rows=[2], group_size=4)
+    assert len({description.text for description in four}) > 9

@@ -20,7 +20,7 @@ from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.verbalizer import Verbalizer
 from nla_ray.presets import nano
 from nla_ray.serving import application, schema
-from nla_ray.serving.schema import Refusal
+from nla_ray.serving.schema import Refusal, Sampling
 
 D_MODEL = 32
 
@@ -118,6 +118,64 @@ def test_a_text_is_explained_at_every_position_asked_for(client: httpx.Client, c
     assert body["explanations"][0]["description"] == described["description"]
 
 
+def test_several_samples_are_answered_by_the_best_of_them(client: httpx.Client, config: RunConfig, activations: torch.Tensor) -> None:
+    body = {"activations": activations.tolist(), "samples": 5, "temperature": 1.5, "seed": 3}
+    answers = client.post("/v1/describe", json=body).json()["descriptions"]
+    written = Verbalizer.load(config.base, Path(config.run_dir) / "grpo" / "adapter").describe(
+        activations, max_new_tokens=8, temperature=1.5, seed=3, group_size=5)
+    reward = Reconstructor.load(config.base, Path(config.run_dir) / "reward_scorer")
+    for row, answer in enumerate(answers):
+        own = [one.text for one in written[5 * row:5 * row + 5]]
+        reconstruction = reward.reconstruct(own)
+        fits = vectors.centred_cosine(reconstruction, activations[row], reward.mean)
+        pairs = [vectors.centred_cosine(reconstruction[i], reconstruction[j], reward.mean) for i in range(5) for j in range(i)]
+        assert answer["description"] == own[fits.argmax()]
+        assert answer["confidence"] == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
+        assert (answer["samples"], answer["unsure"]) == (5, False)
+
+
+def test_the_best_of_several_is_seeded_and_drawn_at_the_temperature_of_training(
+        client: httpx.Client, config: RunConfig, activations: torch.Tensor) -> None:
+    def best(**settings: object) -> list:
+        return client.post("/v1/describe", json={"activations": activations.tolist(), "samples": 4} | settings).json()["descriptions"]
+
+    assert best(seed=1) == best(seed=1) == best(seed=1, temperature=config.grpo.temperature) != best(seed=2)
+
+
+def test_one_sample_has_no_confidence_and_is_never_unsure(client: httpx.Client, activations: torch.Tensor) -> None:
+    for answer in client.post("/v1/describe", json={"activations": activations.tolist()}).json()["descriptions"]:
+        assert (answer["samples"], answer["confidence"], answer["unsure"]) == (1, None, False)
+
+
+def test_below_the_wanted_confidence_nothing_is_described(client: httpx.Client, activations: torch.Tensor) -> None:
+    def ask(**settings: object) -> list[dict]:
+        body = {"activations": activations.tolist(), "samples": 4, "temperature": 1.5} | settings
+        return client.post("/v1/describe", json=body).json()["descriptions"]
+
+    free = ask()
+    assert ask(min_confidence=-1.0) == free
+    assert all(one["description"] is None and one["unsure"] for one in ask(min_confidence=1.0))
+    middle = sorted(one["confidence"] for one in free)[1]  # of itself it is not below
+    assert [one["unsure"] for one in ask(min_confidence=middle)] == [one["confidence"] < middle for one in free]
+    assert [one["confidence"] for one in ask(min_confidence=1.0)] == [one["confidence"] for one in free]
+
+
+def test_explain_scores_the_chosen_description_and_nothing_where_it_is_unsure(client: httpx.Client, config: RunConfig) -> None:
+    body = {"text": "def frame(): index rows", "positions": [-1, 4, -2], "samples": 4, "temperature": 1.5}
+    free = client.post("/v1/explain", json=body).json()["explanations"]
+    described = client.post("/v1/describe", json={"texts": [body["text"]], "samples": 4, "temperature": 1.5}).json()["descriptions"][0]
+    assert (free[0]["description"], free[0]["confidence"]) == (described["description"], pytest.approx(described["confidence"], abs=1e-5))
+    assert all(set(one["scores"]) == {"reward", "judge"} for one in free)
+    middle = sorted(one["confidence"] for one in free)[1]
+    some = client.post("/v1/explain", json=body | {"min_confidence": middle}).json()["explanations"]
+    for sure, one in zip(free, some, strict=True):
+        unsure = sure["confidence"] < middle
+        assert one == (sure | {"description": None, "unsure": True, "scores": {}} if unsure else sure)
+    assert sum(one["unsure"] for one in some) == 1
+    none = client.post("/v1/explain", json=body | {"min_confidence": 1.0}).json()["explanations"]
+    assert [(one["description"], one["scores"]) for one in none] == [(None, {})] * 3
+
+
 def test_models_names_base_adapters_and_fingerprints(client: httpx.Client, config: RunConfig) -> None:
     body = client.get("/v1/models").json()
     assert (body["base"]["d_model"], body["base"]["layer"], body["base"]["num_layers"]) == (D_MODEL, 1, 3)
@@ -161,6 +219,13 @@ ONES = [1.0] * D_MODEL
     ("describe", {"activations": [ONES], "temperature": -1}, "temperature", "-1", "greater than or equal to 0"),
     ("describe", {"activations": [ONES], "max_new_tokens": 0}, "max_new_tokens", "0", "greater than or equal to 1"),
     ("describe", {"activations": [ONES], "max_new_tokens": 5_000}, "max_new_tokens", "5000", "context has room for"),
+    ("describe", {"activations": [ONES], "temperature": float("nan")}, "temperature", "nan", "finite"),
+    ("describe", {"activations": [ONES], "samples": 0}, "samples", "0", "greater than or equal to 1"),
+    ("describe", {"activations": [ONES], "samples": 17}, "samples", "17", "less than or equal to 16"),
+    ("describe", {"activations": [ONES], "samples": 2, "temperature": 0}, "temperature", "0.0", "above 0"),
+    ("describe", {"activations": [ONES], "min_confidence": 0.5}, "min_confidence", "0.5 with 1 sample", "samples of 2 to 16"),
+    ("describe", {"activations": [ONES], "samples": 2, "min_confidence": 1.01}, "min_confidence", "1.01", "less than or equal to 1"),
+    ("describe", {"activations": [ONES], "samples": 2, "min_confidence": float("nan")}, "min_confidence", "nan", "finite"),
     ("describe", {"activation": [ONES]}, "activation", "[[1.0", "not permitted"),
     ("describe", {"texts": ["fine", " \n\t"]}, "texts[1]", "' ", "visible character"),
     ("describe", {"texts": []}, "texts", "0 items", "1 to 3"),
@@ -177,6 +242,8 @@ ONES = [1.0] * D_MODEL
     ("explain", {"text": "a", "positions": [500]}, "positions", "[500]", "the prompt's tokens"),
     ("explain", {"text": "a", "positions": [-500]}, "positions", "[-500]", "the prompt's tokens"),
     ("explain", {"text": "a", "layer": 0}, "layer", "0", "1, the layer"),
+    ("explain", {"text": "a", "samples": 3, "temperature": 0.0}, "temperature", "0.0", "ask for samples 1"),
+    ("explain", {"text": "a", "min_confidence": -1}, "min_confidence", "-1.0 with 1 sample", "how far samples agree"),
 ])
 def test_bad_requests_are_refused_with_what_got_and_expected(
         client: httpx.Client, path: str, body: dict, what: str, got: str, expected: str) -> None:
@@ -204,6 +271,18 @@ def test_after_all_refusals_the_endpoint_still_answers(client: httpx.Client) -> 
 def test_a_lone_surrogate_is_refused_in_an_answer_that_can_be_read(client: httpx.Client, route: str, body: dict, what: str, got: str) -> None:
     response = client.post(f"/v1/{route}", content=json.dumps(body), headers={"content-type": "application/json"})
     assert refused(response)[:2] == (what, got)
+
+
+def test_without_the_scorer_that_chooses_one_sample_is_all_there_is() -> None:
+    schema.check_choice(Sampling(samples=1), ["judge"])
+    with pytest.raises(Refusal, match="samples: got 2, expected 1: the scorer 'reward'.*not served"):
+        schema.check_choice(Sampling(samples=2), ["judge"])
+
+
+def test_the_openapi_page_says_what_unsure_means(client: httpx.Client) -> None:
+    fields = client.get("/openapi.json").json()["components"]["schemas"]["DescriptionBody"]["properties"]
+    assert {"type": "null"} in fields["description"]["anyOf"]
+    assert "withheld" in fields["unsure"]["description"] and "Not a probability" in fields["confidence"]["description"]
 
 
 # What is missing --------------------------------------------------------------------------------------------------------

@@ -59,6 +59,15 @@ def test_centred_cosine_sees_what_the_common_direction_hides() -> None:
     assert vectors.centred_cosine(first, second, mean).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_mean_pairwise_cosine_is_that_of_a_loop_over_pairs_and_a_zero_row_agrees_with_nothing() -> None:
+    rows = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]])  # pairs: 0, 1 / sqrt 2, 1 / sqrt 2
+    assert vectors.mean_pairwise_cosine(rows).item() == pytest.approx(math.sqrt(2) / 3)
+    assert vectors.mean_pairwise_cosine(torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, 0.0]])).item() == pytest.approx(1 / 3)
+    many = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    slow = torch.stack([torch.stack([vectors.cosine(group[i], group[j]) for i in range(6) for j in range(i)]).mean() for group in many])
+    torch.testing.assert_close(vectors.mean_pairwise_cosine(many), slow)
+
+
 def test_squared_error_is_twice_one_minus_cosine_and_at_most_four() -> None:
     assert vectors.squared_error(torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])).item() == pytest.approx(0.08)
     assert vectors.squared_error(torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 0.0])).item() == pytest.approx(4.0)

@@ -63,11 +63,11 @@ class Verbalizer:
         return cls(engine)
 
     def describe(self, activations: Tensor, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-                 rows: Sequence[int] | None = None) -> list[Description]:
-        """One description for each activation of [n, d_model]; `rows` seed the samples, as in the engine."""
-        rollouts = self.engine.generate(
-            activations, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, rows=rows
-        )
+                 rows: Sequence[int] | None = None, group_size: int = 1) -> list[Description]:
+        """`group_size` descriptions of each activation of [n, d_model], ordered by (activation, sample); `rows` seed
+        the samples, as in the engine. A sample does not depend on how many are drawn."""
+        rollouts = self.engine.generate(activations, group_size=group_size, temperature=temperature,
+                                        max_new_tokens=max_new_tokens, seed=seed, rows=rows)
         parsed = [parse_description(rollout.text) for rollout in rollouts]
         return [Description(text=description.text, closed=description.closed, num_tokens=len(rollout.token_ids))
                 for description, rollout in zip(parsed, rollouts)]

@@ -15,7 +15,7 @@ from nla_ray.injection import build_injection_prompt
 from nla_ray.manifest import Manifest
 from nla_ray.models.backbone import base_info, load_model_config, load_tokenizer
 from nla_ray.runlog import get_logger
-from nla_ray.serving.schema import BaseBody, ModelBody, ModelsResponse
+from nla_ray.serving.schema import CHOOSER, BaseBody, ModelBody, ModelsResponse
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 APPLICATION_NAME = "nla_ray"
 VERBALIZERS = ("grpo", "sft")
 """Artifacts that can be served as verbalizers, the default first."""
-SCORERS = ("reward", "judge")
+SCORERS = (CHOOSER, "judge")
 _ONGOING_REQUESTS = 8
 """Requests a model replica takes in at once; its lock runs them one by one."""
 _LOGGING = {"log_level": "WARNING"}

@@ -24,6 +24,7 @@ from nla_ray import prompts, vectors
 from nla_ray.artifacts import Run
 from nla_ray.config import RunConfig, ServeConfig
 from nla_ray.models.backbone import ResidualReader, load_backbone, load_tokenizer, torch_device
+from nla_ray.models.choice import agreement, best_of
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.verbalizer import Verbalizer
 from nla_ray.serving import schema
@@ -49,6 +50,19 @@ class Captured:
     """[positions, d_model] float32; [0, d_model] when the text was refused."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which of one activation's samples is the best, and how far all of them agree.
+
+    Example: Choice(best=2, confidence=0.71)
+    """
+
+    best: int
+    """Place among the samples, from 0."""
+    confidence: float
+    """-1 to 1."""
+
+
 class VerbalizerService:
     """Verbalizers of one run by name: activations in, descriptions out."""
 
@@ -56,7 +70,7 @@ class VerbalizerService:
         torch.set_num_threads(config.compute.threads)
         run = Run(config)
         self._lock, self._verbalizers = threading.Lock(), {}
-        self._longest = config.grpo.max_new_tokens
+        self._longest, self._temperature = config.grpo.max_new_tokens, config.grpo.temperature
         model = load_backbone(config.base)
         for name in names:
             manifest = run.require(name, name)
@@ -65,11 +79,14 @@ class VerbalizerService:
                                                           neighbours=manifest.model["neighbours"])
 
     def describe(self, name: str, activations: np.ndarray, sampling: Sampling) -> list[DescriptionBody]:
-        """One description for each row of [n, d_model]."""
+        """`samples` descriptions of each row of [n, d_model], ordered by (row, sample)."""
+        temperature = sampling.temperature
+        if temperature is None:
+            temperature = self._temperature if sampling.samples > 1 else 0.0
         with self._lock:
             written = self._verbalizers[name].describe(
                 torch.from_numpy(activations), max_new_tokens=sampling.max_new_tokens or self._longest,
-                temperature=sampling.temperature, seed=sampling.seed)
+                temperature=temperature, seed=sampling.seed, group_size=sampling.samples)
         return [DescriptionBody(description=one.text, closed=one.closed, num_tokens=one.num_tokens) for one in written]
 
     def ping(self) -> str:
@@ -98,15 +115,27 @@ class ScorerService:
         original = torch.from_numpy(activations)
         scores: list[dict[str, ScoreBody]] = [{} for _ in descriptions]
         for name in names:
-            with self._lock:
-                reconstructor = self._reconstructors[name]
-                reconstruction = reconstructor.reconstruct(descriptions, self._batch_size)
+            reconstruction, mean = self._reconstruct(name, descriptions)
             columns = zip(vectors.cosine(reconstruction, original).tolist(),
-                          vectors.centred_cosine(reconstruction, original, reconstructor.mean.cpu()).tolist(),
+                          vectors.centred_cosine(reconstruction, original, mean).tolist(),
                           vectors.squared_error(reconstruction, original).tolist(), strict=True)
             for own, (cosine, centred, error) in zip(scores, columns, strict=True):
                 own[name] = ScoreBody(cosine=cosine, centred_cosine=centred, squared_error=error)
         return scores
+
+    def choose(self, name: str, descriptions: Sequence[str], activations: np.ndarray) -> list[Choice]:
+        """The best sample of each row of [n, d_model]. `descriptions`: N >= 2 a row, ordered by (row, sample)."""
+        reconstruction, mean = self._reconstruct(name, descriptions)
+        grouped = reconstruction.unflatten(0, (len(activations), -1))
+        best = best_of(grouped, torch.from_numpy(activations), mean)
+        return [Choice(best=place, confidence=confidence)
+                for place, confidence in zip(best.tolist(), agreement(grouped, mean).tolist(), strict=True)]
+
+    def _reconstruct(self, name: str, descriptions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstructions [n, d_model] by one scorer and its train mean direction [d_model], both on CPU."""
+        reconstructor = self._reconstructors[name]
+        with self._lock:
+            return reconstructor.reconstruct(descriptions, self._batch_size), reconstructor.mean.cpu()
 
     def ping(self) -> str:
         """Answers when the replica does."""
@@ -164,7 +193,7 @@ class Endpoint:
         """Describe activations, or the activations at the end of texts."""
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         schema.check_layer(request.layer, self._base.layer)
-        schema.check_length(request.max_new_tokens, self._base.max_new_tokens)
+        self._check_sampling(request)
         if (request.activations is None) == (request.texts is None):
             given = "neither" if request.texts is None else "both"
             raise Refusal("body", given, "exactly one of activations and texts")
@@ -177,7 +206,7 @@ class Endpoint:
                 schema.check_text(what, text, self._settings.max_text_chars)
             captured = await asyncio.gather(*(self._captured(what, text, [-1]) for what, text in named.items()))
             activations = np.concatenate([one.activations for one in captured])
-        descriptions = await self._verbalizer.describe.remote(name, activations, _sampling(request))
+        descriptions = await self._described(name, activations, request)
         return DescribeResponse(verbalizer=name, layer=self._base.layer, descriptions=descriptions)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
@@ -191,19 +220,23 @@ class Endpoint:
         return ScoreResponse(layer=self._base.layer, scores=scores)
 
     async def explain(self, request: ExplainRequest) -> ExplainResponse:
-        """Capture a text's activations at the chosen positions, describe them, and score the descriptions."""
+        """Capture a text's activations at the chosen positions, describe them, and score what is said."""
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         scorers = schema.choose_names("scorers", request.scorers, self._scorers)
         schema.check_layer(request.layer, self._base.layer)
-        schema.check_length(request.max_new_tokens, self._base.max_new_tokens)
+        self._check_sampling(request)
         schema.check_text("text", request.text, self._settings.max_text_chars)
         schema.check_batch("positions", len(request.positions), self._settings.max_batch)
         captured = await self._captured("text", request.text, request.positions)
-        described = await self._verbalizer.describe.remote(name, captured.activations, _sampling(request))
-        scores = await self._scorer.score.remote(scorers, [one.description for one in described], captured.activations)
+        described = await self._described(name, captured.activations, request)
+        said = [place for place, one in enumerate(described) if not one.unsure]
+        scored = await self._scorer.score.remote(
+            scorers, [described[place].description for place in said], captured.activations[said])
+        scores = dict(zip(said, scored, strict=True))
         explanations = [
-            Explanation(**one.model_dump(), position=position, token=token, scores=own)
-            for one, position, token, own in zip(described, captured.positions, captured.tokens, scores, strict=True)]
+            Explanation(**one.model_dump(), position=captured.positions[place], token=captured.tokens[place],
+                        scores=scores.get(place, {}))
+            for place, one in enumerate(described)]
         return ExplainResponse(verbalizer=name, layer=self._base.layer, num_tokens=captured.num_tokens,
                                explanations=explanations)
 
@@ -219,6 +252,20 @@ class Endpoint:
         healthy = all(answer == "ok" for answer in answers)
         body = HealthResponse(status="ok" if healthy else "failing", deployments=deployments)
         return JSONResponse(body.model_dump(), status_code=200 if healthy else 503)
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        schema.check_length(sampling.max_new_tokens, self._base.max_new_tokens)
+        schema.check_choice(sampling, self._scorers)
+
+    async def _described(self, name: str, activations: np.ndarray, request: Sampling) -> list[DescriptionBody]:
+        """One answer for each row of [n, d_model]: its only sample, or the best of several by the reward scorer."""
+        sampling = Sampling.model_validate(request.model_dump(include=set(Sampling.model_fields)))
+        written = await self._verbalizer.describe.remote(name, activations, sampling)
+        if sampling.samples == 1:
+            return written
+        choices = await self._scorer.choose.remote(schema.CHOOSER, [one.description for one in written], activations)
+        return [_answer(written[row * sampling.samples + choice.best], choice.confidence, sampling)
+                for row, choice in enumerate(choices)]
 
     def _array(self, what: str, activations: Sequence[Sequence[float]], item: str | None = None) -> np.ndarray:
         """Checked activations: [n, d_model] float32. `item`: how one of them is named in a refusal."""
@@ -238,8 +285,11 @@ class Endpoint:
         return captured
 
 
-def _sampling(request: Sampling) -> Sampling:
-    return Sampling(temperature=request.temperature, max_new_tokens=request.max_new_tokens, seed=request.seed)
+def _answer(best: DescriptionBody, confidence: float, sampling: Sampling) -> DescriptionBody:
+    """The best sample, withheld where the samples agree less than was asked for."""
+    unsure = sampling.min_confidence is not None and confidence < sampling.min_confidence
+    return best.model_copy(update={"description": None if unsure else best.description, "unsure": unsure,
+                                   "confidence": confidence, "samples": sampling.samples})
 
 
 async def _ping(answer: Awaitable[str]) -> str:

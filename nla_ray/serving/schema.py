@@ -17,6 +17,10 @@ MIN_NORM = 1e-6
 MAX_NORM = 1e18
 """The square of a longer one's norm leaves float32."""
 MAX_FLOAT32 = 3.4028234663852886e38
+MAX_SAMPLES = 16
+"""Descriptions drawn of one activation; a full batch of them is still some seconds' work on a CPU."""
+CHOOSER = "reward"
+"""Name of the scorer that chooses among samples: never the judge, which stays independent of what it scores."""
 _SHOWN_CHARS = 120
 
 Activation = Annotated[list[float], Field(
@@ -53,12 +57,20 @@ class ErrorBody(_Message):
 # Requests -------------------------------------------------------------------------------------------------------------
 
 class Sampling(_Message):
-    """How a description is written."""
+    """How a description is written, and chosen where several are drawn."""
 
-    temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy decoding.")
+    temperature: float | None = Field(None, ge=0.0, le=2.0, allow_inf_nan=False, description=(
+        "0 is greedy decoding. By default 0 for one sample and, for several, the temperature that training "
+        "sampled at: greedy samples of one activation would all be the same, so 0 is refused there."))
     max_new_tokens: int | None = Field(None, ge=1, description=(
         "Longest description in tokens; by default what training used."))
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling; without effect at temperature 0.")
+    samples: int = Field(1, ge=1, le=MAX_SAMPLES, description=(
+        "Descriptions drawn of each activation. Of several, the answer is the one whose reconstruction by the reward "
+        "scorer has the highest centred cosine with the activation."))
+    min_confidence: float | None = Field(None, ge=-1.0, le=1.0, allow_inf_nan=False, description=(
+        "Needs at least 2 samples. An activation whose samples agree less than this is answered `unsure`, without a "
+        "description."))
 
 
 class DescribeRequest(Sampling):
@@ -101,9 +113,16 @@ class ExplainRequest(Sampling):
 # Responses ------------------------------------------------------------------------------------------------------------
 
 class DescriptionBody(_Message):
-    """What a verbalizer wrote about one activation."""
+    """What a verbalizer wrote about one activation: its only sample, or the best of several."""
 
-    description: str
+    description: str | None = Field(description="null when, and only when, `unsure` is true.")
+    unsure: bool = Field(False, description=(
+        "True: `confidence` is below the request's `min_confidence`, and the best sample is withheld."))
+    confidence: float | None = Field(None, description=(
+        "How far the samples mean the same: the mean centred cosine of the pairs of their reconstructions by the reward "
+        "scorer, -1 to 1; null for one sample. 1: all mean the same; about 0: nothing in common. Not a probability of "
+        "being right: samples may agree on what is wrong."))
+    samples: int = Field(1, description="Descriptions drawn, this one among them.")
     closed: bool = Field(description="False: it ran into the token limit before its closing tag.")
     num_tokens: int
 
@@ -136,7 +155,8 @@ class Explanation(DescriptionBody):
 
     position: int = Field(description="0-based index in the chat-formatted prompt.")
     token: str
-    scores: dict[str, ScoreBody]
+    scores: dict[str, ScoreBody] = Field(description=(
+        "By scorer name; empty when `unsure`, where there is no description to score."))
 
 
 class ExplainResponse(_Message):
@@ -203,6 +223,19 @@ def check_length(max_new_tokens: int | None, longest: int) -> None:
     """Refuse a description longer than the context has room for; None is what training used."""
     if max_new_tokens is not None and max_new_tokens > longest:
         raise Refusal("max_new_tokens", max_new_tokens, f"at most {longest}, what the base's context has room for")
+
+
+def check_choice(sampling: Sampling, scorers: Sequence[str]) -> None:
+    """Refuse several samples that would be one, or that nobody can choose among, and confidence without samples."""
+    if sampling.samples > 1 and CHOOSER not in scorers:
+        raise Refusal("samples", sampling.samples, f"1: the scorer {CHOOSER!r}, which chooses among "
+                      "several, is not served; train it with jobs/sft.py")
+    if sampling.samples > 1 and sampling.temperature == 0:
+        raise Refusal("temperature", sampling.temperature, "a temperature above 0, or none for the default: greedy "
+                      "samples of one activation are all the same; for greedy decoding ask for samples 1")
+    if sampling.samples == 1 and sampling.min_confidence is not None:
+        raise Refusal("min_confidence", f"{sampling.min_confidence} with 1 sample", f"samples of 2 to {MAX_SAMPLES} "
+                      "beside it: confidence is how far samples agree")
 
 
 def check_activation(what: str, activation: Sequence[float], d_model: int) -> None:
