@@ -119,8 +119,8 @@ class DescriptionBody(_Message):
     unsure: bool = Field(False, description=(
         "True: `confidence` is below the request's `min_confidence`, and the best sample is withheld."))
     confidence: float | None = Field(None, description=(
-        "How far the samples mean the same: the mean centred cosine of the pairs of their reconstructions by the reward "
-        "scorer, -1 to 1; null for one sample. 1: all mean the same; about 0: nothing in common. Not a probability of "
+        "How far the samples mean the same: the mean centred cosine of the pairs of their reconstructions by the "
+        "reward scorer, -1 to 1; null for one sample. 1: all mean the same; about 0: nothing in common. Not a probability of "
         "being right: samples may agree on what is wrong."))
     samples: int = Field(1, description="Descriptions drawn, this one among them.")
     closed: bool = Field(description="False: it ran into the token limit before its closing tag.")
