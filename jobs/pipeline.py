@@ -13,6 +13,7 @@ STAGES = (
     ("labels", "nla_ray.labels.stage", "label_texts"),
     ("reward_scorer", "nla_ray.training.reconstruction", "train_scorer"),
     ("judge_scorer", "nla_ray.training.reconstruction", "train_scorer"),
+    ("linear_scorer", "nla_ray.training.linear", "fit_linear_scorer"),
     ("sft", "nla_ray.training.sft", "train_sft"),
     ("grpo", "nla_ray.training.grpo", "train_grpo"),
     ("report", "nla_ray.evaluation.report", "evaluate"),

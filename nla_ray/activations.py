@@ -531,9 +531,10 @@ def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
 
 
 def check_base(manifest: Manifest, info: BaseInfo) -> None:
-    """Raise ValueError when an artifact was made with other weights or another tokenizer than the base that is here."""
+    """Raise ValueError when an artifact was made with other weights, another tokenizer or another layer than the base that is here."""
     for what, there, here in (("weights", manifest.model.get("digest"), info.digest),
-                              ("tokenizer", manifest.model.get("tokenizer_digest"), info.tokenizer_digest)):
+                              ("tokenizer", manifest.model.get("tokenizer_digest"), info.tokenizer_digest),
+                              ("layer", manifest.model.get("layer"), info.layer)):
         if there != here:
             raise ValueError(f"artifact {manifest.name!r}: got {what} {here} of {info.name}, expected {there} of "
                              f"{manifest.model.get('name')}, with which it was made. Load that base with --base.model, or make the artifact again.")

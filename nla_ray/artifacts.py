@@ -216,13 +216,15 @@ class Run:
         self.config = config
         self.root = Location.of(config.run_dir)
 
-    def stage(self, name: str, *sections: str, parents: Mapping[str, Manifest] | None = None) -> Stage:
-        """Open artifact `name`, shaped by the named configuration sections and made from `parents`.
+    def stage(self, name: str, *sections: str, parents: Mapping[str, Manifest] | None = None, inputs: Mapping[str, str] | None = None) -> Stage:
+        """Open artifact `name`, shaped by the named configuration sections and made from `parents`, and from files outside the
+        run (`inputs`: name -> digest).
 
         Raises ValueError when what lies there has another configuration or other parents.
         """
         plain = to_dict(self.config)
-        return Stage(self, name, {section: plain[section] for section in sections}, parents or {})
+        config = {section: plain[section] for section in sections} | ({"inputs": dict(inputs)} if inputs else {})
+        return Stage(self, name, config, parents or {})
 
     def find(self, name: str) -> Manifest | None:
         """The manifest of a complete artifact, or None."""

@@ -165,6 +165,20 @@ def _amounts(resources: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
 
 
+def run_placed(config: RunConfig, kind: Kind, work: Callable[[RunConfig], None]) -> None:
+    """`work(config)` in one Ray process that is placed like one of `kind`, or in this process when Ray is not there.
+
+    Raises ValueError when the cluster has no room for it. A process that dies is started again, three times at most.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        work(config)
+        return
+    require_resources([demand(config.compute, kind)])
+    ray.get(ray.remote(work).options(max_retries=3, **worker_options(config.compute, kind)).remote(config))
+
+
 # Connecting -----------------------------------------------------------------------------------------------------------
 
 def worker_environment(threads: int, *, offline: bool = True) -> dict[str, str]:

@@ -123,6 +123,16 @@ class ReconstructorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearScorerConfig:
+    """The third scorer: ridge regression from features of the plain base. Its documents are the judge scorer's half."""
+
+    layer: int | None = None
+    """Block whose output is averaged over a description's tokens; None: the middle of the blocks up to base.layer."""
+    max_examples: int | None = 4_096
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """Supervised training of the verbalizer on labels."""
 
@@ -175,10 +185,14 @@ class GRPOSettings:
     num_scorer_actors: int = 1
     seed: int = 0
 
+    name: str | None = None
+    """Ending of the artifact's name, so that one run can hold several seeds and settings beside each other."""
+
     @property
     def artifact(self) -> str:
-        """`grpo`, or `grpo_no_contrast` for the ablation, so that one run holds both arms."""
-        return "grpo" if self.contrast == "wrong" else "grpo_no_contrast"
+        """`grpo`, or `grpo_no_contrast` for the ablation, so that one run holds both arms; with `_{name}` when named."""
+        arm = "grpo" if self.contrast == "wrong" else "grpo_no_contrast"
+        return arm if self.name is None else f"{arm}_{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +204,8 @@ class EvaluationConfig:
     """Fewer test documents than this is an error, not a smaller report."""
     bootstrap_resamples: int = 10_000
     batch_size: int = 64
+    samples: int = 8
+    """Samples of every test activation by the arm of GRPO, for best of N and for confidence; 0: none."""
     examples: int = 3
     gates: tuple[tuple[str, Literal[">=", ">", "<=", "<"], float], ...] = ()
     """(figure, relation, threshold), e.g. `("grpo.judge.top1", ">=", 0.93)`. The bound of the 95% interval that is worse
@@ -292,12 +308,16 @@ class RunConfig:
     """Print the plan (resources, memory, tokens, files, time) and stop before any weight is loaded."""
     gate: bool = False
     """Exit with status 1 when a gate of the report fails."""
+    compare: tuple[str, ...] = ()
+    """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions (activation_id, description), an adapter, or
+    the folder of another run's artifact."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     reward_scorer: ReconstructorConfig = field(default_factory=ReconstructorConfig)
     judge_scorer: ReconstructorConfig = field(default_factory=ReconstructorConfig)
+    linear_scorer: LinearScorerConfig = field(default_factory=LinearScorerConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -306,7 +326,9 @@ class RunConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
-        grpo = self.grpo
+        grpo, linear_layer = self.grpo, self.linear_scorer.layer
+        require(linear_layer is None or 0 <= linear_layer <= self.base.layer, "linear_scorer.layer", linear_layer,
+                f"a block from 0 to base.layer = {self.base.layer}", "What lies above is not loaded.")
         require(self.base.injection_norm > 0, "base.injection_norm", self.base.injection_norm, "a positive norm",
                 "Use the measured mean activation norm, rounded up.")
         require(self.base.layer >= 0, "base.layer", self.base.layer, "a block index >= 0", "Layer K is the output of block K.")

@@ -263,6 +263,17 @@ def _plan_sft(facts: Facts) -> StagePlan:
         files=f"adapter of {_size(trainable * 4)}, metrics.jsonl")
 
 
+def _plan_linear_scorer(facts: Facts) -> StagePlan:
+    config, shape = facts.config, facts.shape
+    layer = config.base.layer // 2 if config.linear_scorer.layer is None else config.linear_scorer.layer
+    half = facts.texts * TRAIN_SHARE / 2
+    tokens = min(half, config.linear_scorer.max_examples or half) * _LABEL_TOKENS
+    return StagePlan(
+        name="linear_scorer", artifact="linear_scorer", tokens=tokens, flops=2 * (layer + 1) * shape.block_parameters * tokens,
+        processes=(facts.process("scorer", 1, shape.parameters_up_to(layer) * facts.item_bytes),),
+        files=f"matrix of {_size(shape.d_model**2 * 4)}")
+
+
 def _plan_grpo(facts: Facts) -> StagePlan:
     config, shape, grpo, compute = facts.config, facts.shape, facts.config.grpo, facts.config.compute
     rollouts = grpo.steps * grpo.prompts_per_step * grpo.group_size
@@ -313,12 +324,13 @@ def _training_bytes(facts: Facts, blocks: int, *, with_head: bool = False) -> fl
 
 _STAGES: dict[str, Callable[[Facts], StagePlan]] = {
     "corpus": _plan_corpus, "capture": _plan_capture, "label": _plan_labels,
-    "reward_scorer": _plan_scorer("reward_scorer"), "judge_scorer": _plan_scorer("judge_scorer"), "sft": _plan_sft, "grpo": _plan_grpo, "evaluate": _plan_evaluation,
+    "reward_scorer": _plan_scorer("reward_scorer"), "judge_scorer": _plan_scorer("judge_scorer"),
+    "linear_scorer": _plan_linear_scorer, "sft": _plan_sft, "grpo": _plan_grpo, "evaluate": _plan_evaluation,
     "serve": _plan_serving, "pretrain": _plan_pretrain,
 }
-_EVERYTHING = ("corpus", "capture", "label", "reward_scorer", "judge_scorer", "sft", "grpo", "evaluate")
+_EVERYTHING = ("corpus", "capture", "label", "reward_scorer", "judge_scorer", "linear_scorer", "sft", "grpo", "evaluate")
 _JOBS: dict[str, tuple[str, ...]] = {
-    "sft": ("reward_scorer", "judge_scorer", "sft"), "grpo": _EVERYTHING[:7], "pipeline": _EVERYTHING,
+    "sft": _EVERYTHING[3:7], "grpo": tuple(name for name in _EVERYTHING[:8] if name != "linear_scorer"), "pipeline": _EVERYTHING,
     **{name: (name,) for name in ("pretrain", "corpus", "capture", "label", "evaluate", "serve")},
 }
 """Stages that each job makes; any other job is planned as the whole pipeline."""

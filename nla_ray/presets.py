@@ -93,6 +93,9 @@ def qwen2_5_7b() -> RunConfig:
 PRESETS: dict[str, Callable[[], RunConfig]] = {"nano": nano, "smollm2-135m": smollm2_135m, "qwen2.5-7b": qwen2_5_7b}
 
 
+_LONG_NAMES = {"--run": "--run-dir"}
+
+
 def preset(name: str) -> RunConfig:
     """The named configuration. Raises ValueError for a name that is not in PRESETS."""
     if name not in PRESETS:
@@ -107,7 +110,7 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
     """
     import tyro
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_LONG_NAMES.get(argument, argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     name = "nano"
     for index, argument in enumerate(arguments):
         if argument == "--preset" and index + 1 < len(arguments):

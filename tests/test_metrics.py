@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from nla_ray.evaluation.metrics import METRICS, Comparisons, Figure, derangement
 
 ORIGINALS = torch.tensor([[3.0, 0.0], [0.0, 0.5], [-2.0, 0.0]])
 RECONSTRUCTIONS = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 3.0]])
-COMPARISONS = Comparisons(originals=ORIGINALS, mean=torch.tensor([0.0, 0.5]), wrong=torch.tensor([1, 2, 0]),
+COMPARISONS = Comparisons(pool=ORIGINALS, rows=torch.arange(3), document_others=torch.tensor([[2], [-1], [0]]), mean=torch.tensor([0.0, 0.5]), wrong=torch.tensor([1, 2, 0]),
                           others=torch.tensor([[1, 2], [0, 2], [0, 1]]), hard_others=torch.tensor([[1], [2], [0]]))
 
 
@@ -23,6 +25,7 @@ COMPARISONS = Comparisons(originals=ORIGINALS, mean=torch.tensor([0.0, 0.5]), wr
     ("top1_10way", 1 / 3),  # ranks 1, 2, 3
     ("mrr_10way", 0.6111111),  # (1 + 1/2 + 1/3) / 3
     ("top1_10way_hard", 2 / 3),  # 1 > -0.447; 0.281 > -0.984; a tie at -0.447
+    ("top1_document", 1 / 2),  # of the two rows with another position: 1 > -1 and a tie
     ("fve", 0.0303301),  # 1 - (0 + 2 - sqrt 2 + 2) / (10/9 + 4/9 + 10/9)
 ])
 def test_each_figure_equals_the_number_worked_out_by_hand(metric: str, expected: float) -> None:
@@ -30,12 +33,15 @@ def test_each_figure_equals_the_number_worked_out_by_hand(metric: str, expected:
 
 
 def test_all_metrics_are_reported_in_their_order() -> None:
-    assert tuple(figures(RECONSTRUCTIONS, COMPARISONS)) == METRICS
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randn(120, 4, generator=generator)
+    comparisons = Comparisons.draw(originals, [f"d{row // 2}" for row in range(120)], torch.zeros(4), seed=0)
+    assert tuple(figures(originals, comparisons)) == METRICS
+    assert "top1_100way" not in figures(RECONSTRUCTIONS, COMPARISONS)
 
 
 def test_figures_do_not_depend_on_the_length_of_any_vector() -> None:
-    scaled = Comparisons(originals=ORIGINALS * torch.tensor([[7.0], [0.1], [90.0]]), mean=COMPARISONS.mean,
-                         wrong=COMPARISONS.wrong, others=COMPARISONS.others, hard_others=COMPARISONS.hard_others)
+    scaled = dataclasses.replace(COMPARISONS, pool=ORIGINALS * torch.tensor([[7.0], [0.1], [90.0]]))
     for name, figure in figures(RECONSTRUCTIONS * 13, scaled).items():
         assert figure.value == pytest.approx(figures(RECONSTRUCTIONS, COMPARISONS)[name].value, abs=1e-6)
 

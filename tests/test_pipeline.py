@@ -121,7 +121,7 @@ def test_smollm2_goes_from_texts_to_a_served_description(texts: Path, ray_cluste
     from nla_ray.serving import application
 
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(texts.read_text().splitlines(keepends=True)[:60]))
+    few.write_text("".join(texts.read_text().splitlines(keepends=True)[:120]))
     arguments = ("--preset", "smollm2-135m", "--corpus.chunk-chars", "300", "--corpus.chunks-per-document", "1", "--sft.max-examples", "16",
                  "--reward-scorer.max-examples", "16", "--judge-scorer.max-examples", "16", "--grpo.steps", "1", "--grpo.micro-batch-size", "8",
                  "--evaluation.min-documents", "2")

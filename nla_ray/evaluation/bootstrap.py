@@ -8,8 +8,10 @@ paired. Source: Efron & Tibshirani, An Introduction to the Bootstrap, ch. 13 (pe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +59,18 @@ class DocumentBootstrap:
 
     def differences(self, first: Mapping[str, Figure], second: Mapping[str, Figure]) -> dict[str, Interval]:
         """first - second for the names in `first`, on the same resamples: paired."""
+        return self._paired(first, second, operator.sub)
+
+    def ratios(self, first: Mapping[str, Figure], second: Mapping[str, Figure]) -> dict[str, Interval]:
+        """first / second for the names in `first`, on the same resamples: paired."""
+        return self._paired(first, second, operator.truediv)
+
+    def _paired(self, first: Mapping[str, Figure], second: Mapping[str, Figure], combine: Callable[[Any, Any], Any]) -> dict[str, Interval]:
         names = list(first)
-        sampled = self._sample([first[name] for name in names]) - self._sample([second[name] for name in names])
-        return {name: self._interval(name, first[name].value - second[name].value, values)
-                for name, values in zip(names, sampled, strict=True)}
+        sampled = self._sample([*first.values(), *(second[name] for name in names)])
+        combined = combine(sampled[:len(names)], sampled[len(names):])
+        return {name: self._interval(name, combine(first[name].value, second[name].value), values)
+                for name, values in zip(names, combined, strict=True)}
 
     def _sample(self, figures: Sequence[Figure]) -> Tensor:
         """Each figure on each resample: [figures, resamples]."""

@@ -9,8 +9,11 @@ silence never raises the figure.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import pairwise
+from typing import Literal
+
+Mark = Literal["", "found", "missing"]
 
 TOKENS_HEADING = "tokens"
 NEXT_HEADING = "next"
@@ -48,6 +51,10 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _IDENTIFIER = re.compile(r"[^\W\d][\w]*")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _CAMEL_PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_QUOTES = "\"“”`'‘’"
+_NAME = re.compile(r"\b(?:[^\W\d_]+[\d_]\w*|[a-z]+[A-Z]\w*|[A-Z]+[a-z]+[A-Z]\w*)\b|(?<=[\w,;] )[A-Z][^\W\d_]+")
+_CLAIM = re.compile(rf"{_QUOTED.pattern}|{_NUMBER.pattern}|{_CAMEL_PIECE.pattern}|[^\W\d_A-Za-z][^\W\d_]*")
+"""In running text: a quoted string, a number, or a piece of a word."""
 _TRIMMED = " \t.;:!?-*•"
 
 
@@ -125,6 +132,97 @@ def salient_words(description: str) -> frozenset[str]:
         claimed.update(_NUMBER.findall(prose))
         claimed.update(_content_words(prose, listed=bool(heading)))
     return frozenset(claimed)
+
+
+def specifics(description: str) -> frozenset[str]:
+    """The claims that only reading THIS text can bear out: quoted strings, numbers, names, and what `tokens:` lists.
+
+    Names are identifiers with an inner capital, digit or underscore, and capitalised words inside a sentence; casefolded.
+    Example: 'mentions Alice and "two words" in 1984, near df_test' -> {"alice", "two words", "1984", "df_test"}
+    """
+    told: set[str] = set()
+    for bullet in bullets(description):
+        heading, body = split_heading(bullet)
+        if heading.casefold() == NEXT_HEADING:
+            continue
+        told.update(" ".join((double or single).casefold().split()) for double, single in _QUOTED.findall(body))
+        prose = _QUOTED.sub(" ", body)
+        told.update(_NUMBER.findall(prose))
+        told.update(name.casefold() for name in _NAME.findall(prose))
+        if heading.casefold() == TOKENS_HEADING and not any(placeholder in body for placeholder in PLACEHOLDERS):
+            told.update(part.strip(_TRIMMED).casefold() for part in body.split(","))
+    return frozenset(told - {""})
+
+
+def missing_specifics(description: str, text: str) -> tuple[int, int]:
+    """(specifics that do not occur in the text, specifics told)."""
+    told = specifics(description)
+    found, flat = found_words(text), " ".join(text.casefold().split())
+    return sum(not (one in found or _stands_in(one, flat)) for one in told), len(told)
+
+
+def source_recall(description: str, words: Collection[str]) -> float:
+    """Share of a text's most salient words (given by the caller) that the description names; 0 for a text without any."""
+    return len(salient_words(description) & set(words)) / len(words) if words else 0.0
+
+
+def similarity(first: str, second: str) -> float:
+    """Jaccard overlap of two descriptions' salient words, headings included: 1 for the same template line, 0 for nothing shared."""
+    one, other = frozenset(word_pieces(first)) - FUNCTION_WORDS, frozenset(word_pieces(second)) - FUNCTION_WORDS
+    return len(one & other) / len(one | other) if one | other else 1.0
+
+
+def strip_quotes(description: str) -> str:
+    """The description without what it quotes: what is left must still pick out the activation."""
+    stripped = "\n".join(_QUOTED.sub(" ", line) for line in description.splitlines())
+    return re.sub(r"[ \t]+", " ", stripped).strip()
+
+
+def non_ascii_share(description: str) -> float:
+    """Share of characters beyond ASCII: rises when a verbalizer drifts into another language or into noise."""
+    return sum(not character.isascii() for character in description) / len(description) if description else 0.0
+
+
+def marked(description: str, text: str) -> list[tuple[str, Mark]]:
+    """The description cut into pieces, each claim marked by whether the text bears it out; joined they are the description.
+
+    Example: marked("- Python test: frame, qux", "def frame") ->
+        [("- Python test: ", ""), ("frame", "found"), (", ", ""), ("qux", "missing")]
+    """
+    claims, found = salient_words(description), found_words(text)
+    flat = " ".join(text.casefold().split())
+    pieces: list[tuple[str, Mark]] = []
+    for line in re.split(r"(\n)", description):
+        pieces += _marked_line(line, claims, lambda claim: claim in found or _stands_in(claim, flat))
+    return _joined(pieces)
+
+
+def _marked_line(line: str, claims: frozenset[str], stands: Callable[[str], bool]) -> Iterable[tuple[str, Mark]]:
+    head = _BULLET.match(line)
+    start = head.end() if head else 0
+    heading, body = split_heading(line[start:].strip())
+    if heading.casefold() == NEXT_HEADING:
+        return [(line, "")]
+    start = line.index(body, start) if heading and body else start
+    pieces: list[tuple[str, Mark]] = [(line[:start], "")]
+    last = start
+    for match in _CLAIM.finditer(line, start):
+        claim = " ".join(match[0].strip(_QUOTES).casefold().split())
+        if claim in claims:
+            pieces += [(line[last:match.start()], ""), (match[0], "found" if stands(claim) else "missing")]
+            last = match.end()
+    return [*pieces, (line[last:], "")]
+
+
+def _joined(pieces: Iterable[tuple[str, Mark]]) -> list[tuple[str, Mark]]:
+    """Neighbours with the same mark as one piece; empty pieces are left out."""
+    joined: list[tuple[str, Mark]] = []
+    for text, mark in pieces:
+        if text and joined and joined[-1][1] == mark == "":
+            joined[-1] = (joined[-1][0] + text, mark)
+        elif text:
+            joined.append((text, mark))
+    return joined
 
 
 def _content_words(text: str, listed: bool) -> Iterable[str]:

@@ -13,7 +13,7 @@ a text without a label is described by the empty string.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from nla_ray.evaluation.metrics import derangement, nearest_rows
 from nla_ray.prompts import GENERIC_DESCRIPTION
 from nla_ray.records import seed_of
 
+SCORERS = ("reward", "judge", "linear")
+"""Who scores; the artifact of each is `{scorer}_scorer`."""
 TRAINED = ("sft", "grpo", "grpo_no_contrast")
 """Artifacts that are verbalizers. The last is the ablation arm; it is in the table when its artifact exists."""
 LABELS = ("gold", "nearest_train_label", "shuffled", "generic")
@@ -30,6 +32,11 @@ VERBALIZERS = ("gold", "nearest_train_label", *TRAINED, "shuffled", "generic", *
 """In the order of the report's tables."""
 _SHUFFLE_SEED = 7_919
 """Keeps the shuffled labels' derangement apart from the one that chooses the wrong row: else the two would match."""
+
+
+def trained_in(artifacts: Collection[str]) -> list[str]:
+    """Which artifacts of a run are verbalizers, SFT first: also arms of GRPO that have a name of their own."""
+    return [*(name for name in TRAINED if name in artifacts), *sorted(name for name in artifacts if name.startswith("grpo") and name not in TRAINED)]
 
 
 def label_descriptions(name: str, text_ids: Sequence[str], doc_ids: Sequence[str], gold: Mapping[str, str],

@@ -11,6 +11,8 @@ too. Intervals are `bootstrap.py`'s. Source: the evaluation definitions; notatio
     top1_10way       share of v_i ranked first among 9 others by centred cosine, chance 0.1
     mrr_10way        mean of 1 / rank, chance 0.29
     top1_10way_hard  the same share among the 9 nearest activations of the domain, in other documents
+    top1_100way      the same share among 99 others, chance 0.01; the 9 of the 10-way choice are among them
+    top1_document    the same share among the other positions of the document, over rows that have some
     fve              1 - sum |n(r) - n(v)|^2 / sum |n(v) - mean n(v)|^2
 
 A tie counts against the right row: a constant reconstruction earns nothing.
@@ -18,8 +20,10 @@ A tie counts against the right row: a constant reconstruction earns nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,9 +32,15 @@ from nla_ray import vectors
 
 NUM_OTHERS = 9
 """Wrong rows beside the right one in the 10-way choice."""
+MOST_OTHERS = 99
+"""Wrong rows drawn for the largest choice; fewer where there are fewer."""
 METRICS = ("correct_cosine", "garbage_cosine", "delta", "top1", "centred_cosine", "top1_10way", "mrr_10way",
-           "top1_10way_hard", "fve")
+           "top1_10way_hard", "top1_100way", "top1_document", "fve")
+RETRIEVAL_SIZES = (2, 3, 5, 10, 20, 50, 100)
+"""Sizes k of the k-way choices that make the retrieval curve."""
 _BLOCK_ROWS = 1_024
+_COMPARED_VALUES = 8_192
+"""Activations compared at once."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +74,22 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparisons:
-    """Evaluated rows and, fixed once for every verbalizer and scorer, what each is compared with."""
+    """Evaluated rows and, fixed once for every verbalizer and scorer, what each is compared with (rows of the pool)."""
 
-    originals: Tensor
-    """v: [rows, d_model], raw."""
+    pool: Tensor
+    """v: [pool, d_model], raw: the rows compared, and what they are compared with."""
+    rows: Tensor
+    """Which rows of the pool are compared: [rows] int64."""
     mean: Tensor
     """mu over train: [d_model]."""
     wrong: Tensor
     """Row j of the 2-way choice and of the garbage cosine: [rows] int64."""
     others: Tensor
-    """The wrong rows of the 10-way choice: [rows, 9] int64."""
+    """Random wrong rows, 99 or as many as there are; the first k - 1 make the k-way choice: [rows, others] int64."""
     hard_others: Tensor
     """The wrong rows of the hard 10-way choice: [rows, 9] int64."""
+    document_others: Tensor
+    """Other rows of the same document, filled up with -1: [rows, most] int64."""
 
     @classmethod
     def draw(cls, originals: Tensor, doc_ids: Sequence[str], mean: Tensor, seed: int,
@@ -85,12 +99,39 @@ class Comparisons:
         Raises ValueError for too few documents.
         """
         originals, mean = originals.float(), mean.float()
-        return cls(originals=originals, mean=mean, wrong=derangement(doc_ids, seed),
-                   others=other_rows(doc_ids, NUM_OTHERS, seed + 1),
-                   hard_others=hard_rows(originals, doc_ids, domains or [""] * len(doc_ids), mean, NUM_OTHERS))
+        outside = len(doc_ids) - int(_number(doc_ids).bincount().max()) if doc_ids else 0
+        return cls(pool=originals, rows=torch.arange(len(originals)), mean=mean, wrong=derangement(doc_ids, seed),
+                   others=other_rows(doc_ids, max(NUM_OTHERS, min(MOST_OTHERS, outside)), seed + 1),
+                   hard_others=hard_rows(originals, doc_ids, domains or [""] * len(doc_ids), mean, NUM_OTHERS),
+                   document_others=document_rows(doc_ids))
 
     def __len__(self) -> int:
-        return len(self.originals)
+        return len(self.rows)
+
+    def at(self, places: Tensor) -> Comparisons:
+        """The same comparisons for some of the rows (index into them), against the whole pool."""
+        return dataclasses.replace(self, rows=self.rows[places], wrong=self.wrong[places], others=self.others[places],
+                                   hard_others=self.hard_others[places], document_others=self.document_others[places])
+
+    @cached_property
+    def originals(self) -> Tensor:
+        """v of the rows compared: [rows, d_model], raw."""
+        return self.pool[self.rows]
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """c(v) / |c(v)| of the pool: [pool, d_model]."""
+        return vectors.direction(vectors.centre(self.pool, self.mean))
+
+    def chances(self) -> dict[str, float]:
+        """What a description that says nothing scores, for the metrics that are choices."""
+        chances = {"top1": 1 / 2, "top1_10way": 1 / (1 + NUM_OTHERS), "top1_10way_hard": 1 / (1 + NUM_OTHERS),
+                   "mrr_10way": sum(1 / rank for rank in range(1, 2 + NUM_OTHERS)) / (1 + NUM_OTHERS),
+                   "top1_100way": 1 / (1 + MOST_OTHERS)}
+        counts = (self.document_others >= 0).sum(1)
+        if counts.any():
+            chances["top1_document"] = (1 / (1 + counts[counts > 0])).mean().item()
+        return chances
 
 
 def derangement(doc_ids: Sequence[str], seed: int) -> Tensor:
@@ -103,7 +144,7 @@ def derangement(doc_ids: Sequence[str], seed: int) -> Tensor:
     rows, longest = len(documents), int(documents.bincount().max()) if len(documents) else 0
     if rows < 2 or 2 * longest > rows:
         raise ValueError(f"derangement: got {rows} rows with {longest} of one document, expected at most half of "
-                         "the rows from one. Evaluate more documents.")
+                         "the rows from one. Use a corpus with more documents.")
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(int(documents.max()) + 1, generator=generator)[documents]
     order = torch.argsort(places * rows + torch.randperm(rows, generator=generator))
@@ -149,8 +190,19 @@ def hard_rows(originals: Tensor, doc_ids: Sequence[str], domains: Sequence[str],
     return torch.cat(chosen)
 
 
+def document_rows(doc_ids: Sequence[str]) -> Tensor:
+    """For every row the other rows of its document, in order, filled up with -1: [rows, most] int64."""
+    rows_of: dict[str, list[int]] = {}
+    for row, doc_id in enumerate(doc_ids):
+        rows_of.setdefault(doc_id, []).append(row)
+    most = max(map(len, rows_of.values()), default=1) - 1
+    others = [[other for other in rows_of[doc_id] if other != row] for row, doc_id in enumerate(doc_ids)]
+    return torch.tensor([own + [-1] * (most - len(own)) for own in others], dtype=torch.int64).reshape(len(others), most)
+
+
 def figures(reconstructions: Tensor, comparisons: Comparisons) -> dict[str, Figure]:
-    """Every metric of METRICS for reconstructions [rows, d_model] of the rows compared.
+    """The metrics of METRICS for reconstructions [rows, d_model] of the rows compared; without the 100-way choice where
+    there are too few rows, and without the one inside documents where all documents have one row.
 
     Raises ValueError for another number of rows and RuntimeError for values that are not finite.
     """
@@ -163,13 +215,13 @@ def figures(reconstructions: Tensor, comparisons: Comparisons) -> dict[str, Figu
                            "Train the reconstructor again.")
     originals, mean = comparisons.originals, comparisons.mean
     correct = vectors.cosine(reconstructions, originals)
-    garbage = vectors.cosine(reconstructions, originals[comparisons.wrong])
+    garbage = vectors.cosine(reconstructions, comparisons.pool[comparisons.wrong])
     centred = vectors.centred_cosine(reconstructions, originals, mean)
-    rank = ranks(reconstructions, comparisons, comparisons.others)
+    rank = ranks(reconstructions, comparisons, comparisons.others[:, :NUM_OTHERS])
     hard_rank = ranks(reconstructions, comparisons, comparisons.hard_others)
     error = vectors.squared_error(reconstructions, originals).double()
     spread = vectors.centre(originals, vectors.mean_direction(originals)).square().sum(-1).double()
-    return {
+    named = {
         "correct_cosine": Figure.mean(correct),
         "garbage_cosine": Figure.mean(garbage),
         "delta": Figure.mean(correct.double() - garbage.double()),
@@ -180,19 +232,37 @@ def figures(reconstructions: Tensor, comparisons: Comparisons) -> dict[str, Figu
         "top1_10way_hard": Figure.mean(hard_rank == 1),
         "fve": Figure(spread - error, spread),
     }
+    if comparisons.others.shape[1] >= MOST_OTHERS:
+        named["top1_100way"] = Figure.mean(ranks(reconstructions, comparisons, comparisons.others[:, :MOST_OTHERS]) == 1)
+    has_others = (comparisons.document_others >= 0).any(1).double()
+    if has_others.any():
+        document_rank = ranks(reconstructions, comparisons, comparisons.document_others)
+        named["top1_document"] = Figure((document_rank == 1) * has_others, has_others)
+    return {metric: named[metric] for metric in METRICS if metric in named}
+
+
+def retrieval(reconstructions: Tensor, comparisons: Comparisons) -> dict[int, Figure]:
+    """k -> top-1 among k activations by centred cosine, for the sizes of RETRIEVAL_SIZES that there are rows for."""
+    better = beaten_by(reconstructions, comparisons, comparisons.others)
+    return {size: Figure.mean(~better[:, :size - 1].any(1)) for size in RETRIEVAL_SIZES if size - 1 <= better.shape[1]}
 
 
 def ranks(reconstructions: Tensor, comparisons: Comparisons, others: Tensor) -> Tensor:
-    """Rank of the right row among itself and `others` [rows, k] by centred cosine: [rows] int64, 1 is best.
+    """Rank of the right row among itself and `others` [rows, k] by centred cosine: [rows] int64, 1 is best."""
+    return 1 + beaten_by(reconstructions, comparisons, others).sum(1)
 
-    A tie counts against the right row.
+
+def beaten_by(reconstructions: Tensor, comparisons: Comparisons, others: Tensor) -> Tensor:
+    """Whether each of `others` [rows, k] fits at least as well as the right row by centred cosine: [rows, k] bool.
+
+    A tie counts against the right row; -1 stands for no row and never fits.
     """
+    centred = vectors.direction(vectors.centre(reconstructions, comparisons.mean))
     blocks = []
-    for rows in torch.arange(len(comparisons)).split(_BLOCK_ROWS):
-        candidates = torch.cat([rows[:, None], others[rows]], dim=1)
-        compared = comparisons.originals[candidates]
-        scores = vectors.centred_cosine(reconstructions[rows, None], compared, comparisons.mean)
-        blocks.append(1 + (scores[:, 1:] >= scores[:, :1]).sum(1))
+    for rows in torch.arange(len(comparisons)).split(_COMPARED_VALUES // (1 + others.shape[1]) or 1):
+        candidates = torch.cat([comparisons.rows[rows, None], others[rows]], dim=1)
+        scores = torch.einsum("rd,rkd->rk", centred[rows], comparisons.centred[candidates])
+        blocks.append((scores[:, 1:] >= scores[:, :1]) & (others[rows] >= 0))
     return torch.cat(blocks)
 
 

@@ -1,43 +1,46 @@
 """The last stage: what is the verbalizer worth, on test documents it and its scorers never met.
 
-gather ancestors -> check lineage -> describe (every verbalizer and control) -> reconstruct (every scorer) -> summarise
--> report.json, report.md. Resumable description by description. Protects two rules: nothing is computed before the
-manifests of all ancestors prove that no test document was learned from or chosen on, and no description is dropped.
+gather ancestors -> check lineage -> describe (every verbalizer and control) -> read (every scorer) -> summarise -> report.json,
+report.md, report.html, scores.parquet. Resumable description by description. Protects two rules: nothing is computed before
+the manifests of all ancestors prove that no test document was learned from or chosen on, and no description is dropped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from nla_ray.activations import ActivationTable, check_base, load_activations, load_stats
 from nla_ray.artifacts import Run, Stage
+from nla_ray.cluster import run_placed
 from nla_ray.config import EvaluationConfig, RunConfig
 from nla_ray.corpus.embedded import DOMAIN_NAMES
-from nla_ray.evaluation.controls import (
-    INJECTED, TRAINED, VERBALIZERS, injected_vectors, label_descriptions, nearest_train_labels,
-)
+from nla_ray.evaluation.compared import Compared, check_compared, find_compared, read_descriptions
+from nla_ray.evaluation.controls import SCORERS, TRAINED, VERBALIZERS, trained_in
+from nla_ray.evaluation.describing import Described, describe_all
+from nla_ray.evaluation.gates import check_gates
 from nla_ray.evaluation.metrics import Comparisons
-from nla_ray.evaluation.summary import SCORERS, Described, Evaluated, check_gates, summarise
+from nla_ray.evaluation.readings import Readings, read_texts
+from nla_ray.evaluation.summary import CLAIM_FIGURES, PREFIX_TOKENS, Evaluated, summarise
 from nla_ray.evaluation.tables import print_report, to_markdown
-from nla_ray.labels.stage import load_labels
+from nla_ray.labels.offline import WordStatistics, salient_words
 from nla_ray.manifest import Manifest, check_disjoint, check_lineage
-from nla_ray.models.backbone import base_folder, base_info, load_backbone, load_tokenizer
-from nla_ray.models.reconstructor import Reconstructor
-from nla_ray.models.verbalizer import Verbalizer
-from nla_ray.runlog import MetricsLog, get_logger, stage_progress
+from nla_ray.models.backbone import base_folder, base_info, load_tokenizer
+from nla_ray.runlog import get_logger
 from nla_ray.training.pretrain import check_never_seen, never_nearly_seen
 
 JOBS = {"corpus": "corpus", "activations": "capture", "labels": "label", "reward_scorer": "sft", "judge_scorer": "sft",
-        "sft": "sft"}
+        "linear_scorer": "sft", "sft": "sft"}
 """What every report is made from, beside the arm of GRPO, and the job that makes it."""
-_CHUNK_BATCHES = 8
-"""Activations handed to the engine at once, in batches: enough that slots stay full, few enough that little is lost."""
+SALIENT_WORDS = 12
+"""Words of a text that its description might be expected to name."""
 
 logger = get_logger(__name__)
 
@@ -52,31 +55,24 @@ def evaluate(run: Run) -> Manifest:
     if stage.manifest is not None:
         logger.info("%s: complete, skipped", stage.name)
         return stage.manifest
-    check_gates(run.config.evaluation.gates)
-    _make_placed(run.config)
+    check_gates(run.config.evaluation.gates, CLAIM_FIGURES)
+    run_placed(run.config, "scorer", make_report)
     return run.require(stage.name, "evaluate")
 
 
-def _make_placed(config: RunConfig) -> None:
-    import ray
-
-    from nla_ray.cluster import demand, require_resources, worker_options
-
-    if not ray.is_initialized():
-        make_report(config)
-        return
-    require_resources([demand(config.compute, "scorer")])
-    worker = ray.remote(make_report).options(max_retries=3, **worker_options(config.compute, "scorer"))
-    ray.get(worker.remote(config))
-
-
 def report_name(config: RunConfig) -> str:
-    """`report`; the report that shows the ablation arm beside the other is an artifact of its own."""
-    return "report" if config.grpo.contrast == "wrong" else "report_no_contrast"
+    """`report`; the report of another arm, and one with more verbalizers beside it, is an artifact of its own."""
+    arm = config.grpo.artifact.removeprefix("grpo")
+    return "_".join([f"report{arm}", *(argument.partition("=")[0] for argument in config.compare)])
 
 
 def _open_stage(run: Run) -> Stage:
-    return run.stage(report_name(run.config), "base", "evaluation", parents=ancestors(run))
+    compared = {one.name: one.digest for one in _compared(run.config)}
+    return run.stage(report_name(run.config), "base", "evaluation", parents=ancestors(run), inputs=compared)
+
+
+def _compared(config: RunConfig) -> list[Compared]:
+    return find_compared(config.compare, [*VERBALIZERS, config.grpo.artifact, f"{config.grpo.artifact}_samples"])
 
 
 def ancestors(run: Run) -> dict[str, Manifest]:
@@ -93,27 +89,52 @@ def make_report(config: RunConfig) -> None:
     # Alone on its machine: as many threads as all trainers have together.
     torch.set_num_threads(config.compute.threads * config.compute.trainer_workers)
     run = Run(config)
-    stage, manifests = _open_stage(run), ancestors(run)
-    base = base_info(config.base)
-    for name in ("activations", *TRAINED, *(f"{scorer}_scorer" for scorer in SCORERS)):
-        if name in manifests:
-            check_base(manifests[name], base)
-    test, left_out = load_test(run, manifests)
-    mean = torch.tensor(load_stats(run)["mean_direction"])
+    stage, manifests, compared = _open_stage(run), ancestors(run), _compared(config)
+    check_ancestors(run, manifests, compared)
+    test, left_out = load_test(run, manifests, compared)
+    settings = config.evaluation
     with stage.local_folder() as folder:
-        descriptions = describe_all(run, manifests, test, mean, folder / "descriptions")
-        evaluated = Evaluated(
-            doc_ids=test.doc_ids, domains=test.domains, texts=test.texts, descriptions=descriptions,
-            comparisons=Comparisons.draw(test.vectors, test.doc_ids, mean, config.evaluation.seed, test.domains),
-            reconstructions=reconstruct_all(run, manifests, descriptions), domain_names=_domain_names(test.domains))
-        settings = config.evaluation
+        evaluated = gather(run, manifests, test, compared, folder)
         summary = summarise(evaluated, settings.gates, settings.bootstrap_resamples, settings.seed)
-        report = {**_card(config, manifests), "documents_left_out": left_out, **summary, "examples": _examples(evaluated, test, settings)}
-        (folder / "report.json").write_text(json.dumps(_rounded(report), indent=1) + "\n")
+        notes = _notes(test, compared)
+        report = {**_card(config, manifests), "documents_left_out": left_out, "notes": notes, **summary,
+                  "examples": _examples(evaluated, test, settings)}
+        report = _rounded(report)
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         (folder / "report.md").write_text(to_markdown(report))
+        pq.write_table(score_table(evaluated, test), folder / "scores.parquet")
     passed = sum(gate["passed"] for gate in summary["gates"])
     stage.publish(documents={"test": list(test.doc_ids)}, model=manifests["activations"].model,
                   metrics={"gates_passed": passed, "gates": len(summary["gates"])})
+
+
+def gather(run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, compared: Sequence[Compared],
+           folder: Path) -> Evaluated:
+    """All descriptions of the test activations, and what the scorers read in them."""
+    config = run.config
+    mean = torch.tensor(load_stats(run)["mean_direction"])
+    descriptions, samples = describe_all(run, manifests, test, mean, folder / "descriptions", compared)
+    ordered = {name: descriptions[name] for name in dict.fromkeys([*VERBALIZERS, *descriptions]) if name in descriptions}
+    statistics = WordStatistics.fit(load_activations(run, "train").texts)
+    gathered = Evaluated(
+        doc_ids=test.doc_ids, domains=test.domains, texts=test.texts,
+        salient=[[word for word, _ in salient_words(text, statistics, SALIENT_WORDS)] for text in test.texts],
+        comparisons=Comparisons.draw(test.vectors, test.doc_ids, mean, config.evaluation.seed, test.domains),
+        descriptions=ordered, samples=samples, sampled=config.grpo.artifact, readings=Readings([], {}),
+        prefixes=_prefixes(config, {name: ordered[name] for name in ordered if name in ("gold", *trained_in(manifests))}),
+        domain_names=_domain_names(test.domains))
+    return dataclasses.replace(gathered, readings=read_texts(run, manifests, gathered.texts_to_read(), folder / "scratch"))
+
+
+def _prefixes(config: RunConfig, descriptions: Mapping[str, Sequence[Described]]) -> dict[str, dict[int, list[str]]]:
+    """Every description cut to its first tokens, by verbalizer and number of tokens."""
+    tokenizer = load_tokenizer(config.base)
+    cut: dict[str, dict[int, list[str]]] = {}
+    for name, described in descriptions.items():
+        encoded = tokenizer([one.text for one in described], add_special_tokens=False)["input_ids"]
+        cut[name] = {length: [tokenizer.decode(ids[:length], skip_special_tokens=True).rstrip("\ufffd") for ids in encoded]
+                     for length in PREFIX_TOKENS}
+    return cut
 
 
 def read_report(run: Run) -> dict[str, Any]:
@@ -134,13 +155,22 @@ def show_report(run: Run) -> None:
 
 # What is evaluated ----------------------------------------------------------------------------------------------------
 
-def load_test(run: Run, manifests: Mapping[str, Manifest]) -> tuple[ActivationTable, int]:
+def check_ancestors(run: Run, manifests: Mapping[str, Manifest], compared: Sequence[Compared]) -> None:
+    """Raise ValueError when an ancestor was made with another base, or a scorer learned from the reward scorer's documents."""
+    base = base_info(run.config.base)
+    for name in ("activations", *trained_in(manifests), *(f"{scorer}_scorer" for scorer in SCORERS)):
+        check_base(manifests[name], base)
+    check_compared(compared, base)
+    check_disjoint(manifests["reward_scorer"], manifests["judge_scorer"])
+    check_disjoint(manifests["reward_scorer"], manifests["linear_scorer"])
+
+
+def load_test(run: Run, manifests: Mapping[str, Manifest], compared: Sequence[Compared] = ()) -> tuple[ActivationTable, int]:
     """Test activations (a seeded choice when `max_activations` is set), after lineage was checked; and how many documents were
     left out."""
     settings = run.config.evaluation
-    check_disjoint(manifests["reward_scorer"], manifests["judge_scorer"])
     test = load_activations(run, "test")
-    check_lineage(test.doc_ids, manifests)
+    check_lineage(test.doc_ids, {**manifests, **{one.name: one.manifest for one in compared if one.manifest}})
     captured = len(set(test.doc_ids))
     test = _unknown_to_base(run, test)
     if settings.max_activations is not None and settings.max_activations < len(test.ids):
@@ -175,131 +205,6 @@ def _domain_names(domains: Sequence[str]) -> dict[str, str]:
     return {**{domain: domain.replace("_", " ") for domain in domains}, **DOMAIN_NAMES}
 
 
-# Describing -----------------------------------------------------------------------------------------------------------
-
-def describe_all(run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, mean: Tensor,
-                 folder: Path) -> dict[str, list[Described]]:
-    """Descriptions of every test activation by verbalizer, in report order; written to `folder` as they come."""
-    folder.mkdir(parents=True, exist_ok=True)
-    describer = _Describer(run.config, test, folder)
-    described = {name: describer.keep(name, texts) for name, texts in _label_controls(run, test, mean).items()}
-    for artifact in TRAINED:
-        if artifact not in manifests:
-            continue
-        injected = {artifact: test.vectors}
-        if artifact == "sft":
-            injected |= {name: injected_vectors(name, test.ids, test.vectors, mean, run.config.evaluation.seed)
-                         for name in INJECTED}
-        with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
-            described |= describer.describe(adapter, manifests[artifact].model["neighbours"], injected)
-    return {name: described[name] for name in VERBALIZERS if name in described}
-
-
-def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
-    """What the controls that need no model say of every test activation."""
-    gold = {row["text_id"]: row["label"] for row in load_labels(run, "test") if row["drawn"]}
-    known = {row["text_id"]: row["label"] for row in load_labels(run, "train") if row["drawn"]}
-    train = load_activations(run, "train")
-    seed = run.config.evaluation.seed
-    texts = {name: label_descriptions(name, test.text_ids, test.doc_ids, gold, seed)
-             for name in ("gold", "shuffled", "generic")}
-    nearest = nearest_train_labels(test.vectors, train.vectors, train.text_ids, known, mean)
-    return {**texts, "nearest_train_label": nearest}
-
-
-class _Describer:
-    """Keeps `{verbalizer}.jsonl` files of descriptions, and makes what they lack with adapters over one loaded base."""
-
-    def __init__(self, config: RunConfig, test: ActivationTable, folder: Path) -> None:
-        self._config, self._ids, self._folder = config, test.ids, folder
-        self._tokenizer, self._model = load_tokenizer(config.base), None
-        self._num_tokens: dict[str, int] = {}
-
-    def keep(self, name: str, texts: Sequence[str]) -> list[Described]:
-        """Write descriptions that cost nothing to make, one for each activation."""
-        described = [self._described(text, closed=True) for text in texts]
-        rows = (_row(activation_id, one) for activation_id, one in zip(self._ids, described, strict=True))
-        (self._folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return described
-
-    def describe(self, adapter: Path, neighbours: Sequence[int],
-                 injected: Mapping[str, Tensor]) -> dict[str, list[Described]]:
-        """What one adapter says, by name of what is injected: [rows, d_model], or [1, d_model] for all rows alike."""
-        logs = {name: MetricsLog(self._folder / f"{name}.jsonl") for name in injected}
-        described = {name: self._read(log) for name, log in logs.items()}
-        if any(len(done) < len(self._ids) for done in described.values()):
-            self._model = load_backbone(self._config.base) if self._model is None else self._model
-            verbalizer = Verbalizer.load(self._config.base, adapter, neighbours=neighbours, model=self._model)
-            for name, vectors in injected.items():
-                self._complete(verbalizer, name, vectors, described[name], logs[name])
-        return described
-
-    def _complete(self, verbalizer: Verbalizer, name: str, injected: Tensor, done: list[Described],
-                  log: MetricsLog) -> None:
-        """Append the missing descriptions to `done` and to the file, chunk by chunk."""
-        chunk = self._config.evaluation.batch_size * _CHUNK_BATCHES
-        with stage_progress(f"describe: {name}", len(self._ids)) as advance:
-            advance(len(done))
-            while len(done) < len(self._ids):
-                start = len(done)
-                rows = injected if len(injected) == 1 else injected[start:start + chunk]
-                written = verbalizer.describe(rows, max_new_tokens=self._config.grpo.max_new_tokens)
-                copies = len(self._ids) - start if len(injected) == 1 else 1
-                fresh = [self._described(one.text, one.closed) for one in written] * copies
-                for activation_id, one in zip(self._ids[start:], fresh):
-                    log.append(_row(activation_id, one))
-                done += fresh
-                advance(len(fresh))
-
-    def _read(self, log: MetricsLog) -> list[Described]:
-        """What is there already. Raises ValueError when it describes other activations."""
-        rows = log.read()
-        if [row["activation_id"] for row in rows] != self._ids[:len(rows)]:
-            raise ValueError(f"{log.path}: got descriptions of other activations than the test split's, expected the "
-                             "same in order. The file is damaged; delete it and evaluate again.")
-        return [Described(row["description"], row["closed"], row["num_tokens"]) for row in rows]
-
-    def _described(self, text: str, closed: bool) -> Described:
-        """With its length in tokens; labels and controls repeat, so each text is counted once."""
-        if text not in self._num_tokens:
-            self._num_tokens[text] = len(self._tokenizer.encode(text, add_special_tokens=False))
-        return Described(text, closed, self._num_tokens[text])
-
-
-def _row(activation_id: str, one: Described) -> dict[str, Any]:
-    return {"activation_id": activation_id, "description": one.text, "closed": one.closed, "num_tokens": one.num_tokens}
-
-
-# Scoring --------------------------------------------------------------------------------------------------------------
-
-def reconstruct_all(run: Run, manifests: Mapping[str, Manifest],
-                    descriptions: Mapping[str, Sequence[Described]]) -> dict[str, dict[str, Tensor]]:
-    """Reconstructions by verbalizer and scorer, each [rows, d_model]. Both scorers share one loaded base.
-
-    A description is read once by each scorer, whichever verbalizers wrote it and however often.
-    """
-    batch_size = run.config.evaluation.batch_size
-    unique = sorted({one.text for described in descriptions.values() for one in described},
-                    key=lambda text: (len(text), text))
-    places = {text: place for place, text in enumerate(unique)}
-    result: dict[str, dict[str, Tensor]] = {name: {} for name in descriptions}
-    model = None
-    with stage_progress("reconstruct", len(SCORERS) * len(unique)) as advance:
-        for scorer in SCORERS:
-            artifact = f"{scorer}_scorer"
-            with run.local_copy(artifact, manifests[artifact]) as folder:
-                reconstructor = Reconstructor.load(run.config.base, folder, adapter=scorer, model=model)
-            model = reconstructor.model
-            rows = []
-            for start in range(0, len(unique), batch_size):
-                rows.append(reconstructor.reconstruct(unique[start:start + batch_size], batch_size))
-                advance(len(rows[-1]), scorer)
-            read = torch.cat(rows)
-            for name, described in descriptions.items():
-                result[name][scorer] = read[[places[one.text] for one in described]]
-    return result
-
-
 # Writing --------------------------------------------------------------------------------------------------------------
 
 def _card(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -310,8 +215,37 @@ def _card(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any
         "lineage": {name: {"fingerprint": one.fingerprint, "config_hash": one.config_hash, "created": one.created,
                            "documents": {use: len(ids) for use, ids in one.documents.items()}}
                     for name, one in manifests.items()},
+        "selection": {name: one.metrics for name, one in manifests.items() if name.endswith("_scorer") or name in trained_in(manifests)},
         "resamples": config.evaluation.bootstrap_resamples,
     }
+
+
+def _notes(test: ActivationTable, compared: Sequence[Compared]) -> list[str]:
+    """What is not known, or missing, about verbalizers that were named on the command line."""
+    notes = []
+    for one in compared:
+        if one.manifest is None:
+            notes.append(f"{one.name}: nothing is known of what it was trained on; test documents may be among it.")
+        if not one.is_adapter and (missing := read_descriptions(one.path, test.ids)[1]):
+            notes.append(f"{one.name}: {missing} of {len(test.ids)} activations have no description in {one.path.name}; they count as described by nothing.")
+    return notes
+
+
+def score_table(evaluated: Evaluated, test: ActivationTable) -> pa.Table:
+    """Every score of every description: one row an activation, verbalizer and scorer."""
+    columns: dict[str, list] = {name: [] for name in ("activation_id", "verbalizer", "scorer", "cosine", "garbage_cosine", "centred_cosine", "top1",
+                                                      "top1_10way", "top1_10way_hard")}
+    for name, by_scorer in evaluated.geometry.items():
+        for scorer, named in by_scorer.items():
+            columns["activation_id"] += test.ids
+            columns["verbalizer"] += [name] * len(test.ids)
+            columns["scorer"] += [scorer] * len(test.ids)
+            columns["cosine"] += named["correct_cosine"].numerator.tolist()
+            columns["garbage_cosine"] += named["garbage_cosine"].numerator.tolist()
+            columns["centred_cosine"] += named["centred_cosine"].numerator.tolist()
+            for choice in ("top1", "top1_10way", "top1_10way_hard"):
+                columns[choice] += named[choice].numerator.bool().tolist()
+    return pa.table(columns)
 
 
 def _examples(evaluated: Evaluated, test: ActivationTable, settings: EvaluationConfig) -> list[dict[str, Any]]:
@@ -321,7 +255,7 @@ def _examples(evaluated: Evaluated, test: ActivationTable, settings: EvaluationC
     for row in order:
         chosen.setdefault(test.domains[row], row)
     rows = list(chosen.values())[:settings.examples]
-    shown = [name for name in ("gold", *TRAINED) if name in evaluated.descriptions]
+    shown = [name for name in evaluated.descriptions if name in ("gold", *TRAINED) or name not in VERBALIZERS]
     return [{"activation_id": test.ids[row], "domain": test.domains[row], "text": test.texts[row],
              "descriptions": {name: evaluated.descriptions[name][row].text for name in shown}} for row in rows]
 

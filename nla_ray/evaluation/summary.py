@@ -1,44 +1,48 @@
-"""From descriptions and reconstructions to the report's figures: one dictionary, every number with its interval.
+"""From descriptions and what scorers read in them to the report's figures: one dictionary, every number with its interval.
 
 Pure: it knows neither models nor files. `results[verbalizer][scorer][metric]`, `claims[verbalizer][figure]`, paired
-differences, agreement of the scorers, figures by domain, and gates. A figure's name in a gate is
-`{verbalizer}.{scorer}.{metric}`, `{verbalizer}-{verbalizer}.{scorer}.{metric}` or `{verbalizer}.claims.{figure}`.
+differences and ratios, agreement and gaps of the scorers, figures by domain, by length and by number of choices, best of N,
+confidence, warnings and gates.
 """
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nla_ray.evaluation import claims
 from nla_ray.evaluation.bootstrap import DocumentBootstrap
-from nla_ray.evaluation.controls import VERBALIZERS
-from nla_ray.evaluation.metrics import METRICS, Comparisons, Figure, figures
+from nla_ray.evaluation.controls import SCORERS, TRAINED
+from nla_ray.evaluation.gates import Gate, judge_gate
+from nla_ray.evaluation.metrics import Comparisons, Figure, figures, retrieval
+from nla_ray.models.choice import agreement, best_of
 
-SCORERS = ("reward", "judge")
-PAIRS = (("grpo", "sft"), ("grpo", "nearest_train_label"), ("sft", "nearest_train_label"), ("grpo", "grpo_no_contrast"))
-PAIRED_METRICS = ("centred_cosine", "delta", "top1", "top1_10way")
-CLAIM_FIGURES = ("precision", "precision_shuffled", "recall", "domain", "repeats", "distinct", "unclosed", "empty",
-                 "tokens")
-_DOMAIN_FIGURES = ("precision", "domain")
-_BY_DOMAIN = ("gold", "sft", "grpo")
-_RELATIONS: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+if TYPE_CHECKING:
+    from nla_ray.evaluation.describing import Described
+    from nla_ray.evaluation.readings import Readings
 
+CLAIM_FIGURES = ("precision", "precision_shuffled", "precision_excess", "recall", "source_recall", "source_recall_shuffled",
+                 "hallucinated", "domain", "repeats", "distinct", "similarity", "top_line", "non_ascii", "unclosed", "empty", "tokens")
+PREFIX_TOKENS = (4, 8, 16)
+"""Lengths at which descriptions are cut for the prefix curve; its last point is the whole description."""
+_CURVE_METRICS = ("centred_cosine", "top1_10way")
+_DOMAIN_CLAIMS = ("precision", "precision_shuffled", "hallucinated", "domain")
+_DOMAIN_METRICS = ("centred_cosine", "top1_10way_hard")
+_CONFIDENCE_METRICS = ("top1", "top1_10way", "centred_cosine")
+_CONFIDENCE_BINS = 5
+_SAMPLE_COUNTS = (1, 2, 4, 8, 16)
+GAP_WARNING = 0.05
+"""A gap between reward and judge scorer beyond the gold labels' by more than this, at the interval's lower bound, is a warning.
 
-@dataclass(frozen=True)
-class Described:
-    """What one verbalizer said of one activation; `num_tokens` counts the description alone."""
-
-    text: str
-    closed: bool
-    num_tokens: int
+Centred cosine. Optimising against the reward scorer must open some gap; what this catches is a reward that nobody else sees.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,61 +52,130 @@ class Evaluated:
     doc_ids: Sequence[str]
     domains: Sequence[str]
     texts: Sequence[str]
+    salient: Sequence[Sequence[str]]
+    """The most salient words of each text."""
     comparisons: Comparisons
     descriptions: Mapping[str, Sequence[Described]]
     """By verbalizer."""
-    reconstructions: Mapping[str, Mapping[str, Tensor]]
-    """By verbalizer and scorer: [rows, d_model]."""
+    readings: Readings
+    """Of every description, of its forms (`forms_of`) and of every sample."""
     domain_names: Mapping[str, str]
     """Slug -> the name a description may use."""
+    samples: Sequence[Sequence[Described]] = ()
+    """N samples of the arm of GRPO for each row; empty when none were drawn."""
+    prefixes: Mapping[str, Mapping[int, Sequence[str]]]
+    """Verbalizer -> number of tokens -> every description cut to them."""
+    sampled: str
+    """The verbalizer that the samples are of."""
+
+    def texts_to_read(self) -> set[str]:
+        """Everything that `readings` must hold."""
+        written = {form for described in self.descriptions.values() for one in described for form in forms_of(one.text)}
+        cut = {text for by_length in self.prefixes.values() for texts in by_length.values() for text in texts}
+        return written | cut | {one.text for drawn in self.samples for one in drawn}
+
+    @cached_property
+    def geometry(self) -> dict[str, dict[str, dict[str, Figure]]]:
+        """verbalizer -> scorer -> metric."""
+        return {name: {scorer: figures(self.read(scorer, [one.text for one in described]), self.comparisons) for scorer in SCORERS}
+                for name, described in self.descriptions.items()}
+
+    @cached_property
+    def claims(self) -> dict[str, dict[str, Figure]]:
+        """verbalizer -> figure of CLAIM_FIGURES."""
+        return {name: claim_figures(self, name) for name in self.descriptions}
+
+    def read(self, scorer: str, texts: Sequence[str]) -> Tensor:
+        """Reconstructions [rows, d_model]."""
+        return self.readings.of(scorer, texts)
 
 
-def summarise(evaluated: Evaluated, gates: Sequence[tuple[str, str, float]], resamples: int,
-              seed: int) -> dict[str, Any]:
+def forms_of(text: str) -> tuple[str, str]:
+    """A description whole, and with its quoted strings stripped."""
+    return text, claims.strip_quotes(text)
+
+
+def summarise(evaluated: Evaluated, gates: Sequence[Gate], resamples: int, seed: int) -> dict[str, Any]:
     """Every figure of the report as plain JSON values."""
     bootstrap = DocumentBootstrap(evaluated.doc_ids, resamples, seed)
-    geometry = {verbalizer: {scorer: figures(rows, evaluated.comparisons) for scorer, rows in by_scorer.items()}
-                for verbalizer, by_scorer in evaluated.reconstructions.items()}
-    said = {verbalizer: claim_figures(evaluated, verbalizer) for verbalizer in evaluated.descriptions}
     summary: dict[str, Any] = {
         "n": len(evaluated.doc_ids),
         "documents": len(set(evaluated.doc_ids)),
-        "results": {verbalizer: {scorer: _intervals(bootstrap, named) for scorer, named in by_scorer.items()}
-                    for verbalizer, by_scorer in geometry.items()},
-        "claims": {verbalizer: _intervals(bootstrap, named) for verbalizer, named in said.items()},
-        "paired": _paired(bootstrap, geometry),
-        "agreement": {verbalizer: _agreement(by_scorer) for verbalizer, by_scorer in geometry.items()},
-        "domains": _by_domain(evaluated, said, resamples, seed),
-        "confusion": {verbalizer: _confusion(evaluated, verbalizer) for verbalizer in _BY_DOMAIN if verbalizer in said},
+        "chance": evaluated.comparisons.chances(),
+        "results": {name: {scorer: _intervals(bootstrap, named) for scorer, named in by_scorer.items()}
+                    for name, by_scorer in evaluated.geometry.items()},
+        "claims": {name: _intervals(bootstrap, named) for name, named in evaluated.claims.items()},
+        **_pairs(bootstrap, evaluated),
+        "agreement": {name: _agreement(by_scorer) for name, by_scorer in evaluated.geometry.items()},
+        "gaps": _gaps(bootstrap, evaluated),
+        "quotes": _quotes(bootstrap, evaluated),
+        "prefix": _prefix_curves(bootstrap, evaluated),
+        "retrieval": _retrieval_curves(bootstrap, evaluated),
+        **(_sampling(bootstrap, evaluated) if evaluated.samples else {}),
+        "domains": _by_domain(evaluated, resamples, seed),
+        "confusion": {name: _confusion(evaluated, name) for name in _spoken(evaluated)},
     }
-    return {**summary, "gates": [judge_gate(summary, gate) for gate in gates]}
+    return {**summary, "warnings": _warnings(summary), "gates": [judge_gate(summary, gate) for gate in gates]}
 
+
+def pairs_of(verbalizers: Sequence[str]) -> list[tuple[str, str]]:
+    """Which verbalizers are compared row by row: both arms, with SFT and with the nearest label; and every other one with them."""
+    own = [("grpo", "sft"), ("grpo", "nearest_train_label"), ("sft", "nearest_train_label"), ("grpo", "grpo_no_contrast"),
+           ("grpo_no_contrast", "sft")]
+    others = [name for name in verbalizers if name not in _OWN]
+    more = [(name, known) for name in others for known in ("grpo", "sft", "nearest_train_label")]
+    return [pair for pair in own + more if set(pair) <= set(verbalizers)]
+
+
+_OWN = frozenset(("gold", "nearest_train_label", "shuffled", "generic", "mean_activation", "random_vector", *TRAINED))
+
+
+def _spoken(evaluated: Evaluated) -> list[str]:
+    """The verbalizers whose words are looked at closely: gold, what was trained, and what was named on the command line."""
+    return [name for name in evaluated.descriptions if name in ("gold", *TRAINED) or name not in _OWN]
+
+
+# Claims ---------------------------------------------------------------------------------------------------------------
 
 def claim_figures(evaluated: Evaluated, verbalizer: str) -> dict[str, Figure]:
     """The figures of CLAIM_FIGURES for one verbalizer. A description that claims nothing has precision and recall 0.
 
-    `precision_shuffled`: against the text of the wrong row. `recall`: share of the gold label's claims that are made
-    too. `distinct`: distinct descriptions over descriptions.
+    `precision_shuffled`: against the text of the wrong row; `precision_excess`: the difference of the two. `recall`: share of
+    the gold label's claims that are made too; `source_recall`: share of the text's most salient words that are named, and of
+    the wrong row's. `hallucinated`: share of quoted strings, numbers, names and listed tokens that the text does not have,
+    left out where none are told. `distinct`: distinct descriptions over descriptions; `similarity`: word overlap with the
+    wrong row's description; `top_line`: share of the descriptions that have the line most of them have.
     """
     described = evaluated.descriptions[verbalizer]
-    texts = [one.text for one in described]
-    own = list(zip(texts, evaluated.texts, strict=True))
-    wrong_rows = evaluated.comparisons.wrong.tolist()
-    wrong = [(text, evaluated.texts[row]) for text, row in zip(texts, wrong_rows, strict=True)]
-    gold = [(text, one.text) for text, one in zip(texts, evaluated.descriptions["gold"], strict=True)]
+    texts, wrong = [one.text for one in described], evaluated.comparisons.wrong.tolist()
+    precision = torch.tensor([claims.claim_precision(text, source) for text, source in zip(texts, evaluated.texts)], dtype=torch.float64)
+    elsewhere = torch.tensor([claims.claim_precision(text, evaluated.texts[row]) for text, row in zip(texts, wrong)], dtype=torch.float64)
+    specifics = torch.tensor([claims.missing_specifics(text, source) for text, source in zip(texts, evaluated.texts)], dtype=torch.float64)
     copies = Counter(texts)
-    return {
-        "precision": Figure.mean([claims.claim_precision(text, source) for text, source in own]),
-        "precision_shuffled": Figure.mean([claims.claim_precision(text, other) for text, other in wrong]),
-        "recall": Figure.mean([_recall(text, label) for text, label in gold]),
+    lines = [set(claims.bullets(text)) for text in texts]
+    [(top_line, _)] = Counter(line for own in lines for line in own).most_common(1) or [("", 0)]
+    named = {
+        "precision": Figure.mean(precision),
+        "precision_shuffled": Figure.mean(elsewhere),
+        "precision_excess": Figure.mean(precision - elsewhere),
+        "recall": Figure.mean([_recall(text, one.text) for text, one in zip(texts, evaluated.descriptions["gold"], strict=True)]),
+        "source_recall": Figure.mean([claims.source_recall(text, words) for text, words in zip(texts, evaluated.salient, strict=True)]),
+        "source_recall_shuffled": Figure.mean([claims.source_recall(text, evaluated.salient[row]) for text, row in zip(texts, wrong)]),
+        "hallucinated": Figure(specifics[:, 0], specifics[:, 1]),
         "domain": Figure.mean([claims.domain_named(text, domain, evaluated.domain_names)
                                for text, domain in zip(texts, evaluated.domains, strict=True)]),
         "repeats": Figure.mean([claims.repeats_item(text) for text in texts]),
         "distinct": Figure.mean([1.0 / copies[text] for text in texts]),
+        "similarity": Figure.mean([claims.similarity(text, texts[row]) for text, row in zip(texts, wrong)]),
+        "top_line": Figure.mean([top_line in own for own in lines]),
+        "non_ascii": Figure.mean([claims.non_ascii_share(text) for text in texts]),
         "unclosed": Figure.mean([not one.closed for one in described]),
         "empty": Figure.mean([not one.text.strip() for one in described]),
         "tokens": Figure.mean([one.num_tokens for one in described]),
     }
+    if not specifics[:, 1].any():
+        del named["hallucinated"]
+    return named
 
 
 def _recall(description: str, gold: str) -> float:
@@ -110,81 +183,150 @@ def _recall(description: str, gold: str) -> float:
     return len(wanted & claims.salient_words(description)) / len(wanted) if wanted else 0.0
 
 
-def check_gates(gates: Sequence[tuple[str, str, float]]) -> None:
-    """Raise ValueError for a gate that names no figure, before hours are spent on computing figures."""
-    for name, relation, _ in gates:
-        if relation not in _RELATIONS or not _names_figure(name):
-            raise ValueError(f"gate: got {name!r} {relation!r}, expected VERBALIZER.SCORER.METRIC, "
-                             "VERBALIZER.claims.FIGURE or FIRST-SECOND.SCORER.METRIC with a relation of >=, >, <=, <. "
-                             "Correct --evaluation.gates.")
+# Between verbalizers and between scorers ------------------------------------------------------------------------------
 
-
-def _names_figure(name: str) -> bool:
-    if name.count(".") != 2:
-        return False
-    subject, scorer, metric = name.split(".")
-    if "-" in subject:
-        return tuple(subject.split("-")) in PAIRS and scorer in SCORERS and metric in PAIRED_METRICS
-    if subject not in VERBALIZERS:
-        return False
-    return metric in CLAIM_FIGURES if scorer == "claims" else scorer in SCORERS and metric in METRICS
-
-
-def judge_gate(summary: Mapping[str, Any], gate: tuple[str, str, float]) -> dict[str, Any]:
-    """`{name, relation, value, threshold, passed}`; `value` is the interval's bound that is worse for the claim.
-
-    A figure that this report does not have (the ablation arm, when it was not trained) has value None and fails.
-    """
-    name, relation, threshold = gate
-    verbalizer, scorer, metric = name.split(".")
-    section = "paired" if "-" in verbalizer else "claims" if scorer == "claims" else "results"
-    figure = summary[section].get(verbalizer, {})
-    figure = figure.get(metric) if section == "claims" else figure.get(scorer, {}).get(metric)
-    value = None if figure is None else figure["low" if relation.startswith(">") else "high"]
-    passed = value is not None and _RELATIONS[relation](value, threshold)
-    return {"name": name, "relation": relation, "value": value, "threshold": threshold, "passed": passed}
-
-
-def _intervals(bootstrap: DocumentBootstrap, named: Mapping[str, Figure]) -> dict[str, dict[str, float | int]]:
-    return {name: interval.to_dict() for name, interval in bootstrap.intervals(named).items()}
-
-
-def _paired(bootstrap: DocumentBootstrap, geometry: Mapping[str, Mapping[str, Mapping[str, Figure]]]) -> dict[str, Any]:
-    """`{first}-{second}` -> scorer -> metric -> interval of the difference on the same rows and resamples."""
+def _pairs(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+    """`paired`: `{first}-{second}` -> scorer or `claims` -> figure -> interval of the difference on the same rows and resamples.
+    `ratios`: `{first}/{second}` -> scorer -> the ratio of the deltas."""
     paired: dict[str, Any] = {}
-    for first, second in PAIRS:
-        if first not in geometry or second not in geometry:
-            continue
-        by_scorer = paired.setdefault(f"{first}-{second}", {})
-        for scorer, named in geometry[first].items():
-            chosen = {metric: named[metric] for metric in PAIRED_METRICS}
-            differences = bootstrap.differences(chosen, geometry[second][scorer])
-            by_scorer[scorer] = {name: interval.to_dict() for name, interval in differences.items()}
-    return paired
+    ratios: dict[str, Any] = {}
+    for first, second in pairs_of(list(evaluated.descriptions)):
+        by_scorer = paired[f"{first}-{second}"] = {}
+        for scorer in SCORERS:
+            ours, theirs = evaluated.geometry[first][scorer], evaluated.geometry[second][scorer]
+            by_scorer[scorer] = _dicts(bootstrap.differences(ours, theirs))
+            ratios.setdefault(f"{first}/{second}", {})[scorer] = _dicts(bootstrap.ratios({"delta": ours["delta"]}, theirs))
+        ours, theirs = evaluated.claims[first], evaluated.claims[second]
+        by_scorer["claims"] = _dicts(bootstrap.differences({name: ours[name] for name in ours if name in theirs}, theirs))
+    return {"paired": paired, "ratios": ratios}
 
 
-def _agreement(by_scorer: Mapping[str, Mapping[str, Figure]]) -> dict[str, float | None]:
-    """How far the two scorers say the same of single rows: equal 2-way outcomes, correlation of centred cosines.
+def _agreement(by_scorer: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, float | None]]:
+    """How far two scorers say the same of single rows, by pair: equal 2-way outcomes, correlation of centred cosines.
 
     The correlation is None when a scorer says the same of every row.
     """
-    first, second = (by_scorer[scorer] for scorer in SCORERS)
-    pair = torch.stack([first["centred_cosine"].numerator, second["centred_cosine"].numerator])
-    correlation = torch.corrcoef(pair)[0, 1].item()
-    return {"top1": (first["top1"].numerator == second["top1"].numerator).double().mean().item(),
-            "centred_cosine": correlation if correlation == correlation else None}
+    told: dict[str, dict[str, float | None]] = {}
+    for first, second in combinations(by_scorer, 2):
+        one, other = by_scorer[first], by_scorer[second]
+        correlation = torch.corrcoef(torch.stack([one["centred_cosine"].numerator, other["centred_cosine"].numerator]))[0, 1].item()
+        told[f"{first}/{second}"] = {"top1": (one["top1"].numerator == other["top1"].numerator).double().mean().item(),
+                                     "centred_cosine": correlation if correlation == correlation else None}
+    return told
 
 
-def _by_domain(evaluated: Evaluated, said: Mapping[str, Mapping[str, Figure]], resamples: int,
-               seed: int) -> dict[str, Any]:
-    """domain -> verbalizer -> precision and domain named, each over the documents of the domain."""
+def _gaps(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+    """verbalizer -> by how much the reward scorer's centred cosine exceeds the judge's, beyond what it does for the gold labels."""
+    gaps = {name: Figure.mean(by_scorer["reward"]["centred_cosine"].numerator - by_scorer["judge"]["centred_cosine"].numerator)
+            for name, by_scorer in evaluated.geometry.items()}
+    gold = gaps.pop("gold")
+    return _dicts(bootstrap.differences(gaps, dict.fromkeys(gaps, gold)))
+
+
+def _quotes(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+    """verbalizer -> share of descriptions that quote, and by scorer what is lost when what they quote is taken out."""
+    told: dict[str, Any] = {}
+    for name, described in evaluated.descriptions.items():
+        stripped = [claims.strip_quotes(one.text) for one in described]
+        quoting = [left != " ".join(one.text.split()) and "".join(left.split()) != "".join(one.text.split())
+                   for left, one in zip(stripped, described, strict=True)]
+        if not any(quoting):
+            continue
+        told[name] = {"quoting": _intervals(bootstrap, {"share": Figure.mean(quoting)})["share"]}
+        for scorer in SCORERS:
+            without = figures(evaluated.read(scorer, stripped), evaluated.comparisons)
+            chosen = {metric: evaluated.geometry[name][scorer][metric] for metric in _CURVE_METRICS}
+            told[name][scorer] = _dicts(bootstrap.differences(chosen, without))
+    return told
+
+
+# Curves ---------------------------------------------------------------------------------------------------------------
+
+def _prefix_curves(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+    """verbalizer -> scorer -> [{tokens, centred_cosine, top1_10way}] for descriptions cut to so many tokens; the last is whole."""
+    curves: dict[str, Any] = {}
+    for name, by_length in evaluated.prefixes.items():
+        whole = round(sum(one.num_tokens for one in evaluated.descriptions[name]) / len(evaluated.doc_ids))
+        for scorer in SCORERS:
+            points = [(length, figures(evaluated.read(scorer, texts), evaluated.comparisons)) for length, texts in by_length.items()]
+            points.append((whole, evaluated.geometry[name][scorer]))
+            curves.setdefault(name, {})[scorer] = [
+                {"tokens": tokens, **_intervals(bootstrap, {metric: named[metric] for metric in _CURVE_METRICS})}
+                for tokens, named in points if tokens <= whole]
+    return curves
+
+
+def _retrieval_curves(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+    """verbalizer -> scorer -> [{k, top1}]: the share of rows found among k activations by centred cosine."""
+    curves: dict[str, Any] = {}
+    for name, described in evaluated.descriptions.items():
+        for scorer in SCORERS:
+            found = retrieval(evaluated.read(scorer, [one.text for one in described]), evaluated.comparisons)
+            intervals = _intervals(bootstrap, {str(size): figure for size, figure in found.items()})
+            curves.setdefault(name, {})[scorer] = [{"k": int(size), "top1": figure} for size, figure in intervals.items()]
+    return curves
+
+
+# Samples --------------------------------------------------------------------------------------------------------------
+
+def _sampling(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+    """What N samples are good for: `best_of` N by the reward scorer, and `confidence`, their agreement, with its `calibration`."""
+    comparisons, count = evaluated.comparisons, len(evaluated.samples[0])
+    flat = [one.text for drawn in evaluated.samples for one in drawn]
+    read = {scorer: evaluated.read(scorer, flat).reshape(len(evaluated.samples), count, -1) for scorer in SCORERS}
+    rows = torch.arange(len(comparisons))
+    best = []
+    for samples in (size for size in _SAMPLE_COUNTS if size <= count):
+        chosen = best_of(read["reward"][:, :samples], comparisons.originals, comparisons.mean)
+        named = {scorer: figures(read[scorer][rows, chosen], comparisons) for scorer in SCORERS}
+        best.append({"samples": samples, **{scorer: _intervals(bootstrap, {metric: own[metric] for metric in _CONFIDENCE_METRICS})
+                                            for scorer, own in named.items()}})
+    confidence = agreement(read["reward"], comparisons.mean) if count > 1 else None
+    return {"best_of": best, **({} if confidence is None else _confidence(bootstrap, evaluated, confidence, count))}
+
+
+def _confidence(bootstrap: DocumentBootstrap, evaluated: Evaluated, confidence: Tensor, samples: int) -> dict[str, Any]:
+    """`confidence`: the greedy description's figures on the more confident half of the rows, less those on the rest, by scorer;
+    `calibration`: the judge's figures by quantile of the confidence."""
+    order = confidence.argsort(stable=True)
+    upper = torch.zeros(len(order), dtype=torch.float64)
+    upper[order[len(order) // 2:]] = 1.0
+    halves: dict[str, Any] = {"samples": samples}
+    for scorer in SCORERS:
+        named = {metric: evaluated.geometry[evaluated.sampled][scorer][metric].numerator for metric in _CONFIDENCE_METRICS}
+        halves[scorer] = _dicts(bootstrap.differences({name: Figure(value * upper, upper) for name, value in named.items()},
+                                                      {name: Figure(value * (1 - upper), 1 - upper) for name, value in named.items()}))
+    judged = evaluated.geometry[evaluated.sampled]["judge"]
+    bins = []
+    for rows in order.tensor_split(_CONFIDENCE_BINS):
+        inside = torch.zeros(len(order), dtype=torch.float64)
+        inside[rows] = 1.0
+        intervals = _intervals(bootstrap, {f"judge_{metric}": Figure(judged[metric].numerator * inside, inside) for metric in _CONFIDENCE_METRICS})
+        bins.append({"confidence_low": confidence[rows].min().item(), "confidence_high": confidence[rows].max().item(), **intervals})
+    halves["rank_correlation"] = _rank_correlation(confidence, judged["centred_cosine"].numerator)
+    return {"confidence": halves, "calibration": bins}
+
+
+def _rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's: the correlation of the ranks."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+# By domain ------------------------------------------------------------------------------------------------------------
+
+def _by_domain(evaluated: Evaluated, resamples: int, seed: int) -> dict[str, Any]:
+    """domain -> verbalizer -> claims, and the judge's figures as `judge.{metric}`, each over the documents of the domain."""
     table: dict[str, Any] = {}
     for domain in sorted(set(evaluated.domains)):
         rows = torch.tensor([row for row, own in enumerate(evaluated.domains) if own == domain])
         bootstrap = DocumentBootstrap([evaluated.doc_ids[row] for row in rows.tolist()], resamples, seed)
-        table[domain] = {
-            name: _intervals(bootstrap, {figure: said[name][figure].select(rows) for figure in _DOMAIN_FIGURES})
-            for name in _BY_DOMAIN if name in said}
+        table[domain] = {}
+        for name in _spoken(evaluated):
+            chosen = {figure: evaluated.claims[name][figure].select(rows) for figure in _DOMAIN_CLAIMS if figure in evaluated.claims[name]}
+            chosen |= {f"judge.{metric}": evaluated.geometry[name]["judge"][metric].select(rows) for metric in _DOMAIN_METRICS}
+            told = {figure: value for figure, value in chosen.items() if value.denominator.any()}
+            table[domain][name] = _intervals(bootstrap, told)
     return table
 
 
@@ -194,3 +336,20 @@ def _confusion(evaluated: Evaluated, verbalizer: str) -> dict[str, dict[str, int
     for domain, one in zip(evaluated.domains, evaluated.descriptions[verbalizer], strict=True):
         table[domain][claims.named_domain(one.text, evaluated.domain_names) or "none"] += 1
     return {domain: dict(sorted(counts.items())) for domain, counts in table.items()}
+
+
+# Warnings -------------------------------------------------------------------------------------------------------------
+
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before any figure, in words."""
+    return [f"{name}: the reward scorer's centred cosine exceeds the judge's by {gap['value']:.3f} [{gap['low']:.3f}, {gap['high']:.3f}] "
+            "more than for the gold labels: what the reward scorer sees there the judge does not. Reward hacking is likely."
+            for name, gap in summary["gaps"].items() if gap["low"] > GAP_WARNING]
+
+
+def _intervals(bootstrap: DocumentBootstrap, named: Mapping[str, Figure]) -> dict[str, dict[str, float | int]]:
+    return _dicts(bootstrap.intervals(named))
+
+
+def _dicts(intervals: Mapping[str, Any]) -> dict[str, dict[str, float | int]]:
+    return {name: interval.to_dict() for name, interval in intervals.items()}

@@ -40,6 +40,7 @@ COMPLETE_NAME = "complete"
 """Empty file inside a checkpoint, written last: a checkpoint without it is torn and ignored."""
 METRICS_NAME = "metrics.jsonl"
 _BEST_NAME = "best.json"
+_REFUSED = "refused"
 _MAX_FAILURES = 3
 _CHECKPOINTS_KEPT = 2
 _POLL_SECONDS = 0.2
@@ -58,7 +59,7 @@ def run_training(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict
 
     `worker_fn` gets `worker_config` with two keys added: `run` (the RunConfig, its run directory made absolute) and `name`.
     A worker that dies is started again, three times at most, and goes on from its last checkpoint. Raises ValueError when
-    the cluster has no room for the workers.
+    the cluster has no room for the workers, and the workers' own ValueError at once: starting again would not mend it.
     """
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -71,7 +72,7 @@ def run_training(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict
     absolute = dataclasses.replace(run.config, run_dir=str(run.root) if run.root.is_local else run.config.run_dir)
     scratch = run.root / name / "scratch"
     trainer = _trainer_class()(
-        worker_fn,
+        _telling_refusals(worker_fn),
         train_loop_config={**worker_config, "run": absolute, "name": name},
         torch_config=TorchConfig(backend=None if compute.trainer_gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=compute.trainer_workers, use_gpu=bool(compute.trainer_gpus),
@@ -80,9 +81,23 @@ def run_training(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict
                                 failure_config=FailureConfig(max_failures=_MAX_FAILURES),
                                 logging_config=LoggingConfig(log_level="ERROR")),
     )
-    returned = trainer.fit().return_value
+    returned = trainer.fit().return_value or {}
+    if _REFUSED in returned:
+        raise ValueError(returned[_REFUSED])
     collect_result(run, name)
-    return returned or {}
+    return returned
+
+
+def _telling_refusals(worker_fn: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
+    """A ValueError is what a user caused, and so the same on every rank: it is told instead of raised, for which Ray Train
+    would start the workers again."""
+    def work(config: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return worker_fn(config)
+        except ValueError as error:
+            return {_REFUSED: str(error)}
+
+    return work
 
 
 def train_on_labels(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict[str, Any]]) -> Manifest:

@@ -79,13 +79,13 @@ class Monitor:
         return vectors.centred_cosine(reconstruction, self._comparisons.originals, self._comparisons.mean)
 
     def _garbage(self, reconstruction: Tensor) -> Tensor:
-        return vectors.cosine(reconstruction, self._comparisons.originals[self._comparisons.wrong])
+        return vectors.cosine(reconstruction, self._comparisons.pool[self._comparisons.wrong])
 
     def _paid(self, reconstruction: Tensor) -> Tensor:
         """What the score term would pay on these activations: the centred contrast, or the raw cosine of the ablation."""
         if self.settings.contrast == "none":
             return vectors.cosine(reconstruction, self._comparisons.originals)
-        wrong = self._comparisons.originals[self._comparisons.others]
+        wrong = self._comparisons.pool[self._comparisons.others]
         return self._centred(reconstruction) - vectors.centred_cosine(reconstruction.unsqueeze(1), wrong, self._comparisons.mean).mean(1)
 
 
