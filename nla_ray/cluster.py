@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nla_ray.config import ComputeConfig, RunConfig
-from nla_ray.runlog import configure, get_logger
+from nla_ray.runlog import configure, get_logger, release_terminal
 
 if TYPE_CHECKING:
     import psutil
@@ -195,7 +195,6 @@ def worker_environment(threads: int, *, offline: bool = True) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "WANDB_MODE": "disabled",
         "PYTHONWARNINGS": "ignore",
     }
     if offline:
@@ -441,6 +440,7 @@ def _interruptible() -> Iterator[None]:
         watchdog = threading.Timer(_STOP_SECONDS, stop_hard, args=(processes,))
         watchdog.daemon = True
         watchdog.start()
+        release_terminal()  # the thread that draws there may never get to it
         print("stopping ...", file=sys.stderr, flush=True)
         raise KeyboardInterrupt
 
@@ -453,8 +453,7 @@ def _interruptible() -> Iterator[None]:
 def _leave_interrupted() -> None:
     """One line how to go on, then exit at once: the body's thread may still be computing."""
     command = shlex.join(["python", *sys.argv])
-    cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar may have hidden it
-    print(f"{cursor}stopped; what is complete is kept. To go on, run the same command again: {command}",
+    print(f"stopped; what is complete is kept. To go on, run the same command again: {command}",
           file=sys.stderr, flush=True)
     sys.stdout.flush()
     logging.shutdown()

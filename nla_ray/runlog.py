@@ -12,8 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress import Progress
 
 _ROOT = "nla_ray"
 _QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "datasets", "accelerate", "httpx",
@@ -76,12 +82,11 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def _terminal_handler() -> logging.Handler:
-    if sys.stderr.isatty():
-        from rich.console import Console
+    console = terminal()
+    if console is not None:
         from rich.logging import RichHandler
 
-        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False,
-                                               log_time_format="%H:%M:%S")
+        handler: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -89,25 +94,63 @@ def _terminal_handler() -> logging.Handler:
     return handler
 
 
+# The terminal -----------------------------------------------------------------------------------------------------------
+
+_displays: list[Live | Progress] = []
+"""What is drawn on the terminal now."""
+
+
+def terminal() -> Console | None:
+    """The console on stderr, one for all: a line that another console wrote would go through what is drawn. None without a terminal."""
+    return _stderr_console() if sys.stderr.isatty() else None
+
+
+@cache
+def _stderr_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def drawn(display: Live | Progress) -> Iterator[None]:
+    """Show a bar or a panel below all lines, for the length of a with-block."""
+    _displays.append(display)
+    try:
+        with display:
+            yield
+    finally:
+        _displays.remove(display)
+
+
+def release_terminal() -> None:
+    """End what is drawn now: for a process that leaves while another thread draws."""
+    for display in list(_displays):
+        display.stop()
+
+
+# Progress ---------------------------------------------------------------------------------------------------------------
+
 @contextmanager
 def stage_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """Progress of a stage of `total` units: yields `advance(count=1, note="")`.
 
     On a terminal a bar; elsewhere a line every ten seconds and one at the end.
     """
-    show = _bar(title, total) if sys.stderr.isatty() else _lines(title, total)
+    console = terminal()
+    show = _lines(title, total) if console is None else _bar(title, total, console)
     with show as advance:
         yield advance
 
 
 @contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[..., None]]:
-    from rich.console import Console
+def _bar(title: str, total: int, console: Console) -> Iterator[Callable[..., None]]:
     from rich import progress as bars
 
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(),
                bars.TimeElapsedColumn(), bars.TimeRemainingColumn(), bars.TextColumn("{task.fields[note]}"))
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    progress = bars.Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
+    with drawn(progress):
         task = progress.add_task(title, total=total, note="")
         yield lambda count=1, note="": progress.update(task, advance=count, note=note)
     get_logger("progress").info("%s: %d of %d", title, int(progress.tasks[0].completed), total)
@@ -128,6 +171,8 @@ def _lines(title: str, total: int) -> Iterator[Callable[..., None]]:
     yield advance
     logger.info("%s: %d of %d in %.1f s", title, done, total, time.monotonic() - started)
 
+
+# Metrics ----------------------------------------------------------------------------------------------------------------
 
 class MetricsLog:
     """A file of metrics, one JSON object a line, that its writer may be killed on.

@@ -47,7 +47,7 @@ def undisturbed(ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pyte
     run = prepared(tiny_base, tmp_path_factory.mktemp("undisturbed"))
     with grpo.actor_pools(run, load_activations(run, "train"), load_activations(run, "validation")) as (bank, rollouts, scorers):
         data = grpo.training_data(run, load_activations(run, "train"), load_activations(run, "validation"), bank)
-        grpo.train_worker({"run": run.config, "name": "grpo", "data": data, "rollouts": rollouts, "scorers": scorers})
+        grpo.train_worker({"run": run.config, "name": "grpo", "data": data, "rollouts": rollouts, "scorers": scorers, "tells_steps": True})
     return MetricsLog(Path(run.config.run_dir) / "grpo" / "scratch" / "metrics.jsonl").read()
 
 

@@ -193,11 +193,13 @@ def test_micro_batches_divide_the_rollouts_of_a_step_whatever_size_is_asked(tiny
 
 def test_the_manifest_tells_where_the_seconds_went_and_which_step_was_published() -> None:
     reading = {JUDGE_COSINE: 0.5, WARNED: 0.0}
-    records = [{"step": 0, **reading}, {"step": 1, "loss": 0.1, "seconds/step": 9.0}, {"step": 2, "loss": 0.1, "seconds/step": 2.0},
-               {"step": 2, JUDGE_COSINE: 0.6, WARNED: 0.0}, {"step": 3, "loss": 0.1, "seconds/step": 4.0}, {"step": 4, JUDGE_COSINE: 0.3, WARNED: 1.0}]
+    records = [{"step": 0, **reading, "seconds/monitor": 7.0}, {"step": 1, "loss": 0.1, "seconds/step": 9.0},
+               {"step": 2, "loss": 0.1, "seconds/step": 2.0}, {"step": 2, JUDGE_COSINE: 0.6, WARNED: 0.0, "seconds/monitor": 1.0},
+               {"step": 3, "loss": 0.1, "seconds/step": 4.0}, {"step": 4, JUDGE_COSINE: 0.3, WARNED: 1.0, "seconds/monitor": 0.5}]
     told = grpo.summary(records, 2)
     assert told["published_step"] == 2 and told["published"][JUDGE_COSINE] == 0.6 and told["sft"]["step"] == 0
     assert told["warned_steps"] == [4] and told["mean_seconds"] == {"step": 3.0}
+    assert told["monitor_share"] == pytest.approx(1.5 / 15.0)
 
 
 # With actors -----------------------------------------------------------------------------------------------------------
@@ -207,7 +209,8 @@ def arena(prepared: Run, ray_cluster: None) -> Iterator[dict]:
     """Actors and training data, shared by the tests below; each trains in a folder of its own, in this process."""
     train, validation = load_activations(prepared, "train"), load_activations(prepared, "validation")
     with grpo.actor_pools(prepared, train, validation) as (bank, rollouts, scorers):
-        yield {"data": grpo.training_data(prepared, train, validation, bank), "rollouts": rollouts, "scorers": scorers}
+        yield {"data": grpo.training_data(prepared, train, validation, bank), "rollouts": rollouts, "scorers": scorers,
+               "tells_steps": True}
 
 
 def train_here(arena: dict, config: RunConfig, name: str) -> tuple[Path, list[dict]]:
@@ -247,6 +250,7 @@ def test_the_judge_is_asked_before_during_and_after(undisturbed) -> None:
     readings = [record for record in records if JUDGE_COSINE in record]
     assert [record["step"] for record in readings] == [0, 2, 4]
     assert all(record[JUDGE_COSINE + "_low"] <= record[JUDGE_COSINE] <= record[JUDGE_COSINE + "_high"] for record in readings)
+    assert all(record["seconds/monitor"] > 0 for record in readings)
 
 
 def test_what_is_kept_is_the_judges_best_checkpoint_after_training_began(undisturbed) -> None:

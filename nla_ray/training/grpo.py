@@ -39,12 +39,13 @@ from nla_ray.training.actors import ActorPool, SharedArray, shared_tensor
 from nla_ray.training.loop import (
     METRICS_NAME, Checkpoints, autocast_forward, prepare_worker, run_training, trainer_arguments, training_attention,
 )
+from nla_ray.training.live import live_view
 from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
 from nla_ray.training.rewards import WrongActivations, reward_weights, schedule_rows
 from nla_ray.training.rollouts import RolloutWorker
 from nla_ray.training.scoring import ScorerWorker
-from nla_ray.training.steps import SECONDS, GRPOCallback, StepClock, StepSampler, TrainingData
+from nla_ray.training.steps import SECONDS, GRPOCallback, StepClock, StepSampler, TrainingData, monitor_share
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +79,9 @@ def train_grpo(run: Run) -> Manifest:
     train, validation = load_activations(run, "train"), load_activations(run, "validation")
     with actor_pools(run, train, validation) as (bank, rollouts, scorers):
         data = training_data(run, train, validation, bank)
-        told = run_training(run, name, train_worker, {"data": data, "rollouts": rollouts, "scorers": scorers})
+        with live_view(run.root / name / "scratch" / METRICS_NAME, name, run.config.grpo.steps) as is_shown:
+            told = run_training(run, name, train_worker, {"data": data, "rollouts": rollouts, "scorers": scorers,
+                                                          "tells_steps": not is_shown})
     records = [json.loads(line) for line in (stage.location / METRICS_NAME).read_text().splitlines()]
     return stage.publish(documents={"train": train.doc_ids, "validation": data.monitor.doc_ids},
                          model=info.to_dict(), metrics=summary(records, told["published_step"]))
@@ -137,14 +140,16 @@ def training_data(run: Run, train: ActivationTable, validation: ActivationTable,
 
 def summary(records: Sequence[dict[str, Any]], published_step: int) -> dict[str, Any]:
     """For the manifest: the monitor's readings of the SFT verbalizer, of the published checkpoint and at the end; every warning;
-    and the mean seconds of a step."""
+    the mean seconds of a step, and the monitor's beside them."""
     readings = [record for record in records if JUDGE_COSINE in record]
-    steps = [record for record in records if SECONDS + "step" in record][1:]  # the first one also waits for the actors to start
+    every_step = [record for record in records if SECONDS + "step" in record]
+    steps = every_step[1:]  # the first one also waits for the actors to start
     return {
         "published_step": published_step, "published": next(one for one in readings if one["step"] == published_step),
         "sft": readings[0], "last": readings[-1], "warned_steps": [record["step"] for record in readings if record[WARNED]],
         "mean_seconds": {name.removeprefix(SECONDS): sum(record[name] for record in steps) / len(steps)
                          for name in (steps[0] if steps else {}) if name.startswith(SECONDS)},
+        "monitor_share": monitor_share(every_step, readings),
     }
 
 
@@ -162,7 +167,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     monitor = Monitor(run_config.grpo, data.monitor, config["rollouts"], config["scorers"])
     trainer = build_trainer(run_config, checkpoints.folder, model, sampler, clock)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(GRPOCallback(checkpoints, run_config.grpo, trainer, sampler.publisher, monitor, clock))
+    trainer.add_callback(GRPOCallback(checkpoints, run_config.grpo, trainer, sampler.publisher, monitor, clock,
+                                      tells_steps=config["tells_steps"]))
     trainer.train(resume_from_checkpoint=checkpoints.last())
     checkpoints.upload()
     return {"published_step": checkpoints.best["step"]}

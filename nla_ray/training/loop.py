@@ -32,6 +32,7 @@ from nla_ray.config import BaseConfig, ComputeConfig, RunConfig, require
 from nla_ray.manifest import Manifest
 from nla_ray.models.backbone import base_info
 from nla_ray.runlog import MetricsLog, get_logger
+from nla_ray.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -171,7 +172,7 @@ class Checkpoints:
 
     def __init__(self, run_config: RunConfig, name: str) -> None:
         self.location = Run(run_config).root / name / "scratch"
-        self.name = name
+        self.name, self._config = name, run_config
         self.is_writer = int(os.environ.get("RANK", "0")) == 0
         self._uploaded: dict[str, tuple[int, int]] = {}
         if self.location.is_local:
@@ -194,10 +195,20 @@ class Checkpoints:
     def metrics_log(self) -> MetricsLog:
         """The stage's metrics, cut back to the checkpoint that training resumes from."""
         log = MetricsLog(self.folder / METRICS_NAME)
-        found = last_checkpoint(self.folder)
         if self.is_writer:
-            log.rewind("step", _step_of(found) if found else -1)
+            log.rewind("step", self._last_step())
         return log
+
+    def trackers(self) -> Trackers:
+        """Where the stage's metrics are shown besides, cut back alike; nowhere for a process that does not write."""
+        if not self.is_writer:
+            return Trackers()
+        return Trackers.of(self._config, self.name, scratch=self.folder, first_step=self._last_step() + 1)
+
+    def _last_step(self) -> int:
+        """The step that training resumes from; -1 where it begins."""
+        found = last_checkpoint(self.folder)
+        return _step_of(found) if found else -1
 
     def offer(self, step: int, value: float, save: Callable[[Path], None], *, parameters: Iterable[nn.Parameter] = (),
               metrics: dict[str, float] | None = None) -> bool:
@@ -265,17 +276,22 @@ def _wait_for_all_ranks() -> None:
 
 
 class StageCallback(TrainerCallback):
-    """Writes a trainer's logs to the metrics file, tells progress every ten seconds, and marks checkpoints complete."""
+    """Writes a trainer's logs to the metrics file and trackers, tells progress every ten seconds, marks checkpoints complete."""
 
     def __init__(self, checkpoints: Checkpoints, title: str) -> None:
         self.checkpoints, self.title = checkpoints, title
-        self._log = checkpoints.metrics_log()
+        self._log, self._trackers = checkpoints.metrics_log(), checkpoints.trackers()
         self._last_line = time.monotonic()
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """One record of metrics, with its `step`, to all places."""
+        self._log.append(metrics)
+        self._trackers.write(metrics)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        self._log.append({"step": state.global_step, **{key: float(value) for key, value in logs.items()}})
+        self.record({"step": state.global_step, **{key: float(value) for key, value in logs.items()}})
         if "loss" in logs and time.monotonic() - self._last_line >= _LINE_SECONDS:
             self._last_line = time.monotonic()
             logger.info("%s: step %d of %d, loss %.4f", self.title, state.global_step, state.max_steps, float(logs["loss"]))
@@ -287,6 +303,9 @@ class StageCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self.checkpoints.mark_complete(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._trackers.close()
 
 
 def follow(trainer: Trainer, checkpoints: Checkpoints, title: str) -> Trainer:

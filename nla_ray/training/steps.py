@@ -137,11 +137,12 @@ class StepSampler:
 
 
 class GRPOCallback(StageCallback):
-    """One log line and one record of metrics a step; the monitor's readings; the checkpoint that is to be published."""
+    """One record of metrics a step, and a line unless the driver shows it; the monitor's readings; the checkpoint to be published."""
 
     def __init__(self, checkpoints: Checkpoints, settings: GRPOSettings, trainer: Trainer, publisher: WeightPublisher,
-                 monitor: Monitor, clock: StepClock) -> None:
+                 monitor: Monitor, clock: StepClock, *, tells_steps: bool) -> None:
         super().__init__(checkpoints, settings.artifact)
+        self._tells_steps = tells_steps
         self.settings, self.trainer, self.publisher, self.monitor, self.clock = settings, trainer, publisher, monitor, clock
         self._readings = [record for record in self._log.read() if JUDGE_COSINE in record]
         self._seconds: dict[str, float] = {}
@@ -167,28 +168,30 @@ class GRPOCallback(StageCallback):
             return
         record = {"step": state.global_step, **{key: float(value) for key, value in logs.items() if value is not None}, **self._seconds}
         if self.checkpoints.is_writer:
-            self._log.append(record)
-            logger.info(step_line(record, state.max_steps))
+            self.record(record)
+            if self._tells_steps:
+                logger.info(step_line(record, state.max_steps))
         # The last step's reading is taken whatever its number: it may be the best.
         if state.global_step % self.settings.monitor_steps == 0 or state.global_step == state.max_steps:
             self._watch(state.global_step, record)
 
     def _watch(self, step: int, record: Mapping[str, float]) -> None:
         """Take a reading, tell it, and offer the adapter. All ranks publish, which gathers its weights; one asks the actors."""
+        started = time.perf_counter()
         weights = self.publisher.publish(self.trainer.model, step)
-        shared = [self._read(step, weights, record) if self.checkpoints.is_writer else None]
+        shared = [self._read(step, weights, record, started) if self.checkpoints.is_writer else None]
         [reading] = broadcast_object_list(shared)
         self._readings.append(reading)
         if step > 0:
             self._offer(step, reading)
 
-    def _read(self, step: int, weights: PublishedWeights, record: Mapping[str, float]) -> dict[str, float]:
-        reading = {"step": step, **self.monitor.read(weights),
+    def _read(self, step: int, weights: PublishedWeights, record: Mapping[str, float], started: float) -> dict[str, float]:
+        reading = {"step": step, **self.monitor.read(weights), SECONDS + "monitor": time.perf_counter() - started,
                    **{PREFIX + name.rpartition("/")[2]: record[name] for name in ("kl", "sampler_gap/k3") if name in record}}
         best = best_reading(self._readings)
         warning = hacking_warning(reading, best) if best else None
         reading[WARNED] = float(warning is not None)
-        self._log.append(reading)
+        self.record(reading)
         logger.info(reading_line(reading))
         if warning:
             logger.warning(warning)
@@ -220,4 +223,14 @@ def reading_line(reading: Mapping[str, float]) -> str:
     return (f"grpo: validation at step {reading['step']:.0f}: judge centred cosine {figure('judge_centred_cosine')}, "
             f"judge top-1 {figure('judge_top1')}, rewarded {reading[REWARDED]:.3f}, claims found {reading[PREFIX + 'claim_precision']:.2f}, "
             f"distinct {reading[PREFIX + 'distinct_share']:.2f}, unclosed {reading[PREFIX + 'unclosed_share']:.2f}, "
-            f"repeating {reading[PREFIX + 'repeating_share']:.2f}, tokens {reading[PREFIX + 'mean_tokens']:.1f}")
+            f"repeating {reading[PREFIX + 'repeating_share']:.2f}, tokens {reading[PREFIX + 'mean_tokens']:.1f}, "
+            f"{reading[SECONDS + 'monitor']:.2f} s")
+
+
+def monitor_share(steps: Sequence[Mapping[str, float]], readings: Sequence[Mapping[str, float]]) -> float:
+    """Seconds of the monitor's readings over seconds of the steps; 0.0 before the first step.
+
+    The reading before the first step is left out: it waits for the actors to start.
+    """
+    stepped = sum(record[SECONDS + "step"] for record in steps)
+    return sum(reading[SECONDS + "monitor"] for reading in readings if reading["step"] > 0) / stepped if steps else 0.0

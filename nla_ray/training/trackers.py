@@ -1,0 +1,134 @@
+"""The figures of a training stage in TensorBoard and in Weights & Biases, where these are installed; neither has to be.
+
+Every record of metrics.jsonl goes there under the same names, W&B only where the environment asks for it. Knows no stage.
+Protects two rules: a resumed run shows no step twice, and a tracker that fails costs the run one line, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from nla_ray.artifacts import Run
+from nla_ray.config import RunConfig, to_dict
+from nla_ray.runlog import get_logger
+
+_WANDB_ID_NAME = "wandb_id"
+"""File in a stage's scratch folder: the W&B run that a resumed stage goes on with, until its artifact is published."""
+_WANDB_SECONDS = 60.0
+"""How long W&B may take to start, and to send the rest in the end."""
+
+logger = get_logger(__name__)
+
+
+class Tracker(ABC):
+    """One place that shows figures by step."""
+
+    @abstractmethod
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show the figures of one step."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Nothing more will be written."""
+
+
+class TensorBoard(Tracker):
+    """Event files in a folder; what a stage that was cut off wrote there from `first_step` on is hidden."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a killed worker goes on from its last checkpoint, whose steps have to be there
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases(Tracker):
+    """A W&B run of the stage. It drops, by itself, steps that it has."""
+
+    def __init__(self, run_config: RunConfig, name: str, scratch: Path) -> None:
+        import wandb
+
+        root, run_id = Run(run_config).root, scratch / _WANDB_ID_NAME
+        if not run_id.exists():
+            run_id.write_text(uuid.uuid4().hex[:8])
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "nla_ray"), name=f"{Path(root.path).name}/{name}", id=run_id.read_text(),
+            resume="allow", dir=root.path if root.is_local else None, config=to_dict(run_config),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=_WANDB_SECONDS, finish_timeout=_WANDB_SECONDS))
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def wandb_is_wanted() -> bool:
+    """Whether the environment asks for W&B: a key, or its offline mode. Nothing else may start it, or ask for a login."""
+    return "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name beside the job (W&B makes one) is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+class Trackers:
+    """All trackers that are there, for one stage of a run: `write` takes a record of metrics.jsonl."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Tracker] = {}
+
+    @classmethod
+    def of(cls, run_config: RunConfig, name: str, *, scratch: Path, first_step: int) -> Trackers:
+        """The trackers of stage `name`, which goes on with `first_step`. TensorBoard's files lie in the run, in `tensorboard/`."""
+        trackers, folder = cls(), Run(run_config).root / "tensorboard" / name
+        if is_installed("tensorboard"):
+            if folder.is_local:
+                trackers._start("TensorBoard", lambda: TensorBoard(Path(folder.path), first_step))
+            else:
+                logger.info("%s: no TensorBoard, which needs a local run directory", name)
+        if wandb_is_wanted() and is_installed("wandb"):
+            trackers._start("W&B", lambda: WeightsAndBiases(run_config, name, scratch))
+        return trackers
+
+    def _start(self, title: str, make: Callable[[], Tracker]) -> None:
+        with self._tolerated(title):
+            self._open[title] = make()
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Show a record: its `step`, and all else as figures."""
+        figures = {name: value for name, value in record.items() if name != "step"}
+        for title, tracker in list(self._open.items()):
+            with self._tolerated(title):
+                tracker.write(int(record["step"]), figures)
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        for title, tracker in list(self._open.items()):
+            with self._tolerated(title):
+                tracker.close()
+
+    @contextmanager
+    def _tolerated(self, title: str) -> Iterator[None]:
+        """Any error ends this tracker, with a line, and is over: what a tracker may raise is not ours to know."""
+        try:
+            yield
+        except Exception as error:
+            self._open.pop(title, None)
+            reason = next(iter(str(error).splitlines()), "")
+            logger.warning("%s is left out: %s: %s. Every figure is in metrics.jsonl.", title, type(error).__name__, reason)
