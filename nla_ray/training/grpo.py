@@ -36,10 +36,10 @@ from nla_ray.models.prefix import share_prefix
 from nla_ray.records import seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.actors import ActorPool, SharedArray, shared_tensor
+from nla_ray.training.live import live_view
 from nla_ray.training.loop import (
     METRICS_NAME, Checkpoints, autocast_forward, prepare_worker, run_training, trainer_arguments, training_attention,
 )
-from nla_ray.training.live import live_view
 from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
 from nla_ray.training.rewards import WrongActivations, reward_weights, schedule_rows

@@ -20,7 +20,7 @@ from nla_ray.runlog import get_logger
 
 _WANDB_ID_NAME = "wandb_id"
 """File in a stage's scratch folder: the W&B run that a resumed stage goes on with, until its artifact is published."""
-_WANDB_SECONDS = 60.0
+_WANDB_SECONDS = 30.0
 """How long W&B may take to start, and to send the rest in the end."""
 
 logger = get_logger(__name__)
@@ -56,7 +56,7 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """A W&B run of the stage. It drops, by itself, steps that it has."""
+    """A W&B run of the stage, of which libraries that look for a current run know nothing. W&B drops steps that it has by itself."""
 
     def __init__(self, run_config: RunConfig, name: str, scratch: Path) -> None:
         import wandb
@@ -66,7 +66,7 @@ class WeightsAndBiases(Tracker):
             run_id.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "nla_ray"), name=f"{Path(root.path).name}/{name}", id=run_id.read_text(),
-            resume="allow", dir=root.path if root.is_local else None, config=to_dict(run_config),
+            resume="allow", reinit="create_new", dir=root.path if root.is_local else None, config=to_dict(run_config),
             settings=wandb.Settings(silent=True, console="off", init_timeout=_WANDB_SECONDS, finish_timeout=_WANDB_SECONDS))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
