@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
+Relation = Literal[">=", ">", "<=", "<"]
+
+
 def require(condition: bool, what: str, got: object, expected: str, remedy: str) -> None:
     """Raise a ValueError that says what, got, expected and what to do, unless `condition` holds."""
     if not condition:
@@ -153,7 +156,9 @@ class GRPOSettings:
     contrast: Literal["wrong", "none"] = "wrong"
     """`wrong`: score(right) - mean score(wrong). `none`: plain cosine to the right activation (the ablation)."""
     num_wrong: int = 8
-    """Wrong activations per description, redrawn every step."""
+    """Wrong activations per description, of any other document, redrawn every step."""
+    num_near: int = 0
+    """Further ones, drawn from the nearest activations of the same domain: what a description must tell apart to be specific."""
     steps: int = 80
     prompts_per_step: int = 16
     group_size: int = 8
@@ -162,6 +167,8 @@ class GRPOSettings:
     """Optimisation passes over one batch of rollouts."""
     micro_batch_size: int = 64
     learning_rate: float = 3e-4
+    scale_rewards: Literal["batch", "group", "none"] = "batch"
+    """What advantages are divided by: the standard deviation over the batch, over each group, or nothing."""
     beta: float = 0.02
     """Weight of the KL to the frozen SFT adapter."""
     temperature: float = 1.0
@@ -199,6 +206,8 @@ class GRPOSettings:
 class EvaluationConfig:
     """What the report is computed from: test documents only."""
 
+    split: Literal["test", "validation"] = "test"
+    """`validation` makes a report of its own, to choose settings by; only the one on test documents is evidence."""
     max_activations: int | None = None
     min_documents: int = 400
     """Fewer test documents than this is an error, not a smaller report."""
@@ -207,7 +216,7 @@ class EvaluationConfig:
     samples: int = 8
     """Samples of every test activation by the arm of GRPO, for best of N and for confidence; 0: none."""
     examples: int = 3
-    gates: tuple[tuple[str, Literal[">=", ">", "<=", "<"], float], ...] = ()
+    gates: tuple[tuple[str, Relation, float], ...] = ()
     """(figure, relation, threshold), e.g. `("grpo.judge.top1", ">=", 0.93)`. The bound of the 95% interval that is worse
     for the claim must satisfy the relation: the lower one for >= and >, the upper one for <= and <."""
     seed: int = 0
@@ -338,7 +347,8 @@ class RunConfig:
         require(self.reward_scorer.document_half != self.judge_scorer.document_half, "document halves of the two scorers",
                 self.judge_scorer.document_half, "two different halves", "The judge may share no document with the reward scorer.")
         require(grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "at least 2", "An advantage needs a group.")
-        require(grpo.contrast == "none" or grpo.num_wrong >= 1, "grpo.num_wrong", grpo.num_wrong, "at least 1",
+        require(grpo.contrast == "none" or grpo.num_wrong + grpo.num_near >= 1, "grpo.num_wrong + grpo.num_near",
+                grpo.num_wrong + grpo.num_near, "at least 1",
                 "Use --grpo.contrast none for the arm without wrong activations.")
 
 

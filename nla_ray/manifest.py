@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,14 +75,14 @@ class Manifest:
         return manifest
 
 
-def check_lineage(report_documents: Iterable[str], ancestors: Mapping[str, Manifest]) -> None:
+def check_lineage(report_documents: Iterable[str], ancestors: Mapping[str, Manifest], uses: Sequence[str] = ("train", "validation")) -> None:
     """Raise ValueError when a document of a report was learned from, or chosen on, by any ancestor."""
     reported = set(report_documents)
     for name, manifest in ancestors.items():
-        for use in ("train", "validation"):
+        for use in uses:
             leaked = sorted(reported.intersection(manifest.documents.get(use, ())))
             if leaked:
-                raise ValueError(f"lineage: {len(leaked)} test documents were in the {use} documents of {name}: {leaked[:3]}, "
+                raise ValueError(f"lineage: {len(leaked)} documents of the report were in the {use} documents of {name}: {leaked[:3]}, "
                                  "expected none. Build the corpus again; its split must come from the document id alone.")
 
 

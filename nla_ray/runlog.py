@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _ROOT = "nla_ray"
 _QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "datasets", "accelerate", "httpx",
                     "urllib3", "botocore", "werkzeug")
+METRICS_NAME = "metrics.jsonl"
+"""What a training stage wrote down step by step, inside its artifact."""
 _LINE_SECONDS = 10.0
 """Seconds between two progress lines where there is no terminal to draw a bar on."""
 

@@ -239,7 +239,7 @@ def test_a_report_on_documents_nobody_learned_from_passes() -> None:
 
 @pytest.mark.parametrize(("use", "ancestor"), [("train", learned_from("sft", "a", "t1")), ("validation", learned_from("sft", "a", validation=("t1",)))])
 def test_a_test_document_that_an_ancestor_learned_from_or_was_chosen_on_is_an_error(use: str, ancestor: Manifest) -> None:
-    with pytest.raises(ValueError, match=rf"lineage: 1 test documents were in the {use} documents of sft: \['t1'\], expected none"):
+    with pytest.raises(ValueError, match=rf"lineage: 1 documents of the report were in the {use} documents of sft: \['t1'\], expected none"):
         check_lineage(["t1", "t2"], {"sft": ancestor})
 
 

@@ -119,3 +119,50 @@ def test_the_offline_teachers_claim_nothing_that_is_not_in_the_text(teacher: typ
         found, claimed = claims.claim_counts(label, text)
         assert found == claimed and (claimed > 0) == (text == TEXT)
         assert claims.domain_named(label, "python_test", DOMAIN_NAMES) and not claims.repeats_item(label)
+
+
+# Specifics, quotes, marks ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("description", "expected"), [
+    ('mentions Alice and "two words" in 1984, near df_test', {"alice", "two words", "1984", "df_test"}),
+    ("- Python test: frame, index\n- tokens: assert, row id\n- next: 12 more", {"assert", "row id"}),
+    ("- tokens: no word stands out", set()),
+    ("The text calls readFrame of x1", {"readframe", "x1"}),
+])
+def test_specifics_are_quoted_strings_numbers_names_and_listed_tokens(description: str, expected: set[str]) -> None:
+    assert claims.specifics(description) == expected
+
+
+def test_a_specific_is_missing_when_the_text_does_not_have_it() -> None:
+    assert claims.missing_specifics('"two words" and "one word", 12 and 13', "it has two  Words and 13") == (2, 4)
+    assert claims.missing_specifics("a plain sentence", "anything") == (0, 0)
+
+
+def test_stripping_quotes_leaves_the_rest_and_its_lines() -> None:
+    assert claims.strip_quotes('- mentions "exactly this" and more\n- it\'s kept') == "- mentions and more\n- it's kept"
+
+
+def test_similarity_is_one_for_the_same_words_and_zero_for_none_shared() -> None:
+    assert claims.similarity("- licence: copy, terms", "- licence: terms, copy") == 1.0
+    assert claims.similarity("- alpha", "- beta") == 0.0 and claims.similarity("", "") == 1.0
+    assert claims.similarity("- alpha beta", "- beta gamma") == pytest.approx(1 / 3)
+
+
+def test_recall_of_a_texts_words_and_the_share_beyond_ascii() -> None:
+    assert claims.source_recall("- licence: copy, terms", ["copy", "permit"]) == 0.5 and claims.source_recall("- a", []) == 0.0
+    assert claims.non_ascii_share("ab\u4e2d\u6587") == 0.5 and claims.non_ascii_share("") == 0.0
+
+
+@pytest.mark.parametrize("description", [
+    "- Python test: frame, qux\n- tokens: readFrame, \"two words\" 12\n- next: another check",
+    "1. Prose about \u4e2d\u6587 and the frame, \u00e9t\u00e9 and FRAME\n\n- next: frame", "", "frame", "- a: b: c\n  \n- frame frame",
+])
+def test_marked_pieces_join_to_the_description_and_mark_exactly_its_claims(description: str) -> None:
+    text = "def frame two  words 12"
+    pieces = claims.marked(description, text)
+    assert "".join(piece for piece, _ in pieces) == description
+    found = {" ".join(piece.strip("\"'").casefold().split()) for piece, mark in pieces if mark == "found"}
+    missing = {" ".join(piece.strip("\"'").casefold().split()) for piece, mark in pieces if mark == "missing"}
+    assert found | missing == claims.salient_words(description) and not found & missing
+    count, made = claims.claim_counts(description, text)
+    assert (len(found), len(found) + len(missing)) == (count, made)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from nla_ray.evaluation.bootstrap import DocumentBootstrap
-from nla_ray.evaluation.metrics import METRICS, Comparisons, Figure, derangement, figures, hard_rows, nearest_rows, other_rows
+from nla_ray.evaluation.metrics import (
+    METRICS, RETRIEVAL_SIZES, Comparisons, Figure, derangement, document_rows, figures, hard_rows, nearest_rows, other_rows, retrieval,
+)
 
 ORIGINALS = torch.tensor([[3.0, 0.0], [0.0, 0.5], [-2.0, 0.0]])
 RECONSTRUCTIONS = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 3.0]])
@@ -178,3 +180,47 @@ def test_ten_thousand_resamples_of_a_whole_table_take_little_time_and_memory() -
     table = {f"m{number}": Figure.mean(torch.rand(1_400)) for number in range(100)}
     intervals = DocumentBootstrap(doc_ids).intervals(table)
     assert len(intervals) == 100 and all(interval.low < interval.value < interval.high for interval in intervals.values())
+
+
+# More choices ----------------------------------------------------------------------------------------------------------
+
+def test_the_retrieval_curve_falls_with_the_number_of_activations_and_begins_with_the_ten_way_choice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randn(150, 16, generator=generator)
+    comparisons = Comparisons.draw(originals, [f"d{row}" for row in range(150)], torch.zeros(16), seed=0)
+    reconstructions = originals + 2 * torch.randn(150, 16, generator=generator)
+    curve = retrieval(reconstructions, comparisons)
+    values = [figure.value for figure in curve.values()]
+    assert tuple(curve) == RETRIEVAL_SIZES and values == sorted(values, reverse=True) and values[0] > values[-1]
+    named = figures(reconstructions, comparisons)
+    assert curve[10].value == named["top1_10way"].value and curve[100].value == named["top1_100way"].value
+
+
+def test_other_positions_of_a_document_are_its_other_rows() -> None:
+    assert document_rows(["a", "b", "a", "a"]).tolist() == [[2, 3], [-1, -1], [0, 3], [0, 2]]
+    assert document_rows(["a", "b"]).shape == (2, 0)
+
+
+def test_some_rows_have_the_figures_that_they_have_among_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randn(40, 8, generator=generator)
+    comparisons = Comparisons.draw(originals, [f"d{row // 2}" for row in range(40)], torch.zeros(8), seed=0)
+    reconstructions = originals + torch.randn(40, 8, generator=generator)
+    places = torch.tensor([3, 17, 30])
+    some = figures(reconstructions[places], comparisons.at(places))
+    for name, figure in figures(reconstructions, comparisons).items():
+        if name != "fve":  # relative to the spread of the rows that are compared
+            torch.testing.assert_close(some[name].numerator, figure.numerator[places])
+
+
+def test_chances_are_those_of_the_choices() -> None:
+    chances = COMPARISONS.chances()
+    assert chances["top1"] == 0.5 and chances["top1_10way"] == 0.1 and chances["mrr_10way"] == pytest.approx(0.2928968)
+    assert chances["top1_document"] == 0.5  # two rows have one other position each
+
+
+def test_a_ratio_and_a_difference_are_paired_on_the_same_resamples() -> None:
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.5
+    bootstrap = DocumentBootstrap([f"d{row}" for row in range(50)], 400, 0)
+    ratio = bootstrap.ratios({"x": Figure.mean(3 * values)}, {"x": Figure.mean(values)})["x"]
+    assert ratio.value == pytest.approx(3.0) and ratio.low == pytest.approx(3.0) and ratio.high == pytest.approx(3.0)

@@ -8,15 +8,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nla_ray.activations import load_activations
 from nla_ray.artifacts import Location, Run
 from nla_ray.config import EvaluationConfig, RunConfig
 from nla_ray.evaluation import controls, tables
-from nla_ray.evaluation.report import evaluate, make_report, read_report, show_report
+from nla_ray.evaluation.describing import Described
+from nla_ray.evaluation.gates import check_gates, judge_gate
 from nla_ray.evaluation.metrics import METRICS, Comparisons
-from nla_ray.evaluation.summary import CLAIM_FIGURES, Described, Evaluated, check_gates, judge_gate, summarise
+from nla_ray.evaluation.readings import Readings
+from nla_ray.evaluation.report import evaluate, make_report, read_report, show_report
+from nla_ray.evaluation.summary import CLAIM_FIGURES, Evaluated, forms_of, summarise
 from nla_ray.presets import PRESETS
 from nla_ray.prompts import GENERIC_DESCRIPTION
 from nla_ray.training.pretrain import digest
@@ -25,6 +30,7 @@ ROWS = 24
 DOC_IDS = [f"doc{row // 2}" for row in range(ROWS)]
 DOMAINS = ["python_test" if row % 4 < 2 else "licence" for row in range(ROWS)]
 TEXTS = [f"assert frame{'abcdefghijklmnopqrstuvwx'[row]}x == index" for row in range(ROWS)]
+SCORERS = ("reward", "judge", "linear")
 NAMES = {"python_test": "Python test", "licence": "licence"}
 
 
@@ -44,9 +50,18 @@ def evaluated() -> Evaluated:
         "grpo": described([f"- Python test: index\n- tokens: row{row}" for row in range(ROWS)]),
     }
     scale = {"gold": 0.2, "sft": 0.8, "grpo": 0.5}
-    reconstructions = {name: {scorer: originals + scale[name] * noise for scorer in ("reward", "judge")} for name in descriptions}
-    return Evaluated(doc_ids=DOC_IDS, domains=DOMAINS, texts=TEXTS, comparisons=Comparisons.draw(originals, DOC_IDS, mean, 0, DOMAINS),
-                     descriptions=descriptions, reconstructions=reconstructions, domain_names=NAMES)
+    # Every description is said of one row only, so that a text can stand for what is read in it.
+    descriptions = {name: [dataclasses.replace(one, text=one.text and f"{one.text}\n- next: {name} {row}") for row, one in enumerate(own)]
+                    for name, own in descriptions.items()}
+    samples = [[Described(f"- Python test: sample{row}x{number}", True, 5) for number in range(2)] for row in range(ROWS)]
+    read: dict[str, torch.Tensor] = {"": mean}
+    for name, own in descriptions.items():
+        read |= {form: originals[row] + scale[name] * noise[row] for row, one in enumerate(own) if one.text for form in forms_of(one.text)}
+    read |= {one.text: originals[row] + number * noise[row] for row, drawn in enumerate(samples) for number, one in enumerate(drawn)}
+    return Evaluated(doc_ids=DOC_IDS, domains=DOMAINS, texts=TEXTS, salient=[["assert", "index"]] * ROWS,
+                     comparisons=Comparisons.draw(originals, DOC_IDS, mean, 0, DOMAINS), descriptions=descriptions, samples=samples,
+                     sampled="grpo", prefixes={"sft": {4: [one.text for one in descriptions["sft"]]}},
+                     readings=Readings(list(read), dict.fromkeys(SCORERS, torch.stack(list(read.values())))), domain_names=NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +116,9 @@ def test_a_random_vector_depends_on_the_activation_id_alone_and_the_mean_is_one_
 def test_every_verbalizer_scorer_and_metric_has_a_value_an_interval_and_n(summary: dict) -> None:
     assert set(summary["results"]) == {"gold", "sft", "grpo"}
     for by_scorer in summary["results"].values():
-        assert set(by_scorer) == {"reward", "judge"}
+        assert tuple(by_scorer) == SCORERS
         for named in by_scorer.values():
-            assert tuple(named) == METRICS
+            assert tuple(named) == tuple(metric for metric in METRICS if metric != "top1_100way")  # there are 24 rows
             for figure in named.values():
                 assert set(figure) == {"value", "low", "high", "n", "documents"}
                 assert figure["low"] <= figure["value"] <= figure["high"] and (figure["n"], figure["documents"]) == (24, 12)
@@ -111,13 +126,16 @@ def test_every_verbalizer_scorer_and_metric_has_a_value_an_interval_and_n(summar
 
 def test_claims_are_counted_over_all_descriptions_empty_ones_too(summary: dict) -> None:
     said = {name: {figure: value["value"] for figure, value in named.items()} for name, named in summary["claims"].items()}
-    assert tuple(said["sft"]) == CLAIM_FIGURES
+    assert tuple(said["gold"]) == CLAIM_FIGURES
+    assert "hallucinated" not in said["sft"] and said["gold"]["hallucinated"] == 0.0 and said["grpo"]["hallucinated"] == 1.0
+    # every text has "assert" and "index", and so has every other
+    assert said["gold"]["precision_excess"] == 0.0 and said["gold"]["source_recall"] == 1.0 and said["sft"]["source_recall"] == 0.25
     # gold claims frame, index, assert; "framea" hides frame, so 2 of 3 are found
     assert said["gold"]["precision"] == pytest.approx(2 / 3)
     assert said["gold"]["domain"] == 0.5 and said["gold"]["recall"] == 1.0
     # every other sft description is empty: precision (1 + 0) / 2, and only its licence half can be right
     assert said["sft"]["precision"] == 0.5 and said["sft"]["empty"] == 0.5 and said["sft"]["repeats"] == 0.5
-    assert said["sft"]["unclosed"] == 1.0 and said["sft"]["distinct"] == pytest.approx(2 / 24)
+    assert said["sft"]["unclosed"] == 1.0 and said["sft"]["distinct"] == pytest.approx(13 / 24)
     assert said["sft"]["recall"] == pytest.approx((1 / 3 + 0) / 2) and said["sft"]["tokens"] == pytest.approx(2.0)
     assert said["sft"]["domain"] == 0.25
     assert said["grpo"]["distinct"] == 1.0
@@ -128,11 +146,16 @@ def test_paired_differences_are_those_of_the_values(summary: dict) -> None:
     results = summary["results"]
     for metric, difference in judge.items():
         assert difference["value"] == pytest.approx(results["grpo"]["judge"][metric]["value"] - results["sft"]["judge"][metric]["value"])
+    assert summary["paired"]["grpo-sft"]["claims"]["empty"]["value"] == -0.5
+    ratio = results["grpo"]["judge"]["delta"]["value"] / results["sft"]["judge"]["delta"]["value"]
+    assert summary["ratios"]["grpo/sft"]["judge"]["delta"]["value"] == pytest.approx(ratio)
     assert "grpo-nearest_train_label" not in summary["paired"]
 
 
 def test_scorers_that_agree_everywhere_agree_fully(summary: dict) -> None:
-    assert summary["agreement"]["sft"] == pytest.approx({"top1": 1.0, "centred_cosine": 1.0})
+    assert set(summary["agreement"]["sft"]) == {"reward/judge", "reward/linear", "judge/linear"}
+    assert summary["agreement"]["sft"]["reward/judge"] == pytest.approx({"top1": 1.0, "centred_cosine": 1.0})
+    assert summary["gaps"]["sft"]["value"] == 0.0 and summary["warnings"] == []
 
 
 def test_domains_and_the_confusion_matrix_count_every_row(summary: dict) -> None:
@@ -166,21 +189,21 @@ def test_a_gate_on_an_arm_that_was_not_trained_fails_without_a_value(summary: di
 
 
 @pytest.mark.parametrize("gate", [("sft.judge.top2", ">=", 0.1), ("sft.top1", ">=", 0.1), ("other.judge.top1", ">=", 0.1),
-                                  ("sft.judge.top1", "=", 0.1), ("sft.claims.top1", ">=", 0.1), ("sft-gold.judge.top1", ">=", 0.1)])
+                                  ("sft.judge.top1", "=", 0.1), ("sft.claims.top1", ">=", 0.1), ("sft-other.judge.top1", ">=", 0.1)])
 def test_a_gate_that_names_no_figure_is_refused_before_any_work(gate: tuple) -> None:
     with pytest.raises(ValueError, match="gate: got"):
-        check_gates([gate])
+        check_gates([gate], CLAIM_FIGURES)
 
 
 def test_the_gates_of_every_preset_name_figures() -> None:
     for make in PRESETS.values():
-        check_gates(make().evaluation.gates)
+        check_gates(make().evaluation.gates, CLAIM_FIGURES)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary: dict) -> None:
-    report = {**summary, "preset": "tiny", "resamples": 300, "documents_left_out": 17,
+    report = {**summary, "preset": "tiny", "split": "test", "notes": ["a note"], "resamples": 300, "documents_left_out": 17,
               "base": {"name": "b", "digest": "d" * 32, "layer": 1, "num_layers": 3, "d_model": 8, "injection_norm": 4.0},
               "lineage": {"sft": {"fingerprint": "f", "config_hash": "c", "created": "t", "documents": {"train": 3}}},
               "examples": [{"activation_id": "x", "domain": "licence", "text": "```\nfenced\n```", "descriptions": {"sft": "- a"}}]}
@@ -188,7 +211,7 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
     for title in ("## Gates", "## Under the reward scorer", "## Under the judge scorer", "## Paired differences",
                   "## What the descriptions claim", "## By domain", "## Agreement", "## Lineage", "## Example 1", "## Definitions"):
         assert title in markdown
-    assert "pretrained on: 17\n" in markdown
+    assert "pretrained on: 17\n" in markdown and "- a note\n" in markdown
     assert "````text\n```\nfenced\n```\n````" in markdown
     assert f"| sft | {tables.interval(summary['results']['sft']['judge']['top1'])} |" in markdown
 
@@ -218,7 +241,7 @@ def test_the_stage_publishes_a_report_on_test_documents_and_is_skipped_when_comp
                                        "random_vector"]
     assert (report["n"], report["documents"]) == (28, 14)
     assert len(manifest.documents["test"]) == 14
-    assert set(manifest.parents) == {"corpus", "activations", "labels", "reward_scorer", "judge_scorer", "sft", "grpo"}
+    assert set(manifest.parents) == {"corpus", "activations", "labels", "reward_scorer", "judge_scorer", "linear_scorer", "sft", "grpo"}
     lines = (Path(run.config.run_dir) / "report/descriptions/mean_activation.jsonl").read_text().splitlines()
     assert len({json.loads(line)["description"] for line in lines}) == 1 and len(lines) == 28
     assert report["claims"]["generic"]["distinct"]["value"] == pytest.approx(1 / 28, abs=1e-6)
@@ -255,7 +278,7 @@ def test_a_test_document_that_an_ancestor_learned_from_stops_the_report(copied_r
     learned = run.find("sft").documents["train"]
     leaked = next(doc_id for doc_id in evaluated_documents(run) if doc_id not in learned)
     change_documents(run, "sft", {"train": [*learned, leaked]})
-    with pytest.raises(ValueError, match="lineage: 1 test documents were in the train documents of sft"):
+    with pytest.raises(ValueError, match="lineage: 1 documents of the report were in the train documents of sft"):
         make_report(run.config)
     change_documents(run, "sft", {"train": learned, "validation": [leaked]})
     with pytest.raises(ValueError, match="validation documents of sft"):
@@ -288,8 +311,6 @@ def test_a_test_document_that_nearly_repeats_one_of_the_bases_is_left_out_and_co
 
 
 def evaluated_documents(run: Run) -> list[str]:
-    from nla_ray.activations import load_activations
-
     return load_activations(run, "test").doc_ids
 
 
@@ -349,3 +370,121 @@ def test_a_report_can_be_made_on_an_object_store(copied_run: Callable[..., Run],
     make_report(remote.config)
     make_report(local.config)
     assert read_report(remote) == read_report(local)
+
+
+# Other verbalizers, other splits, broken ancestors -----------------------------------------------------------------------
+
+def test_named_descriptions_and_adapters_stand_beside_the_runs_own(copied_run: Callable[..., Run], published_run: RunConfig, tmp_path: Path) -> None:
+    ids = load_activations(Run(published_run), "test").ids
+    file = tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps({"activation_id": one, "description": f"- a licence {one}"}) + "\n" for one in ids[1:]))
+    other_run = copied_run("theirs")
+    run = copied_run("ours", compare=(f"other={file}", f"theirs={other_run.root.path}/grpo"))
+    make_report(run.config)
+    assert run.find("report") is None
+    report = read_report(run)
+    assert list(report["results"])[-2:] == ["other", "theirs"]
+    assert report["results"]["theirs"] == report["results"]["grpo"] and report["paired"]["theirs-grpo"]["judge"]["delta"]["value"] == 0.0
+    assert report["claims"]["other"]["empty"]["value"] == pytest.approx(1 / len(ids), abs=1e-6)
+    assert report["notes"] == ["other: nothing is known of what it was trained on; test documents may be among it.",
+                               f"other: 1 of {len(ids)} activations have no description in other.jsonl; they count as described by nothing."]
+    file.write_text(file.read_text().replace("a licence", "another licence"))
+    with pytest.raises(ValueError, match="made with another configuration .*inputs.other"):
+        evaluate(run)
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    (['{"activation_id": "x", "description": "a"}'], "none of one of the 28 test activations"),
+    (['{"activation_id": "x"}'], "line 1: got"), (["no json"], "line 1: got"), (['{"activation_id": "x", "description": 3}'], "line 1: got"),
+    (['{"activation_id": "x", "description": "a"}'] * 2, "line 2: got"), ([], "got 0 descriptions"),
+])
+def test_a_file_that_holds_no_descriptions_of_these_activations_is_refused(copied_run: Callable[..., Run], tmp_path: Path, lines: list[str],
+                                                                           message: str) -> None:
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        make_report(copied_run(compare=(f"other={tmp_path}/other.jsonl",)).config)
+
+
+@pytest.mark.parametrize("argument", ["other", "gold=/x", "grpo=/x", "Other=/x", "other=", "other=/no/such/path", "other=/tmp"])
+def test_a_comparison_with_nothing_is_refused_before_any_work(copied_run: Callable[..., Run], argument: str) -> None:
+    with pytest.raises(ValueError, match="--compare"):
+        evaluate(copied_run(compare=(argument,)))
+
+
+def test_an_adapter_that_learned_from_test_documents_or_for_another_layer_is_refused(copied_run: Callable[..., Run]) -> None:
+    theirs = copied_run("theirs")
+    run = copied_run("ours", compare=(f"theirs={theirs.root.path}/sft",))
+    manifest = theirs.find("sft")
+    change_documents(theirs, "sft", {"train": [evaluated_documents(run)[0]]})
+    with pytest.raises(ValueError, match="documents of theirs"):
+        make_report(run.config)
+    elsewhere = dataclasses.replace(manifest, model={**manifest.model, "layer": 0})
+    (theirs.root / "sft" / "manifest.json").write_text(elsewhere.to_json())
+    (run.root / "report_theirs").delete()
+    with pytest.raises(ValueError, match="got layer 1 of .*, expected 0"):
+        make_report(run.config)
+
+
+@pytest.mark.parametrize("scorer", ["reward_scorer", "judge_scorer", "linear_scorer"])
+def test_a_scorer_of_another_base_or_layer_stops_the_report(copied_run: Callable[..., Run], scorer: str) -> None:
+    run = copied_run()
+    manifest = run.find(scorer)
+    for field, value in (("layer", 0), ("digest", "another"), ("tokenizer_digest", "another")):
+        (run.root / scorer / "manifest.json").write_text(dataclasses.replace(manifest, model={**manifest.model, field: value}).to_json())
+        (run.root / "report").delete()
+        with pytest.raises(ValueError, match=f"artifact '{scorer}': got (layer|weights|tokenizer) .*with which it was made"):
+            make_report(run.config)
+
+
+def test_the_linear_scorer_may_share_no_document_with_the_reward_scorer(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    change_documents(run, "linear_scorer", run.find("reward_scorer").documents)
+    with pytest.raises(ValueError, match="reward_scorer and linear_scorer share"):
+        make_report(run.config)
+
+
+def test_activations_that_were_put_in_another_order_are_refused_by_name(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    file = Path(run.config.run_dir) / "activations" / next(name for name in run.find("activations").files if name.endswith(".parquet"))
+    table = pq.read_table(file)
+    vectors = table["activation"].take(list(range(len(table)))[::-1])
+    pq.write_table(table.set_column(table.schema.get_field_index("activation"), table.schema.field("activation"), vectors), file)
+    with pytest.raises(ValueError, match=f"{file.name}: got .*The file is damaged"):
+        make_report(run.config)
+
+
+def test_a_report_on_validation_has_a_name_of_its_own_and_says_that_it_is_no_evidence(copied_run: Callable[..., Run]) -> None:
+    run = copied_run(evaluation=dataclasses.replace(EvaluationConfig(), min_documents=5, bootstrap_resamples=50, split="validation", samples=0))
+    make_report(run.config)
+    report = read_report(run)
+    assert run.find("report") is None and report["split"] == "validation" and "best_of" not in report
+    assert set(run.find("report_validation").documents) == {"validation"}
+    assert "so this is no evidence" in (Path(run.config.run_dir) / "report_validation" / "report.md").read_text()
+
+
+def test_what_the_scorers_have_read_is_not_read_again(copied_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = copied_run()
+    make_report(run.config)
+    again = copied_run("again")
+    # The readings of an interrupted report: as after a kill between reading and publishing.
+    monkeypatch.setattr("nla_ray.evaluation.report.to_html", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make_report(again.config)
+    monkeypatch.undo()
+    assert {file.name.partition("-")[0] for file in (Path(again.config.run_dir) / "report" / "scratch").iterdir()} == {"reward", "judge", "linear"}
+    monkeypatch.setattr("nla_ray.evaluation.readings._load", lambda *arguments: pytest.fail("read again"))
+    make_report(again.config)
+    assert read_report(again) == read_report(run)
+    assert not any(path.startswith("scratch") for path in again.find("report").files)
+
+
+def test_every_score_is_in_the_table_and_on_the_page(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    make_report(run.config)
+    report, folder = read_report(run), Path(run.config.run_dir) / "report"
+    scores = pq.read_table(folder / "scores.parquet").to_pylist()
+    assert len(scores) == 28 * len(report["results"]) * 3
+    own = [row for row in scores if (row["verbalizer"], row["scorer"]) == ("grpo", "judge")]
+    assert sum(row["centred_cosine"] for row in own) / 28 == pytest.approx(report["results"]["grpo"]["judge"]["centred_cosine"]["value"], abs=1e-5)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert json.dumps(report["results"]["grpo"]["judge"]["top1"]["value"]) in page

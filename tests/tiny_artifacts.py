@@ -14,16 +14,17 @@ from nla_ray.config import LoraSettings
 from nla_ray.models.adapters import adapter_state, add_lora, save_adapter, set_adapter_state
 from nla_ray.models.backbone import base_info, load_backbone
 from nla_ray.models.reconstructor import Reconstructor
+from nla_ray.training.linear import make_linear_scorer
 from nla_ray.records import CHUNK_SCHEMA, LABEL_SCHEMA, document_half, split_of
 
-DOCUMENTS = {"train": 24, "validation": 4, "test": 14}
+DOCUMENTS = {"train": 24, "validation": 8, "test": 14}
 """Documents of two chunks each, by split."""
 LORA = LoraSettings(rank=4, alpha=8)
 WORDS = ("frame", "index", "rows", "file", "licence", "copy", "path", "open", "assert", "number", "token", "function")
 
 
 def make_artifacts(run: Run, *, verbalizers: tuple[str, ...] = ("sft", "grpo")) -> None:
-    """Publish corpus, activations, labels, both scorers and the named verbalizers. Needs Ray, for the capture."""
+    """Publish corpus, activations, labels, the three scorers and the named verbalizers. Needs Ray, for the capture."""
     rows = _chunks()
     _publish_table(run, "corpus", ("corpus",), [], pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA))
     capture_activations(run)
@@ -33,6 +34,7 @@ def make_artifacts(run: Run, *, verbalizers: tuple[str, ...] = ("sft", "grpo")) 
     train = sorted({row["doc_id"] for row in rows if row["split"] == "train"})
     for seed, (name, half) in enumerate((("reward_scorer", "even"), ("judge_scorer", "odd"))):
         _publish_scorer(run, name, seed, [doc_id for doc_id in train if document_half(doc_id) == half])
+    make_linear_scorer(run.config)
     for seed, name in enumerate(verbalizers):
         publish_verbalizer(run, name, seed)
 

@@ -147,8 +147,8 @@ def specifics(description: str) -> frozenset[str]:
             continue
         told.update(" ".join((double or single).casefold().split()) for double, single in _QUOTED.findall(body))
         prose = _QUOTED.sub(" ", body)
-        told.update(_NUMBER.findall(prose))
         told.update(name.casefold() for name in _NAME.findall(prose))
+        told.update(_NUMBER.findall(_NAME.sub(" ", prose)))
         if heading.casefold() == TOKENS_HEADING and not any(placeholder in body for placeholder in PLACEHOLDERS):
             told.update(part.strip(_TRIMMED).casefold() for part in body.split(","))
     return frozenset(told - {""})

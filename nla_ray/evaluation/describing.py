@@ -69,7 +69,7 @@ def describe_all(run: Run, manifests: Mapping[str, Manifest], test: ActivationTa
 
 def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
     """What the controls that need no model say of every test activation."""
-    gold = {row["text_id"]: row["label"] for row in load_labels(run, "test") if row["drawn"]}
+    gold = {row["text_id"]: row["label"] for row in load_labels(run, run.config.evaluation.split) if row["drawn"]}
     known = {row["text_id"]: row["label"] for row in load_labels(run, "train") if row["drawn"]}
     train = load_activations(run, "train")
     texts = {name: label_descriptions(name, test.text_ids, test.doc_ids, gold, run.config.evaluation.seed)
@@ -141,7 +141,7 @@ class Describer:
         """What is there already. Raises ValueError when it describes other activations."""
         rows = log.read()
         if [row["activation_id"] for row in rows] != list(ids[:len(rows)]):
-            raise ValueError(f"{log.path}: got descriptions of other activations than the test split's, expected the "
+            raise ValueError(f"{log.path}: got descriptions of other activations than the report's, expected the "
                              "same in order. The file is damaged; delete it and evaluate again.")
         return [Described(row["description"], row["closed"], row["num_tokens"]) for row in rows]
 

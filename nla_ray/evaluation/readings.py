@@ -22,6 +22,10 @@ from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.runlog import stage_progress
 
 
+_CHUNK_BATCHES = 8
+"""Between two words on progress."""
+
+
 class Readings:
     """Reconstructions of texts by scorer."""
 
@@ -53,8 +57,8 @@ def read_texts(run: Run, manifests: Mapping[str, Manifest], texts: Iterable[str]
             model = reconstructor.model
             parts = []
             batch_size = run.config.evaluation.batch_size
-            for start in range(0, len(unique), batch_size):
-                parts.append(reconstructor.reconstruct(unique[start:start + batch_size], batch_size))
+            for start in range(0, len(unique), _CHUNK_BATCHES * batch_size):
+                parts.append(reconstructor.reconstruct(unique[start:start + _CHUNK_BATCHES * batch_size], batch_size))
                 advance(len(parts[-1]), scorer)
             by_scorer[scorer] = torch.cat(parts)
             temporary = file.with_suffix(".tmp")

@@ -22,18 +22,20 @@ from nla_ray.artifacts import Run, Stage
 from nla_ray.cluster import run_placed
 from nla_ray.config import EvaluationConfig, RunConfig
 from nla_ray.corpus.embedded import DOMAIN_NAMES
+from nla_ray.evaluation import claims
 from nla_ray.evaluation.compared import Compared, check_compared, find_compared, read_descriptions
 from nla_ray.evaluation.controls import SCORERS, TRAINED, VERBALIZERS, trained_in
 from nla_ray.evaluation.describing import Described, describe_all
 from nla_ray.evaluation.gates import check_gates
 from nla_ray.evaluation.metrics import Comparisons
+from nla_ray.evaluation.page import to_html
 from nla_ray.evaluation.readings import Readings, read_texts
 from nla_ray.evaluation.summary import CLAIM_FIGURES, PREFIX_TOKENS, Evaluated, summarise
 from nla_ray.evaluation.tables import print_report, to_markdown
 from nla_ray.labels.offline import WordStatistics, salient_words
 from nla_ray.manifest import Manifest, check_disjoint, check_lineage
 from nla_ray.models.backbone import base_folder, base_info, load_tokenizer
-from nla_ray.runlog import get_logger
+from nla_ray.runlog import METRICS_NAME, get_logger
 from nla_ray.training.pretrain import check_never_seen, never_nearly_seen
 
 JOBS = {"corpus": "corpus", "activations": "capture", "labels": "label", "reward_scorer": "sft", "judge_scorer": "sft",
@@ -61,9 +63,10 @@ def evaluate(run: Run) -> Manifest:
 
 
 def report_name(config: RunConfig) -> str:
-    """`report`; the report of another arm, and one with more verbalizers beside it, is an artifact of its own."""
+    """`report`; the report of another arm, on validation, or with more verbalizers beside it is an artifact of its own."""
     arm = config.grpo.artifact.removeprefix("grpo")
-    return "_".join([f"report{arm}", *(argument.partition("=")[0] for argument in config.compare)])
+    split = "" if config.evaluation.split == "test" else f"_{config.evaluation.split}"
+    return "_".join([f"report{arm}{split}", *(argument.partition("=")[0] for argument in config.compare)])
 
 
 def _open_stage(run: Run) -> Stage:
@@ -101,10 +104,11 @@ def make_report(config: RunConfig) -> None:
                   "examples": _examples(evaluated, test, settings)}
         report = _rounded(report)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        (folder / "report.md").write_text(to_markdown(report))
+        (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
+        (folder / "report.html").write_text(to_html(report, gallery(evaluated, test), training_records(run, manifests)), encoding="utf-8")
         pq.write_table(score_table(evaluated, test), folder / "scores.parquet")
     passed = sum(gate["passed"] for gate in summary["gates"])
-    stage.publish(documents={"test": list(test.doc_ids)}, model=manifests["activations"].model,
+    stage.publish(documents={settings.split: list(test.doc_ids)}, model=manifests["activations"].model,
                   metrics={"gates_passed": passed, "gates": len(summary["gates"])})
 
 
@@ -147,7 +151,7 @@ def show_report(run: Run) -> None:
     """Print tables, examples and the report's place; exit with status 1 on a failed gate when the run is gated."""
     report = read_report(run)
     print_report(report)
-    print(f"\nreport: {run.root / report_name(run.config) / 'report.md'}")
+    print(f"\nreport: {run.root / report_name(run.config) / 'report.html'}, and report.md and report.json beside it")
     failed = [gate["name"] for gate in report["gates"] if not gate["passed"]]
     if run.config.gate and failed:
         raise SystemExit(f"{len(failed)} of {len(report['gates'])} gates failed: {', '.join(failed)}")
@@ -166,11 +170,13 @@ def check_ancestors(run: Run, manifests: Mapping[str, Manifest], compared: Seque
 
 
 def load_test(run: Run, manifests: Mapping[str, Manifest], compared: Sequence[Compared] = ()) -> tuple[ActivationTable, int]:
-    """Test activations (a seeded choice when `max_activations` is set), after lineage was checked; and how many documents were
-    left out."""
+    """The split's activations (a seeded choice when `max_activations` is set), after lineage was checked; and how many documents
+    were left out."""
     settings = run.config.evaluation
-    test = load_activations(run, "test")
-    check_lineage(test.doc_ids, {**manifests, **{one.name: one.manifest for one in compared if one.manifest}})
+    test = load_activations(run, settings.split)
+    # What is chosen by a report on validation is told as chosen; nothing may ever have been learned from what is reported on.
+    uses = ("train", "validation") if settings.split == "test" else ("train",)
+    check_lineage(test.doc_ids, {**manifests, **{one.name: one.manifest for one in compared if one.manifest}}, uses)
     captured = len(set(test.doc_ids))
     test = _unknown_to_base(run, test)
     if settings.max_activations is not None and settings.max_activations < len(test.ids):
@@ -178,7 +184,7 @@ def load_test(run: Run, manifests: Mapping[str, Manifest], compared: Sequence[Co
         test = test.select(sorted(order[:settings.max_activations].tolist()))
     documents = len(set(test.doc_ids))
     if documents < settings.min_documents:
-        raise ValueError(f"test documents: got {documents}, expected at least {settings.min_documents}. Enlarge the "
+        raise ValueError(f"{settings.split} documents: got {documents}, expected at least {settings.min_documents}. Enlarge the "
                          "corpus or raise --evaluation.max-activations; fewer documents make no report.")
     return test, captured - documents
 
@@ -211,6 +217,7 @@ def _card(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any
     """What the report is about: run, base, and the lineage of every ancestor."""
     return {
         "preset": config.preset,
+        "split": config.evaluation.split,
         "base": manifests["activations"].model,
         "lineage": {name: {"fingerprint": one.fingerprint, "config_hash": one.config_hash, "created": one.created,
                            "documents": {use: len(ids) for use, ids in one.documents.items()}}
@@ -229,6 +236,29 @@ def _notes(test: ActivationTable, compared: Sequence[Compared]) -> list[str]:
         if not one.is_adapter and (missing := read_descriptions(one.path, test.ids)[1]):
             notes.append(f"{one.name}: {missing} of {len(test.ids)} activations have no description in {one.path.name}; they count as described by nothing.")
     return notes
+
+
+def gallery(evaluated: Evaluated, test: ActivationTable) -> list[dict[str, Any]]:
+    """One row an activation: its text, and what every verbalizer said of it, word by word and with its scores."""
+    scores = {name: [{} for _ in test.ids] for name in evaluated.descriptions}
+    for name, by_scorer in evaluated.geometry.items():
+        for scorer, named in by_scorer.items():
+            columns = zip(named["centred_cosine"].numerator.tolist(), named["correct_cosine"].numerator.tolist(),
+                          named["top1"].numerator.bool().tolist(), named["mrr_10way"].numerator.tolist())
+            for own, (centred, cosine, top1, reciprocal_rank) in zip(scores[name], columns):
+                own[scorer] = {"centred_cosine": round(centred, 3), "cosine": round(cosine, 3), "top1": top1, "rank_10way": round(1 / reciprocal_rank)}
+    return [{"activation_id": test.ids[row], "doc_id": test.doc_ids[row], "domain": test.domains[row], "text": test.texts[row],
+             "descriptions": {name: {"segments": claims.marked(described[row].text, test.texts[row]), "closed": described[row].closed,
+                                     "tokens": described[row].num_tokens, "scores": scores[name][row],
+                                     "precision": round(evaluated.claims[name]["precision"].numerator[row].item(), 3)}
+                              for name, described in evaluated.descriptions.items()}}
+            for row in range(len(test.ids))]
+
+
+def training_records(run: Run, manifests: Mapping[str, Manifest]) -> dict[str, list[dict[str, float]]]:
+    """What training wrote down step by step, by artifact."""
+    return {name: [json.loads(line) for line in run.verified(name, one, METRICS_NAME).read_text().splitlines()]
+            for name, one in manifests.items() if METRICS_NAME in one.files}
 
 
 def score_table(evaluated: Evaluated, test: ActivationTable) -> pa.Table:

@@ -187,7 +187,7 @@ def _recall(description: str, gold: str) -> float:
 
 def _pairs(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """`paired`: `{first}-{second}` -> scorer or `claims` -> figure -> interval of the difference on the same rows and resamples.
-    `ratios`: `{first}/{second}` -> scorer -> the ratio of the deltas."""
+    `ratios`: `{first}/{second}` -> scorer -> the ratio of the deltas, where the second one's is above 0."""
     paired: dict[str, Any] = {}
     ratios: dict[str, Any] = {}
     for first, second in pairs_of(list(evaluated.descriptions)):
@@ -195,7 +195,8 @@ def _pairs(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]
         for scorer in SCORERS:
             ours, theirs = evaluated.geometry[first][scorer], evaluated.geometry[second][scorer]
             by_scorer[scorer] = _dicts(bootstrap.differences(ours, theirs))
-            ratios.setdefault(f"{first}/{second}", {})[scorer] = _dicts(bootstrap.ratios({"delta": ours["delta"]}, theirs))
+            if theirs["delta"].value > 0:
+                ratios.setdefault(f"{first}/{second}", {})[scorer] = _dicts(bootstrap.ratios({"delta": ours["delta"]}, theirs))
         ours, theirs = evaluated.claims[first], evaluated.claims[second]
         by_scorer["claims"] = _dicts(bootstrap.differences({name: ours[name] for name in ours if name in theirs}, theirs))
     return {"paired": paired, "ratios": ratios}

@@ -10,19 +10,61 @@ from dataclasses import dataclass
 from typing import Any
 
 METRIC_TITLES = {
-    "top1": "2-way top-1", "top1_10way": "10-way top-1", "top1_10way_hard": "10-way hard", "mrr_10way": "10-way MRR",
-    "centred_cosine": "centred cosine", "correct_cosine": "cosine, correct", "garbage_cosine": "cosine, garbage",
-    "delta": "delta", "fve": "FVE",
+    "top1": "2-way top-1", "top1_10way": "10-way top-1", "top1_10way_hard": "10-way hard", "top1_100way": "100-way top-1",
+    "top1_document": "in its document", "mrr_10way": "10-way MRR", "centred_cosine": "centred cosine",
+    "correct_cosine": "cosine, correct", "garbage_cosine": "cosine, garbage", "delta": "delta", "fve": "FVE",
 }
 CLAIM_TITLES = {
-    "precision": "words in text", "precision_shuffled": "in a shuffled text", "recall": "gold words named",
-    "domain": "domain right", "repeats": "repeats an item", "distinct": "distinct", "unclosed": "unclosed",
-    "empty": "empty", "tokens": "tokens",
+    "precision": "words in text", "precision_shuffled": "in a shuffled text", "precision_excess": "in text, less shuffled",
+    "hallucinated": "specifics not in text", "recall": "gold words named", "source_recall": "text's words named",
+    "source_recall_shuffled": "a shuffled text's", "domain": "domain right", "repeats": "repeats an item", "distinct": "distinct",
+    "similarity": "alike", "top_line": "commonest line", "non_ascii": "beyond ASCII", "unclosed": "unclosed", "empty": "empty",
+    "tokens": "tokens",
 }
+DEFINITIONS = {
+    "top1": "share of cos(r, v) above cos(r, v'), v' a fixed activation of another document; a tie counts against; chance 0.5",
+    "top1_10way": "share of v ranked first among itself and 9 activations of other documents by centred cosine; chance 0.1",
+    "top1_10way_hard": "the same among the 9 nearest activations of its domain",
+    "top1_100way": "the same among 99 activations of other documents; chance 0.01",
+    "top1_document": "the same among the other positions of its document, over activations that have some",
+    "mrr_10way": "mean of 1/rank in the 10-way choice; chance 0.29",
+    "centred_cosine": "mean cos(c(r), c(v)): what is left when the mean direction, which every activation shares, is taken away",
+    "correct_cosine": "mean cos(r, v), raw: mostly the mean direction",
+    "garbage_cosine": "mean cos(r, v'), raw",
+    "delta": "correct - garbage",
+    "fve": "1 - sum |n(r) - n(v)|^2 / sum |n(v) - mean n(v)|^2: fraction of variance explained, not renormalised",
+    "precision": "share of a description's salient words that occur in its text; 0 for a description that claims nothing",
+    "precision_shuffled": "the same against the text of another document",
+    "precision_excess": "the difference of the two",
+    "hallucinated": "share of quoted strings, numbers, names and listed tokens that the text does not have",
+    "recall": "share of the gold label's salient words that the description names too",
+    "source_recall": "share of the text's twelve most salient words (tf-idf over train texts) that the description names",
+    "source_recall_shuffled": "the same for the words of another document's text",
+    "domain": "share of descriptions that name the true domain before any other",
+    "repeats": "share that list an item twice or say a word twice in a row",
+    "distinct": "distinct descriptions over descriptions",
+    "similarity": "mean word overlap (Jaccard) with the description of another document's activation",
+    "top_line": "share of the descriptions that have the line which most of them have",
+    "non_ascii": "share of characters beyond ASCII",
+    "unclosed": "share cut off before their end",
+    "empty": "share without a word",
+    "tokens": "mean length of a description",
+    "gold": "the label of the text: the ceiling",
+    "nearest_train_label": "the label of the nearest train activation: what a verbalizer must beat to be worth training",
+    "sft, grpo, grpo_no_contrast": "the verbalizer after supervised training, after contrastive GRPO, and after GRPO rewarded with the plain cosine",
+    "shuffled, generic": "another document's label; one fixed sentence",
+    "mean_activation, random_vector": "the SFT verbalizer given these instead of the activation",
+    "reward, judge, linear": "scorers: the one that GRPO is paid by; one trained on other documents; ridge regression from features of the plain base",
+    "confidence": "agreement of several samples: mean centred cosine between what the reward scorer reads in them; no probability",
+}
+"""What every figure, verbalizer and scorer is. v original, r reconstruction from a description, n(x) = x/|x|, mu = mean n(v) over train,
+c(x) = n(x) - mu."""
 _PLAIN_WIDTH = 150
 """Columns where output goes to a file or a log."""
-_SHORT_METRICS = ("top1", "top1_10way", "centred_cosine", "delta", "fve")
-_SHORT_CLAIMS = ("precision", "domain", "repeats", "tokens")
+_SHORT_METRICS = ("top1", "top1_10way", "top1_10way_hard", "centred_cosine", "delta")
+_SHORT_CLAIMS = ("precision", "precision_excess", "domain", "repeats", "tokens")
+_PAIRED_METRICS = ("centred_cosine", "delta", "top1", "top1_10way", "top1_10way_hard")
+_PAIRED_CLAIMS = ("precision", "precision_excess", "hallucinated", "recall", "domain", "repeats")
 
 
 @dataclass(frozen=True)
@@ -44,7 +86,7 @@ def geometry_tables(report: Mapping[str, Any], metrics: Sequence[str] = tuple(ME
     results = report["results"]
     scorers = list(next(iter(results.values())))
     return [Table(f"Under the {scorer} scorer", ["verbalizer", *(METRIC_TITLES[metric] for metric in metrics)],
-                  [[name, *(interval(by_scorer[scorer][metric]) for metric in metrics)]
+                  [[name, *(interval(by_scorer[scorer].get(metric)) for metric in metrics)]
                    for name, by_scorer in results.items()])
             for scorer in scorers]
 
@@ -52,16 +94,22 @@ def geometry_tables(report: Mapping[str, Any], metrics: Sequence[str] = tuple(ME
 def claims_table(report: Mapping[str, Any], names: Sequence[str] = tuple(CLAIM_TITLES)) -> Table:
     """What descriptions claim, by verbalizer."""
     return Table("What the descriptions claim", ["verbalizer", *(CLAIM_TITLES[name] for name in names)],
-                 [[verbalizer, *(interval(said[name]) for name in names)]
+                 [[verbalizer, *(interval(said.get(name)) for name in names)]
                   for verbalizer, said in report["claims"].items()])
 
 
-def paired_table(report: Mapping[str, Any]) -> Table:
-    """Differences on the same activations and resamples."""
-    rows = [[pair, scorer, *(interval(figure) for figure in figures.values())]
-            for pair, by_scorer in report["paired"].items() for scorer, figures in by_scorer.items()]
-    metrics = next((figures for by_scorer in report["paired"].values() for figures in by_scorer.values()), {})
-    return Table("Paired differences", ["difference", "scorer", *(METRIC_TITLES[metric] for metric in metrics)], rows)
+def paired_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Differences on the same activations and resamples: of scores, of claims, and the ratios of the deltas."""
+    scores, said = [], []
+    for pair, by_scorer in report["paired"].items():
+        ratios = report["ratios"].get(pair.replace("-", "/"), {})
+        for scorer, figures in by_scorer.items():
+            if scorer == "claims":
+                said.append([pair, *(interval(figures.get(name)) for name in _PAIRED_CLAIMS)])
+            else:
+                scores.append([pair, scorer, *(interval(figures.get(metric)) for metric in _PAIRED_METRICS), interval(ratios.get(scorer, {}).get("delta"))])
+    return [Table("Paired differences", ["difference", "scorer", *(METRIC_TITLES[metric] for metric in _PAIRED_METRICS), "ratio of deltas"], scores),
+            Table("Paired differences of claims", ["difference", *(CLAIM_TITLES[name] for name in _PAIRED_CLAIMS)], said)]
 
 
 def gates_table(report: Mapping[str, Any]) -> Table:
@@ -73,29 +121,57 @@ def gates_table(report: Mapping[str, Any]) -> Table:
 
 
 def domains_table(report: Mapping[str, Any]) -> Table:
-    """Words found in the text and domain named rightly, by domain."""
+    """Words found in the text, domain named rightly and the judge's centred cosine, by domain."""
+    shown = {"precision": "words in text", "domain": "domain right", "judge.centred_cosine": "judge's centred cosine"}
     verbalizers = list(next(iter(report["domains"].values())))
-    titles = [f"{name}: {title}" for name in verbalizers for title in ("words in text", "domain right")]
     rows = [[domain, str(next(iter(by_name.values()))["precision"]["n"]),
-             *(interval(by_name[name][figure]) for name in verbalizers for figure in ("precision", "domain"))]
+             *(interval(by_name[name].get(figure)) for name in verbalizers for figure in shown)]
             for domain, by_name in report["domains"].items()]
-    return Table("By domain", ["domain", "n", *titles], rows)
+    return Table("By domain", ["domain", "n", *(f"{name}: {title}" for name in verbalizers for title in shown.values())], rows)
+
+
+def curves_tables(report: Mapping[str, Any]) -> list[Table]:
+    """The judge's figures by number of tokens kept, by number of choices, and what quoted strings carry."""
+    prefix = [[name, *(f"{point['tokens']}: {interval(point['centred_cosine'])}" for point in by_scorer["judge"])]
+              for name, by_scorer in report["prefix"].items()]
+    width = max((len(row) for row in prefix), default=1)
+    found = [[name, *(interval(point["top1"]) for point in by_scorer["judge"])] for name, by_scorer in report["retrieval"].items()]
+    sizes = [str(point["k"]) for point in next(iter(report["retrieval"].values()))["judge"]]
+    quoted = [[name, interval(told["quoting"]), interval(told["judge"]["centred_cosine"])] for name, told in report["quotes"].items()]
+    return [Table("Judge's centred cosine of the first tokens", ["verbalizer", *["tokens: figure"] * (width - 1)], [row + ["-"] * (width - len(row)) for row in prefix]),
+            Table("Judge's top-1 among k activations", ["verbalizer", *sizes], found),
+            Table("Lost when quoted strings are stripped", ["verbalizer", "descriptions that quote", "judge's centred cosine"], quoted)]
+
+
+def samples_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Best of N by the reward scorer, and what confidence is worth, under the judge."""
+    if "best_of" not in report:
+        return []
+    metrics = list(report["best_of"][0]["judge"])
+    best = [[str(one["samples"]), *(interval(one["judge"][metric]) for metric in metrics)] for one in report["best_of"]]
+    tables = [Table("Best of N samples by the reward scorer, under the judge", ["N", *(METRIC_TITLES[metric] for metric in metrics)], best)]
+    if "calibration" in report:
+        bins = [[f"{one['confidence_low']:.3f} to {one['confidence_high']:.3f}", *(interval(one[f"judge_{metric}"]) for metric in metrics)]
+                for one in report["calibration"]]
+        halves = [["more confident half less the rest", *(interval(report["confidence"]["judge"][metric]) for metric in metrics)]]
+        tables.append(Table(f"The greedy description by confidence (agreement of {report['confidence']['samples']} samples), under the judge",
+                            ["confidence", *(METRIC_TITLES[metric] for metric in metrics)], bins + halves))
+    return tables
 
 
 def agreement_table(report: Mapping[str, Any]) -> Table:
-    """How far the two scorers say the same of single activations."""
-    rows = [[name, f"{both['top1']:.3f}", "-" if both["centred_cosine"] is None else f"{both['centred_cosine']:.3f}"]
-            for name, both in report["agreement"].items()]
-    heads = ["verbalizer", "same 2-way outcome", "correlation of centred cosines"]
-    return Table("Agreement of the two scorers", heads, rows)
+    """How far two scorers say the same of single activations."""
+    rows = [[name, pair, f"{both['top1']:.3f}", "-" if both["centred_cosine"] is None else f"{both['centred_cosine']:.3f}"]
+            for name, by_pair in report["agreement"].items() for pair, both in by_pair.items()]
+    return Table("Agreement of the scorers", ["verbalizer", "scorers", "same 2-way outcome", "correlation of centred cosines"], rows)
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
-    tables = [gates_table(report), *geometry_tables(report), paired_table(report), claims_table(report),
-              domains_table(report), agreement_table(report), _lineage_table(report)]
+    tables = [gates_table(report), *geometry_tables(report), *paired_tables(report), claims_table(report), *samples_tables(report),
+              *curves_tables(report), domains_table(report), agreement_table(report), _lineage_table(report)]
     parts = [_opening(report), *(_markdown(table) for table in tables if table.rows), *_markdown_examples(report)]
-    return "\n\n".join([*parts, _DEFINITIONS]) + "\n"
+    return "\n\n".join([*parts, _definitions()]) + "\n"
 
 
 def _opening(report: Mapping[str, Any]) -> str:
@@ -105,14 +181,17 @@ def _opening(report: Mapping[str, Any]) -> str:
         f"# Report of `{report['preset']}`", "",
         f"- Base model: {base['name']} (digest {base['digest'][:12]}), layer {base['layer']} of {base['num_layers']}, "
         f"d_model {base['d_model']}, injection norm {base['injection_norm']:g}",
-        f"- Evaluated: {report['n']} activations of {report['documents']} test documents; no ancestor learned from or "
-        "chose on any of them",
-        "- Test documents left out, by choice of number or because they nearly repeat one that the base was pretrained on: "
+        f"- Evaluated: {report['n']} activations of {report['documents']} {report['split']} documents; "
+        + ("no ancestor learned from or chose on any of them" if report["split"] == "test" else
+           "settings and checkpoints are chosen on them, so this is no evidence"),
+        "- Documents left out, by choice of number or because they nearly repeat one that the base was pretrained on: "
         f"{report['documents_left_out']}",
         f"- Every figure: value [95% interval], bootstrap over documents, {report['resamples']:,} resamples",
         "- Failed, truncated and empty descriptions are scored as they are; greedy decoding",
         "- The judge scorer shares no train document with the reward scorer; its scores never train the verbalizer",
         f"- Gates: {passed} of {len(report['gates'])} passed",
+        *(f"- WARNING: {warning}" for warning in report["warnings"]),
+        *(f"- {note}" for note in report["notes"]),
     ])
 
 
@@ -145,20 +224,10 @@ def _backtick_runs(example: Mapping[str, Any]) -> list[str]:
     return re.findall(r"`+", "\n".join([example["text"], *example["descriptions"].values()]))
 
 
-_DEFINITIONS = """## Definitions
-
-v original, r reconstruction from a description, n(x) = x/|x|, mu = mean n(v) over train, c(x) = n(x) - mu.
-
-- cosine, correct: mean cos(r_i, v_i); garbage: mean cos(r_i, v_j), j a fixed random derangement; delta: correct-garbage
-- 2-way top-1: share of cos(r_i, v_i) > cos(r_i, v_j), chance 0.5; a tie counts against
-- centred cosine: mean cos(c(r_i), c(v_i))
-- 10-way: v_i ranked among 9 activations of other documents by centred cosine, chance 0.1; hard: among the 9 nearest
-  activations of its domain
-- FVE: 1 - sum |n(r)-n(v)|^2 / sum |n(v) - mean n(v)|^2
-- words in text: share of a description's salient words that occur in its text; a description that claims nothing has 0
-- gold: the label of the text (ceiling); nearest_train_label: label of the nearest train activation; shuffled: another
-  document's label; generic: one fixed sentence; mean_activation, random_vector: the SFT verbalizer given these instead
-  of the activation"""
+def _definitions() -> str:
+    titles = METRIC_TITLES | CLAIM_TITLES
+    return "\n".join(["## Definitions", "", "v original, r reconstruction from a description, n(x) = x/|x|, mu = mean n(v) over train, c(x) = n(x) - mu.", "",
+                      *(f"- {titles.get(name, name)}: {meaning}" for name, meaning in DEFINITIONS.items())])
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -172,7 +241,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     for table in (*geometry_tables(report, _SHORT_METRICS), claims_table(report, _SHORT_CLAIMS), gates_table(report)):
         if table.rows:
             console.print(_rich(table))
-    console.print(f"{report['n']} activations of {report['documents']} test documents; 95% intervals over documents")
+    for warning in report["warnings"]:
+        console.print(f"WARNING: {warning}", style="bold red", markup=False)
+    console.print(f"{report['n']} activations of {report['documents']} {report['split']} documents; 95% intervals over documents")
     for example in report["examples"]:
         console.rule(escape(f"{example['domain']}  {example['activation_id']}"))
         console.print(example["text"], markup=False, highlight=False)

@@ -27,18 +27,18 @@ from nla_ray.activations import ActivationTable, check_base, load_activations, l
 from nla_ray.artifacts import Run
 from nla_ray.cluster import demand, require_resources
 from nla_ray.config import GRPOSettings, RunConfig, require
-from nla_ray.evaluation.metrics import Comparisons
+from nla_ray.evaluation.metrics import Comparisons, hard_rows
 from nla_ray.injection import InjectionPrompt, attach_activations, build_injection_prompt
 from nla_ray.manifest import Manifest, check_disjoint
 from nla_ray.models.adapters import load_adapter
 from nla_ray.models.backbone import base_info, causal_model, load_backbone, load_tokenizer
 from nla_ray.models.prefix import share_prefix
 from nla_ray.records import seed_of
-from nla_ray.runlog import get_logger
+from nla_ray.runlog import METRICS_NAME, get_logger
 from nla_ray.training.actors import ActorPool, SharedArray, shared_tensor
 from nla_ray.training.live import live_view
 from nla_ray.training.loop import (
-    METRICS_NAME, Checkpoints, autocast_forward, prepare_worker, run_training, trainer_arguments, training_attention,
+    Checkpoints, autocast_forward, prepare_worker, run_training, trainer_arguments, training_attention,
 )
 from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 PARENTS = {"activations": "capture", "sft": "sft", "reward_scorer": "sft", "judge_scorer": "sft"}
 """Every artifact GRPO is made from, and the job that makes it."""
 _WARMUP_SHARE = 0.05
+_NEAR_POOL = 32
+"""Nearest activations of the same domain that the near ones are drawn from."""
 
 logger = get_logger(__name__)
 
@@ -133,9 +135,16 @@ def training_data(run: Run, train: ActivationTable, validation: ActivationTable,
     mean = torch.tensor(load_stats(run)["mean_direction"])
     return TrainingData(
         schedule=schedule, sources={row: train.texts[row] for row in rows}, bank=bank,
-        wrong=WrongActivations(train.doc_ids, settings.num_wrong) if settings.contrast == "wrong" else None,
+        wrong=wrong_activations(train, settings, mean) if settings.contrast == "wrong" else None,
         monitor=MonitorData(rows=watched, comparisons=Comparisons.draw(vectors, doc_ids, mean, settings.seed),
                             doc_ids=doc_ids, texts=[validation.texts[row] for row in watched]))
+
+
+def wrong_activations(train: ActivationTable, settings: GRPOSettings, mean: Tensor) -> WrongActivations:
+    """What the descriptions of a train activation must not fit, ready to be drawn from."""
+    pool = min(_NEAR_POOL, len(train.ids) // 2)
+    near = hard_rows(train.vectors, train.doc_ids, train.domains, mean, pool).tolist() if settings.num_near else None
+    return WrongActivations(train.doc_ids, settings.num_wrong, near, settings.num_near)
 
 
 def summary(records: Sequence[dict[str, Any]], published_step: int) -> dict[str, Any]:
@@ -196,8 +205,8 @@ def build_trainer(run_config: RunConfig, folder: Path, model: nn.Module, sampler
 def grpo_arguments(run_config: RunConfig, folder: Path, weights: list[float]) -> GRPOConfig:
     """Our settings in TRL's words.
 
-    Rewards are divided by the batch's standard deviation, not by each group's, which would blow up groups that agree
-    (Source: arXiv 2508.08221); the loss is summed over tokens and divided by a constant, without length bias (Dr. GRPO,
+    The preset divides advantages by the batch's standard deviation, not by each group's, which would blow up groups that
+    agree (Source: arXiv 2508.08221); the loss is summed over tokens and divided by a constant, without length bias (Dr. GRPO,
     arXiv 2503.20783). Truncated rollouts stay in the loss: stopping is trained.
     """
     settings, workers = run_config.grpo, run_config.compute.trainer_workers
@@ -209,7 +218,7 @@ def grpo_arguments(run_config: RunConfig, folder: Path, weights: list[float]) ->
         num_generations=settings.group_size, num_iterations=settings.iterations, shuffle_dataset=False,
         max_completion_length=settings.max_new_tokens, temperature=settings.temperature, beta=settings.beta,
         learning_rate=settings.learning_rate, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=int(_WARMUP_SHARE * settings.steps), reward_weights=weights, scale_rewards="batch", loss_type="dr_grpo",
+        warmup_steps=int(_WARMUP_SHARE * settings.steps), reward_weights=weights, scale_rewards=settings.scale_rewards, loss_type="dr_grpo",
         mask_truncated_completions=False, disable_dropout=True, logging_steps=1, logging_first_step=False,
         save_strategy="steps", save_steps=settings.save_steps)
 

@@ -31,7 +31,7 @@ def fit_linear_scorer(run: Run) -> Manifest:
     """Artifact `linear_scorer`, unless it is complete; its manifest. Raises ValueError for too few labelled documents."""
     stage = run.stage("linear_scorer", "base", "linear_scorer", parents=_parents(run))
     if stage.manifest is None:
-        run_placed(run.config, "scorer", _fit)
+        run_placed(run.config, "scorer", make_linear_scorer)
     return run.require("linear_scorer", "sft")
 
 
@@ -41,8 +41,8 @@ def _parents(run: Run) -> dict[str, Manifest]:
     return parents
 
 
-def _fit(config: RunConfig) -> None:
-    """The whole of it, in the process where it was placed."""
+def make_linear_scorer(config: RunConfig) -> None:
+    """The whole of it, in this process."""
     run, settings = Run(config), config.linear_scorer
     stage = run.stage("linear_scorer", "base", "linear_scorer", parents=_parents(run))
     layer = config.base.layer // 2 if settings.layer is None else settings.layer

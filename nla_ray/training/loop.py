@@ -31,7 +31,7 @@ from nla_ray.cluster import demand, require_resources, resources_of
 from nla_ray.config import BaseConfig, ComputeConfig, RunConfig, require
 from nla_ray.manifest import Manifest
 from nla_ray.models.backbone import base_info
-from nla_ray.runlog import MetricsLog, get_logger
+from nla_ray.runlog import METRICS_NAME, MetricsLog, get_logger
 from nla_ray.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 COMPLETE_NAME = "complete"
 """Empty file inside a checkpoint, written last: a checkpoint without it is torn and ignored."""
-METRICS_NAME = "metrics.jsonl"
 _BEST_NAME = "best.json"
 _REFUSED = "refused"
 _MAX_FAILURES = 3

@@ -65,27 +65,31 @@ def text_terms(written: str, num_tokens: int, source: str, soft_max_tokens: int)
 class WrongActivations:
     """Draws, for one row of the activation bank, rows of other documents to compare its descriptions with.
 
-    `documents`: the doc_id of every row of the bank. Raises ValueError when there are fewer than `count` rows outside
-    the largest document.
+    `documents`: the doc_id of every row of the bank; `near`: for every row the rows that are hardest to tell from it, of which
+    `count_near` are drawn beside `count` of any. Raises ValueError when there are fewer than `count` rows outside the largest
+    document, or fewer near rows than are to be drawn.
     """
 
-    def __init__(self, documents: Sequence[str], count: int) -> None:
+    def __init__(self, documents: Sequence[str], count: int, near: Sequence[Sequence[int]] | None = None, count_near: int = 0) -> None:
         names, self._document = np.unique(np.asarray(documents), return_inverse=True)
         available = len(documents) - int(np.bincount(self._document).max()) if len(documents) else 0
-        if available < count:
-            raise ValueError(f"wrong activations: got {available} rows from other documents ({len(names)} train documents), "
-                             f"expected at least {count}. Lower --grpo.num-wrong or enlarge the corpus.")
-        self._count = count
+        pool = len(near[0]) if near else 0
+        if available < count or pool < count_near:
+            raise ValueError(f"wrong activations: got {available} rows from other documents ({len(names)} train documents) and {pool} near "
+                             f"ones, expected at least {count} and {count_near}. Lower --grpo.num-wrong and --grpo.num-near, or enlarge "
+                             "the corpus.")
+        self._count, self._near, self._count_near = count, near, count_near
 
     def draw(self, row: int, seed: int, step: int) -> list[int]:
-        """`count` different rows, a function of (seed, step, row) alone; every step draws anew."""
+        """Different rows, those of any document first; a function of (seed, step, row) alone, and every step draws anew."""
         generator = np.random.default_rng(seed_of(seed, "wrong", str(step), str(row)))
         drawn: list[int] = []
         while len(drawn) < self._count:
             candidates = generator.integers(len(self._document), size=2 * self._count)
             drawn += [int(other) for other in dict.fromkeys(candidates.tolist())
                       if self._document[other] != self._document[row] and other not in drawn]
-        return drawn[:self._count]
+        near = generator.choice(self._near[row], self._count_near, replace=False).tolist() if self._count_near else []
+        return drawn[:self._count] + near
 
 
 def schedule_rows(num_rows: int, prompts_per_step: int, num_batches: int, seed: int) -> list[list[int]]:
