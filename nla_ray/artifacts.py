@@ -168,7 +168,7 @@ class Stage:
     def _require_same(self, other_hash: str, other_config: dict[str, Any], other_parents: dict[str, str]) -> None:
         if other_hash == self._hash:
             return
-        changes = _differences(other_config, self.config) or [
+        changes = differences(other_config, self.config) or [
             f"parent {name}: there {other_parents.get(name)}, here {self._parents.get(name)}"
             for name in sorted({*other_parents, *self._parents}) if other_parents.get(name) != self._parents.get(name)]
         raise ValueError(f"artifact {self.name!r} in {self.location}: it was made with another configuration "
@@ -330,13 +330,13 @@ def _busy(root: Location, owner: str) -> str:
             "Wait for that run, stop it, or use another --run-dir.")
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Readable differences of two nested configurations: `grpo.steps: there 80, here 20`."""
     lines = []
     for key in sorted({*there, *here}):
         old, new = there.get(key), here.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, f"{prefix}{key}.")
+            lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             lines.append(f"{prefix}{key}: there {old!r}, here {new!r}")
     return lines

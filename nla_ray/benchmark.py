@@ -349,11 +349,35 @@ def pipeline_seconds(run: Run) -> dict[str, Any] | None:
     return {"stages": stages, "seconds": sum(stages.values())}
 
 
+TRIED = {"judge.centred_cosine": ("judge", "centred_cosine"), "linear.centred_cosine": ("linear", "centred_cosine"),
+         "judge.top1_10way_hard": ("judge", "top1_10way_hard"), "claims.precision": ("claims", "precision"),
+         "claims.distinct": ("claims", "distinct")}
+"""What an experiment is told by: paired differences with SFT on the same validation activations."""
+
+
+def experiments(run: Run) -> list[dict[str, Any]]:
+    """Every verbalizer that a report on validation shows beside the run's own: its settings, and its paired differences with SFT.
+
+    Such a report is made by `jobs/evaluate.py --evaluation.split validation --compare NAME=PATH ...`.
+    """
+    tried = []
+    for path in run.root.list_files():
+        folder, _, file = path.partition("/")
+        if not (folder.startswith("report_validation") and file == "report.json" and (run.root / folder / "manifest.json").exists()):
+            continue
+        report = json.loads((run.root / path).read_text())
+        named = {"grpo": []} | {name: one["settings"] for name, one in report["compared"].items()}
+        tried += [{"name": name, "settings": settings, "n": report["n"], "report": folder,
+                   "minus_sft": {figure: report["paired"][f"{name}-sft"][scorer][metric] for figure, (scorer, metric) in TRIED.items()}}
+                  for name, settings in named.items()]
+    return tried
+
+
 # --- the job ---------------------------------------------------------------------------------------------------------
 
 
 def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """All four sections, written to `benchmark.json` of the run, which makes the corpus first when it has none."""
+    """All sections, written to `benchmark.json` of the run, which makes the corpus first when it has none."""
     import torch
 
     from nla_ray.corpus.build import build_corpus
@@ -377,7 +401,7 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
         "preset": config.preset, "base": config.base.model, "machine": machine, "capture": capture,
         "generate": distance_to_limits(generate, machine),
         "train": {stage: train_breakdown(run, stage) for stage in ("reward_scorer", "judge_scorer", "sft", "grpo")},
-        "pipeline": pipeline_seconds(run),
+        "pipeline": pipeline_seconds(run), "experiments": experiments(run),
     }
     (run.root / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -436,4 +460,7 @@ def describe_results(results: dict[str, Any]) -> list[str]:
             lines.append(f"{stage}: median seconds of a step: {parts}")
     if results["pipeline"]:
         lines.append(f"pipeline: {results['pipeline']['seconds']:.0f} s in all stages together")
+    for one in results["experiments"]:
+        figures = ", ".join(f"{name} {figure['value']:+.4f} [{figure['low']:+.4f}, {figure['high']:+.4f}]" for name, figure in one["minus_sft"].items())
+        lines.append(f"experiment {one['name']} ({'; '.join(one['settings']) or 'the preset'}), less SFT on {one['n']} validation activations: {figures}")
     return lines

@@ -1,9 +1,13 @@
 """The benchmark's arithmetic by hand, and one whole run of it on the tiny base. No test asserts a time."""
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import tiny_artifacts
 
 from nla_ray.artifacts import Run
 from nla_ray.benchmark import (
@@ -12,11 +16,14 @@ from nla_ray.benchmark import (
     compare,
     describe_results,
     distance_to_limits,
+    experiments,
     pipeline_seconds,
     run_benchmarks,
     side_by_side,
     train_breakdown,
 )
+from nla_ray.config import RunConfig
+from nla_ray.evaluation.report import make_report, read_report
 
 TEXTS = [
     f"def number_{number}():\n    return {number} * {number % 7}\n" + "x = 1\n" * (number % 5)
@@ -73,6 +80,22 @@ def test_stage_times_are_summed(tiny_run: Callable[..., Run]) -> None:
     assert pipeline_seconds(run) is None
     (run.root / "timings.json").write_text(json.dumps({"corpus": 1.5, "sft": 3.0}))
     assert pipeline_seconds(run) == {"stages": {"corpus": 1.5, "sft": 3.0}, "seconds": 4.5}
+
+
+def test_experiments_are_what_reports_on_validation_show_beside_the_runs_own(published_run: RunConfig, tmp_path: Path) -> None:
+    shutil.copytree(published_run.run_dir, tmp_path / "run")
+    run = Run(dataclasses.replace(published_run, run_dir=str(tmp_path / "run")))
+    assert experiments(run) == []
+    hotter = dataclasses.replace(published_run.grpo, temperature=1.5, name="hotter")
+    tiny_artifacts.publish_verbalizer(Run(dataclasses.replace(run.config, grpo=hotter)), "grpo_hotter", seed=9)
+    evaluation = dataclasses.replace(published_run.evaluation, split="validation", min_documents=5, samples=0)
+    tried = Run(dataclasses.replace(run.config, evaluation=evaluation, compare=(f"hotter={tmp_path}/run/grpo_hotter",)))
+    make_report(tried.config)
+    own, other = experiments(run)
+    assert own["name"] == "grpo" and own["settings"] == [] and other["name"] == "hotter"
+    assert other["settings"] == ["grpo.name: there 'hotter', here None", "grpo.temperature: there 1.5, here 1.0"]
+    report = read_report(tried)
+    assert other["minus_sft"]["judge.centred_cosine"] == report["paired"]["hotter-sft"]["judge"]["centred_cosine"]
 
 
 def test_a_benchmark_of_the_tiny_base_finds_the_same_results_on_both_sides(

@@ -241,7 +241,7 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
     one = Opened(browser, page_path, viewport={"width": width, "height": 800}, color_scheme=scheme)
     assert one.complaints == [] and one.addresses == [page_path.as_uri(), "data:,"][:len(one.addresses)]
     assert one.tab.evaluate("document.documentElement.scrollWidth") == width
-    assert one.texts("nav a") == ["Gates", "Warnings", "Results", "Differences", "Claims", "Agreement", "Training", "Domains", "Confusion",
+    assert one.texts("nav a") == ["Warnings", "Results", "Gates", "Differences", "Claims", "Agreement", "Training", "Domains", "Confusion",
                                   "Prefix", "Retrieval", "Best of N", "Calibration", "Gallery", "Lineage", "Notes", "Definitions"]
     assert all("NaN" not in part and "undefined" not in part for part in one.texts("main > section"))
     assert one.tab.evaluate("[...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('svg[aria-label]'))")

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from nla_ray.activations import ActivationTable, check_base, load_activations, load_stats
-from nla_ray.artifacts import Run, Stage
+from nla_ray.artifacts import Run, Stage, differences
 from nla_ray.cluster import run_placed
-from nla_ray.config import EvaluationConfig, RunConfig
+from nla_ray.config import EvaluationConfig, RunConfig, to_dict
 from nla_ray.corpus.embedded import DOMAIN_NAMES
 from nla_ray.evaluation import claims
 from nla_ray.evaluation.compared import Compared, check_compared, find_compared, read_descriptions
@@ -100,7 +100,7 @@ def make_report(config: RunConfig) -> None:
         evaluated = gather(run, manifests, test, compared, folder)
         summary = summarise(evaluated, settings.gates, settings.bootstrap_resamples, settings.seed)
         notes = _notes(test, compared)
-        report = {**_card(config, manifests), "documents_left_out": left_out, "notes": notes, **summary,
+        report = {**_card(config, manifests, compared), "documents_left_out": left_out, "notes": notes, **summary,
                   "examples": _examples(evaluated, test, settings)}
         report = _rounded(report)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -213,7 +213,7 @@ def _domain_names(domains: Sequence[str]) -> dict[str, str]:
 
 # Writing --------------------------------------------------------------------------------------------------------------
 
-def _card(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+def _card(config: RunConfig, manifests: Mapping[str, Manifest], compared: Sequence[Compared]) -> dict[str, Any]:
     """What the report is about: run, base, and the lineage of every ancestor."""
     return {
         "preset": config.preset,
@@ -223,8 +223,16 @@ def _card(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any
                            "documents": {use: len(ids) for use, ids in one.documents.items()}}
                     for name, one in manifests.items()},
         "selection": {name: one.metrics for name, one in manifests.items() if name.endswith("_scorer") or name in trained_in(manifests)},
+        "compared": {one.name: {"digest": one.digest, "settings": _settings(config, one)} for one in compared},
         "resamples": config.evaluation.bootstrap_resamples,
     }
+
+
+def _settings(config: RunConfig, one: Compared) -> list[str]:
+    """By which settings of this run's a verbalizer that was named on the command line differs, as far as its manifest tells."""
+    theirs = one.manifest.config if one.manifest else {}
+    return differences({name: theirs[name] for name in ("sft", "grpo") if name in theirs},
+                       {name: value for name, value in to_dict(config).items() if name in ("sft", "grpo") and name in theirs})
 
 
 def _notes(test: ActivationTable, compared: Sequence[Compared]) -> list[str]:
