@@ -92,3 +92,16 @@ def test_a_bank_smaller_than_one_batch_is_refused() -> None:
 def test_the_default_evidence_weight_is_zero() -> None:
     assert rewards.reward_weights(GRPOSettings())["evidence"] == 0.0
     assert rewards.reward_weights(dataclasses.replace(GRPOSettings(), evidence_weight=0.2))["evidence"] == 0.2
+
+
+def test_near_rows_are_drawn_beside_the_others_anew_every_step() -> None:
+    documents = [f"doc{row}" for row in range(60)]
+    near = [[(row + step) % 60 for step in range(1, 9)] for row in range(60)]
+    wrong = rewards.WrongActivations(documents, 3, near, 2)
+    draws = [wrong.draw(5, seed=0, step=step) for step in range(20)]
+    assert all(len(drawn) == 5 and set(drawn[3:]) <= set(near[5]) and len(set(drawn[3:])) == 2 for drawn in draws)
+    assert draws[0] == wrong.draw(5, seed=0, step=0) and len({tuple(drawn[3:]) for drawn in draws}) > 5
+    # those of any document are the same whether near ones are drawn too
+    assert draws[0][:3] == rewards.WrongActivations(documents, 3).draw(5, seed=0, step=0)
+    with pytest.raises(ValueError, match="8 near ones, expected at least 3 and 9"):
+        rewards.WrongActivations(documents, 3, near, 9)
