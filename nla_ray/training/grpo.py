@@ -207,7 +207,8 @@ def grpo_arguments(run_config: RunConfig, folder: Path, weights: list[float]) ->
 
     The preset divides advantages by the batch's standard deviation, not by each group's, which would blow up groups that
     agree (Source: arXiv 2508.08221); the loss is summed over tokens and divided by a constant, without length bias (Dr. GRPO,
-    arXiv 2503.20783). Truncated rollouts stay in the loss: stopping is trained.
+    arXiv 2503.20783). Truncated rollouts stay in the loss: stopping is trained. The rate falls to 0: a step of a hundred
+    rollouts is mostly noise, which the last small ones average out.
     """
     settings, workers = run_config.grpo, run_config.compute.trainer_workers
     rollouts = settings.prompts_per_step * settings.group_size // workers
@@ -217,7 +218,7 @@ def grpo_arguments(run_config: RunConfig, folder: Path, weights: list[float]) ->
         max_steps=settings.steps, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rollouts // micro_batch,
         num_generations=settings.group_size, num_iterations=settings.iterations, shuffle_dataset=False,
         max_completion_length=settings.max_new_tokens, temperature=settings.temperature, beta=settings.beta,
-        learning_rate=settings.learning_rate, lr_scheduler_type="constant_with_warmup",
+        learning_rate=settings.learning_rate, lr_scheduler_type="linear",
         warmup_steps=int(_WARMUP_SHARE * settings.steps), reward_weights=weights, scale_rewards=settings.scale_rewards, loss_type="dr_grpo",
         mask_truncated_completions=False, disable_dropout=True, logging_steps=1, logging_first_step=False,
         save_strategy="steps", save_steps=settings.save_steps)
