@@ -300,13 +300,13 @@ def _plan_grpo(facts: Facts) -> StagePlan:
 def _plan_evaluation(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
     activations = min(facts.texts * TEST_SHARE, config.evaluation.max_activations or float("inf"))
-    described = activations * 2 * config.grpo.max_new_tokens
-    scored = activations * 8 * 2 * _LABEL_TOKENS
+    described = activations * (3 + config.evaluation.samples) * config.grpo.max_new_tokens  # SFT, SFT on random vectors, GRPO
+    scored = activations * (8 + config.evaluation.samples) * 3 * _LABEL_TOKENS
     return StagePlan(
         name="evaluate", artifact="report", tokens=described + scored,
         flops=2 * shape.parameters * described + 2 * (config.base.layer + 1) * shape.block_parameters * scored,
         processes=(facts.process("scorer", 1, (shape.parameters + shape.kv_bytes(64 * 128, 1)) * facts.item_bytes),),
-        files=f"report.json, report.md, descriptions of {activations:,.0f} test activations")
+        files=f"report.html, report.json, report.md, scores.parquet, descriptions of {activations:,.0f} test activations")
 
 
 def _plan_serving(facts: Facts) -> StagePlan:

@@ -16,7 +16,7 @@ from nla_ray.evaluation.controls import SCORERS
 from nla_ray.evaluation.describing import Described
 from nla_ray.evaluation.metrics import Comparisons
 from nla_ray.evaluation.readings import Readings
-from nla_ray.evaluation.summary import Evaluated, summarise
+from nla_ray.evaluation.summary import Evaluated, summarise, texts_to_read
 from nla_ray.presets import nano
 
 ROWS, D_MODEL, WORDS_IN_TEXT = 400, 64, 6
@@ -64,12 +64,12 @@ class World:
                 "sft": lambda row: f"- {self.domains[row]}: {', '.join(self.words[row][:3])}", "grpo": say}
         descriptions = {name: [Described(own(row), True, 8) for row in range(ROWS)] for name, own in said.items()}
         doc_ids = [f"doc{row}" for row in range(ROWS)]
+        texts = sorted(texts_to_read(descriptions, [], {}))
         evaluated = Evaluated(
             doc_ids=doc_ids, domains=self.domains, texts=self.texts, salient=self.words, descriptions=descriptions, prefixes={}, sampled="grpo",
-            comparisons=Comparisons.draw(self.activations, doc_ids, self.mean, 0, self.domains), readings=Readings([], {}),
+            comparisons=Comparisons.draw(self.activations, doc_ids, self.mean, 0, self.domains),
+            readings=Readings(texts, {scorer: torch.stack([self.read(scorer, text) for text in texts]) for scorer in SCORERS}),
             domain_names={name: name for name in DOMAINS})
-        texts = sorted(evaluated.texts_to_read())
-        object.__setattr__(evaluated, "readings", Readings(texts, {scorer: torch.stack([self.read(scorer, text) for text in texts]) for scorer in SCORERS}))
         return summarise(evaluated, nano().evaluation.gates, resamples=400, seed=0)
 
     def label(self, row: int) -> str:

@@ -21,7 +21,7 @@ from nla_ray.evaluation.gates import check_gates, judge_gate
 from nla_ray.evaluation.metrics import METRICS, Comparisons
 from nla_ray.evaluation.readings import Readings
 from nla_ray.evaluation.report import evaluate, make_report, read_report, show_report
-from nla_ray.evaluation.summary import CLAIM_FIGURES, Evaluated, forms_of, summarise
+from nla_ray.evaluation.summary import CLAIM_FIGURES, Evaluated, forms_of, pairs_of, summarise
 from nla_ray.presets import PRESETS
 from nla_ray.prompts import GENERIC_DESCRIPTION
 from nla_ray.training.pretrain import digest
@@ -60,7 +60,8 @@ def evaluated() -> Evaluated:
     read |= {one.text: originals[row] + number * noise[row] for row, drawn in enumerate(samples) for number, one in enumerate(drawn)}
     return Evaluated(doc_ids=DOC_IDS, domains=DOMAINS, texts=TEXTS, salient=[["assert", "index"]] * ROWS,
                      comparisons=Comparisons.draw(originals, DOC_IDS, mean, 0, DOMAINS), descriptions=descriptions, samples=samples,
-                     sampled="grpo", prefixes={"sft": {4: [one.text for one in descriptions["sft"]]}},
+                     sampled="grpo", prefix_rows=range(0, ROWS, 2),
+                     prefixes={"gold": {4: [one.text for one in descriptions["sft"][::2]]}},
                      readings=Readings(list(read), dict.fromkeys(SCORERS, torch.stack(list(read.values())))), domain_names=NAMES)
 
 
@@ -158,11 +159,22 @@ def test_scorers_that_agree_everywhere_agree_fully(summary: dict) -> None:
     assert summary["gaps"]["sft"]["value"] == 0.0 and summary["warnings"] == []
 
 
+def test_a_prefix_curve_ends_with_the_whole_description_of_the_same_rows(summary: dict) -> None:
+    first, whole = summary["prefix"]["gold"]["judge"]
+    assert (first["tokens"], whole["tokens"]) == (4, 11) and first["centred_cosine"]["n"] == whole["centred_cosine"]["n"] == 12
+    assert first["centred_cosine"]["value"] < whole["centred_cosine"]["value"]  # what stands for its prefixes is said by sft
+
+
 def test_domains_and_the_confusion_matrix_count_every_row(summary: dict) -> None:
     assert summary["confusion"]["gold"] == {"licence": {"python_test": 12}, "python_test": {"python_test": 12}}
     assert summary["confusion"]["sft"]["licence"] == {"licence": 6, "none": 6}
     assert summary["domains"]["licence"]["gold"]["domain"]["value"] == 0.0
     assert summary["domains"]["python_test"]["gold"]["domain"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 12, "documents": 6}
+
+
+def test_other_verbalizers_are_paired_with_the_runs_own_and_with_each_other() -> None:
+    pairs = pairs_of(["gold", "sft", "grpo", "one", "two"])
+    assert pairs == [("grpo", "sft"), ("one", "grpo"), ("one", "sft"), ("two", "grpo"), ("two", "sft"), ("one", "two")]
 
 
 # Gates ----------------------------------------------------------------------------------------------------------------
@@ -203,7 +215,8 @@ def test_the_gates_of_every_preset_name_figures() -> None:
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary: dict) -> None:
-    report = {**summary, "preset": "tiny", "split": "test", "notes": ["a note"], "resamples": 300, "documents_left_out": 17,
+    selection = {"sft": {"best_step": 12, "eval_loss": 0.5}, "grpo": {"published_step": 40, "published": {"monitor/judge_centred_cosine": 0.67}}, "linear_scorer": {"penalty": 0.01}}
+    report = {**summary, "preset": "tiny", "split": "test", "selection": selection, "notes": ["a note"], "resamples": 300, "documents_left_out": 17,
               "base": {"name": "b", "digest": "d" * 32, "layer": 1, "num_layers": 3, "d_model": 8, "injection_norm": 4.0},
               "lineage": {"sft": {"fingerprint": "f", "config_hash": "c", "created": "t", "documents": {"train": 3}}},
               "examples": [{"activation_id": "x", "domain": "licence", "text": "```\nfenced\n```", "descriptions": {"sft": "- a"}}]}
@@ -211,6 +224,7 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
     for title in ("## Gates", "## Under the reward scorer", "## Under the judge scorer", "## Paired differences",
                   "## What the descriptions claim", "## By domain", "## Agreement", "## Lineage", "## Example 1", "## Definitions"):
         assert title in markdown
+    assert "| sft | 12 | eval_loss 0.5 |\n| grpo | 40 | monitor/judge_centred_cosine 0.67 |\n| linear_scorer | - | penalty 0.01 |" in markdown
     assert "pretrained on: 17\n" in markdown and "- a note\n" in markdown
     assert "````text\n```\nfenced\n```\n````" in markdown
     assert f"| sft | {tables.interval(summary['results']['sft']['judge']['top1'])} |" in markdown
@@ -257,10 +271,13 @@ def test_an_interrupted_report_reuses_the_descriptions_it_has_and_ends_the_same(
     shutil.copy(done / "sft.jsonl", place)
     lines = (done / "grpo.jsonl").read_text().splitlines(keepends=True)
     (place / "grpo.jsonl").write_text("".join(lines[:5]) + lines[5][:10])
+    samples = (done / "grpo_samples.jsonl").read_text()
+    (place / "grpo_samples.jsonl").write_text("".join(samples.splitlines(keepends=True)[:13]))  # eight of one, five of the next
     written = (place / "sft.jsonl").stat().st_mtime_ns
     make_report(interrupted.config)
     assert (place / "sft.jsonl").stat().st_mtime_ns == written
     assert (place / "grpo.jsonl").read_text() == "".join(lines)
+    assert (place / "grpo_samples.jsonl").read_text() == samples
     assert read_report(interrupted) == read_report(undisturbed)
 
 

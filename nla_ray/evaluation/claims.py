@@ -172,8 +172,15 @@ def similarity(first: str, second: str) -> float:
     return len(one & other) / len(one | other) if one | other else 1.0
 
 
+def quotes_something(description: str) -> bool:
+    """Whether there is a quoted string in the description."""
+    return _QUOTED.search(description) is not None
+
+
 def strip_quotes(description: str) -> str:
     """The description without what it quotes: what is left must still pick out the activation."""
+    if not quotes_something(description):
+        return description
     stripped = "\n".join(_QUOTED.sub(" ", line) for line in description.splitlines())
     return re.sub(r"[ \t]+", " ", stripped).strip()
 

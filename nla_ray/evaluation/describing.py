@@ -108,8 +108,7 @@ class Describer:
                   samples: int) -> list[Described]:
         """All descriptions of a file, of which the missing ones are made and appended, chunk by chunk."""
         log = MetricsLog(self._folder / f"{name}.jsonl")
-        done = self._read(log, ids)
-        done = done[:len(done) - len(done) % samples]
+        done = self._read(log, ids, samples)
         if len(done) == len(ids):
             return done
         verbalizer = self._load(adapter, neighbours)
@@ -137,9 +136,12 @@ class Describer:
         return {"max_new_tokens": config.grpo.max_new_tokens, "group_size": samples,
                 "temperature": config.grpo.temperature if samples > 1 else 0.0, "seed": seed_of(config.evaluation.seed, "samples")}
 
-    def _read(self, log: MetricsLog, ids: Sequence[str]) -> list[Described]:
-        """What is there already. Raises ValueError when it describes other activations."""
+    def _read(self, log: MetricsLog, ids: Sequence[str], samples: int) -> list[Described]:
+        """What is there already, in whole groups of samples. Raises ValueError when it describes other activations."""
         rows = log.read()
+        if begun := len(rows) % samples:
+            rows = rows[:-begun]
+            log.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if [row["activation_id"] for row in rows] != list(ids[:len(rows)]):
             raise ValueError(f"{log.path}: got descriptions of other activations than the report's, expected the "
                              "same in order. The file is damaged; delete it and evaluate again.")

@@ -29,8 +29,8 @@ from nla_ray.evaluation.describing import Described, describe_all
 from nla_ray.evaluation.gates import check_gates
 from nla_ray.evaluation.metrics import Comparisons
 from nla_ray.evaluation.page import to_html
-from nla_ray.evaluation.readings import Readings, read_texts
-from nla_ray.evaluation.summary import CLAIM_FIGURES, PREFIX_TOKENS, Evaluated, summarise
+from nla_ray.evaluation.readings import read_texts
+from nla_ray.evaluation.summary import CLAIM_FIGURES, PREFIX_TOKENS, Evaluated, summarise, texts_to_read
 from nla_ray.evaluation.tables import print_report, to_markdown
 from nla_ray.labels.offline import WordStatistics, salient_words
 from nla_ray.manifest import Manifest, check_disjoint, check_lineage
@@ -41,6 +41,8 @@ from nla_ray.training.pretrain import check_never_seen, never_nearly_seen
 JOBS = {"corpus": "corpus", "activations": "capture", "labels": "label", "reward_scorer": "sft", "judge_scorer": "sft",
         "linear_scorer": "sft", "sft": "sft"}
 """What every report is made from, beside the arm of GRPO, and the job that makes it."""
+PREFIX_ROWS = 400
+"""Activations, chosen by seed, whose descriptions are also read in part."""
 SALIENT_WORDS = 12
 """Words of a text that its description might be expected to name."""
 
@@ -119,15 +121,17 @@ def gather(run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, c
     mean = torch.tensor(load_stats(run)["mean_direction"])
     descriptions, samples = describe_all(run, manifests, test, mean, folder / "descriptions", compared)
     ordered = {name: descriptions[name] for name in dict.fromkeys([*VERBALIZERS, *descriptions]) if name in descriptions}
+    prefix_rows = sorted(torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(config.evaluation.seed))[:PREFIX_ROWS].tolist())
+    prefixes = _prefixes(config, {name: [ordered[name][row] for row in prefix_rows] for name in ordered if name in ("gold", *trained_in(manifests))})
     statistics = WordStatistics.fit(load_activations(run, "train").texts)
-    gathered = Evaluated(
+    return Evaluated(
         doc_ids=test.doc_ids, domains=test.domains, texts=test.texts,
         salient=[[word for word, _ in salient_words(text, statistics, SALIENT_WORDS)] for text in test.texts],
         comparisons=Comparisons.draw(test.vectors, test.doc_ids, mean, config.evaluation.seed, test.domains),
-        descriptions=ordered, samples=samples, sampled=config.grpo.artifact, readings=Readings([], {}),
-        prefixes=_prefixes(config, {name: ordered[name] for name in ordered if name in ("gold", *trained_in(manifests))}),
+        descriptions=ordered, samples=samples, sampled=config.grpo.artifact, prefix_rows=prefix_rows,
+        prefixes=prefixes,
+        readings=read_texts(run, manifests, texts_to_read(ordered, samples, prefixes), folder / "scratch"),
         domain_names=_domain_names(test.domains))
-    return dataclasses.replace(gathered, readings=read_texts(run, manifests, gathered.texts_to_read(), folder / "scratch"))
 
 
 def _prefixes(config: RunConfig, descriptions: Mapping[str, Sequence[Described]]) -> dict[str, dict[int, list[str]]]:

@@ -58,21 +58,17 @@ class Evaluated:
     descriptions: Mapping[str, Sequence[Described]]
     """By verbalizer."""
     readings: Readings
-    """Of every description, of its forms (`forms_of`) and of every sample."""
+    """Of all `texts_to_read`."""
     domain_names: Mapping[str, str]
     """Slug -> the name a description may use."""
     samples: Sequence[Sequence[Described]] = ()
     """N samples of the arm of GRPO for each row; empty when none were drawn."""
+    prefix_rows: Sequence[int] = ()
+    """The rows whose descriptions are also read in part."""
     prefixes: Mapping[str, Mapping[int, Sequence[str]]]
-    """Verbalizer -> number of tokens -> every description cut to them."""
+    """Verbalizer -> number of tokens -> the descriptions of those rows cut to them."""
     sampled: str
     """The verbalizer that the samples are of."""
-
-    def texts_to_read(self) -> set[str]:
-        """Everything that `readings` must hold."""
-        written = {form for described in self.descriptions.values() for one in described for form in forms_of(one.text)}
-        cut = {text for by_length in self.prefixes.values() for texts in by_length.values() for text in texts}
-        return written | cut | {one.text for drawn in self.samples for one in drawn}
 
     @cached_property
     def geometry(self) -> dict[str, dict[str, dict[str, Figure]]]:
@@ -88,6 +84,14 @@ class Evaluated:
     def read(self, scorer: str, texts: Sequence[str]) -> Tensor:
         """Reconstructions [rows, d_model]."""
         return self.readings.of(scorer, texts)
+
+
+def texts_to_read(descriptions: Mapping[str, Sequence[Described]], samples: Sequence[Sequence[Described]],
+                  prefixes: Mapping[str, Mapping[int, Sequence[str]]]) -> set[str]:
+    """Everything that the readings of an `Evaluated` must hold."""
+    written = {form for described in descriptions.values() for one in described for form in forms_of(one.text)}
+    cut = {text for by_length in prefixes.values() for texts in by_length.values() for text in texts}
+    return written | cut | {one.text for drawn in samples for one in drawn}
 
 
 def forms_of(text: str) -> tuple[str, str]:
@@ -109,7 +113,7 @@ def summarise(evaluated: Evaluated, gates: Sequence[Gate], resamples: int, seed:
         "agreement": {name: _agreement(by_scorer) for name, by_scorer in evaluated.geometry.items()},
         "gaps": _gaps(bootstrap, evaluated),
         "quotes": _quotes(bootstrap, evaluated),
-        "prefix": _prefix_curves(bootstrap, evaluated),
+        "prefix": _prefix_curves(evaluated, resamples, seed),
         "retrieval": _retrieval_curves(bootstrap, evaluated),
         **(_sampling(bootstrap, evaluated) if evaluated.samples else {}),
         "domains": _by_domain(evaluated, resamples, seed),
@@ -119,12 +123,13 @@ def summarise(evaluated: Evaluated, gates: Sequence[Gate], resamples: int, seed:
 
 
 def pairs_of(verbalizers: Sequence[str]) -> list[tuple[str, str]]:
-    """Which verbalizers are compared row by row: both arms, with SFT and with the nearest label; and every other one with them."""
+    """Which verbalizers are compared row by row: both arms, with SFT and with the nearest label; every other one with them and
+    with the others."""
     own = [("grpo", "sft"), ("grpo", "nearest_train_label"), ("sft", "nearest_train_label"), ("grpo", "grpo_no_contrast"),
            ("grpo_no_contrast", "sft")]
     others = [name for name in verbalizers if name not in _OWN]
     more = [(name, known) for name in others for known in ("grpo", "sft", "nearest_train_label")]
-    return [pair for pair in own + more if set(pair) <= set(verbalizers)]
+    return [pair for pair in [*own, *more, *combinations(others, 2)] if set(pair) <= set(verbalizers)]
 
 
 _OWN = frozenset(("gold", "nearest_train_label", "shuffled", "generic", "mean_activation", "random_vector", *TRAINED))
@@ -228,11 +233,10 @@ def _quotes(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any
     """verbalizer -> share of descriptions that quote, and by scorer what is lost when what they quote is taken out."""
     told: dict[str, Any] = {}
     for name, described in evaluated.descriptions.items():
-        stripped = [claims.strip_quotes(one.text) for one in described]
-        quoting = [left != " ".join(one.text.split()) and "".join(left.split()) != "".join(one.text.split())
-                   for left, one in zip(stripped, described, strict=True)]
+        quoting = [claims.quotes_something(one.text) for one in described]
         if not any(quoting):
             continue
+        stripped = [claims.strip_quotes(one.text) for one in described]
         told[name] = {"quoting": _intervals(bootstrap, {"share": Figure.mean(quoting)})["share"]}
         for scorer in SCORERS:
             without = figures(evaluated.read(scorer, stripped), evaluated.comparisons)
@@ -243,17 +247,23 @@ def _quotes(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any
 
 # Curves ---------------------------------------------------------------------------------------------------------------
 
-def _prefix_curves(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def _prefix_curves(evaluated: Evaluated, resamples: int, seed: int) -> dict[str, Any]:
     """verbalizer -> scorer -> [{tokens, centred_cosine, top1_10way}] for descriptions cut to so many tokens; the last is whole."""
+    if not evaluated.prefixes:
+        return {}
+    rows = torch.tensor(evaluated.prefix_rows)
+    comparisons = evaluated.comparisons.at(rows)
+    bootstrap = DocumentBootstrap([evaluated.doc_ids[row] for row in evaluated.prefix_rows], resamples, seed)
     curves: dict[str, Any] = {}
     for name, by_length in evaluated.prefixes.items():
-        whole = round(sum(one.num_tokens for one in evaluated.descriptions[name]) / len(evaluated.doc_ids))
+        whole = [evaluated.descriptions[name][row] for row in evaluated.prefix_rows]
+        mean_length = round(sum(one.num_tokens for one in whole) / len(whole))
+        points = {**{length: texts for length, texts in by_length.items() if length < mean_length}, mean_length: [one.text for one in whole]}
         for scorer in SCORERS:
-            points = [(length, figures(evaluated.read(scorer, texts), evaluated.comparisons)) for length, texts in by_length.items()]
-            points.append((whole, evaluated.geometry[name][scorer]))
-            curves.setdefault(name, {})[scorer] = [
-                {"tokens": tokens, **_intervals(bootstrap, {metric: named[metric] for metric in _CURVE_METRICS})}
-                for tokens, named in points if tokens <= whole]
+            curve = curves.setdefault(name, {}).setdefault(scorer, [])
+            for tokens, texts in points.items():
+                named = figures(evaluated.read(scorer, texts), comparisons)
+                curve.append({"tokens": tokens, **_intervals(bootstrap, {metric: named[metric] for metric in _CURVE_METRICS})})
     return curves
 
 

@@ -169,7 +169,7 @@ def agreement_table(report: Mapping[str, Any]) -> Table:
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     tables = [gates_table(report), *geometry_tables(report), *paired_tables(report), claims_table(report), *samples_tables(report),
-              *curves_tables(report), domains_table(report), agreement_table(report), _lineage_table(report)]
+              *curves_tables(report), domains_table(report), agreement_table(report), selection_table(report), _lineage_table(report)]
     parts = [_opening(report), *(_markdown(table) for table in tables if table.rows), *_markdown_examples(report)]
     return "\n\n".join([*parts, _definitions()]) + "\n"
 
@@ -200,6 +200,18 @@ def _lineage_table(report: Mapping[str, Any]) -> Table:
              ", ".join(f"{use} {count}" for use, count in one["documents"].items()) or "-"]
             for name, one in report["lineage"].items()]
     return Table("Lineage", ["artifact", "fingerprint", "configuration", "made", "documents"], rows)
+
+
+def selection_table(report: Mapping[str, Any]) -> Table:
+    """What was chosen on validation documents, and by which figure there."""
+    shown = ("eval_loss", "eval_centred_cosine", "penalty")
+    rows = []
+    for name, metrics in report["selection"].items():
+        published = metrics.get("published", {})
+        told = {key: metrics[key] for key in shown if key in metrics} | {key: published[key] for key in ("monitor/judge_centred_cosine",) if key in published}
+        step = metrics.get("best_step", metrics.get("published_step", "-"))
+        rows.append([name, f"{step:.0f}" if isinstance(step, float) else str(step), ", ".join(f"{key} {value:.4g}" for key, value in told.items()) or "-"])
+    return Table("Chosen on validation", ["artifact", "step", "figures there"], rows)
 
 
 def _markdown(table: Table) -> str:

@@ -291,6 +291,16 @@ def torch_device(base: BaseConfig) -> torch.device:
     return torch.device(base.device)
 
 
+def computes_in_bf16(base: BaseConfig) -> bool:
+    """Whether matrix products of training, and of reading descriptions with what was trained, run in bfloat16: as configured, or
+    where the processor has instructions for it."""
+    if base.training_dtype != "auto":
+        return base.training_dtype == "bfloat16"
+    if base.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def load_backbone(base: BaseConfig, *, num_blocks: int | None = None, attention: str | None = None):
     """The base as a frozen causal language model in eval mode, in its configured type and on its device.
 

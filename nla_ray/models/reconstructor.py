@@ -21,7 +21,7 @@ from nla_ray import prompts, vectors
 from nla_ray.config import BaseConfig, LoraSettings
 from nla_ray.injection import marker_token
 from nla_ray.models.adapters import adapter_active, add_lora, load_adapter, save_adapter
-from nla_ray.models.backbone import ResidualReader, load_backbone, load_tokenizer
+from nla_ray.models.backbone import ResidualReader, computes_in_bf16, load_backbone, load_tokenizer
 
 ADAPTER_NAME = "adapter"
 HEAD_NAME = "head.safetensors"
@@ -33,8 +33,9 @@ class Reconstructor(nn.Module):
     """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
 
     def __init__(
-        self, model, tokenizer, *, adapter: str, layer: int, marker: str, mean: Tensor, max_tokens: int
+        self, model, tokenizer, *, adapter: str, layer: int, marker: str, mean: Tensor, max_tokens: int, in_bf16: bool = False
     ) -> None:
+        """`in_bf16`: the blocks' matrix products run in bfloat16, in training as in reading; the head stays in float32."""
         super().__init__()
         d_model = causal_width(model)
         if mean.shape != (d_model,):
@@ -42,7 +43,7 @@ class Reconstructor(nn.Module):
                              "It belongs to another base; capture activations again.")
         device = next(model.parameters()).device
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
-        self.layer, self.max_tokens, self.marker = layer, max_tokens, marker
+        self.layer, self.max_tokens, self.marker, self.in_bf16 = layer, max_tokens, marker, in_bf16
         self.marker_id = marker_token(tokenizer, marker)
         self.head = nn.Linear(d_model, d_model, bias=False, device=device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)  # so that training starts from the mean, not from noise around it
@@ -57,7 +58,7 @@ class Reconstructor(nn.Module):
         model = load_backbone(base, num_blocks=base.layer + 1, attention=attention)
         model = add_lora(model, lora, adapter, num_blocks=base.layer + 1, seed=seed)
         return cls(model, load_tokenizer(base), adapter=adapter, layer=base.layer, marker=base.marker, mean=mean,
-                   max_tokens=max_tokens)
+                   max_tokens=max_tokens, in_bf16=computes_in_bf16(base))
 
     @classmethod
     def load(cls, base: BaseConfig, folder: Path | str, *, adapter: str = "default", model=None) -> Reconstructor:
@@ -77,6 +78,7 @@ class Reconstructor(nn.Module):
             marker=base.marker,
             mean=mean,
             max_tokens=max_tokens,
+            in_bf16=computes_in_bf16(base),
         )
         own.head.weight.data.copy_(weight)
         return own.eval().requires_grad_(False)
@@ -135,11 +137,15 @@ class Reconstructor(nn.Module):
 
         The mask says where each prompt ends; attention needs none, being causal.
         """
-        stream = self._reader.read(input_ids)[self.layer]
+        device = input_ids.device.type
+        # Inside the forward, because DeepSpeed turns an autocast around it off.
+        with torch.autocast(device, torch.bfloat16, enabled=self.in_bf16):
+            stream = self._reader.read(input_ids)[self.layer]
         last = attention_mask.sum(-1) - 1
         marker_stream = stream[torch.arange(len(stream), device=stream.device), last]
         scaled = vectors.rescale(marker_stream, self.mean.shape[0] ** 0.5)
-        return self.mean + self.head(scaled)
+        with torch.autocast(device, enabled=False):
+            return self.mean + self.head(scaled)
 
     @torch.no_grad()
     def reconstruct(self, descriptions: Sequence[str], batch_size: int = 64) -> Tensor:

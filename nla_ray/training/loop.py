@@ -30,7 +30,7 @@ from nla_ray.artifacts import Location, Run
 from nla_ray.cluster import demand, require_resources, resources_of
 from nla_ray.config import BaseConfig, ComputeConfig, RunConfig, require
 from nla_ray.manifest import Manifest
-from nla_ray.models.backbone import base_info
+from nla_ray.models.backbone import base_info, computes_in_bf16
 from nla_ray.runlog import METRICS_NAME, MetricsLog, get_logger
 from nla_ray.training.trackers import Trackers
 
@@ -342,15 +342,6 @@ def worker_batch(compute: ComputeConfig, batch_size: int) -> int:
     require(batch_size % compute.trainer_workers == 0, "batch_size", batch_size,
             f"a multiple of compute.trainer_workers = {compute.trainer_workers}", "Change one of them.")
     return batch_size // compute.trainer_workers
-
-
-def computes_in_bf16(base: BaseConfig) -> bool:
-    """Whether matrix products of training run in bfloat16: as configured, or where the processor has instructions for it."""
-    if base.training_dtype != "auto":
-        return base.training_dtype == "bfloat16"
-    if base.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def training_attention(base: BaseConfig) -> str | None:

@@ -27,7 +27,7 @@ from nla_ray.records import document_half, seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.loop import (
-    Checkpoints, autocast_forward, checkpoint_trainable_only, follow, prepare_worker, train_on_labels, trainer_arguments,
+    Checkpoints, checkpoint_trainable_only, follow, prepare_worker, train_on_labels, trainer_arguments,
     training_attention, worker_batch,
 )
 
@@ -142,9 +142,6 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     mean = torch.tensor(load_stats(run)["mean_direction"])
     reconstructor = Reconstructor.build(run_config.base, settings.lora, mean, max_tokens=settings.max_tokens, seed=settings.seed,
                                         attention=training_attention(run_config.base))
-    autocast_forward(reconstructor, run_config.base)
-    in_float32 = torch.autocast(reconstructor.head.weight.device.type, enabled=False)
-    reconstructor.head.forward = in_float32(reconstructor.head.forward)
     checkpoints = Checkpoints(run_config, name)
     trainer = make_trainer(reconstructor, examples["train"], examples["validation"], settings, run_config, checkpoints)
     logger.info("%s: %d descriptions, %d for validation", name, len(examples["train"].doc_ids), len(examples["validation"].doc_ids))
