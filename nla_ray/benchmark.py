@@ -367,9 +367,10 @@ def experiments(run: Run) -> list[dict[str, Any]]:
             continue
         report = json.loads((run.root / path).read_text())
         named = {"grpo": []} | {name: one["settings"] for name, one in report["compared"].items()}
-        tried += [{"name": name, "settings": settings, "n": report["n"], "report": folder,
-                   "minus_sft": {figure: report["paired"][f"{name}-sft"][scorer][metric] for figure, (scorer, metric) in TRIED.items()}}
-                  for name, settings in named.items()]
+        for name, settings in named.items():
+            if paired := report["paired"].get(f"{name}-sft"):  # a report may be of another arm than grpo
+                tried.append({"name": name, "settings": settings, "n": report["n"], "report": folder,
+                              "minus_sft": {figure: paired[scorer][metric] for figure, (scorer, metric) in TRIED.items()}})
     return tried
 
 

@@ -29,6 +29,10 @@ from nla_ray.runlog import MetricsLog, stage_progress
 _CHUNK_BATCHES = 8
 """Activations handed to the engine at once, in batches: enough that slots stay full, few enough that little is lost."""
 
+_SLOT_BATCHES = 4
+"""Descriptions written at once, in batches: one step of decoding is one token of each. Measured with nano on two threads: 256
+at once take 0.74 of the time that 64 take."""
+
 
 @dataclass(frozen=True)
 class Described:
@@ -129,7 +133,8 @@ class Describer:
 
     def _load(self, adapter: Path, neighbours: Sequence[int] | None) -> Verbalizer:
         self._model = load_backbone(self._config.base) if self._model is None else self._model
-        return Verbalizer.load(self._config.base, adapter, neighbours=neighbours, model=self._model)
+        slots = _SLOT_BATCHES * self._config.evaluation.batch_size
+        return Verbalizer.load(self._config.base, adapter, neighbours=neighbours, model=self._model, max_slots=slots)
 
     def _decoding(self, samples: int) -> dict[str, Any]:
         config = self._config
