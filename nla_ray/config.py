@@ -42,6 +42,8 @@ class CorpusConfig:
     """Most chunks in the corpus, over all domains."""
     chunks_per_document: int = 4
     """Most chunks taken from one document."""
+    test_share: float = 0.10
+    """Share of the documents that are kept for the report. A report takes 400: raise it for a corpus of few documents."""
     shard_rows: int = 1_024
     """Rows in one Parquet shard: the unit of work, of resuming and of memory in every later stage."""
     near_duplicate_jaccard: float = 0.7
@@ -346,6 +348,8 @@ class RunConfig:
         require(positions == "last" or is_random, "capture.positions", positions, "`last` or `random:N`", "Set one of these.")
         require(self.reward_scorer.document_half != self.judge_scorer.document_half, "document halves of the two scorers",
                 self.judge_scorer.document_half, "two different halves", "The judge may share no document with the reward scorer.")
+        require(0 < self.corpus.test_share <= 0.5, "corpus.test_share", self.corpus.test_share, "above 0 and at most 0.5",
+                "The rest is for training and validation.")
         require(grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "at least 2", "An advantage needs a group.")
         require(grpo.contrast == "none" or grpo.num_wrong + grpo.num_near >= 1, "grpo.num_wrong + grpo.num_near",
                 grpo.num_wrong + grpo.num_near, "at least 1",

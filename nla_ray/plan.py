@@ -15,7 +15,7 @@ from typing import Any
 from nla_ray.artifacts import Run
 from nla_ray.cluster import resources_of
 from nla_ray.config import LoraSettings, PretrainConfig, RunConfig
-from nla_ray.records import TEST_SHARE, TRAIN_SHARE
+from nla_ray.records import VALIDATION_SHARE
 
 _CHARS_PER_TOKEN = 3.2
 """Source: measured on the embedded corpus with byte-level BPE tokenizers of 4,096 to 49,152 tokens, 2.6 to 3.8."""
@@ -162,6 +162,10 @@ class Facts:
         return 2 if self.config.base.dtype == "bfloat16" else 4
 
     @property
+    def train_texts(self) -> float:
+        return self.texts * (1 - self.config.corpus.test_share - VALIDATION_SHARE)
+
+    @property
     def text_tokens(self) -> float:
         return min(self.config.base.max_tokens, self.config.corpus.chunk_chars / _CHARS_PER_TOKEN + _TEMPLATE_TOKENS)
 
@@ -236,7 +240,7 @@ def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
         config, shape = facts.config, facts.shape
         settings = getattr(config, name)
         blocks = config.base.layer + 1
-        examples = min(facts.texts * TRAIN_SHARE / 2, settings.max_examples or float("inf"))
+        examples = min(facts.train_texts / 2, settings.max_examples or float("inf"))
         tokens = examples * settings.epochs * min(settings.max_tokens, _LABEL_TOKENS + 8)
         trainable = shape.lora_parameters(settings.lora, blocks) + shape.d_model**2
         state = facts.trainer_bytes(shape.parameters_up_to(config.base.layer), trainable)
@@ -250,7 +254,7 @@ def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
 
 def _plan_sft(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
-    examples = min(facts.texts * TRAIN_SHARE, config.sft.max_examples or float("inf"))
+    examples = min(facts.train_texts, config.sft.max_examples or float("inf"))
     length = _PROMPT_TOKENS + _LABEL_TOKENS
     tokens = examples * config.sft.epochs * length
     trainable = shape.lora_parameters(config.sft.lora, shape.num_layers)
@@ -266,7 +270,7 @@ def _plan_sft(facts: Facts) -> StagePlan:
 def _plan_linear_scorer(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
     layer = config.base.layer // 2 if config.linear_scorer.layer is None else config.linear_scorer.layer
-    half = facts.texts * TRAIN_SHARE / 2
+    half = facts.train_texts / 2
     tokens = min(half, config.linear_scorer.max_examples or half) * _LABEL_TOKENS
     return StagePlan(
         name="linear_scorer", artifact="linear_scorer", tokens=tokens, flops=2 * (layer + 1) * shape.block_parameters * tokens,
@@ -299,7 +303,7 @@ def _plan_grpo(facts: Facts) -> StagePlan:
 
 def _plan_evaluation(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
-    activations = min(facts.texts * TEST_SHARE, config.evaluation.max_activations or float("inf"))
+    activations = min(facts.texts * config.corpus.test_share, config.evaluation.max_activations or float("inf"))
     described = activations * (3 + config.evaluation.samples) * config.grpo.max_new_tokens  # SFT, SFT on random vectors, GRPO
     scored = activations * (8 + config.evaluation.samples) * 3 * _LABEL_TOKENS
     return StagePlan(

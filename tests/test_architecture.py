@@ -19,7 +19,7 @@ HOMES = {
     "normalisation of vectors": (r"F\.normalize|functional\.normalize|cosine_similarity\(|linalg\.(vector_)?norm\(|[^n]\.norm\(|\bdef norm\(", {"vectors.py"}),
     "the description tags": (r"</?description>", {"prompts.py"}),
     "the marker character": ("\\\\u320e|\u320e", {"config.py"}),
-    "the split of a document": (r"share < TRAIN_SHARE", {"records.py"}),
+    "the split of a document": (r"share < train_share", {"records.py"}),
     "chat templates of prompts": (r"\.apply_chat_template\(", {"prompts.py"}),
 }
 

@@ -157,6 +157,14 @@ def test_documents_keep_their_ids_outside_this_machine(corpus: list[Chunk]) -> N
     assert not [chunk.doc_id for chunk in corpus if "site-packages" in chunk.doc_id or chunk.doc_id.startswith("/")]
 
 
+def test_a_larger_test_share_keeps_the_test_documents_of_a_smaller_one() -> None:
+    names = [f"doc{number}" for number in range(4_000)]
+    small, large = ({name for name in names if split_of(name, share) == "test"} for share in (0.1, 0.25))
+    assert small < large and abs(len(small) / 4_000 - 0.1) < 0.02 and abs(len(large) / 4_000 - 0.25) < 0.03
+    assert small == {name for name in names if split_of(name) == "test"}
+    assert abs(sum(split_of(name, 0.25) == "validation" for name in names) / 4_000 - 0.06) < 0.02
+
+
 def test_no_text_has_a_near_duplicate_on_another_side_of_the_split(corpus: list[Chunk]) -> None:
     signatures = minhash_signatures([chunk.text for chunk in corpus])
     is_train = np.array([chunk.split == "train" for chunk in corpus])

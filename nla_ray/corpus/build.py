@@ -181,7 +181,7 @@ def _choose_chunks(doc_id: str, domain: str, pieces: list[str], config: CorpusCo
     draw = random.Random(seed_of(config.seed, "chunks", doc_id))
     chosen = draw.sample(range(len(pieces)), min(config.chunks_per_document, len(pieces)))
     return [
-        Chunk(text_id=f"{doc_id}#{index}", doc_id=doc_id, split=split_of(doc_id), domain=domain, chunk_index=index,
+        Chunk(text_id=f"{doc_id}#{index}", doc_id=doc_id, split=split_of(doc_id, config.test_share), domain=domain, chunk_index=index,
               text=pieces[index])
         for index in chosen
     ]
@@ -250,7 +250,7 @@ def describe_corpus(chunks: Iterable[Chunk], rejected: Counter[str]) -> dict[str
         "num_chunks": len(chunks),
         "num_documents": len({chunk.doc_id for chunk in chunks}),
         "chunks_by_split": dict(Counter(chunk.split for chunk in chunks)),
-        "documents_by_split": dict(Counter(split_of(doc_id) for doc_id in {chunk.doc_id for chunk in chunks})),
+        "documents_by_split": dict(Counter(split for _, split in {(chunk.doc_id, chunk.split) for chunk in chunks})),
         "chunks_by_domain": dict(sorted(by_domain.items())),
         "largest_domain_share": round(max(by_domain.values()) / len(chunks), 4),
         "rejected": dict(sorted(rejected.items())),
