@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nla_ray"
 CONTRACTS = ("config", "presets", "records", "vectors", "prompts", "injection", "manifest", "artifacts", "runlog", "plan", "cluster")
-ORDER = ("contracts", "models", "corpus", "activations", "labels", "training", "evaluation", "serving", "benchmark")
+ORDER = ("contracts", "models", "corpus", "activations", "labels", "training", "evaluation", "inspection", "serving", "benchmark")
 PURE_EVALUATION = {"nla_ray.evaluation.metrics", "nla_ray.evaluation.claims", "nla_ray.evaluation.bootstrap"}
 HOMES = {
     "the connection to Ray": (r"\bray\.init\(", {"cluster.py"}),

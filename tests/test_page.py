@@ -73,6 +73,7 @@ def full_report() -> dict[str, Any]:
         "calibration": [{"confidence_low": low / 4, "confidence_high": (low + 1) / 4, "judge_top1": figure(random)} for low in range(4)],
         "gates": [{"name": "grpo.judge.top1", "relation": ">=", "value": 0.987654, "threshold": 0.93, "passed": True},
                   {"name": "sft.claims.repeats", "relation": "<", "value": None, "threshold": 0.1, "passed": False}],
+        "experiments": [{"changed": "no KL", "kept": "no", "n": 621, "minus_sft": {"judge's centred cosine": {"value": -0.0123, "low": -0.02, "high": -0.004}}}],
         "lineage": {"sft": {"fingerprint": "f", "config_hash": "c", "created": "t", "documents": {"train": 5141}}},
         "warnings": [HOSTILE], "notes": ["Greedy decoding."],
     }
@@ -242,7 +243,8 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
     assert one.complaints == [] and one.addresses == [page_path.as_uri(), "data:,"][:len(one.addresses)]
     assert one.tab.evaluate("document.documentElement.scrollWidth") == width
     assert one.texts("nav a") == ["Warnings", "Results", "Gates", "Differences", "Claims", "Agreement", "Training", "Domains", "Confusion",
-                                  "Prefix", "Retrieval", "Best of N", "Calibration", "Gallery", "Lineage", "Notes", "Definitions"]
+                                  "Prefix", "Retrieval", "Best of N", "Calibration", "Gallery", "Experiments",
+                                      "Lineage", "Notes", "Definitions"]
     assert all("NaN" not in part and "undefined" not in part for part in one.texts("main > section"))
     assert one.tab.evaluate("[...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('svg[aria-label]'))")
     assert one.tab.evaluate("[...document.querySelectorAll('.chart svg')].every((svg) => svg.getBoundingClientRect().width <= innerWidth)")
@@ -326,6 +328,10 @@ def test_charts_show_the_figures_of_the_report(opened: Opened) -> None:
     assert len(rows) == 3 and shown(report["retrieval"]["grpo"]["judge"][2]["top1"]["value"]) in rows[2]
     assert opened.texts("#confusion tbody td") == ["11", "·", "2", "3", "·", "·"]
     assert set(opened.texts("#curves title")) == {"grpo no contrast: warning at step 20"}
+
+
+def test_what_was_tried_is_told_with_its_intervals(opened: Opened) -> None:
+    assert opened.texts("#experiments tbody :is(th, td)") == ["no KL", "-0.012 [-0.020, -0.004]", "621", "no"]
 
 
 def test_differences_stand_on_their_side_of_the_zero_line_and_are_hollow_where_the_interval_holds_zero(opened: Opened) -> None:

@@ -216,7 +216,8 @@ def test_the_gates_of_every_preset_name_figures() -> None:
 
 def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary: dict) -> None:
     selection = {"sft": {"best_step": 12, "eval_loss": 0.5}, "grpo": {"published_step": 40, "published": {"monitor/judge_centred_cosine": 0.67}}, "linear_scorer": {"penalty": 0.01}}
-    report = {**summary, "preset": "tiny", "split": "test", "selection": selection, "notes": ["a note"], "resamples": 300, "documents_left_out": 17,
+    tried = [{"changed": "no KL", "kept": "no", "n": 621, "minus_sft": {"judge": {"value": -0.0123, "low": -0.02, "high": -0.004}}}]
+    report = {**summary, "preset": "tiny", "split": "test", "selection": selection, "experiments": tried, "notes": ["a note"], "resamples": 300, "documents_left_out": 17,
               "base": {"name": "b", "digest": "d" * 32, "layer": 1, "num_layers": 3, "d_model": 8, "injection_norm": 4.0},
               "lineage": {"sft": {"fingerprint": "f", "config_hash": "c", "created": "t", "documents": {"train": 3}}},
               "examples": [{"activation_id": "x", "domain": "licence", "text": "```\nfenced\n```", "descriptions": {"sft": "- a"}}]}
@@ -225,6 +226,7 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
                   "## What the descriptions claim", "## By domain", "## Agreement", "## Lineage", "## Example 1", "## Definitions"):
         assert title in markdown
     assert "| sft | 12 | eval_loss 0.5 |\n| grpo | 40 | monitor/judge_centred_cosine 0.67 |\n| linear_scorer | - | penalty 0.01 |" in markdown
+    assert "| no KL | -0.012 [-0.020, -0.004] | 621 | no |" in markdown
     assert "pretrained on: 17\n" in markdown and "- a note\n" in markdown
     assert "````text\n```\nfenced\n```\n````" in markdown
     assert f"| sft | {tables.interval(summary['results']['sft']['judge']['top1'])} |" in markdown

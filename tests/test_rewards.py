@@ -44,6 +44,12 @@ def test_the_weighted_sum_of_the_terms_is_the_reward_computed_by_hand() -> None:
     assert sum(weights[name] * value for name, value in terms.items()) == pytest.approx(0.5 - 0.3 - 0.04 - 0.2 + 0.05)
 
 
+def test_the_worth_of_a_beginning_is_its_evidence_less_what_it_repeats() -> None:
+    settings = GRPOSettings(repeat_penalty=0.2, evidence_weight=0.1)
+    assert rewards.beginning_worth("- tokens: frame, index", "the index of it", settings) == pytest.approx(0.05)
+    assert rewards.beginning_worth("- tokens: index, index", "the index of it", settings) == pytest.approx(0.1 - 0.2)
+
+
 def test_wrong_activations_come_from_other_documents_and_differ_from_each_other() -> None:
     documents = [f"doc{row // 5}" for row in range(40)]
     wrong = rewards.WrongActivations(documents, count=8)

@@ -6,7 +6,7 @@ const SECTIONS = {
   curves: [training, drawTraining], domains: [report.domains, drawDomains], confusion: [report.confusion, drawConfusion],
   prefix: [report.prefix, drawPrefix], retrieval: [report.retrieval, drawRetrieval], best_of: [report.best_of, drawBestOf],
   calibration: [report.calibration, drawCalibration], examples: [read("gallery"), drawGallery],
-  lineage: [report.lineage, drawLineage], notes: [report.notes, drawNotes],
+  experiments: [report.experiments, drawExperiments], lineage: [report.lineage, drawLineage], notes: [report.notes, drawNotes],
 };
 
 drawHeader(document.querySelector("header"));

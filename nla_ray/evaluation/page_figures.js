@@ -172,6 +172,14 @@ function leaves(value, prefix = "") {
   }));
 }
 
+/** What was tried before the settings were chosen: a row an experiment, paired differences with the SFT verbalizer. */
+function drawExperiments(section, tried) {
+  const figures = keysOf(tried.map((one) => one.minus_sft));
+  const told = (figure) => figure ? `${format(figure.value)} ${formatInterval(figure)}` : "–";
+  section.append(table(["changed", ...figures, "n", "kept"],
+    tried.map((one) => [one.changed, ...figures.map((name) => told(one.minus_sft[name])), counted(one.n), one.kept]), "Experiments"));
+}
+
 // Intervals ------------------------------------------------------------------------------------------------------------
 
 function drawPaired(section, paired) {

@@ -35,6 +35,7 @@ from nla_ray.evaluation.tables import print_report, to_markdown
 from nla_ray.labels.offline import WordStatistics, salient_words
 from nla_ray.manifest import Manifest, check_disjoint, check_lineage
 from nla_ray.models.backbone import base_folder, base_info, load_tokenizer
+from nla_ray.presets import experiments
 from nla_ray.runlog import METRICS_NAME, get_logger
 from nla_ray.training.pretrain import check_never_seen, never_nearly_seen
 
@@ -228,6 +229,7 @@ def _card(config: RunConfig, manifests: Mapping[str, Manifest], compared: Sequen
                     for name, one in manifests.items()},
         "selection": {name: one.metrics for name, one in manifests.items() if name.endswith("_scorer") or name in trained_in(manifests)},
         "compared": {one.name: {"digest": one.digest, "settings": _settings(config, one)} for one in compared},
+        "experiments": experiments(config.preset),
         "resamples": config.evaluation.bootstrap_resamples,
     }
 

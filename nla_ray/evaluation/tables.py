@@ -169,7 +169,8 @@ def agreement_table(report: Mapping[str, Any]) -> Table:
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     tables = [gates_table(report), *geometry_tables(report), *paired_tables(report), claims_table(report), *samples_tables(report),
-              *curves_tables(report), domains_table(report), agreement_table(report), selection_table(report), _lineage_table(report)]
+              *curves_tables(report), domains_table(report), agreement_table(report), selection_table(report), experiments_table(report),
+              _lineage_table(report)]
     parts = [_opening(report), *(_markdown(table) for table in tables if table.rows), *_markdown_examples(report)]
     return "\n\n".join([*parts, _definitions()]) + "\n"
 
@@ -212,6 +213,14 @@ def selection_table(report: Mapping[str, Any]) -> Table:
         step = metrics.get("best_step", metrics.get("published_step", "-"))
         rows.append([name, f"{step:.0f}" if isinstance(step, float) else str(step), ", ".join(f"{key} {value:.4g}" for key, value in told.items()) or "-"])
     return Table("Chosen on validation", ["artifact", "step", "figures there"], rows)
+
+
+def experiments_table(report: Mapping[str, Any]) -> Table:
+    """What was tried on validation before the preset's settings were chosen: paired differences with the SFT verbalizer."""
+    tried = report["experiments"]
+    names = list(dict.fromkeys(name for one in tried for name in one["minus_sft"]))
+    return Table("Tried on validation for this preset, less SFT", ["changed", *names, "n", "kept"],
+                 [[one["changed"], *(interval(one["minus_sft"].get(name)) for name in names), str(one["n"]), one["kept"]] for one in tried])
 
 
 def _markdown(table: Table) -> str:

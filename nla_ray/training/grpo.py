@@ -197,7 +197,7 @@ def build_trainer(run_config: RunConfig, folder: Path, model: nn.Module, sampler
     """TRL's trainer with our rollouts and rewards. Positional batches: the schedule is the data set, unshuffled."""
     weights = reward_weights(run_config.grpo)
     return VerbalizerTrainer(
-        clock=clock, model=model, args=grpo_arguments(run_config, folder, list(weights.values())), rollout_func=sampler,
+        clock=clock, credit=run_config.grpo.credit, model=model, args=grpo_arguments(run_config, folder, list(weights.values())), rollout_func=sampler,
         reward_funcs=[sampler.reward_function(name) for name in weights], processing_class=load_tokenizer(run_config.base),
         train_dataset=schedule_dataset(sampler.data.schedule))
 
@@ -233,14 +233,24 @@ def schedule_dataset(schedule: Sequence[Sequence[int]]) -> Dataset:
 
 
 class VerbalizerTrainer(GRPOTrainer):
-    """TRL's trainer with two measurements added, and on a CPU with log-probs computed faster; its algorithm is left as it is."""
+    """TRL's trainer with two measurements and credit by line added, and on a CPU with log-probs computed faster; its algorithm is left as it is."""
 
-    def __init__(self, *, clock: StepClock, **arguments: Any) -> None:
+    def __init__(self, *, clock: StepClock, credit: str, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._clock = clock
+        self._clock, self._credit = clock, credit
         self._policy_log_probs: Tensor | None = None
         if self.args.use_cpu:
             score_labels_only(causal_model(self.model), self.temperature)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch; where credit goes to lines, with an advantage a token, which its loss takes as well."""
+        batch = super()._generate_and_score_completions(inputs)
+        if self._credit == "line":
+            advantages = batch["advantages"]
+            shared, explained = self.rollout_func.share_out(advantages.cpu(), batch["completion_ids"].shape[1])
+            batch["advantages"] = shared.to(advantages)
+            self._metrics["train"]["credit/explained"].append(explained)
+        return batch
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         if torch.is_grad_enabled():

@@ -62,6 +62,14 @@ def text_terms(written: str, num_tokens: int, source: str, soft_max_tokens: int)
     }
 
 
+def beginning_worth(text: str, source: str, settings: GRPOSettings) -> float:
+    """What the text of a description's beginning earns beside its score: the evidence in it, less what it lists twice.
+
+    Example: "- tokens: frame, index" with `index` in the source, weight .1 -> .05.
+    """
+    return settings.evidence_weight * claim_precision(text, source) - settings.repeat_penalty * repeats_item(text)
+
+
 class WrongActivations:
     """Draws, for one row of the activation bank, rows of other documents to compare its descriptions with.
 

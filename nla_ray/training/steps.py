@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
@@ -22,14 +23,16 @@ from nla_ray.prompts import parse_description
 from nla_ray.records import Rollout
 from nla_ray.runlog import get_logger
 from nla_ray.training.actors import ActorPool, SharedArray
+from nla_ray.training.credit import Lines, cut_lines, share_out
 from nla_ray.training.loop import Checkpoints, StageCallback
 from nla_ray.training.monitor import JUDGE_COSINE, PREFIX, REWARDED, WARNED, Monitor, MonitorData, best_reading, hacking_warning
-from nla_ray.training.rewards import SCORE, TEXT_TERMS, WrongActivations, contrast, text_terms
+from nla_ray.training.rewards import SCORE, TEXT_TERMS, WrongActivations, beginning_worth, contrast, text_terms
 from nla_ray.training.rollouts import PublishedWeights, WeightPublisher, generate, group_rows, train_request
 from nla_ray.training.scoring import ScoreBatch, ScoreRequest, submit_scores
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+    from torch import Tensor
     from transformers import Trainer
 
 SECONDS = "seconds/"
@@ -84,6 +87,9 @@ class StepSampler:
         self.publisher = WeightPublisher()
         self._rollouts, self._scorers = rollouts, scorers
         self._scoring: list[ObjectRef] = []
+        self._lines: list[Lines] = []
+        self._worths: list[list[float]] = []
+        self._beginnings: list[float] = []
 
     def __call__(self, prompts: list[str], trainer: Trainer) -> dict[str, list]:
         """Rollouts of this process's groups under the adapter of this step; their scoring is left running."""
@@ -94,14 +100,22 @@ class StepSampler:
         with self.clock.measure("rollout"):
             batch = generate(self._rollouts.part(rank, ranks), train_request(self.settings, groups, step), weights)
         self.clock.add("rollout_busy", batch.generate_seconds)
+        if self.settings.credit == "line":
+            decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
+            self._lines = [cut_lines(rollout.token_ids, decode) for rollout in batch.rollouts]
+            self._worths = [[beginning_worth(text, self.data.sources[rollout.row], self.settings) for text in lines.beginnings]
+                            for rollout, lines in zip(batch.rollouts, self._lines, strict=True)]
         self._scoring = submit_scores(self._scorers.part(rank, ranks), self._score_request(batch.rollouts, step))
         return self._fields(batch.rollouts)
 
     def _score_request(self, rollouts: Sequence[Rollout], step: int) -> ScoreRequest:
+        """The descriptions, and behind them the beginnings that credit is shared out by, with the same wrong rows."""
         wrong = {row: self.data.wrong.draw(row, self.settings.seed, step) if self.data.wrong else []
                  for row in {rollout.row for rollout in rollouts}}
-        return ScoreRequest(descriptions=[parse_description(rollout.text).text for rollout in rollouts],
-                            rows=[rollout.row for rollout in rollouts], wrong_rows=[wrong[rollout.row] for rollout in rollouts])
+        read = [(parse_description(rollout.text).text, rollout.row) for rollout in rollouts]
+        read += [(text, rollout.row) for rollout, lines in zip(rollouts, self._lines) for text in lines.beginnings]
+        return ScoreRequest(descriptions=[text for text, _ in read], rows=[row for _, row in read],
+                            wrong_rows=[wrong[row] for _, row in read])
 
     def _fields(self, rollouts: Sequence[Rollout]) -> dict[str, list]:
         """What TRL wants back, and columns for the reward functions."""
@@ -128,12 +142,21 @@ class StepSampler:
         with self.clock.measure("score"):
             scores = ScoreBatch.join(self._scorers.collect(self._scoring))
         self.clock.add("score_busy", scores.seconds)
-        log_metric("score/right", scores.right.mean().item())
-        log_metric("score/centred_right", scores.centred_right.mean().item())
-        if self.settings.contrast == "none":
-            return scores.right.tolist()
-        log_metric("score/centred_wrong", scores.centred_wrong.mean().item())
-        return contrast(scores.centred_right, scores.centred_wrong).tolist()
+        values = scores.right if self.settings.contrast == "none" else contrast(scores.centred_right, scores.centred_wrong)
+        whole = len(values) - sum(len(lines.beginnings) for lines in self._lines)
+        self._beginnings = values[whole:].tolist()
+        log_metric("score/right", scores.right[:whole].mean().item())
+        log_metric("score/centred_right", scores.centred_right[:whole].mean().item())
+        if self.settings.contrast == "wrong":
+            log_metric("score/centred_wrong", scores.centred_wrong[:whole].mean().item())
+        return values[:whole].tolist()
+
+    def share_out(self, advantages: Tensor, length: int) -> tuple[Tensor, float]:
+        """`credit.share_out` of the rollouts scored last: [n] -> [n, length]."""
+        scores = iter(self._beginnings)
+        rewards = [[next(scores) + worth for worth in own] for own in self._worths]
+        return share_out(advantages, rewards, [lines.line_of_token for lines in self._lines], self.settings.group_size,
+                         self.settings.credit_decay, length)
 
 
 class GRPOCallback(StageCallback):
