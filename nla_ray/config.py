@@ -113,8 +113,10 @@ class ReconstructorConfig:
     lora: LoraSettings = LoraSettings()
     document_half: Literal["even", "odd"] = "even"
     """Half of the train documents it learns from; the two scorers' halves are disjoint."""
+    labels: Literal["one", "all"] = "one"
+    """How many of a train text's labels it learns from: one, or every teacher's, each with the same activation."""
     teacher_share: float = 0.5
-    """Share of its labels drawn from the first teacher; the rest come from the others."""
+    """Share of the one labels that are the first teacher's; the rest come from the others."""
     epochs: int = 3
     batch_size: int = 64
     """Examples in one optimizer step, over all workers."""
@@ -142,6 +144,8 @@ class SFTConfig:
     """Supervised training of the verbalizer on labels."""
 
     lora: LoraSettings = LoraSettings()
+    labels: Literal["one", "all"] = "one"
+    """How many of a train text's labels it learns to write: the one drawn for it, or every teacher's."""
     epochs: int = 2
     batch_size: int = 32
     """Examples in one optimizer step, over all workers."""

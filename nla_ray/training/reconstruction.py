@@ -85,23 +85,28 @@ def choose_labels(rows: Sequence[Mapping[str, Any]], *, first_teacher: str, shar
 def load_examples(run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig) -> Examples:
     """The split's activations of the scorer's half of the documents, each with a label.
 
-    Train labels follow the scorer's teacher mix, validation labels are the drawn ones. Raises ValueError when none is left.
+    Train labels follow the scorer's teacher mix or are all there are, validation labels are the drawn ones. Raises ValueError when
+    none is left.
     """
     rows = load_labels(run, split)
-    if split == "train":
-        labels = choose_labels(rows, first_teacher=run.config.label.teachers[0], share=settings.teacher_share, seed=settings.seed)
+    labels: dict[str, list[str]] = {}
+    if split == "train" and settings.labels == "one":
+        chosen = choose_labels(rows, first_teacher=run.config.label.teachers[0], share=settings.teacher_share, seed=settings.seed)
+        labels = {text_id: [label] for text_id, label in chosen.items()}
     else:
-        labels = {row["text_id"]: row["label"] for row in rows if row["drawn"]}
+        for row in rows:
+            if row["drawn"] or split == "train":
+                labels.setdefault(row["text_id"], []).append(row["label"])
     table = load_activations(run, split)
-    kept = [index for index, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
-            if text_id in labels and document_half(doc_id) == settings.document_half]
+    kept = [(index, label) for index, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
+            if document_half(doc_id) == settings.document_half for label in labels.get(text_id, ())]
     if split == "train" and settings.max_examples is not None:
-        kept = sorted(sorted(kept, key=lambda index: seed_of(settings.seed, "example", table.ids[index]))[:settings.max_examples])
+        kept = sorted(sorted(kept, key=lambda pair: seed_of(settings.seed, "example", table.ids[pair[0]]))[:settings.max_examples])
     if not kept:
         raise ValueError(f"{split} examples: got 0 labelled activations in the {settings.document_half} half of the documents, expected "
                          "at least one. Use a larger corpus or label more texts.")
-    table = table.select(kept)
-    return Examples(descriptions=[labels[text_id] for text_id in table.text_ids], targets=table.vectors, doc_ids=list(table.doc_ids))
+    table = table.select([index for index, _ in kept])
+    return Examples(descriptions=[label for _, label in kept], targets=table.vectors, doc_ids=list(table.doc_ids))
 
 
 # Loss and figures ------------------------------------------------------------------------------------------------------

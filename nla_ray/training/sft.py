@@ -67,21 +67,25 @@ class Pairs:
     """[rows, d_model] float32, raw."""
 
 
-def load_pairs(run: Run, split: Literal["train", "validation"], *, limit: int | None, seed: int, first_row: int) -> Pairs:
-    """The split's activations whose text has a drawn label, at most `limit` (chosen by seed); bank rows count from `first_row`.
+def load_pairs(run: Run, split: Literal["train", "validation"], *, limit: int | None, seed: int, first_row: int,
+               every_label: bool = False) -> Pairs:
+    """The split's activations with the label drawn for their text, or each with every label of it; at most `limit` (chosen by seed).
 
-    Raises ValueError when there is none.
+    Bank rows count from `first_row`. Raises ValueError when there is none.
     """
-    labels = {row["text_id"]: row["label"] for row in load_labels(run, split) if row["drawn"]}
+    labels: dict[str, list[str]] = {}
+    for row in load_labels(run, split):
+        if row["drawn"] or every_label:
+            labels.setdefault(row["text_id"], []).append(row["label"])
     table = load_activations(run, split)
-    kept = [index for index, text_id in enumerate(table.text_ids) if text_id in labels]
+    kept = [(index, label) for index, text_id in enumerate(table.text_ids) for label in labels.get(text_id, ())]
     if limit is not None:
-        kept = sorted(sorted(kept, key=lambda index: seed_of(seed, "example", table.ids[index]))[:limit])
+        kept = sorted(sorted(kept, key=lambda pair: seed_of(seed, "example", table.ids[pair[0]]))[:limit])
     if not kept:
         raise ValueError(f"{split} examples: got 0 activations with a label, expected at least one. Label the texts of this corpus: "
                          "run jobs/label.py.")
-    table = table.select(kept)
-    return Pairs(rows=list(range(first_row, first_row + len(kept))), labels=[labels[text_id] for text_id in table.text_ids],
+    table = table.select([index for index, _ in kept])
+    return Pairs(rows=list(range(first_row, first_row + len(kept))), labels=[label for _, label in kept],
                  doc_ids=list(table.doc_ids), vectors=table.vectors)
 
 
@@ -132,7 +136,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     run_config = config["run"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), run_config.sft
-    train = load_pairs(run, "train", limit=settings.max_examples, seed=settings.seed, first_row=0)
+    train = load_pairs(run, "train", limit=settings.max_examples, seed=settings.seed, first_row=0, every_label=settings.labels == "all")
     validation = load_pairs(run, "validation", limit=MAX_VALIDATION, seed=settings.seed, first_row=len(train.rows))
     tokenizer = load_tokenizer(run_config.base)
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
