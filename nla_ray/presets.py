@@ -20,6 +20,7 @@ def nano() -> RunConfig:
     return RunConfig(
         preset="nano",
         run_dir="runs/nano",
+        corpus=CorpusConfig(max_chunks=11_000),
         base=BaseConfig(model="embedded:nano", layer=4, injection_norm=50.0, max_tokens=384),
         reward_scorer=ReconstructorConfig(document_half="even", teacher_share=0.5, seed=1),
         judge_scorer=ReconstructorConfig(document_half="odd", teacher_share=0.3, seed=2,
@@ -27,8 +28,8 @@ def nano() -> RunConfig:
         # Whole processes of one thread share the two cores: at this size two threads are hardly faster than one.
         capture=CaptureConfig(batch_tokens=2_048, num_actors=2),
         # Chosen on validation: see `experiments`.
-        grpo=GRPOSettings(num_rollout_actors=2, prompts_per_step=32, group_size=4, learning_rate=8e-4, num_wrong=4, num_near=4,
-                          credit="line", evidence_weight=0.1, repeat_penalty=0.5),
+        grpo=GRPOSettings(num_rollout_actors=2, prompts_per_step=32, group_size=4, learning_rate=5e-4, num_wrong=4, num_near=4,
+                          credit="line", beta=0.05, evidence_weight=0.05, repeat_penalty=0.5),
         compute=ComputeConfig(trainer_workers=2, trainer_cpus=0.5, threads=1),
         evaluation=EvaluationConfig(gates=_nano_gates()),
     )
