@@ -21,6 +21,9 @@ from torch import Tensor
 
 from nla_ray.prompts import CLOSING_TAG, parse_description
 
+_NOTHING = 1e-12
+"""A spread of rewards below which beginnings say nothing of advantages."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
@@ -77,14 +80,10 @@ def line_values(advantages: Tensor, rewards: Sequence[Sequence[float]], group_si
 
     Example: advantages [1, -1] of one group, rewards [[0.6], [0.2]] -> centred [0.2, -0.2], b = 5, V = [[1, 1], [-1, -1]].
     """
-    longest = max(map(len, rewards))
-    columns = [torch.zeros(0) for _ in rewards]
-    for line in range(longest):
-        told = torch.tensor([own[line] if line < len(own) else float("nan") for own in rewards], dtype=advantages.dtype)
-        grouped = told.view(-1, group_size)
-        centred = (grouped - grouped.nanmean(dim=1, keepdim=True)).flatten().nan_to_num()
-        square = centred.square().sum()
-        slope = (advantages * centred).sum() / square if square > 0 else square
-        value = (slope * centred).tolist()
-        columns = [torch.cat([own, torch.tensor([value[row]])]) if line < len(rewards[row]) else own for row, own in enumerate(columns)]
-    return [torch.cat([own.to(advantages.dtype), advantages[row:row + 1]]) for row, own in enumerate(columns)]
+    told = torch.full((len(rewards), max(map(len, rewards))), float("nan"), dtype=advantages.dtype)
+    for row, own in enumerate(rewards):
+        told[row, :len(own)] = torch.tensor(own)
+    grouped = told.unflatten(0, (-1, group_size))
+    centred = (grouped - grouped.nanmean(1, keepdim=True)).flatten(0, 1).nan_to_num()
+    slopes = (advantages[:, None] * centred).sum(0) / centred.square().sum(0).clamp_min(_NOTHING)
+    return [torch.cat([(slopes * centred[row])[:len(own)], advantages[row:row + 1]]) for row, own in enumerate(rewards)]
