@@ -161,6 +161,8 @@ class GRPOSettings:
 
     contrast: Literal["wrong", "none"] = "wrong"
     """`wrong`: score(right) - mean score(wrong). `none`: plain cosine to the right activation (the ablation)."""
+    centred: bool = True
+    """Contrast centred cosines; False: raw ones, most of which is the mean direction that all activations share."""
     num_wrong: int = 8
     """Wrong activations per description, of any other document, redrawn every step."""
     num_near: int = 0

@@ -82,11 +82,14 @@ class Monitor:
         return vectors.cosine(reconstruction, self._comparisons.pool[self._comparisons.wrong])
 
     def _paid(self, reconstruction: Tensor) -> Tensor:
-        """What the score term would pay on these activations: the centred contrast, or the raw cosine of the ablation."""
+        """What the score term would pay on these activations: the contrast, centred or not, or the raw cosine of the ablation."""
+        raw = vectors.cosine(reconstruction, self._comparisons.originals)
         if self.settings.contrast == "none":
-            return vectors.cosine(reconstruction, self._comparisons.originals)
-        wrong = self._comparisons.pool[self._comparisons.others]
-        return self._centred(reconstruction) - vectors.centred_cosine(reconstruction.unsqueeze(1), wrong, self._comparisons.mean).mean(1)
+            return raw
+        repeated, wrong = reconstruction.unsqueeze(1), self._comparisons.pool[self._comparisons.others]
+        if not self.settings.centred:
+            return raw - vectors.cosine(repeated, wrong).mean(1)
+        return self._centred(reconstruction) - vectors.centred_cosine(repeated, wrong, self._comparisons.mean).mean(1)
 
 
 def text_figures(written: Sequence[Rollout], texts: Sequence[str]) -> dict[str, float]:

@@ -46,6 +46,8 @@ class ScoreBatch:
 
     right: Tensor
     """[n] raw cosines with the right activation."""
+    wrong: Tensor
+    """[n, k]."""
     centred_right: Tensor
     """[n]."""
     centred_wrong: Tensor
@@ -56,6 +58,7 @@ class ScoreBatch:
     def join(cls, batches: Sequence[ScoreBatch]) -> ScoreBatch:
         """One batch after the other; seconds are the slowest one's."""
         return cls(right=torch.cat([batch.right for batch in batches]),
+                   wrong=torch.cat([batch.wrong for batch in batches]),
                    centred_right=torch.cat([batch.centred_right for batch in batches]),
                    centred_wrong=torch.cat([batch.centred_wrong for batch in batches]),
                    seconds=max(batch.seconds for batch in batches))
@@ -84,7 +87,7 @@ class ScorerWorker:
         right = self._train[request.rows]
         wrong = self._train[torch.tensor(request.wrong_rows, dtype=torch.int64)]
         scores = self._reward.score(request.descriptions, right, wrong)
-        return ScoreBatch(right=scores.right, centred_right=scores.centred_right, centred_wrong=scores.centred_wrong,
+        return ScoreBatch(right=scores.right, wrong=scores.wrong, centred_right=scores.centred_right, centred_wrong=scores.centred_wrong,
                           seconds=time.perf_counter() - started)
 
     def reconstruct(self, scorer: ScorerName, descriptions: list[str]) -> Tensor:

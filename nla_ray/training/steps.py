@@ -142,7 +142,7 @@ class StepSampler:
         with self.clock.measure("score"):
             scores = ScoreBatch.join(self._scorers.collect(self._scoring))
         self.clock.add("score_busy", scores.seconds)
-        values = scores.right if self.settings.contrast == "none" else contrast(scores.centred_right, scores.centred_wrong)
+        values = self._rewarded(scores)
         whole = len(values) - sum(len(lines.beginnings) for lines in self._lines)
         self._beginnings = values[whole:].tolist()
         log_metric("score/right", scores.right[:whole].mean().item())
@@ -150,6 +150,11 @@ class StepSampler:
         if self.settings.contrast == "wrong":
             log_metric("score/centred_wrong", scores.centred_wrong[:whole].mean().item())
         return values[:whole].tolist()
+
+    def _rewarded(self, scores: ScoreBatch) -> Tensor:
+        if self.settings.contrast == "none":
+            return scores.right
+        return contrast(scores.centred_right, scores.centred_wrong) if self.settings.centred else contrast(scores.right, scores.wrong)
 
     def share_out(self, advantages: Tensor, length: int) -> tuple[Tensor, float]:
         """`credit.share_out` of the rollouts scored last: [n] -> [n, length]."""
