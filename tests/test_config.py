@@ -134,3 +134,12 @@ def test_shapes_agree_with_transformers_and_peft_on_a_real_model(tiny_base) -> N
     settings = LoraSettings(rank=4, alpha=8)
     adapted = add_lora(model, settings)
     assert shape.lora_parameters(settings, 3) == sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+
+
+def test_what_was_tried_for_nano_is_told_with_intervals_and_a_preset_without_experiments_has_none() -> None:
+    from nla_ray.presets import experiments
+
+    tried = experiments("nano")
+    assert {"yes", "no"} == {one["kept"] for one in tried} and len({one["changed"] for one in tried}) == len(tried)
+    assert all(figure["low"] <= figure["value"] <= figure["high"] for one in tried for figure in one["minus_sft"].values())
+    assert experiments("qwen2.5-7b") == []
