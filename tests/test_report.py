@@ -169,6 +169,11 @@ def test_domains_and_the_confusion_matrix_count_every_row(summary: dict) -> None
     assert summary["confusion"]["gold"] == {"licence": {"python_test": 12}, "python_test": {"python_test": 12}}
     assert summary["confusion"]["sft"]["licence"] == {"licence": 6, "none": 6}
     assert summary["domains"]["licence"]["gold"]["domain"]["value"] == 0.0
+    assert set(summary["domains"]["licence"]) == set(summary["results"])
+    assert {f"{scorer}.centred_cosine" for scorer in SCORERS} < set(summary["domains"]["licence"]["sft"])
+    figure = {"precision": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 12}}
+    assert tables.domains_table({"domains": {"licence": {"gold": figure, "shuffled": figure}}}).heads[2:] == [
+        "gold: words in text", "gold: domain right", "gold: judge's centred cosine"]
     assert summary["domains"]["python_test"]["gold"]["domain"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 12, "documents": 6}
 
 

@@ -30,6 +30,7 @@ LABELS = ("gold", "nearest_train_label", "shuffled", "generic")
 INJECTED = ("mean_activation", "random_vector")
 VERBALIZERS = ("gold", "nearest_train_label", *TRAINED, "shuffled", "generic", *INJECTED)
 """In the order of the report's tables."""
+CONTROLS = tuple(name for name in VERBALIZERS if name not in ("gold", *TRAINED))
 _SHUFFLE_SEED = 7_919
 """Keeps the shuffled labels' derangement apart from the one that chooses the wrong row: else the two would match."""
 

@@ -19,13 +19,12 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from nla_ray.evaluation.controls import TRAINED, VERBALIZERS
+from nla_ray.evaluation.controls import CONTROLS
 from nla_ray.evaluation.tables import CLAIM_TITLES, DEFINITIONS, METRIC_TITLES
 
 SCRIPTS = ("page_charts.js", "page_figures.js", "page_gallery.js", "page.js")
 """In this order they make one script."""
 _TITLES = {**METRIC_TITLES, **CLAIM_TITLES}
-_CONTROLS = [name for name in VERBALIZERS if name not in ("gold", *TRAINED)]
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -44,7 +43,7 @@ def to_html(report: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]],
         "report": _embedded(report), "gallery": _embedded(gallery), "training": _embedded(training),
         "definitions": "\n".join(f"<dt>{html.escape(_TITLES.get(name, name))}</dt><dd>{html.escape(meaning)}</dd>"
                                  for name, meaning in DEFINITIONS.items()),
-        "vocabulary": _embedded({"titles": _TITLES, "controls": _CONTROLS, "definitions": DEFINITIONS}),
+        "vocabulary": _embedded({"titles": _TITLES, "controls": CONTROLS, "definitions": DEFINITIONS}),
     }
     # One pass: what is put in is never searched for places again.
     return _PLACE.sub(lambda place: parts[place[1]], _read("page.html"))

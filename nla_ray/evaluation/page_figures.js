@@ -198,14 +198,14 @@ const pairedRows = (paired, scorer, metric) => Object.entries(paired).filter(([,
   });
 
 function drawDomains(section, domains) {
-  const figures = keysOf(Object.values(domains).flatMap(Object.values)), names = keysOf(Object.values(domains));
+  const figures = keysOf(Object.values(domains).flatMap(Object.values)), names = keysOf(Object.values(domains)).filter((name) => !isControl(name));
   drawChoosable(section, { figure: figures }, ({ figure }) => [seriesLegend(names), responsive((width) => intervalPlot({
     label: `${titleOf(figure)} by domain`, xLabel: titleOf(figure), width,
     rows: Object.entries(domains).map(([domain, by]) => domainRow(domain, by, figure)) }))]);
 }
 
 function domainRow(domain, by, figure) {
-  const items = Object.entries(by).filter(([, figures]) => figures[figure]?.value != null)
+  const items = Object.entries(by).filter(([name, figures]) => !isControl(name) && figures[figure]?.value != null)
     .map(([name, figures]) => ({ name: `${spaced(domain)}, ${spaced(name)}`, figure: figures[figure], tone: toneOf(name) }));
   return { label: spaced(domain), note: items.length ? `n ${items[0].figure.n}` : "", items };
 }

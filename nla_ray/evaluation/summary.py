@@ -34,7 +34,7 @@ PREFIX_TOKENS = (4, 8, 16)
 """Lengths at which descriptions are cut for the prefix curve; its last point is the whole description."""
 _CURVE_METRICS = ("centred_cosine", "top1_10way")
 _DOMAIN_CLAIMS = ("precision", "precision_shuffled", "hallucinated", "domain")
-_DOMAIN_METRICS = ("centred_cosine", "top1_10way_hard")
+_DOMAIN_METRICS = ("centred_cosine", "top1", "top1_10way", "top1_10way_hard", "delta")
 _CONFIDENCE_METRICS = ("top1", "top1_10way", "centred_cosine")
 _CONFIDENCE_BINS = 5
 _SAMPLE_COUNTS = (1, 2, 4, 8, 16)
@@ -327,15 +327,16 @@ def _rank_correlation(first: Tensor, second: Tensor) -> float:
 # By domain ------------------------------------------------------------------------------------------------------------
 
 def _by_domain(evaluated: Evaluated, resamples: int, seed: int) -> dict[str, Any]:
-    """domain -> verbalizer -> claims, and the judge's figures as `judge.{metric}`, each over the documents of the domain."""
+    """domain -> verbalizer -> claims, and every scorer's figures as `{scorer}.{metric}`, each over the documents of the domain."""
     table: dict[str, Any] = {}
     for domain in sorted(set(evaluated.domains)):
         rows = torch.tensor([row for row, own in enumerate(evaluated.domains) if own == domain])
         bootstrap = DocumentBootstrap([evaluated.doc_ids[row] for row in rows.tolist()], resamples, seed)
         table[domain] = {}
-        for name in _spoken(evaluated):
+        for name in evaluated.descriptions:
             chosen = {figure: evaluated.claims[name][figure].select(rows) for figure in _DOMAIN_CLAIMS if figure in evaluated.claims[name]}
-            chosen |= {f"judge.{metric}": evaluated.geometry[name]["judge"][metric].select(rows) for metric in _DOMAIN_METRICS}
+            chosen |= {f"{scorer}.{metric}": evaluated.geometry[name][scorer][metric].select(rows)
+                       for scorer in SCORERS for metric in _DOMAIN_METRICS}
             told = {figure: value for figure, value in chosen.items() if value.denominator.any()}
             table[domain][name] = _intervals(bootstrap, told)
     return table

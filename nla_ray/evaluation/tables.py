@@ -1,6 +1,6 @@
 """The report for people: Markdown for the file, rich tables for the terminal, both from the same rows.
 
-Knows the report's dictionary and nothing else.
+Knows the report's dictionary and which verbalizers are controls, nothing else.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from nla_ray.evaluation.controls import CONTROLS
 
 METRIC_TITLES = {
     "top1": "2-way top-1", "top1_10way": "10-way top-1", "top1_10way_hard": "10-way hard", "top1_100way": "100-way top-1",
@@ -121,9 +123,9 @@ def gates_table(report: Mapping[str, Any]) -> Table:
 
 
 def domains_table(report: Mapping[str, Any]) -> Table:
-    """Words found in the text, domain named rightly and the judge's centred cosine, by domain."""
+    """Words found in the text, domain named rightly and the judge's centred cosine, by domain; controls are in report.json."""
     shown = {"precision": "words in text", "domain": "domain right", "judge.centred_cosine": "judge's centred cosine"}
-    verbalizers = list(next(iter(report["domains"].values())))
+    verbalizers = [name for name in next(iter(report["domains"].values())) if name not in CONTROLS]
     rows = [[domain, str(next(iter(by_name.values()))["precision"]["n"]),
              *(interval(by_name[name].get(figure)) for name in verbalizers for figure in shown)]
             for domain, by_name in report["domains"].items()]
