@@ -64,10 +64,9 @@ def share_out(advantages: Tensor, rewards: Sequence[Sequence[float]], lines: Seq
     shared = torch.zeros(len(advantages), length, dtype=advantages.dtype)
     explained = torch.zeros(len(advantages), dtype=advantages.dtype)
     for row, own in enumerate(values):
-        gains = own.diff(prepend=own.new_zeros(1))
-        credits = gains.clone()
-        for line in range(len(gains) - 2, -1, -1):
-            credits[line] = gains[line] + decay * credits[line + 1]
+        credits = own.diff(prepend=own.new_zeros(1))
+        for line in range(len(credits) - 2, -1, -1):
+            credits[line] += decay * credits[line + 1]
         shared[row, :len(lines[row])] = credits[torch.tensor(lines[row], dtype=torch.int64)]
         explained[row] = own[-2] if len(own) > 1 else 0.0
     total = advantages.square().sum()
