@@ -14,7 +14,7 @@ from typing import Any
 
 from nla_ray.artifacts import Run
 from nla_ray.cluster import resources_of
-from nla_ray.config import LoraSettings, PretrainConfig, RunConfig
+from nla_ray.config import LoraSettings, PretrainConfig, ReconstructorConfig, RunConfig, SFTConfig
 from nla_ray.records import VALIDATION_SHARE
 
 _CHARS_PER_TOKEN = 3.2
@@ -165,6 +165,10 @@ class Facts:
     def train_texts(self) -> float:
         return self.texts * (1 - self.config.corpus.test_share - VALIDATION_SHARE)
 
+    def labels_of(self, settings: SFTConfig | ReconstructorConfig) -> float:
+        """Labels of train texts that a stage learns from, over all documents."""
+        return self.train_texts * (len(self.config.label.teachers) if settings.labels == "all" else 1)
+
     @property
     def text_tokens(self) -> float:
         return min(self.config.base.max_tokens, self.config.corpus.chunk_chars / _CHARS_PER_TOKEN + _TEMPLATE_TOKENS)
@@ -240,7 +244,7 @@ def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
         config, shape = facts.config, facts.shape
         settings = getattr(config, name)
         blocks = config.base.layer + 1
-        examples = min(facts.train_texts / 2, settings.max_examples or float("inf"))
+        examples = min(facts.labels_of(settings) / 2, settings.max_examples or float("inf"))
         tokens = examples * settings.epochs * min(settings.max_tokens, _LABEL_TOKENS + 8)
         trainable = shape.lora_parameters(settings.lora, blocks) + shape.d_model**2
         state = facts.trainer_bytes(shape.parameters_up_to(config.base.layer), trainable)
@@ -254,7 +258,7 @@ def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
 
 def _plan_sft(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
-    examples = min(facts.train_texts, config.sft.max_examples or float("inf"))
+    examples = min(facts.labels_of(config.sft), config.sft.max_examples or float("inf"))
     length = _PROMPT_TOKENS + _LABEL_TOKENS
     tokens = examples * config.sft.epochs * length
     trainable = shape.lora_parameters(config.sft.lora, shape.num_layers)
