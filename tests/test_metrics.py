@@ -23,6 +23,7 @@ COMPARISONS = Comparisons(pool=ORIGINALS, rows=torch.arange(3), document_others=
     ("garbage_cosine", -0.2357023),  # (0 - 1/sqrt 2 + 0) / 3
     ("delta", 0.8047379),
     ("top1", 2 / 3),  # the third is a tie: 0 against 0
+    ("top1_2way", 2 / 3),  # 1 > -0.447; 0.281 > -0.984; a tie at -0.447
     ("centred_cosine", 0.2779570),  # (1 + 0.2810846 - 0.4472136) / 3
     ("top1_10way", 1 / 3),  # ranks 1, 2, 3
     ("mrr_10way", 0.6111111),  # (1 + 1/2 + 1/3) / 3
@@ -46,6 +47,14 @@ def test_figures_do_not_depend_on_the_length_of_any_vector() -> None:
     scaled = dataclasses.replace(COMPARISONS, pool=ORIGINALS * torch.tensor([[7.0], [0.1], [90.0]]))
     for name, figure in figures(RECONSTRUCTIONS * 13, scaled).items():
         assert figure.value == pytest.approx(figures(RECONSTRUCTIONS, COMPARISONS)[name].value, abs=1e-6)
+
+
+def test_an_activation_near_the_mean_wins_the_raw_choice_and_not_the_centred_one() -> None:
+    mean, right, near_the_mean = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.6, 0.8, 0.0]), torch.tensor([0.99, 0.0, 0.14])
+    comparisons = dataclasses.replace(COMPARISONS, pool=torch.stack([right, near_the_mean]), rows=torch.tensor([0]), mean=mean, wrong=torch.tensor([1]),
+                                      others=torch.tensor([[1]]), hard_others=torch.tensor([[1]]), document_others=torch.tensor([[-1]]))
+    result = figures(torch.tensor([[0.97, 0.24, 0.0]]), comparisons)  # leaves the mean the way the right one does, but not as far
+    assert result["top1"].value == 0.0 and result["top1_2way"].value == 1.0
 
 
 def test_perfect_reconstructions_reach_every_ceiling() -> None:
@@ -215,7 +224,7 @@ def test_some_rows_have_the_figures_that_they_have_among_all() -> None:
 
 def test_chances_are_those_of_the_choices() -> None:
     chances = COMPARISONS.chances()
-    assert chances["top1"] == 0.5 and chances["top1_10way"] == 0.1 and chances["mrr_10way"] == pytest.approx(0.2928968)
+    assert chances["top1"] == chances["top1_2way"] == 0.5 and chances["top1_10way"] == 0.1 and chances["mrr_10way"] == pytest.approx(0.2928968)
     assert chances["top1_document"] == 0.5  # two rows have one other position each
 
 

@@ -268,7 +268,7 @@ def test_figures_that_are_missing_or_null_are_dashes(browser: Any, tmp_path: Pat
     (tmp_path / "holes.html").write_text(to_html(report, make_gallery(), {"grpo": []}), encoding="utf-8")
     one = Opened(browser, tmp_path / "holes.html")
     assert one.complaints == [] and "Training" not in one.texts("nav a")
-    assert one.texts("#results tr[data-row=sft] td[data-column=fve], #results tr[data-row=grpo] td") == ["–"] * 7
+    assert one.texts("#results tr[data-row=sft] td[data-column=fve], #results tr[data-row=grpo] td") == ["–"] * 8
     one.tab.close()
 
 
@@ -293,7 +293,7 @@ def test_the_main_table_shows_every_figure_of_the_report(opened: Opened, scorer:
 
 def test_the_judge_and_the_main_metrics_are_shown_first(opened: Opened) -> None:
     assert opened.tab.locator("#results input:checked").first.get_attribute("value") == "judge"
-    assert opened.texts("#results thead button") == ["2-way top-1", "10-way top-1", "10-way hard", "centred cosine", "delta", "FVE"]
+    assert opened.texts("#results thead button") == ["2-way top-1", "2-way centred", "10-way top-1", "10-way hard", "centred cosine", "delta", "FVE"]
     assert opened.tab.locator("#results td[data-column=top1] .chance").count() == len(VERBALIZERS)
     assert opened.tab.locator("#results td[data-column=fve] .chance").count() == 0
 

@@ -19,6 +19,7 @@ from nla_ray.models.adapters import adapter_state, add_lora
 from nla_ray.models.backbone import load_backbone, load_tokenizer
 from nla_ray.presets import nano
 from nla_ray.prompts import CLOSING_TAG
+from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.loop import Checkpoints
 from nla_ray.training.sft import (
     IGNORED, Pairs, build_verbalizer, completion_loss, encode_pairs, make_trainer, validation_loss,
@@ -59,6 +60,7 @@ def encoded_batch(base: BaseConfig, count: int = 6):
     pairs = make_pairs(count)
     model = load_backbone(base)
     attach_activations(model, pairs.vectors, base.injection_norm)
+    score_labels_only(model, with_entropy=False)
     model = add_lora(model, SETTINGS.lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -95,7 +97,7 @@ def test_other_activations_can_be_put_into_the_prompts(tiny_base: BaseConfig) ->
 
 def test_the_loss_equals_a_loop_over_tokens_with_input_embeddings_made_by_hand(tiny_base: BaseConfig) -> None:
     model, batch, prompt, pairs, examples = encoded_batch(tiny_base)
-    summed, count = completion_loss(model, batch, len(prompt))
+    summed, count = completion_loss(model, batch)
     table = model.get_input_embeddings().weight
     total, tokens = 0.0, 0
     with torch.no_grad():
@@ -129,9 +131,9 @@ def test_validation_loss_is_the_mean_over_tokens_however_they_are_batched(tiny_b
 
     model, batch, prompt, _, examples = encoded_batch(tiny_base)
     with torch.no_grad():
-        summed, count = completion_loss(model, batch, len(prompt))
+        summed, count = completion_loss(model, batch)
     collate = DataCollatorForLanguageModeling(pad_token_id=0)
-    loss = validation_loss(model, examples, collate, len(prompt), torch.device("cpu"))
+    loss = validation_loss(model, examples, collate, torch.device("cpu"))
     assert loss == pytest.approx((summed / count).item(), rel=1e-5)
 
 

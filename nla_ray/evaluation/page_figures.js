@@ -2,7 +2,7 @@
 
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const report = read("report"), vocabulary = read("vocabulary");
-const MAIN_METRICS = ["top1", "top1_10way", "top1_10way_hard", "centred_cosine", "delta", "fve"];
+const MAIN_METRICS = ["top1", "top1_2way", "top1_10way", "top1_10way_hard", "centred_cosine", "delta", "fve"];
 
 const isFilled = (value) => value != null && Object.keys(value).length > 0;
 const training = Object.fromEntries(Object.entries(read("training")).filter(([, records]) => isFilled(records)));

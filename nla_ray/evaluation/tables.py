@@ -12,7 +12,7 @@ from typing import Any
 from nla_ray.evaluation.controls import CONTROLS
 
 METRIC_TITLES = {
-    "top1": "2-way top-1", "top1_10way": "10-way top-1", "top1_10way_hard": "10-way hard", "top1_100way": "100-way top-1",
+    "top1": "2-way top-1", "top1_2way": "2-way centred", "top1_10way": "10-way top-1", "top1_10way_hard": "10-way hard", "top1_100way": "100-way top-1",
     "top1_document": "in its document", "mrr_10way": "10-way MRR", "centred_cosine": "centred cosine",
     "correct_cosine": "cosine, correct", "garbage_cosine": "cosine, garbage", "delta": "delta", "fve": "FVE",
 }
@@ -25,6 +25,7 @@ CLAIM_TITLES = {
 }
 DEFINITIONS = {
     "top1": "share of cos(r, v) above cos(r, v'), v' a fixed activation of another document; a tie counts against; chance 0.5",
+    "top1_2way": "the same choice by centred cosine: raw, an activation that lies nearer to the mean fits every description better",
     "top1_10way": "share of v ranked first among itself and 9 activations of other documents by centred cosine; chance 0.1",
     "top1_10way_hard": "the same among the 9 nearest activations of its domain",
     "top1_100way": "the same among 99 activations of other documents; chance 0.01",
@@ -63,9 +64,9 @@ DEFINITIONS = {
 c(x) = n(x) - mu."""
 _PLAIN_WIDTH = 150
 """Columns where output goes to a file or a log."""
-_SHORT_METRICS = ("top1", "top1_10way", "top1_10way_hard", "centred_cosine", "delta")
+_SHORT_METRICS = ("top1", "top1_2way", "top1_10way", "top1_10way_hard", "centred_cosine", "delta")
 _SHORT_CLAIMS = ("precision", "precision_excess", "domain", "repeats", "tokens")
-_PAIRED_METRICS = ("centred_cosine", "delta", "top1", "top1_10way", "top1_10way_hard")
+_PAIRED_METRICS = ("centred_cosine", "delta", "top1", "top1_2way", "top1_10way", "top1_10way_hard")
 _PAIRED_CLAIMS = ("precision", "precision_excess", "hallucinated", "recall", "domain", "repeats")
 
 

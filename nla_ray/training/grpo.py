@@ -240,7 +240,7 @@ class VerbalizerTrainer(GRPOTrainer):
         self._clock, self._credit = clock, credit
         self._policy_log_probs: Tensor | None = None
         if self.args.use_cpu:
-            score_labels_only(causal_model(self.model), self.temperature)
+            score_labels_only(causal_model(self.model), self.temperature, with_entropy=True)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch; where credit goes to lines, with an advantage a token, which its loss takes as well."""

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nla_ray.activations import load_activations
 from nla_ray.artifacts import Run
@@ -31,6 +30,7 @@ from nla_ray.prompts import wrap_description
 from nla_ray.records import seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.batches import LengthBatches
+from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.loop import (
     Checkpoints, autocast_forward, follow, prepare_worker, train_on_labels, trainer_arguments, training_attention, worker_batch,
 )
@@ -105,26 +105,24 @@ def encode_pairs(pairs: Pairs, tokenizer, prompt: InjectionPrompt, vocab_size: i
 
 # Loss ------------------------------------------------------------------------------------------------------------------
 
-def completion_loss(model, inputs: Mapping[str, Tensor], prompt_length: int) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of the labelled tokens, and their number. Logits are computed where labels are, no earlier.
+def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of the labelled tokens, and their number. `model` scores labels only (`score_labels_only`).
 
-    `inputs`: input_ids, attention_mask and labels, all [batch, seq], the first `prompt_length` labels ignored in every row.
+    `inputs`: input_ids, attention_mask and labels, all [batch, seq], labels -100 where there is no loss.
     """
-    labels = inputs["labels"][:, prompt_length:]
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False,
-                   logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
-    summed = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return summed, (labels != IGNORED).sum()
+    labels = inputs["labels"]
+    log_probs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, fused_lm_head=True).log_probs
+    return -log_probs.sum(), (labels[:, 1:] != IGNORED).sum()
 
 
 @torch.no_grad()
-def validation_loss(model, examples: Sequence[Mapping[str, list[int]]], collate, prompt_length: int, device: torch.device) -> float:
+def validation_loss(model, examples: Sequence[Mapping[str, list[int]]], collate, device: torch.device) -> float:
     """Mean cross entropy a labelled token, in nats, over all examples."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
     summed, count = 0.0, 0
     for start in range(0, len(order), _EVALUATION_BATCH):
         batch = collate([examples[index] for index in order[start:start + _EVALUATION_BATCH]])
-        part, tokens = completion_loss(model, {key: value.to(device) for key, value in batch.items()}, prompt_length)
+        part, tokens = completion_loss(model, {key: value.to(device) for key, value in batch.items()})
         summed, count = summed + part.item(), count + int(tokens)
     return summed / count
 
@@ -158,6 +156,7 @@ def build_verbalizer(base, settings: SFTSettings, bank: Tensor, prompt: Injectio
     model = load_backbone(base, attention=training_attention(base))
     attach_activations(model, bank, base.injection_norm)
     share_prefix(model, prompt.prefix_ids)
+    score_labels_only(model, with_entropy=False)
     return autocast_forward(add_lora(model, settings.lora, seed=settings.seed), base)
 
 
@@ -182,14 +181,14 @@ def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SF
             return LengthBatches([len(example["input_ids"]) for example in examples], settings.batch_size, settings.seed)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            summed, count = completion_loss(model, inputs, len(prompt))
+            summed, count = completion_loss(model, inputs)
             if num_items_in_batch is None:
                 return summed / count
             return summed / num_items_in_batch * self.accelerator.num_processes  # a count over all workers, whose gradients are averaged
 
         def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
             self.model.eval()
-            figures = {name: validation_loss(self.model_wrapped, part, self.data_collator, len(prompt), self.args.device)
+            figures = {name: validation_loss(self.model_wrapped, part, self.data_collator, self.args.device)
                        for name, part in held_out.items()}
             figures["eval_information"] = figures["eval_loss_shuffled"] - figures["eval_loss"]
             self.log(dict(figures))
