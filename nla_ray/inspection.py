@@ -23,7 +23,7 @@ from nla_ray.artifacts import Run
 from nla_ray.corpus.build import build_corpus
 from nla_ray.evaluation.metrics import Comparisons, Figure, figures
 from nla_ray.injection import build_injection_prompt, find_marker
-from nla_ray.labels.stage import label_texts, load_labels
+from nla_ray.labels.stage import drawn_labels, label_texts
 from nla_ray.models.backbone import load_backbone, load_model_config, load_tokenizer
 from nla_ray.models.linear import DescriptionFeatures, fit, predict
 from nla_ray.records import Split, seed_of
@@ -118,7 +118,7 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
 
 def _labelled_texts(run: Run, split: Split, limit: int | None) -> list[dict[str, str]]:
     """Texts of a split with their drawn label, at most `limit`, chosen by seed."""
-    labels = {row["text_id"]: row["label"] for row in load_labels(run, split) if row["drawn"]}
+    labels = drawn_labels(run, split)
     corpus = run.require("corpus", "corpus")
     rows: list[dict[str, str]] = []
     for path in sorted(path for path in corpus.files if path.endswith(".parquet")):

@@ -19,7 +19,7 @@ from nla_ray.artifacts import Run
 from nla_ray.config import RunConfig
 from nla_ray.evaluation.compared import Compared, read_descriptions
 from nla_ray.evaluation.controls import INJECTED, injected_vectors, label_descriptions, nearest_train_labels, trained_in
-from nla_ray.labels.stage import load_labels
+from nla_ray.labels.stage import drawn_labels
 from nla_ray.manifest import Manifest
 from nla_ray.models.backbone import load_backbone, load_tokenizer
 from nla_ray.models.verbalizer import Verbalizer
@@ -73,8 +73,8 @@ def describe_all(run: Run, manifests: Mapping[str, Manifest], test: ActivationTa
 
 def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
     """What the controls that need no model say of every test activation."""
-    gold = {row["text_id"]: row["label"] for row in load_labels(run, run.config.evaluation.split) if row["drawn"]}
-    known = {row["text_id"]: row["label"] for row in load_labels(run, "train") if row["drawn"]}
+    gold = drawn_labels(run, run.config.evaluation.split)
+    known = drawn_labels(run, "train")
     train = load_activations(run, "train")
     texts = {name: label_descriptions(name, test.text_ids, test.doc_ids, gold, run.config.evaluation.seed)
              for name in ("gold", "shuffled", "generic")}

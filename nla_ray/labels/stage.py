@@ -86,6 +86,19 @@ def load_labels(run: Run, split: Split) -> list[Row]:
     return sorted(rows, key=lambda row: (row["text_id"], row["teacher"]))
 
 
+def drawn_labels(run: Run, split: Split) -> dict[str, str]:
+    """Text id -> the one label drawn for the text."""
+    return {row["text_id"]: row["label"] for row in load_labels(run, split) if row["drawn"]}
+
+
+def all_labels(run: Run, split: Split) -> dict[str, list[str]]:
+    """Text id -> every teacher's label of the text, by teacher."""
+    labels: dict[str, list[str]] = {}
+    for row in load_labels(run, split):
+        labels.setdefault(row["text_id"], []).append(row["label"])
+    return labels
+
+
 def label_row(row: Row, raw_labels: Sequence[tuple[str, str]], config: LabelConfig) -> list[Row]:
     """LABEL_SCHEMA rows of one text, sorted by teacher; exactly one is drawn when any label survives cleaning."""
     cleaned = [(teacher, raw, clean_label(raw, config.max_words)) for teacher, raw in sorted(raw_labels)]

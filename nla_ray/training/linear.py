@@ -13,7 +13,7 @@ from nla_ray.artifacts import Run
 from nla_ray.cluster import run_placed
 from nla_ray.config import RunConfig
 from nla_ray.evaluation.metrics import derangement
-from nla_ray.labels.stage import load_labels
+from nla_ray.labels.stage import drawn_labels
 from nla_ray.manifest import Manifest
 from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
 from nla_ray.models.linear import DescriptionFeatures, LinearReconstructor, fit, predict
@@ -71,7 +71,7 @@ def make_linear_scorer(config: RunConfig) -> None:
 def _labelled(run: Run, split: Split, limit: int | None) -> tuple[list[str], ActivationTable]:
     """Drawn labels and activations of the judge's half of a split, at most `limit` (chosen by seed)."""
     config, table = run.config, load_activations(run, split)
-    labels = {row["text_id"]: row["label"] for row in load_labels(run, split) if row["drawn"]}
+    labels = drawn_labels(run, split)
     kept = [row for row, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
             if text_id in labels and document_half(doc_id) == config.judge_scorer.document_half]
     if limit is not None:

@@ -19,7 +19,7 @@ from nla_ray.activations import load_activations, load_stats
 from nla_ray.artifacts import Run
 from nla_ray.config import ReconstructorConfig
 from nla_ray.evaluation.metrics import derangement
-from nla_ray.labels.stage import load_labels
+from nla_ray.labels.stage import all_labels, drawn_labels, load_labels
 from nla_ray.manifest import Manifest
 from nla_ray.models.backbone import base_info
 from nla_ray.models.reconstructor import Reconstructor
@@ -88,15 +88,12 @@ def load_examples(run: Run, split: Literal["train", "validation"], settings: Rec
     Train labels follow the scorer's teacher mix or are all there are, validation labels are the drawn ones. Raises ValueError when
     none is left.
     """
-    rows = load_labels(run, split)
-    labels: dict[str, list[str]] = {}
-    if split == "train" and settings.labels == "one":
-        chosen = choose_labels(rows, first_teacher=run.config.label.teachers[0], share=settings.teacher_share, seed=settings.seed)
-        labels = {text_id: [label] for text_id, label in chosen.items()}
+    if split == "train" and settings.labels == "all":
+        labels = all_labels(run, split)
     else:
-        for row in rows:
-            if row["drawn"] or split == "train":
-                labels.setdefault(row["text_id"], []).append(row["label"])
+        one = drawn_labels(run, split) if split == "validation" else choose_labels(
+            load_labels(run, split), first_teacher=run.config.label.teachers[0], share=settings.teacher_share, seed=settings.seed)
+        labels = {text_id: [label] for text_id, label in one.items()}
     table = load_activations(run, split)
     kept = [(index, label) for index, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
             if document_half(doc_id) == settings.document_half for label in labels.get(text_id, ())]

@@ -21,7 +21,7 @@ from nla_ray.artifacts import Run
 from nla_ray.config import SFTConfig as SFTSettings
 from nla_ray.evaluation.metrics import derangement
 from nla_ray.injection import InjectionPrompt, attach_activations, build_injection_prompt
-from nla_ray.labels.stage import load_labels
+from nla_ray.labels.stage import all_labels, drawn_labels
 from nla_ray.manifest import Manifest
 from nla_ray.models.adapters import add_lora, save_adapter
 from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
@@ -73,10 +73,7 @@ def load_pairs(run: Run, split: Literal["train", "validation"], *, limit: int | 
 
     Bank rows count from `first_row`. Raises ValueError when there is none.
     """
-    labels: dict[str, list[str]] = {}
-    for row in load_labels(run, split):
-        if row["drawn"] or every_label:
-            labels.setdefault(row["text_id"], []).append(row["label"])
+    labels = all_labels(run, split) if every_label else {text_id: [label] for text_id, label in drawn_labels(run, split).items()}
     table = load_activations(run, split)
     kept = [(index, label) for index, text_id in enumerate(table.text_ids) for label in labels.get(text_id, ())]
     if limit is not None:
