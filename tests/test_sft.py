@@ -16,7 +16,7 @@ from nla_ray import vectors
 from nla_ray.config import BaseConfig, ComputeConfig, LoraSettings, RunConfig, SFTConfig
 from nla_ray.injection import InjectionPrompt, attach_activations, build_injection_prompt
 from nla_ray.models.adapters import adapter_state, add_lora
-from nla_ray.models.backbone import load_backbone, load_tokenizer
+from nla_ray.models.backbone import causal_model, load_backbone, load_tokenizer
 from nla_ray.presets import nano
 from nla_ray.prompts import CLOSING_TAG
 from nla_ray.training.logprobs import score_labels_only
@@ -115,6 +115,7 @@ def test_the_loss_equals_a_loop_over_tokens_with_input_embeddings_made_by_hand(t
 
 def test_the_loss_is_the_one_that_trl_computes(tiny_base: BaseConfig, tmp_path: Path) -> None:
     from trl import SFTTrainer
+    from trl.trainer.utils import add_fused_lm_head
 
     trainer, _ = prepare(dataclasses.replace(tiny_base, dtype="float32"), tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -122,6 +123,8 @@ def test_the_loss_is_the_one_that_trl_computes(tiny_base: BaseConfig, tmp_path: 
     trainer.model.eval()
     with torch.no_grad():
         own = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens)
+        del causal_model(trainer.model).forward  # back to TRL's own
+        add_fused_lm_head(causal_model(trainer.model), outputs=("log_probs", "entropy", "is_top1"))
         library = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=tokens)
     assert own.item() == pytest.approx(library.item(), rel=2e-3)
 

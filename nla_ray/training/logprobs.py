@@ -1,4 +1,4 @@
-"""Log-probabilities of completions, computed only where they are asked for: for SFT, and for GRPO on a CPU.
+"""Log-probabilities of completions, computed only where they are asked for: for trainers on a CPU.
 
 TRL asks the model for them with `fused_lm_head=True`. Its own answer is made for GPUs; on a CPU it projects every position
 onto the vocabulary, prompt and padding included, in chunks of many passes. Here only the labelled tokens meet the output

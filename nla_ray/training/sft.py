@@ -24,7 +24,7 @@ from nla_ray.injection import InjectionPrompt, attach_activations, build_injecti
 from nla_ray.labels.stage import all_labels, drawn_labels
 from nla_ray.manifest import Manifest
 from nla_ray.models.adapters import add_lora, save_adapter
-from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
+from nla_ray.models.backbone import base_info, causal_model, load_backbone, load_tokenizer
 from nla_ray.models.prefix import share_prefix
 from nla_ray.prompts import wrap_description
 from nla_ray.records import seed_of
@@ -103,7 +103,7 @@ def encode_pairs(pairs: Pairs, tokenizer, prompt: InjectionPrompt, vocab_size: i
 # Loss ------------------------------------------------------------------------------------------------------------------
 
 def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of the labelled tokens, and their number. `model` scores labels only (`score_labels_only`).
+    """Summed cross entropy of the labelled tokens, and their number. `model` is TRL's trainer's, or one that scores labels only.
 
     `inputs`: input_ids, attention_mask and labels, all [batch, seq], labels -100 where there is no loss.
     """
@@ -153,7 +153,6 @@ def build_verbalizer(base, settings: SFTSettings, bank: Tensor, prompt: Injectio
     model = load_backbone(base, attention=training_attention(base))
     attach_activations(model, bank, base.injection_norm)
     share_prefix(model, prompt.prefix_ids)
-    score_labels_only(model, with_entropy=False)
     return autocast_forward(add_lora(model, settings.lora, seed=settings.seed), base)
 
 
@@ -204,4 +203,6 @@ def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SF
     )
     trainer = VerbalizerTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(examples),
                                 eval_dataset=Dataset.from_list(held_out["eval_loss"]), processing_class=tokenizer)
+    if arguments.use_cpu:  # the trainer has just given the model TRL's own answer
+        score_labels_only(causal_model(model), with_entropy=False)
     return follow(trainer, checkpoints, "sft")
