@@ -19,7 +19,7 @@ from nla_ray.models.adapters import adapter_state, add_lora
 from nla_ray.models.backbone import causal_model, load_backbone, load_tokenizer
 from nla_ray.presets import nano
 from nla_ray.prompts import CLOSING_TAG
-from nla_ray.training.logprobs import score_labels_only
+from nla_ray.training.logprobs import TokenLogProbs, score_labels_only
 from nla_ray.training.loop import Checkpoints
 from nla_ray.training.sft import (
     IGNORED, Pairs, build_verbalizer, completion_loss, encode_pairs, make_trainer, validation_loss,
@@ -122,6 +122,7 @@ def test_the_loss_is_the_one_that_trl_computes(tiny_base: BaseConfig, tmp_path: 
     tokens = (batch["labels"] != IGNORED).sum()
     trainer.model.eval()
     with torch.no_grad():
+        assert isinstance(trainer.model(**batch, fused_lm_head=True), TokenLogProbs)  # labels only, not what TRL has put there
         own = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens)
         del causal_model(trainer.model).forward  # back to TRL's own
         add_fused_lm_head(causal_model(trainer.model), outputs=("log_probs", "entropy", "is_top1"))
