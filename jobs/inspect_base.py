@@ -4,11 +4,12 @@ from nla_ray.cluster import run_job
 
 
 def body(run) -> None:
-    from nla_ray.inspection import RESULTS_NAME, describe_inspection, inspect_base
+    from nla_ray.inspection import describe_inspection, inspect_base
+    from nla_ray.runlog import INSPECTION_NAME
 
     for line in describe_inspection(inspect_base(run)):
         print(line)
-    print(f"written to {run.root / RESULTS_NAME}")
+    print(f"written to {run.root / INSPECTION_NAME}")
 
 
 if __name__ == "__main__":

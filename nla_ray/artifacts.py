@@ -174,6 +174,12 @@ class Stage:
         raise ValueError(f"artifact {self.name!r} in {self.location}: it was made with another configuration "
                          f"({'; '.join(changes[:4])}), expected the same. Use another --run-dir, or delete {self.location}.")
 
+    def reopen(self) -> None:
+        """Make a complete artifact one that is being made, with all that lies in it."""
+        (self.location / MANIFEST_NAME).delete()
+        self.manifest = None
+        self._mark_started()
+
     def publish(self, *, documents: dict[str, list[str]] | None = None, model: dict[str, Any] | None = None,
                 metrics: dict[str, Any] | None = None) -> Manifest:
         """Hash every file, write the manifest last, and return it."""

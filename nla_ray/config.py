@@ -154,6 +154,14 @@ class SFTConfig:
     max_examples: int | None = None
     seed: int = 0
 
+    name: str | None = None
+    """Ending of the artifact's name: one to `--compare`, such as one of fewer labels. GRPO starts from the one without a name."""
+
+    @property
+    def artifact(self) -> str:
+        """`sft`, or `sft_{name}` when named."""
+        return "sft" if self.name is None else f"sft_{self.name}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOSettings:

@@ -21,20 +21,21 @@ from nla_ray import vectors
 from nla_ray.activations import ActivationReader, EncodedText, Skipped, TextEncoder
 from nla_ray.artifacts import Run
 from nla_ray.corpus.build import build_corpus
+from nla_ray.evaluation.bootstrap import DocumentBootstrap
 from nla_ray.evaluation.metrics import Comparisons, Figure, figures
 from nla_ray.injection import build_injection_prompt, find_marker
 from nla_ray.labels.stage import drawn_labels, label_texts
 from nla_ray.models.backbone import load_backbone, load_model_config, load_tokenizer
 from nla_ray.models.linear import DescriptionFeatures, fit, predict
 from nla_ray.records import Split, seed_of
-from nla_ray.runlog import get_logger
+from nla_ray.runlog import INSPECTION_NAME, get_logger
 from nla_ray.training.linear import PENALTIES
 from nla_ray.vectors import norm
 
-RESULTS_NAME = "inspection.json"
 PROPOSED_DEPTH = 0.71
 """Share of the blocks below the layer that public verbalizers read (block 20 of 28)."""
 DEPTHS = (0.35, 0.5, 0.6, PROPOSED_DEPTH, 0.82)
+_CEILING = ("top1_2way", "top1_10way", "centred_cosine", "fve")
 MAX_TRAIN = 1_500
 """Labelled train texts that the ridge regression learns from."""
 
@@ -69,7 +70,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
         "texts": {"train": len(learned), "validation": len(held_out), "positions": config.capture.positions},
         "layers": {str(layer): one for layer, one in told.items()},
     }
-    (run.root / RESULTS_NAME).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    (run.root / INSPECTION_NAME).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results
 
 
@@ -77,9 +78,10 @@ def inspect_layer(known: Tensor, unknown: Tensor, features: Tensor, held_out: Te
     """One layer: norms of the train activations [n, d_model], and the gold ceiling on validation activations [m, d_model].
 
     `features`, `held_out`: of their labels, [n, d_model] and [m, d_model]. The ridge penalty with the best centred cosine counts.
+    The 2-way choice is by centred cosine: raw, gold labels fail it where activations differ in their distance to the mean.
     """
     norms, mean = norm(known)[:, 0], vectors.mean_direction(known)
-    comparisons = Comparisons.draw(unknown, doc_ids, mean, seed=0)
+    comparisons, bootstrap = Comparisons.draw(unknown, doc_ids, mean, seed=0), DocumentBootstrap(doc_ids)
     tried: list[tuple[float, dict[str, Figure]]] = []
     for penalty in PENALTIES:
         read = mean + predict(held_out, fit(features, known, mean, penalty))
@@ -89,7 +91,7 @@ def inspect_layer(known: Tensor, unknown: Tensor, features: Tensor, held_out: Te
         "mean_norm": norms.mean().item(), "norm_quantiles": {str(share): norms.quantile(share).item() for share in (0.01, 0.5, 0.99)},
         "injection_norm": round_up(norms.mean().item()),
         "cosine_with_mean": vectors.cosine(known, mean).mean().item(), "penalty": penalty,
-        "ceiling": {name: best[name].value for name in ("top1", "top1_10way", "centred_cosine", "fve")},
+        "ceiling": {name: interval.to_dict() for name, interval in bootstrap.intervals({name: best[name] for name in _CEILING}).items()},
     }
 
 
@@ -105,12 +107,13 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
     lines = [f"{results['base']}: {results['num_layers']} blocks, d_model {results['d_model']}; ceiling of gold labels by ridge regression on "
              f"{results['texts']['train']} train texts, of {results['texts']['validation']} validation texts",
              f"marker {marker['found']!r} (id {marker['id']}, between {marker['neighbours'][0]} and {marker['neighbours'][1]}); configured {marker['configured']!r}",
-             "layer  depth  mean norm  1% to 99%        cos with mean  2-way  10-way  centred cosine    FVE"]
+             "layer  depth  mean norm  1% to 99%        cos with mean  2-way  10-way  centred cosine, 95%    FVE"]
     for layer, one in results["layers"].items():
-        ceiling, quantiles = one["ceiling"], one["norm_quantiles"]
+        ceiling, quantiles = {name: figure["value"] for name, figure in one["ceiling"].items()}, one["norm_quantiles"]
+        told = "{value:.3f} {low:.3f} to {high:.3f}".format(**one["ceiling"]["centred_cosine"])
         lines.append(f"{layer:>5}  {int(layer) / results['num_layers']:5.2f}  {one['mean_norm']:9.1f}  {quantiles['0.01']:7.1f} {quantiles['0.99']:8.1f}  "
-                     f"{one['cosine_with_mean']:13.3f}  {ceiling['top1']:5.3f}  {ceiling['top1_10way']:6.3f}  {ceiling['centred_cosine']:14.3f}  {ceiling['fve']:5.3f}")
-    best = max(results["layers"], key=lambda layer: results["layers"][layer]["ceiling"]["centred_cosine"])
+                     f"{one['cosine_with_mean']:13.3f}  {ceiling['top1_2way']:5.3f}  {ceiling['top1_10way']:6.3f}  {told:>19}  {ceiling['fve']:5.3f}")
+    best = max(results["layers"], key=lambda layer: results["layers"][layer]["ceiling"]["centred_cosine"]["value"])
     lines.append(f"best ceiling: --base.layer {best} --base.injection-norm {results['layers'][best]['injection_norm']:g} --base.marker {marker['found']}; "
                  f"{PROPOSED_DEPTH:.0%} depth is layer {results['proposed_layer']}")
     return lines

@@ -266,7 +266,7 @@ def _plan_sft(facts: Facts) -> StagePlan:
     batch = config.sft.batch_size / config.compute.trainer_workers
     memory = facts.trainer_bytes(shape.parameters, trainable) + batch * length * token_bytes
     return StagePlan(
-        name="sft", artifact="sft", tokens=tokens, flops=6 * shape.parameters * tokens,
+        name="sft", artifact=config.sft.artifact, tokens=tokens, flops=6 * shape.parameters * tokens,
         processes=(facts.process("trainer", config.compute.trainer_workers, memory),),
         files=f"adapter of {_size(trainable * 4)}, metrics.jsonl")
 

@@ -26,6 +26,8 @@ _QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers",
                     "urllib3", "botocore", "werkzeug")
 METRICS_NAME = "metrics.jsonl"
 """What a training stage wrote down step by step, inside its artifact."""
+INSPECTION_NAME = "inspection.json"
+"""What `jobs/inspect_base.py` found, inside the run."""
 _LINE_SECONDS = 10.0
 """Seconds between two progress lines where there is no terminal to draw a bar on."""
 

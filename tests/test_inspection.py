@@ -9,7 +9,8 @@ import torch
 from nla_ray import vectors
 from nla_ray.artifacts import Run
 from nla_ray.config import CaptureConfig, CorpusConfig, RunConfig
-from nla_ray.inspection import RESULTS_NAME, describe_inspection, inspect_base, inspect_layer, round_up
+from nla_ray.inspection import describe_inspection, inspect_base, inspect_layer, round_up
+from nla_ray.runlog import INSPECTION_NAME
 
 
 @pytest.mark.parametrize(("mean", "proposed"), [(472.0, 500.0), (43.2, 45.0), (50.0, 50.0), (1.01, 1.5), (154.0, 200.0)])
@@ -23,8 +24,8 @@ def test_a_layer_that_labels_determine_has_a_ceiling_and_one_that_they_do_not_ha
     shift, documents = torch.full((8,), 5.0), [f"doc{row}" for row in range(60)]
     told = inspect_layer(features @ weight + shift, held_out @ weight + shift, features, held_out, documents)
     untold = inspect_layer(torch.randn(300, 8, generator=draw) + shift, torch.randn(60, 8, generator=draw) + shift, features, held_out, documents)
-    assert told["ceiling"]["top1"] > 0.95 and told["ceiling"]["centred_cosine"] > 0.8
-    assert untold["ceiling"]["top1"] < 0.75 and abs(untold["ceiling"]["centred_cosine"]) < 0.3
+    assert told["ceiling"]["top1_2way"]["low"] > 0.95 and told["ceiling"]["centred_cosine"]["value"] > 0.8
+    assert untold["ceiling"]["top1_2way"]["value"] < 0.75 and abs(untold["ceiling"]["centred_cosine"]["value"]) < 0.3
     assert told["mean_norm"] == pytest.approx(vectors.norm(features @ weight + shift).mean().item())
     assert told["norm_quantiles"]["0.01"] < told["mean_norm"] < told["norm_quantiles"]["0.99"] and told["injection_norm"] >= told["mean_norm"]
 
@@ -35,6 +36,6 @@ def test_a_base_is_inspected_from_texts_and_labels_alone(published_run: RunConfi
     results = inspect_base(Run(config))
     assert set(results["layers"]) == {"0", str(config.base.layer)}
     assert results["marker"]["configured"] == config.base.marker and results["texts"]["validation"] >= 10
-    assert json.loads((tmp_path / "run" / RESULTS_NAME).read_text()) == results
+    assert json.loads((tmp_path / "run" / INSPECTION_NAME).read_text()) == results
     lines = describe_inspection(results)
     assert lines[-1].startswith("best ceiling: --base.layer ") and len(lines) == 3 + 2 + 1

@@ -74,6 +74,9 @@ def full_report() -> dict[str, Any]:
         "gates": [{"name": "grpo.judge.top1", "relation": ">=", "value": 0.987654, "threshold": 0.93, "passed": True},
                   {"name": "sft.claims.repeats", "relation": "<", "value": None, "threshold": 0.1, "passed": False}],
         "experiments": [{"changed": "no KL", "kept": "no", "n": 621, "minus_sft": {"judge's centred cosine": {"value": -0.0123, "low": -0.02, "high": -0.004}}}],
+        "growth": {"labels": by_scorer(lambda: [{"at": count, "top1_2way": figure(random)} for count in (100, 200, 400)]),
+                   "steps": {"grpo": [{"at": step, "claim_precision": {"value": step / 100}} for step in (0, 20)]},
+                   "layers": {"gold": [{"at": layer, "centred_cosine": figure(random)} for layer in (4, 8)]}},
         "lineage": {"sft": {"fingerprint": "f", "config_hash": "c", "created": "t", "documents": {"train": 5141}}},
         "warnings": [HOSTILE], "notes": ["Greedy decoding."],
     }
@@ -242,7 +245,7 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
     one = Opened(browser, page_path, viewport={"width": width, "height": 800}, color_scheme=scheme)
     assert one.complaints == [] and one.addresses == [page_path.as_uri(), "data:,"][:len(one.addresses)]
     assert one.tab.evaluate("document.documentElement.scrollWidth") == width
-    assert one.texts("nav a") == ["Warnings", "Results", "Gates", "Differences", "Claims", "Agreement", "Training", "Domains", "Confusion",
+    assert one.texts("nav a") == ["Warnings", "Results", "Gates", "Differences", "Claims", "Agreement", "Training", "Growth", "Domains", "Confusion",
                                   "Prefix", "Retrieval", "Best of N", "Calibration", "Gallery", "Experiments",
                                       "Lineage", "Notes", "Definitions"]
     assert all("NaN" not in part and "undefined" not in part for part in one.texts("main > section"))
@@ -328,6 +331,17 @@ def test_charts_show_the_figures_of_the_report(opened: Opened) -> None:
     assert len(rows) == 3 and shown(report["retrieval"]["grpo"]["judge"][2]["top1"]["value"]) in rows[2]
     assert opened.texts("#confusion tbody td") == ["11", "·", "2", "3", "·", "·"]
     assert set(opened.texts("#curves title")) == {"grpo no contrast: warning at step 20"}
+
+
+def test_growth_is_drawn_along_every_axis_with_its_numbers(opened: Opened) -> None:
+    opened.wait_for_charts()
+    axes = opened.tab.evaluate("""[...document.querySelectorAll("#growth svg[role=img]")].map((svg) => svg.getAttribute("aria-label"))""")
+    assert axes == ["2-way centred by labels that SFT learned from", "claim precision by step of GRPO", "centred cosine by layer"]
+    points = full_report()["growth"]["labels"]["judge"]
+    opened.tab.locator("#growth summary").first.click()
+    opened.tab.wait_for_selector("#growth details tbody tr")
+    rows = opened.texts("#growth details tbody tr")
+    assert len(rows) == 3 and all(f"{shown(one['top1_2way']['value'])} [{shown(one['top1_2way']['low'])}" in row for one, row in zip(points, rows))
 
 
 def test_what_was_tried_is_told_with_its_intervals(opened: Opened) -> None:

@@ -222,7 +222,7 @@ def test_the_gates_of_every_preset_name_figures() -> None:
 def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary: dict) -> None:
     selection = {"sft": {"best_step": 12, "eval_loss": 0.5}, "grpo": {"published_step": 40, "published": {"monitor/judge_centred_cosine": 0.67}}, "linear_scorer": {"penalty": 0.01}}
     tried = [{"changed": "no KL", "kept": "no", "n": 621, "minus_sft": {"judge": {"value": -0.0123, "low": -0.02, "high": -0.004}}}]
-    report = {**summary, "preset": "tiny", "split": "test", "selection": selection, "experiments": tried, "notes": ["a note"], "resamples": 300, "documents_left_out": 17,
+    report = {**summary, "preset": "tiny", "split": "test", "selection": selection, "experiments": tried, "growth": {"labels": {"judge": [{"at": 739, "top1_2way": {"value": 0.8125, "low": 0.75, "high": 0.875}}]}}, "notes": ["a note"], "resamples": 300, "documents_left_out": 17,
               "base": {"name": "b", "digest": "d" * 32, "layer": 1, "num_layers": 3, "d_model": 8, "injection_norm": 4.0},
               "lineage": {"sft": {"fingerprint": "f", "config_hash": "c", "created": "t", "documents": {"train": 3}}},
               "examples": [{"activation_id": "x", "domain": "licence", "text": "```\nfenced\n```", "descriptions": {"sft": "- a"}}]}
@@ -232,6 +232,7 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
         assert title in markdown
     assert "| sft | 12 | eval_loss 0.5 |\n| grpo | 40 | monitor/judge_centred_cosine 0.67 |\n| linear_scorer | - | penalty 0.01 |" in markdown
     assert "| no KL | -0.012 [-0.020, -0.004] | 621 | no |" in markdown
+    assert "| of | labels | 2-way centred |" in markdown and "| judge | 739 | 0.812 [0.750, 0.875] |" in markdown
     assert "pretrained on: 17\n" in markdown and "- a note\n" in markdown
     assert "````text\n```\nfenced\n```\n````" in markdown
     assert f"| sft | {tables.interval(summary['results']['sft']['judge']['top1'])} |" in markdown
@@ -267,6 +268,40 @@ def test_the_stage_publishes_a_report_on_test_documents_and_is_skipped_when_comp
     assert len({json.loads(line)["description"] for line in lines}) == 1 and len(lines) == 28
     assert report["claims"]["generic"]["distinct"]["value"] == pytest.approx(1 / 28, abs=1e-6)
     assert evaluate(run) == manifest
+
+
+def test_what_a_reader_wrote_down_becomes_notes_of_a_report_made_anew_from_the_same_descriptions(copied_run: Callable[..., Run]) -> None:
+    run = copied_run()
+    evaluate(run)
+    folder = Path(run.config.run_dir)
+    told, written = read_report(run), (folder / "report/descriptions/sft.jsonl").stat().st_mtime_ns
+    assert told["notes"] == []
+    (folder / "notes.txt").write_text("Licences are read well.\n\n  Numbers are invented. \n")
+    manifest = evaluate(run)
+    assert read_report(run) == {**told, "notes": ["Licences are read well.", "Numbers are invented."]}
+    assert (folder / "report/descriptions/sft.jsonl").stat().st_mtime_ns == written
+    assert "Numbers are invented." in (folder / "report/report.md").read_text() and evaluate(run) == manifest
+
+
+def test_growth_is_told_along_labels_steps_and_layers(copied_run: Callable[..., Run]) -> None:
+    fewer = copied_run("fewer")
+    manifest = fewer.find("sft")
+    change = {"config": {**manifest.config, "sft": {**manifest.config["sft"], "max_examples": 7, "name": "few"}}}
+    (fewer.root / "sft" / "manifest.json").write_text(dataclasses.replace(manifest, metrics={"examples": 7}, **change).to_json())
+    run = copied_run("run", compare=(f"few={fewer.root.path}/sft",))
+    (run.root / "sft" / "manifest.json").write_text(dataclasses.replace(manifest, metrics={"examples": 14}).to_json())
+    ceiling = {"centred_cosine": {"value": 0.4, "low": 0.3, "high": 0.5}}
+    (run.root / "inspection.json").write_text(json.dumps({"layers": {"0": {"ceiling": ceiling}, "1": {"ceiling": ceiling}}}))
+    make_report(run.config)
+    report = read_report(run)
+    assert [(point["at"], point["top1_10way"]) for point in report["growth"]["labels"]["judge"]] == [
+        (7, report["results"]["few"]["judge"]["top1_10way"]), (14, report["results"]["sft"]["judge"]["top1_10way"])]
+    assert report["growth"]["layers"] == {"gold": [{"at": 0, **ceiling}, {"at": 1, **ceiling}]}
+    change["config"]["sft"]["learning_rate"] = 1.0  # differs by more than its size: no point of this curve
+    (fewer.root / "sft" / "manifest.json").write_text(dataclasses.replace(manifest, metrics={"examples": 7}, **change).to_json())
+    (run.root / "report_few").delete()
+    make_report(run.config)
+    assert "labels" not in read_report(run)["growth"]
 
 
 def test_an_interrupted_report_reuses_the_descriptions_it_has_and_ends_the_same(copied_run: Callable[..., Run]) -> None:

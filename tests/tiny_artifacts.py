@@ -89,4 +89,4 @@ def publish_verbalizer(run: Run, name: str, seed: int) -> None:
     with stage.local_folder() as folder:
         save_adapter(model, folder / "adapter")
     train = run.find("activations").documents["train"]
-    stage.publish(documents={"train": train}, model=base_info(run.config.base).to_dict())
+    stage.publish(documents={"train": train}, model=base_info(run.config.base).to_dict(), metrics={"examples": 2 * len(train)} if name == "sft" else {})

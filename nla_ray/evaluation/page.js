@@ -3,7 +3,8 @@
 const SECTIONS = {
   gates: [report.gates, drawGates], warnings: [report.warnings, drawWarnings], results: [report.results, drawResults],
   paired: [report.paired, drawPaired], claims: [report.claims, drawClaims], agreement: [report.agreement, drawAgreement],
-  curves: [training, drawTraining], domains: [report.domains, drawDomains], confusion: [report.confusion, drawConfusion],
+  curves: [training, drawTraining], growth: [report.growth, drawGrowth],
+  domains: [report.domains, drawDomains], confusion: [report.confusion, drawConfusion],
   prefix: [report.prefix, drawPrefix], retrieval: [report.retrieval, drawRetrieval], best_of: [report.best_of, drawBestOf],
   calibration: [report.calibration, drawCalibration], examples: [read("gallery"), drawGallery],
   experiments: [report.experiments, drawExperiments], lineage: [report.lineage, drawLineage], notes: [report.notes, drawNotes],

@@ -278,6 +278,18 @@ function drawCalibration(section, bins) {
   })));
 }
 
+const GROWTH = { labels: "labels that SFT learned from", steps: "step of GRPO", layers: "layer" };
+
+/** A chart for each axis of growth; each with the figures that were measured along it to choose from. */
+function drawGrowth(section, growth) {
+  for (const [axis, bySeries] of Object.entries(growth)) {
+    const names = judgeFirst(Object.keys(bySeries)), figures = keysOf(Object.values(bySeries).flat()).filter((name) => name !== "at");
+    drawChoosable(section, { figure: figures }, ({ figure }) =>
+      curves(names, (name) => bySeries[name].map((point) => pointOf(point.at, point[figure])),
+        { label: `${titleOf(figure)} by ${GROWTH[axis]}`, xLabel: GROWTH[axis] }));
+  }
+}
+
 const REINFORCED = {
   reward: "reward of a step", "monitor/judge_centred_cosine": "judge’s centred cosine, validation",
   "monitor/rewarded": "what the reward scorer pays, validation", kl: "KL to the start", "completions/mean_length": "tokens of a completion",

@@ -27,6 +27,7 @@ from nla_ray.evaluation.compared import Compared, check_compared, find_compared,
 from nla_ray.evaluation.controls import SCORERS, TRAINED, VERBALIZERS, trained_in
 from nla_ray.evaluation.describing import Described, describe_all
 from nla_ray.evaluation.gates import check_gates
+from nla_ray.evaluation.growth import growth
 from nla_ray.evaluation.metrics import Comparisons
 from nla_ray.evaluation.page import to_html
 from nla_ray.evaluation.readings import read_texts
@@ -37,12 +38,14 @@ from nla_ray.manifest import Manifest, check_disjoint, check_lineage
 from nla_ray.models.backbone import base_info, load_tokenizer
 from nla_ray.models.sources import base_folder
 from nla_ray.presets import experiments
-from nla_ray.runlog import METRICS_NAME, get_logger
+from nla_ray.runlog import INSPECTION_NAME, METRICS_NAME, get_logger
 from nla_ray.training.pretrain import check_never_seen, never_nearly_seen
 
 JOBS = {"corpus": "corpus", "activations": "capture", "labels": "label", "reward_scorer": "sft", "judge_scorer": "sft",
         "linear_scorer": "sft", "sft": "sft"}
 """What every report is made from, beside the arm of GRPO, and the job that makes it."""
+NOTES_NAME = "notes.txt"
+"""In the run's folder: what someone who read the descriptions wrote down, a note a line."""
 PREFIX_ROWS = 400
 """Activations, chosen by seed, whose descriptions are also read in part."""
 SALIENT_WORDS = 12
@@ -59,8 +62,11 @@ def evaluate(run: Run) -> Manifest:
     """
     stage = _open_stage(run)
     if stage.manifest is not None:
-        logger.info("%s: complete, skipped", stage.name)
-        return stage.manifest
+        if stage.manifest.metrics.get("readers_notes", []) == _readers_notes(run):
+            logger.info("%s: complete, skipped", stage.name)
+            return stage.manifest
+        logger.info("%s: %s has changed; made anew from the same descriptions", stage.name, run.root / NOTES_NAME)
+        stage.reopen()
     check_gates(run.config.evaluation.gates, CLAIM_FIGURES)
     run_placed(run.config, "scorer", make_report)
     return run.require(stage.name, "evaluate")
@@ -103,17 +109,18 @@ def make_report(config: RunConfig) -> None:
     with stage.local_folder() as folder:
         evaluated = gather(run, manifests, test, compared, folder)
         summary = summarise(evaluated, settings.gates, settings.bootstrap_resamples, settings.seed)
-        notes = _notes(test, compared)
-        report = {**_card(config, manifests, compared), "documents_left_out": left_out, "notes": notes, **summary,
+        notes, training = _readers_notes(run), training_records(run, manifests)
+        report = {**_card(config, manifests, compared), "documents_left_out": left_out, "notes": [*_notes(test, compared), *notes], **summary,
+                  "growth": growth(summary["results"], manifests, compared, training, _inspection(run)),
                   "examples": _examples(evaluated, test, settings)}
         report = _rounded(report)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
-        (folder / "report.html").write_text(to_html(report, gallery(evaluated, test), training_records(run, manifests)), encoding="utf-8")
+        (folder / "report.html").write_text(to_html(report, gallery(evaluated, test), training), encoding="utf-8")
         pq.write_table(score_table(evaluated, test), folder / "scores.parquet")
     passed = sum(gate["passed"] for gate in summary["gates"])
     stage.publish(documents={settings.split: list(test.doc_ids)}, model=manifests["activations"].model,
-                  metrics={"gates_passed": passed, "gates": len(summary["gates"])})
+                  metrics={"gates_passed": passed, "gates": len(summary["gates"]), "readers_notes": notes})
 
 
 def gather(run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, compared: Sequence[Compared],
@@ -251,6 +258,18 @@ def _notes(test: ActivationTable, compared: Sequence[Compared]) -> list[str]:
         if not one.is_adapter and (missing := read_descriptions(one.path, test.ids)[1]):
             notes.append(f"{one.name}: {missing} of {len(test.ids)} activations have no description in {one.path.name}; they count as described by nothing.")
     return notes
+
+
+def _readers_notes(run: Run) -> list[str]:
+    """The lines of NOTES_NAME, without empty ones; none where there is no such file."""
+    place = run.root / NOTES_NAME
+    return [line.strip() for line in place.read_text().splitlines() if line.strip()] if place.exists() else []
+
+
+def _inspection(run: Run) -> dict[str, Any] | None:
+    """What was found out about the base before training, if anyone looked."""
+    place = run.root / INSPECTION_NAME
+    return json.loads(place.read_text()) if place.exists() else None
 
 
 def gallery(evaluated: Evaluated, test: ActivationTable) -> list[dict[str, Any]]:

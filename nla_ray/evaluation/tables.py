@@ -80,8 +80,10 @@ class Table:
 
 
 def interval(figure: Mapping[str, float] | None) -> str:
-    """`0.943 [0.925, 0.960]`; a dash for a figure that is not there."""
-    return "-" if figure is None else f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+    """`0.943 [0.925, 0.960]`; the value alone where there is no interval, a dash where there is no figure."""
+    if figure is None:
+        return "-"
+    return f"{figure['value']:.3f}" + (f" [{figure['low']:.3f}, {figure['high']:.3f}]" if "low" in figure else "")
 
 
 def geometry_tables(report: Mapping[str, Any], metrics: Sequence[str] = tuple(METRIC_TITLES)) -> list[Table]:
@@ -162,6 +164,19 @@ def samples_tables(report: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def growth_tables(report: Mapping[str, Any]) -> list[Table]:
+    """How figures grow with labels (of this report, by scorer), with steps of GRPO (on validation) and with the layer (the gold ceiling)."""
+    titles = {"labels": ("Growth with the labels that SFT learned from", "labels"), "steps": ("Growth with the steps of GRPO, on validation", "step"),
+              "layers": ("The gold ceiling by layer, on validation", "layer")}
+    tables = []
+    for axis, by_name in report["growth"].items():
+        title, head = titles[axis]
+        names = list(dict.fromkeys(name for points in by_name.values() for point in points for name in point if name != "at"))
+        rows = [[series, str(point["at"]), *(interval(point.get(name)) for name in names)] for series, points in by_name.items() for point in points]
+        tables.append(Table(title, ["of", head, *(METRIC_TITLES.get(name, name.replace("_", " ")) for name in names)], rows))
+    return tables
+
+
 def agreement_table(report: Mapping[str, Any]) -> Table:
     """How far two scorers say the same of single activations."""
     rows = [[name, pair, f"{both['top1']:.3f}", "-" if both["centred_cosine"] is None else f"{both['centred_cosine']:.3f}"]
@@ -172,7 +187,7 @@ def agreement_table(report: Mapping[str, Any]) -> Table:
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     tables = [gates_table(report), *geometry_tables(report), *paired_tables(report), claims_table(report), *samples_tables(report),
-              *curves_tables(report), domains_table(report), agreement_table(report), selection_table(report), experiments_table(report),
+              *curves_tables(report), *growth_tables(report), domains_table(report), agreement_table(report), selection_table(report), experiments_table(report),
               _lineage_table(report)]
     parts = [_opening(report), *(_markdown(table) for table in tables if table.rows), *_markdown_examples(report)]
     return "\n\n".join([*parts, _definitions()]) + "\n"

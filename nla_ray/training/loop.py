@@ -101,16 +101,17 @@ def _telling_refusals(worker_fn: Callable[[dict[str, Any]], dict[str, Any] | Non
     return work
 
 
-def train_on_labels(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict[str, Any]]) -> Manifest:
-    """Artifact `name`, learned by `worker_fn` from activations and labels under the settings of that name; its manifest.
+def train_on_labels(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict[str, Any]], section: str | None = None) -> Manifest:
+    """Artifact `name`, learned by `worker_fn` from activations and labels under the settings of `section` (None: of that name); its manifest.
 
     Skipped when complete. `worker_fn` returns `documents`, `model` and `metrics` for the manifest. What a user can have set
     wrong is said before anything is begun.
     """
     parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
     check_base(parents["activations"], base_info(run.config.base))
-    worker_batch(run.config.compute, getattr(run.config, name).batch_size)
-    stage = run.stage(name, "base", name, parents=parents)
+    section = section or name
+    worker_batch(run.config.compute, getattr(run.config, section).batch_size)
+    stage = run.stage(name, "base", section, parents=parents)
     if stage.manifest is not None:
         logger.info("%s: complete, skipped", name)
         return stage.manifest

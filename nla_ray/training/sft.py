@@ -47,7 +47,7 @@ logger = get_logger(__name__)
 
 def train_sft(run: Run) -> Manifest:
     """Train the verbalizer on the drawn labels of train documents, unless it is complete; return its manifest."""
-    return train_on_labels(run, "sft", _train)
+    return train_on_labels(run, run.config.sft.artifact, _train, "sft")
 
 
 # Examples --------------------------------------------------------------------------------------------------------------
