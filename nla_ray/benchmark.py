@@ -1,20 +1,23 @@
 """Speed, side by side with plain transformers, in one run: ratios, medians, and how far from what the machine can do.
 
-`capture` and `generate` are measured here, ours and the library's by turns, so that whatever else the machine does
-falls on both. `train` and `pipeline` are read from what those stages recorded. Nothing here decides how a stage works.
+`capture`, `generate` and `step` (of GRPO) are measured here, ours and the library's by turns, so that whatever else the
+machine does falls on both. `train` and `pipeline` are read from what those stages recorded. Nothing here decides how a stage works.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 REPETITIONS = 7
+STEP_REPETITIONS = 3
 NUM_ROWS = 64
 """Activations described at once."""
 CAPTURE_FLOP = 4e11
@@ -49,9 +53,9 @@ class Timing:
     cpu: list[float]
     """Processor seconds of all threads: what remains comparable on a machine that does other things as well."""
 
-    def to_dict(self, tokens: int) -> dict[str, Any]:
+    def to_dict(self, count: int) -> dict[str, Any]:
         wall = statistics.median(self.wall)
-        return {"seconds": wall, "cpu_seconds": statistics.median(self.cpu), "tokens_per_second": tokens / wall,
+        return {"seconds": wall, "cpu_seconds": statistics.median(self.cpu), "per_second": count / wall,
                 "all_seconds": self.wall, "all_cpu_seconds": self.cpu}
 
 
@@ -69,17 +73,16 @@ def side_by_side(ours: Callable[[], object], library: Callable[[], object], repe
     return timings[ours], timings[library]
 
 
-def compare(ours: Timing, library: Timing, tokens: int) -> dict[str, Any]:
-    """Both timings and the ratio library / ours: of medians, with the extremes over neighbouring repetitions."""
+def compare(ours: Timing, library: Timing, count: int) -> dict[str, Any]:
+    """Both timings of `count` tokens or rollouts, and the ratio library / ours: of medians, with the extremes over neighbouring repetitions."""
     ratios = [theirs / own for own, theirs in zip(ours.wall, library.wall)]
     return {
         "ratio": statistics.median(library.wall) / statistics.median(ours.wall),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
         "cpu_ratio": statistics.median(library.cpu) / statistics.median(ours.cpu),
-        "tokens": tokens,
-        "ours": ours.to_dict(tokens),
-        "library": library.to_dict(tokens),
+        "ours": ours.to_dict(count),
+        "library": library.to_dict(count),
     }
 
 
@@ -185,7 +188,7 @@ def benchmark_capture(config: RunConfig, texts: Sequence[str], repetitions: int 
                            "same vectors.")
     tokens = sum(len(text.ids) for text in encoded)
     result = compare(*side_by_side(ours, library, repetitions), tokens)
-    return {**result, "texts": len(encoded), "layer": base.layer, "largest_relative_difference": error,
+    return {**result, "tokens": tokens, "texts": len(encoded), "layer": base.layer, "largest_relative_difference": error,
             "flop": 2 * tokens * _block_parameters(cut)}
 
 
@@ -213,6 +216,11 @@ def _block_parameters(model: nn.Module) -> int:
     """Parameters that multiply every token: matrices of the blocks and an output head, not the embedding table."""
     return sum(parameter.numel() for name, parameter in model.named_parameters()
                if parameter.ndim == 2 and "embed_tokens" not in name and ".lora_" not in name)
+
+
+def _used_parameters(model: nn.Module) -> int:
+    """Parameters that multiply every token which is predicted: a tied output matrix is the embedding table once more."""
+    return _block_parameters(model) + (model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel())
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -253,11 +261,10 @@ def benchmark_generate(
     started = time.perf_counter()
     sampled = engine.generate(activations, temperature=1.0, max_new_tokens=limit)
     seconds = time.perf_counter() - started
-    weights = _block_parameters(model.get_base_model()) + (
-        model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel()
-    )
+    weights = _used_parameters(model.get_base_model())
     return {
         **result,
+        "tokens": tokens,
         "rows": len(own),
         "same_rows": sum(a == b for a, b in zip(own, theirs)) / len(own),
         "adapter": adapter_folder or "random",
@@ -270,13 +277,13 @@ def benchmark_generate(
     }
 
 
-def _with_random_adapter(model, config: RunConfig):
+def _with_random_adapter(model, config: RunConfig, *, trainable: bool = False):
     """The model with an adapter of the configured rank that changes what it says."""
     import torch
 
     from nla_ray.models.adapters import adapter_state, add_lora, set_adapter_state
 
-    model = add_lora(model, config.sft.lora, trainable=False)
+    model = add_lora(model, config.sft.lora, trainable=trainable)
     generator = torch.Generator().manual_seed(0)
     set_adapter_state(
         model,
@@ -306,6 +313,119 @@ def library_generate(model, tokenizer, prompt, activations: Tensor, injection_no
         )
     rows = output[:, ids.shape[1]:].tolist()
     return [row[:next((place + 1 for place, token in enumerate(row) if token in end_ids), len(row))] for row in rows]
+
+
+# --- a step of GRPO --------------------------------------------------------------------------------------------------
+
+
+def benchmark_step(config: RunConfig, activations: Tensor, adapter_folder: str | None, folder: str, repetitions: int = STEP_REPETITIONS) -> dict[str, Any]:
+    """One step of GRPO (rollouts, log-probabilities, update) with the engine and this project's trainer, against TRL's own
+    GRPOTrainer, which samples by `model.generate` and cannot inject: its prompt is the same text with the marker left in it.
+
+    The same base and adapter, groups, lengths and TRL settings; scoring is left out of both: the reward is a count of tokens.
+    `folder`: for what the trainers write.
+    """
+    from transformers import PrinterCallback
+
+    from nla_ray.injection import build_injection_prompt
+    from nla_ray.models.backbone import load_tokenizer
+
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, trainer_workers=1, zero_stage=0))
+    prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
+    settings = config.grpo
+    rows = [number % len(activations) for number in range(settings.prompts_per_step)]
+    own, theirs = _TokenCount(), _TokenCount()
+    ours = _our_trainer(config, activations[rows], adapter_folder, folder, prompt, own.reward)
+    library = _library_trainer(config, adapter_folder, folder, prompt, theirs.reward)
+    for trainer in (ours, library):
+        trainer.remove_callback(PrinterCallback)
+    timings = side_by_side(ours.train, library.train, repetitions)
+    rollouts = settings.prompts_per_step * settings.group_size
+    tokens, weights = statistics.mean(own.tokens[1:]), _used_parameters(library.model.get_base_model())
+    return {**compare(*timings, rollouts), "rollouts": rollouts, "tokens": tokens, "library_tokens": statistics.mean(theirs.tokens[1:]),
+            # sampled once, read once by the frozen adapter for the KL, once by the policy, and once back
+            "flop": 2 * weights * tokens * (4 if settings.beta else 3)}
+
+
+class _TokenCount:
+    """A reward that costs nothing and differs within a group; it keeps how many tokens each step had."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def reward(self, completion_ids: Sequence[Sequence[int]], **_: object) -> list[float]:
+        self.tokens.append(sum(map(len, completion_ids)))
+        return [float(len(set(ids))) for ids in completion_ids]
+
+
+def _policy(config: RunConfig, adapter_folder: str | None, attention: str | None = None):
+    """The base with the adapter, trainable."""
+    from nla_ray.models.adapters import load_adapter
+    from nla_ray.models.backbone import load_backbone
+
+    model = load_backbone(config.base, attention=attention)
+    return _with_random_adapter(model, config, trainable=True) if adapter_folder is None else load_adapter(model, adapter_folder, trainable=True)
+
+
+def _our_trainer(config: RunConfig, activations: Tensor, adapter_folder: str | None, folder: str, prompt, reward: Callable):
+    """The stage's trainer, with an engine of its own in place of rollout actors."""
+    from pathlib import Path
+
+    from nla_ray.injection import attach_activations
+    from nla_ray.models.adapters import adapter_settings, adapter_state
+    from nla_ray.models.backbone import load_backbone, load_tokenizer
+    from nla_ray.models.engine import GenerationEngine
+    from nla_ray.models.prefix import share_prefix
+    from nla_ray.training.grpo import VerbalizerTrainer, grpo_arguments, schedule_dataset
+    from nla_ray.training.loop import autocast_forward, training_attention
+    from nla_ray.training.rollouts import MAX_SLOTS, group_rows
+    from nla_ray.training.steps import StepClock
+
+    settings, tokenizer = config.grpo, load_tokenizer(config.base)
+    model = _policy(config, adapter_folder, training_attention(config.base))
+    attach_activations(model.get_base_model(), activations, config.base.injection_norm)
+    share_prefix(model.get_base_model(), prompt.prefix_ids)
+    engine = GenerationEngine(load_backbone(config.base), tokenizer, prompt, config.base.injection_norm, MAX_SLOTS, adapter_settings(model))
+    vocab_size, versions = model.get_input_embeddings().vocab_size, itertools.count(1)
+
+    def sample(prompts: list[str], trainer) -> dict[str, list]:
+        rows, version = group_rows([int(one) for one in prompts], settings.group_size), next(versions)
+        engine.load_weights(adapter_state(trainer.model), version)
+        rollouts = engine.generate(activations[rows], group_size=settings.group_size, temperature=settings.temperature,
+                                   max_new_tokens=settings.max_new_tokens, seed=version)
+        return {"prompt_ids": [prompt.encode(row, vocab_size) for row in rows for _ in range(settings.group_size)],
+                "completion_ids": [rollout.token_ids for rollout in rollouts], "logprobs": [rollout.log_probs for rollout in rollouts]}
+
+    return VerbalizerTrainer(
+        clock=StepClock(), credit="description", model=autocast_forward(model, config.base), rollout_func=sample, reward_funcs=[reward],
+        args=_one_step(grpo_arguments(config, Path(folder) / "ours", [1.0])), processing_class=tokenizer,
+        train_dataset=schedule_dataset([list(range(settings.prompts_per_step))]))
+
+
+def _library_trainer(config: RunConfig, adapter_folder: str | None, folder: str, prompt, reward: Callable):
+    """TRL's trainer as anyone would write it."""
+    from pathlib import Path
+
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    from nla_ray.models.backbone import load_tokenizer
+    from nla_ray.training.grpo import grpo_arguments
+    from nla_ray.training.loop import autocast_forward
+
+    tokenizer = load_tokenizer(config.base)
+    texts = [tokenizer.decode([*prompt.prefix_ids, prompt.marker_id, *prompt.suffix_ids])] * config.grpo.prompts_per_step
+    return GRPOTrainer(
+        model=autocast_forward(_policy(config, adapter_folder), config.base), reward_funcs=[reward], processing_class=tokenizer,
+        args=_one_step(grpo_arguments(config, Path(folder) / "library", [1.0])), train_dataset=Dataset.from_dict({"prompt": texts}))
+
+
+def _one_step(arguments):
+    """The same arguments for a single step that leaves no checkpoint and no word."""
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+    arguments.max_steps, arguments.save_strategy, arguments.logging_strategy = 1, SaveStrategy.NO, IntervalStrategy.NO
+    return arguments
 
 
 def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -393,14 +513,14 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     logger.info("benchmark: generate, %d repetitions of each side", repetitions)
     sft = run.find("sft")
     activations = _read_activations(config, texts)
-    if sft is None:
-        generate = benchmark_generate(config, activations, None, repetitions)
-    else:
-        with run.local_copy("sft", sft, "adapter/") as folder:
-            generate = benchmark_generate(config, activations, str(folder), repetitions)
+    with tempfile.TemporaryDirectory(prefix="nla_ray_") as scratch, run.local_copy("sft", sft, "adapter/") if sft else nullcontext() as folder:
+        adapter = str(folder) if folder else None
+        generate = benchmark_generate(config, activations, adapter, repetitions)
+        logger.info("benchmark: a step of GRPO, %d repetitions of each side", min(repetitions, STEP_REPETITIONS))
+        step = benchmark_step(config, activations, adapter, scratch, min(repetitions, STEP_REPETITIONS))
     results = {
         "preset": config.preset, "base": config.base.model, "machine": machine, "capture": capture,
-        "generate": distance_to_limits(generate, machine),
+        "generate": distance_to_limits(generate, machine), "step": distance_to_limits(step, machine),
         "train": {stage: train_breakdown(run, stage) for stage in ("reward_scorer", "judge_scorer", "sft", "grpo")},
         "pipeline": pipeline_seconds(run), "experiments": experiments(run),
     }
@@ -447,11 +567,11 @@ def describe_results(results: dict[str, Any]) -> list[str]:
     lines = [f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
              f"{machine['dtype']}, {machine['matmul_flop_per_second'] / 1e9:.0f} GFLOP/s, "
              f"{machine['copy_bytes_per_second'] / 1e9:.1f} GB/s"]
-    for name in ("capture", "generate"):
+    for name, unit in (("capture", "tokens"), ("generate", "tokens"), ("step", "rollouts")):
         part = results[name]
         lines.append(f"{name}: {part['ratio']:.2f}x ({part['ratio_low']:.2f} to {part['ratio_high']:.2f}; processor "
-                     f"time {part['cpu_ratio']:.2f}x), {part['ours']['tokens_per_second']:.0f} against "
-                     f"{part['library']['tokens_per_second']:.0f} tokens/s, {part['times_roofline']:.1f} times the "
+                     f"time {part['cpu_ratio']:.2f}x), {part['ours']['per_second']:.4g} against "
+                     f"{part['library']['per_second']:.4g} {unit}/s, {part['times_roofline']:.1f} times the "
                      "roofline")
     lines.append(f"generate: {100 * results['generate']['same_rows']:.0f} % of rows with the same tokens, adapter "
                  f"{results['generate']['adapter']}")

@@ -14,7 +14,7 @@ PURE_EVALUATION = {"nla_ray.evaluation.metrics", "nla_ray.evaluation.claims", "n
 HOMES = {
     "the connection to Ray": (r"\bray\.init\(", {"cluster.py"}),
     "adapters (peft)": (r"^\s*(import peft|from peft)\b", {"models/adapters.py"}),
-    "GRPO from TRL": (r"\bGRPO(Trainer|Config)\b", {"training/grpo.py"}),
+    "GRPO from TRL": (r"\bGRPO(Trainer|Config)\b", {"training/grpo.py", "benchmark.py"}),
     "SFT from TRL": (r"\bSFT(Trainer)\b", {"training/sft.py"}),
     "normalisation of vectors": (r"F\.normalize|functional\.normalize|cosine_similarity\(|linalg\.(vector_)?norm\(|[^n]\.norm\(|\bdef norm\(", {"vectors.py"}),
     "the description tags": (r"</?description>", {"prompts.py"}),

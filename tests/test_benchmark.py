@@ -39,12 +39,12 @@ def test_the_two_sides_take_turns_and_who_begins_changes() -> None:
 
 
 def test_a_ratio_is_that_of_the_medians_and_its_range_that_of_neighbours() -> None:
-    result = compare(Timing(wall=[1, 2, 3], cpu=[1, 1, 1]), Timing(wall=[4, 6, 20], cpu=[2, 2, 2]), tokens=60)
+    result = compare(Timing(wall=[1, 2, 3], cpu=[1, 1, 1]), Timing(wall=[4, 6, 20], cpu=[2, 2, 2]), count=60)
     assert result["ratio"] == 3
     assert (result["ratio_low"], result["ratio_high"]) == (3, pytest.approx(20 / 3))
     assert result["cpu_ratio"] == 2
-    assert result["ours"]["tokens_per_second"] == 30
-    assert result["library"]["tokens_per_second"] == 10
+    assert result["ours"]["per_second"] == 30
+    assert result["library"]["per_second"] == 10
 
 
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
@@ -106,6 +106,9 @@ def test_a_benchmark_of_the_tiny_base_finds_the_same_results_on_both_sides(
     assert results["generate"]["same_rows"] == 1
     assert results["capture"]["largest_relative_difference"] < 1e-4
     assert results["generate"]["rows"] == 64
+    step = results["step"]
+    assert step["rollouts"] == run.config.grpo.prompts_per_step * run.config.grpo.group_size
+    assert step["rollouts"] <= step["tokens"] <= step["rollouts"] * run.config.grpo.max_new_tokens and step["flop"] > 0
     assert json.loads((run.root / RESULTS_NAME).read_text()) == results
     text = "\n".join(describe_results(results))
     assert "capture: " in text and "100 % of rows with the same tokens" in text
