@@ -7,7 +7,6 @@ machine does falls on both. `train` and `pipeline` are read from what those stag
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -20,8 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import pyarrow.parquet as pq
 
 from nla_ray.artifacts import Run
 from nla_ray.config import RunConfig
@@ -501,12 +498,11 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     """All sections, written to `benchmark.json` of the run, which makes the corpus first when it has none."""
     import torch
 
-    from nla_ray.corpus.build import build_corpus
     from nla_ray.models.backbone import torch_device
 
     config = run.config
     torch.set_num_threads(config.compute.threads)
-    texts = _test_texts(run, build_corpus(run))
+    texts = _test_texts(run)
     machine = describe_machine(config.base.dtype, torch_device(config.base).type)
     logger.info("benchmark: capture, %d repetitions of each side", repetitions)
     capture = distance_to_limits(benchmark_capture(config, texts, repetitions), machine)
@@ -528,12 +524,12 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     return results
 
 
-def _test_texts(run: Run, corpus) -> list[str]:
-    """Texts of the test split, in the corpus's order."""
-    texts: list[str] = []
-    for path in sorted(path for path in corpus.files if path.endswith(".parquet")):
-        table = pq.read_table(io.BytesIO(run.verified("corpus", corpus, path).read_bytes()), columns=["split", "text"])
-        texts += [text for text, split in zip(table["text"].to_pylist(), table["split"].to_pylist()) if split == "test"]
+def _test_texts(run: Run) -> list[str]:
+    """Texts of the test split, in the corpus's order; the corpus is made first when there is none."""
+    from nla_ray.corpus.build import build_corpus, read_chunks
+
+    build_corpus(run)
+    texts = [row["text"] for row in read_chunks(run, ("split", "text")).to_pylist() if row["split"] == "test"]
     if len(texts) < NUM_ROWS:
         raise ValueError(f"benchmark: got {len(texts)} test texts, expected at least {NUM_ROWS}. Use a larger corpus "
                          "(--corpus.max-chunks).")

@@ -6,21 +6,19 @@ regression from features of labels to activations tells validation activations a
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from nla_ray import vectors
 from nla_ray.activations import ActivationReader, EncodedText, Skipped, TextEncoder
 from nla_ray.artifacts import Run
-from nla_ray.corpus.build import build_corpus
+from nla_ray.corpus.build import build_corpus, read_chunks
 from nla_ray.evaluation.bootstrap import DocumentBootstrap
 from nla_ray.evaluation.metrics import Comparisons, Figure, figures
 from nla_ray.injection import build_injection_prompt, find_marker
@@ -55,7 +53,8 @@ def inspect_base(run: Run) -> dict[str, Any]:
     layers = sorted({config.base.layer, *(config.capture.layers or (int(depth * shape.num_hidden_layers) for depth in DEPTHS))})
     marker = find_marker(tokenizer)
     prompt = build_injection_prompt(tokenizer, marker)
-    learned, held_out = (_labelled_texts(run, split, limit) for split, limit in (("train", MAX_TRAIN), ("validation", None)))
+    chunks = read_chunks(run, ("text_id", "doc_id", "text")).to_pylist()
+    learned, held_out = (_labelled_texts(run, chunks, split, limit) for split, limit in (("train", MAX_TRAIN), ("validation", None)))
     logger.info("inspection: %d train and %d validation texts, layers %s", len(learned), len(held_out), layers)
     model = load_backbone(config.base, num_blocks=layers[-1] + 1)
     encoder = TextEncoder(tokenizer, config.base, config.capture)
@@ -119,14 +118,10 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _labelled_texts(run: Run, split: Split, limit: int | None) -> list[dict[str, str]]:
-    """Texts of a split with their drawn label, at most `limit`, chosen by seed."""
+def _labelled_texts(run: Run, chunks: list[dict[str, str]], split: Split, limit: int | None) -> list[dict[str, str]]:
+    """Those of `chunks` that are a split's and have a label, with the drawn one, at most `limit`, chosen by seed."""
     labels = drawn_labels(run, split)
-    corpus = run.require("corpus", "corpus")
-    rows: list[dict[str, str]] = []
-    for path in sorted(path for path in corpus.files if path.endswith(".parquet")):
-        table = pq.read_table(io.BytesIO(run.verified("corpus", corpus, path).read_bytes()), columns=["text_id", "doc_id", "text"])
-        rows += [{**row, "label": labels[row["text_id"]]} for row in table.to_pylist() if row["text_id"] in labels]
+    rows = [{**row, "label": labels[row["text_id"]]} for row in chunks if row["text_id"] in labels]
     return sorted(rows, key=lambda row: seed_of(0, "inspect", row["text_id"]))[:limit]
 
 

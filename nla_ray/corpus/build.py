@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import io
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nla_ray.artifacts import Run
 from nla_ray.config import CorpusConfig
@@ -67,6 +70,13 @@ class CutDocument:
     doc_id: str
     chunks: list[Chunk]
     signature: np.ndarray = field(repr=False)
+
+
+def read_chunks(run: Run, columns: Sequence[str]) -> pa.Table:
+    """These columns of every chunk of a complete corpus, verified, in its order; all of them in memory."""
+    corpus = run.require("corpus", "corpus")
+    shards = (run.verified("corpus", corpus, path) for path in sorted(corpus.files) if path.endswith(".parquet"))
+    return pa.concat_tables([pq.read_table(io.BytesIO(shard.read_bytes()), columns=list(columns)) for shard in shards])
 
 
 def build_corpus(run: Run) -> Manifest:
