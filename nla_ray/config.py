@@ -131,7 +131,7 @@ class ReconstructorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScorerConfig:
-    """The third scorer: ridge regression from features of the plain base. Its documents are the judge scorer's half."""
+    """The third scorer: ridge regression from features of the plain base. It learns from the judge scorer's descriptions."""
 
     layer: int | None = None
     """Block whose output is averaged over a description's tokens; None: the middle of the blocks up to base.layer."""

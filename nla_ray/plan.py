@@ -274,7 +274,7 @@ def _plan_sft(facts: Facts) -> StagePlan:
 def _plan_linear_scorer(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
     layer = config.base.layer // 2 if config.linear_scorer.layer is None else config.linear_scorer.layer
-    half = facts.train_texts / 2
+    half = facts.labels_of(config.judge_scorer) / 2
     tokens = min(half, config.linear_scorer.max_examples or half) * _LABEL_TOKENS
     return StagePlan(
         name="linear_scorer", artifact="linear_scorer", tokens=tokens, flops=2 * (layer + 1) * shape.block_parameters * tokens,

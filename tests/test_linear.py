@@ -92,5 +92,5 @@ def test_too_few_labelled_documents_are_refused(published_run: RunConfig, tmp_pa
     (tmp_path / "run" / "linear_scorer" / "manifest.json").unlink()
     few = dataclasses.replace(published_run, run_dir=str(tmp_path / "run"),
                               linear_scorer=dataclasses.replace(published_run.linear_scorer, max_examples=1))
-    with pytest.raises(ValueError, match="train examples of the linear scorer: got 1 labelled activations"):
+    with pytest.raises(ValueError, match="train examples of the linear scorer: got 1, expected at least two"):
         make_linear_scorer(few)

@@ -227,8 +227,8 @@ class ResidualReader:
         self.layers = tuple(sorted(set(layers)))
         self._decoder = _first_blocks(decoder, self.layers[-1] + 1)
 
-    def read(self, input_ids: Tensor) -> dict[int, Tensor]:
-        """[batch, seq] ids -> {layer: [batch, seq, d_model]}.
+    def read(self, input_ids: Tensor, **arguments: Tensor) -> dict[int, Tensor]:
+        """[batch, seq] ids -> {layer: [batch, seq, d_model]}; `arguments`: of the decoder, such as `position_ids`.
 
         Rows are padded on the RIGHT, with any id: attention is causal, so no padding mask is needed for the real
         tokens, and the output at padding means nothing.
@@ -242,7 +242,7 @@ class ResidualReader:
 
         hooks = [self._decoder.layers[layer].register_forward_hook(keep(layer)) for layer in self.layers[:-1]]
         try:
-            outputs[self.layers[-1]] = self._decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            outputs[self.layers[-1]] = self._decoder(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()

@@ -22,6 +22,7 @@ from nla_ray.config import BaseConfig, LoraSettings
 from nla_ray.injection import marker_token
 from nla_ray.models.adapters import adapter_active, add_lora, load_adapter, save_adapter
 from nla_ray.models.backbone import ResidualReader, computes_in_bf16, load_backbone, load_tokenizer
+from nla_ray.models.prefix import pack, share_beginnings
 
 ADAPTER_NAME = "adapter"
 HEAD_NAME = "head.safetensors"
@@ -137,33 +138,40 @@ class Reconstructor(nn.Module):
 
         The mask says where each prompt ends; attention needs none, being causal.
         """
-        device = input_ids.device.type
-        # Inside the forward, because DeepSpeed turns an autocast around it off.
-        with torch.autocast(device, torch.bfloat16, enabled=self.in_bf16):
-            stream = self._reader.read(input_ids)[self.layer]
+        stream = self._read(input_ids)
         last = attention_mask.sum(-1) - 1
-        marker_stream = stream[torch.arange(len(stream), device=stream.device), last]
+        return self._reconstruct(stream[torch.arange(len(stream), device=stream.device), last])
+
+    def _read(self, input_ids: Tensor, **arguments: Tensor) -> Tensor:
+        # Inside the forward, because DeepSpeed turns an autocast around it off.
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.in_bf16):
+            return self._reader.read(input_ids, **arguments)[self.layer]
+
+    def _reconstruct(self, marker_stream: Tensor) -> Tensor:
+        """[n, d_model] of the stream at markers -> reconstructions."""
         scaled = vectors.rescale(marker_stream, self.mean.shape[0] ** 0.5)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(marker_stream.device.type, enabled=False):
             return self.mean + self.head(scaled)
 
     @torch.no_grad()
     def reconstruct(self, descriptions: Sequence[str], batch_size: int = 64) -> Tensor:
         """Reconstructions [n, d_model] in the order given, float32 on CPU; this reconstructor's adapter is made active.
 
-        Batches hold descriptions of like length, and a description that occurs twice is read once.
+        Batches hold `batch_size` rows of like length; a description that occurs twice is read once, and so is what one shares
+        with the beginning of another.
         """
         unique = list(dict.fromkeys(descriptions))
         encoded = self.encode(unique)
-        order = sorted(range(len(unique)), key=lambda index: len(encoded[index]))
+        rows = sorted(share_beginnings(encoded), key=lambda row: row.length)
         result = torch.empty(len(unique), self.mean.shape[0])
         was_training = self.training
         self.eval()
         try:
             with adapter_active(self.model, self.adapter):
-                for start in range(0, len(order), batch_size):
-                    rows = order[start:start + batch_size]
-                    result[rows] = self(*self.collate([encoded[row] for row in rows])).cpu()
+                for start in range(0, len(rows), batch_size):
+                    batch, last = pack(encoded, rows[start:start + batch_size], self.tokenizer.pad_token_id, self.model.dtype)
+                    stream = self._read(**{name: part.to(self.head.weight.device) for name, part in batch.items()})
+                    result[list(last)] = self._reconstruct(stream[tuple(torch.tensor(list(last.values())).T)]).cpu()
         finally:
             self.train(was_training)
         place = {text: index for index, text in enumerate(unique)}

@@ -186,7 +186,8 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
             reconstruction = _reconstruct(self.model, self.model_wrapped, validation.descriptions)
             figures = validation_figures(reconstruction, validation.targets, mean, wrong)
             self.log(dict(figures))
-            checkpoints.offer(self.state.global_step, figures["eval_loss"], self.model.save, parameters=trained, metrics=figures)
+            # The loss is mostly the mean direction; what is asked of a scorer is the rest.
+            checkpoints.offer(self.state.global_step, -figures["eval_centred_cosine"], self.model.save, parameters=trained, metrics=figures)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
             return figures
 
