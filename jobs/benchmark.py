@@ -1,4 +1,4 @@
-"""Measure capture and generation side by side with plain transformers: python jobs/benchmark.py --preset nano."""
+"""Measure capture, generation and a step of GRPO side by side with plain transformers: python jobs/benchmark.py --preset nano."""
 
 import os
 

@@ -31,7 +31,7 @@ def body(run) -> None:
     place = run.root / "timings.json"
     timings = json.loads(place.read_text()) if place.exists() else {}
     for number, (name, module, function) in enumerate(STAGES, 1):
-        artifact = {"grpo": run.config.grpo.artifact, "report": report_name(run.config)}.get(name, name)
+        artifact = {"sft": run.config.sft.artifact, "grpo": run.config.grpo.artifact, "report": report_name(run.config)}.get(name, name)
         complete, started = run.find(artifact) is not None, time.monotonic()
         logger.info("[%d/%d] %s%s", number, len(STAGES), name, ": complete" if complete else "")
         make = getattr(import_module(module), function)

@@ -175,7 +175,7 @@ class Stage:
                          f"({'; '.join(changes[:4])}), expected the same. Use another --run-dir, or delete {self.location}.")
 
     def reopen(self) -> None:
-        """Make a complete artifact one that is being made, with all that lies in it."""
+        """Make a complete artifact one that is being made, with all that lies in it; whoever goes on from a file of it verifies it before."""
         (self.location / MANIFEST_NAME).delete()
         self.manifest = None
         self._mark_started()
@@ -340,11 +340,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
     """Readable differences of two nested configurations: `grpo.steps: there 80, here 20`."""
     lines = []
     for key in sorted({*there, *here}):
-        old, new = there.get(key), here.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: there {old!r}, here {new!r}")
+        if isinstance(there.get(key), dict) and isinstance(here.get(key), dict):
+            lines += differences(there[key], here[key], f"{prefix}{key}.")
+            continue
+        old, new = (repr(one[key]) if key in one else "nothing" for one in (there, here))
+        if old != new:
+            lines.append(f"{prefix}{key}: there {old}, here {new}")
     return lines
 
 

@@ -25,10 +25,17 @@ from nla_ray.config import RunConfig
 from nla_ray.runlog import get_logger
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
+    from transformers import Trainer
+
+    from nla_ray.injection import InjectionPrompt
 
 REPETITIONS = 7
 STEP_REPETITIONS = 3
+_ONE_STEP = {"save_strategy": "no", "logging_strategy": "no"}
+"""A training run of one step leaves no checkpoint and no word."""
 NUM_ROWS = 64
 """Activations described at once."""
 CAPTURE_FLOP = 4e11
@@ -315,58 +322,58 @@ def library_generate(model, tokenizer, prompt, activations: Tensor, injection_no
 # --- a step of GRPO --------------------------------------------------------------------------------------------------
 
 
-def benchmark_step(config: RunConfig, activations: Tensor, adapter_folder: str | None, folder: str, repetitions: int = STEP_REPETITIONS) -> dict[str, Any]:
+def benchmark_step(
+    config: RunConfig, activations: Tensor, adapter_folder: str | None, folder: Path, repetitions: int = STEP_REPETITIONS
+) -> dict[str, Any]:
     """One step of GRPO (rollouts, log-probabilities, update) with the engine and this project's trainer, against TRL's own
-    GRPOTrainer, which samples by `model.generate` and cannot inject: its prompt is the same text with the marker left in it.
+    GRPOTrainer, which samples by `model.generate` and cannot inject: its prompt has the marker itself.
 
-    The same base and adapter, groups, lengths and TRL settings; scoring is left out of both: the reward is a count of tokens.
-    `folder`: for what the trainers write.
+    The same base, adapter, groups and settings, credit to whole descriptions; on both sides every rollout goes on to
+    the limit, so that both do the same work. Scoring is left out: the reward is a count. `folder`: for what the
+    trainers write.
     """
-    from transformers import PrinterCallback
-
     from nla_ray.injection import build_injection_prompt
-    from nla_ray.models.backbone import load_tokenizer
+    from nla_ray.models.backbone import load_tokenizer, torch_device
 
-    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, trainer_workers=1, zero_stage=0))
+    settings = dataclasses.replace(config.grpo, steps=1, iterations=1)
+    compute = dataclasses.replace(config.compute, trainer_workers=1, zero_stage=0,
+                                  trainer_gpus=float(torch_device(config.base).type == "cuda"))
+    config = dataclasses.replace(config, grpo=settings, compute=compute)
     prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
-    settings = config.grpo
     rows = [number % len(activations) for number in range(settings.prompts_per_step)]
-    own, theirs = _TokenCount(), _TokenCount()
-    ours = _our_trainer(config, activations[rows], adapter_folder, folder, prompt, own.reward)
-    library = _library_trainer(config, adapter_folder, folder, prompt, theirs.reward)
-    for trainer in (ours, library):
-        trainer.remove_callback(PrinterCallback)
-    timings = side_by_side(ours.train, library.train, repetitions)
+    ours = _our_trainer(config, activations[rows], adapter_folder, folder / "ours", prompt)
+    library = _library_trainer(config, adapter_folder, folder / "library", prompt)
     rollouts = settings.prompts_per_step * settings.group_size
-    tokens, weights = statistics.mean(own.tokens[1:]), _used_parameters(library.model.get_base_model())
-    return {**compare(*timings, rollouts), "rollouts": rollouts, "tokens": tokens, "library_tokens": statistics.mean(theirs.tokens[1:]),
-            # sampled once, read once by the frozen adapter for the KL, once by the policy, and once back
-            "flop": 2 * weights * tokens * (4 if settings.beta else 3)}
+    result = compare(*side_by_side(ours.train, library.train, repetitions), rollouts)
+    tokens = rollouts * settings.max_new_tokens
+    # sampled once, read once by the frozen adapter for the KL, once by the policy, and once back
+    passes = 4 if settings.beta else 3
+    return {**result, "rollouts": rollouts, "tokens": tokens,
+            "flop": 2 * _used_parameters(library.model.get_base_model()) * tokens * passes}
 
 
-class _TokenCount:
-    """A reward that costs nothing and differs within a group; it keeps how many tokens each step had."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def reward(self, completion_ids: Sequence[Sequence[int]], **_: object) -> list[float]:
-        self.tokens.append(sum(map(len, completion_ids)))
-        return [float(len(set(ids))) for ids in completion_ids]
+def _distinct_tokens(completion_ids: Sequence[Sequence[int]], **_: object) -> list[float]:
+    """A reward that costs nothing and differs within a group. Refuses rollouts that ended early: they are another work."""
+    lengths = {len(ids) for ids in completion_ids}
+    if len(lengths) != 1:
+        raise RuntimeError(f"step benchmark: got rollouts of {min(lengths)} to {max(lengths)} tokens, expected one length.")
+    return [float(len(set(ids))) for ids in completion_ids]
 
 
-def _policy(config: RunConfig, adapter_folder: str | None, attention: str | None = None):
+def _policy(config: RunConfig, adapter_folder: str | None, attention: str | None = None) -> nn.Module:
     """The base with the adapter, trainable."""
     from nla_ray.models.adapters import load_adapter
     from nla_ray.models.backbone import load_backbone
 
     model = load_backbone(config.base, attention=attention)
-    return _with_random_adapter(model, config, trainable=True) if adapter_folder is None else load_adapter(model, adapter_folder, trainable=True)
+    if adapter_folder is None:
+        return _with_random_adapter(model, config, trainable=True)
+    return load_adapter(model, adapter_folder, trainable=True)
 
 
-def _our_trainer(config: RunConfig, activations: Tensor, adapter_folder: str | None, folder: str, prompt, reward: Callable):
+def _our_trainer(config: RunConfig, activations: Tensor, adapter_folder: str | None, folder: Path, prompt: InjectionPrompt) -> Trainer:
     """The stage's trainer, with an engine of its own in place of rollout actors."""
-    from pathlib import Path
+    from transformers import PrinterCallback
 
     from nla_ray.injection import attach_activations
     from nla_ray.models.adapters import adapter_settings, adapter_state
@@ -383,46 +390,44 @@ def _our_trainer(config: RunConfig, activations: Tensor, adapter_folder: str | N
     attach_activations(model.get_base_model(), activations, config.base.injection_norm)
     share_prefix(model.get_base_model(), prompt.prefix_ids)
     engine = GenerationEngine(load_backbone(config.base), tokenizer, prompt, config.base.injection_norm, MAX_SLOTS, adapter_settings(model))
+    engine.end_ids = frozenset()
     vocab_size, versions = model.get_input_embeddings().vocab_size, itertools.count(1)
 
-    def sample(prompts: list[str], trainer) -> dict[str, list]:
+    def sample(prompts: list[str], trainer: Trainer) -> dict[str, list]:
         rows, version = group_rows([int(one) for one in prompts], settings.group_size), next(versions)
         engine.load_weights(adapter_state(trainer.model), version)
         rollouts = engine.generate(activations[rows], group_size=settings.group_size, temperature=settings.temperature,
                                    max_new_tokens=settings.max_new_tokens, seed=version)
         return {"prompt_ids": [prompt.encode(row, vocab_size) for row in rows for _ in range(settings.group_size)],
-                "completion_ids": [rollout.token_ids for rollout in rollouts], "logprobs": [rollout.log_probs for rollout in rollouts]}
+                "completion_ids": [rollout.token_ids for rollout in rollouts],
+                "logprobs": [rollout.log_probs for rollout in rollouts]}
 
-    return VerbalizerTrainer(
-        clock=StepClock(), credit="description", model=autocast_forward(model, config.base), rollout_func=sample, reward_funcs=[reward],
-        args=_one_step(grpo_arguments(config, Path(folder) / "ours", [1.0])), processing_class=tokenizer,
+    trainer = VerbalizerTrainer(
+        clock=StepClock(), credit="description", model=autocast_forward(model, config.base), rollout_func=sample,
+        reward_funcs=[_distinct_tokens], args=grpo_arguments(config, folder, [1.0], **_ONE_STEP), processing_class=tokenizer,
         train_dataset=schedule_dataset([list(range(settings.prompts_per_step))]))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def _library_trainer(config: RunConfig, adapter_folder: str | None, folder: str, prompt, reward: Callable):
+def _library_trainer(config: RunConfig, adapter_folder: str | None, folder: Path, prompt: InjectionPrompt) -> Trainer:
     """TRL's trainer as anyone would write it."""
-    from pathlib import Path
-
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import GRPOTrainer
 
     from nla_ray.models.backbone import load_tokenizer
     from nla_ray.training.grpo import grpo_arguments
     from nla_ray.training.loop import autocast_forward
 
-    tokenizer = load_tokenizer(config.base)
-    texts = [tokenizer.decode([*prompt.prefix_ids, prompt.marker_id, *prompt.suffix_ids])] * config.grpo.prompts_per_step
-    return GRPOTrainer(
-        model=autocast_forward(_policy(config, adapter_folder), config.base), reward_funcs=[reward], processing_class=tokenizer,
-        args=_one_step(grpo_arguments(config, Path(folder) / "library", [1.0])), train_dataset=Dataset.from_dict({"prompt": texts}))
-
-
-def _one_step(arguments):
-    """The same arguments for a single step that leaves no checkpoint and no word."""
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-
-    arguments.max_steps, arguments.save_strategy, arguments.logging_strategy = 1, SaveStrategy.NO, IntervalStrategy.NO
-    return arguments
+    tokenizer, limit = load_tokenizer(config.base), config.grpo.max_new_tokens
+    text = tokenizer.decode([*prompt.prefix_ids, prompt.marker_id, *prompt.suffix_ids])
+    trainer = GRPOTrainer(
+        model=autocast_forward(_policy(config, adapter_folder), config.base), reward_funcs=[_distinct_tokens],
+        args=grpo_arguments(config, folder, [1.0], **_ONE_STEP, generation_kwargs={"min_new_tokens": limit}),
+        train_dataset=Dataset.from_dict({"prompt": [text] * config.grpo.prompts_per_step}), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -496,6 +501,8 @@ def experiments(run: Run) -> list[dict[str, Any]]:
 
 def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     """All sections, written to `benchmark.json` of the run, which makes the corpus first when it has none."""
+    from pathlib import Path
+
     import torch
 
     from nla_ray.models.backbone import torch_device
@@ -513,7 +520,7 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
         adapter = str(folder) if folder else None
         generate = benchmark_generate(config, activations, adapter, repetitions)
         logger.info("benchmark: a step of GRPO, %d repetitions of each side", min(repetitions, STEP_REPETITIONS))
-        step = benchmark_step(config, activations, adapter, scratch, min(repetitions, STEP_REPETITIONS))
+        step = benchmark_step(config, activations, adapter, Path(scratch), min(repetitions, STEP_REPETITIONS))
     results = {
         "preset": config.preset, "base": config.base.model, "machine": machine, "capture": capture,
         "generate": distance_to_limits(generate, machine), "step": distance_to_limits(step, machine),

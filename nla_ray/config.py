@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+
+_NAME = re.compile(r"[a-z0-9_]+")
 
 Relation = Literal[">=", ">", "<=", "<"]
 
@@ -368,6 +371,9 @@ class RunConfig:
                 self.judge_scorer.document_half, "two different halves", "The judge may share no document with the reward scorer.")
         require(0 < self.corpus.test_share <= 0.5, "corpus.test_share", self.corpus.test_share, "above 0 and at most 0.5",
                 "The rest is for training and validation.")
+        for field_name, name in (("sft.name", self.sft.name), ("grpo.name", grpo.name)):
+            require(name is None or _NAME.fullmatch(name) is not None, field_name, name, "lower-case letters, digits and _",
+                    "It ends the name of a folder.")
         require(grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "at least 2", "An advantage needs a group.")
         require(grpo.contrast == "none" or grpo.num_wrong + grpo.num_near >= 1, "grpo.num_wrong + grpo.num_near",
                 grpo.num_wrong + grpo.num_near, "at least 1",

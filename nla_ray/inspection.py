@@ -26,7 +26,7 @@ from nla_ray.labels.stage import drawn_labels, label_texts
 from nla_ray.models.backbone import load_backbone, load_model_config, load_tokenizer
 from nla_ray.models.linear import DescriptionFeatures, fit, predict
 from nla_ray.records import Split, seed_of
-from nla_ray.runlog import INSPECTION_NAME, get_logger
+from nla_ray.runlog import INSPECTION_FORMAT, INSPECTION_NAME, get_logger
 from nla_ray.training.linear import PENALTIES
 from nla_ray.vectors import norm
 
@@ -63,7 +63,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
     told = {layer: inspect_layer(known[layer], unknown[layer], *_features(model, tokenizer, layer, run, learned, held_out),
                                  [row["doc_id"] for row in held_out]) for layer in layers}
     results = {
-        "base": config.base.model, "d_model": shape.hidden_size, "num_layers": shape.num_hidden_layers,
+        "format": INSPECTION_FORMAT, "base": config.base.model, "d_model": shape.hidden_size, "num_layers": shape.num_hidden_layers,
         "proposed_layer": int(PROPOSED_DEPTH * shape.num_hidden_layers),
         "marker": {"found": marker, "id": prompt.marker_id, "neighbours": list(prompt.neighbours), "configured": config.base.marker},
         "texts": {"train": len(learned), "validation": len(held_out), "positions": config.capture.positions},

@@ -28,6 +28,8 @@ METRICS_NAME = "metrics.jsonl"
 """What a training stage wrote down step by step, inside its artifact."""
 INSPECTION_NAME = "inspection.json"
 """What `jobs/inspect_base.py` found, inside the run."""
+INSPECTION_FORMAT = 2
+"""Its version: since 2 ceilings are intervals."""
 _LINE_SECONDS = 10.0
 """Seconds between two progress lines where there is no terminal to draw a bar on."""
 

@@ -108,7 +108,7 @@ def test_a_benchmark_of_the_tiny_base_finds_the_same_results_on_both_sides(
     assert results["generate"]["rows"] == 64
     step = results["step"]
     assert step["rollouts"] == run.config.grpo.prompts_per_step * run.config.grpo.group_size
-    assert step["rollouts"] <= step["tokens"] <= step["rollouts"] * run.config.grpo.max_new_tokens and step["flop"] > 0
+    assert step["tokens"] == step["rollouts"] * run.config.grpo.max_new_tokens and step["times_roofline"] > 1
     assert json.loads((run.root / RESULTS_NAME).read_text()) == results
     text = "\n".join(describe_results(results))
     assert "capture: " in text and "100 % of rows with the same tokens" in text

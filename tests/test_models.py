@@ -37,6 +37,7 @@ from nla_ray.models.backbone import (
 )
 from nla_ray.models.decoder import decoder_shape
 from nla_ray.models.engine import GenerationEngine
+from nla_ray.models.prefix import share_beginnings
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.scorer import Scorer, compare
 from nla_ray.models.verbalizer import Verbalizer
@@ -398,6 +399,17 @@ def test_reconstructions_do_not_depend_on_batches_and_repeats(reconstructor: Rec
     alone = torch.cat([reconstructor.reconstruct([text], 1) for text in DESCRIPTIONS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     assert torch.equal(together[0], together[3])
+
+
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_beginnings_read_with_their_whole_are_what_they_are_alone(reconstructor: Reconstructor, in_bf16: bool) -> None:
+    reconstructor.in_bf16, reconstructor.max_tokens = in_bf16, 64
+    whole = "- a licence that permits copying\n- tokens: the, and, of, copy, permit\n- next: conditions follow"
+    texts = [whole, *("\n".join(whole.splitlines()[:count]) for count in (1, 2)), "x", whole[:40]]
+    assert any(row.ends for row in share_beginnings(reconstructor.encode(texts)))
+    with torch.no_grad():
+        alone = torch.cat([reconstructor(*reconstructor.collate(reconstructor.encode([text]))) for text in texts])
+    torch.testing.assert_close(reconstructor.reconstruct(texts, 4), alone, atol=5e-2 if in_bf16 else 1e-5, rtol=0)
 
 
 def test_a_long_description_is_cut_at_its_end_and_the_marker_stays(reconstructor: Reconstructor) -> None:

@@ -93,6 +93,11 @@ def test_generation_and_logits_to_keep_work_on_a_model_that_shares(tiny_base: Ba
 
 def test_sequences_that_begin_alike_share_a_row_and_every_sequence_is_there_once() -> None:
     assert share_beginnings([[7, 8, 9, 1], [7, 8, 1]]) == [Row(0, ((1, 2),), 5)]
+    first, second = [1, 2, 3, 4, 5, 6, 7, 8, 50], [1, 2, 3, 60, 61, 62, 63, 64, 65, 50]
+    both = share_beginnings([first, first[:6] + [50], first[:3] + [50], second, second[:7] + [50]])  # a short one stands between two families
+    assert both == [Row(3, ((4, 7), (2, 3)), 12), Row(0, ((1, 6),), 10)]
+    alike = share_beginnings([[*range(50), 50 + number, *range(50)] for number in range(30)])
+    assert max(row.length for row in alike) <= 2 * 101  # of a template no row is made that all others are padded to
     draw = random.Random(0)
     sequences = [[draw.randrange(3) for _ in range(draw.randrange(1, 12))] for _ in range(200)]
     rows = share_beginnings(sequences)
@@ -117,4 +122,3 @@ def test_packed_sequences_are_read_as_if_alone(tiny_base: BaseConfig, attention:
         stream = reader.read(**inputs)[1]
         for number, sequence in enumerate(sequences):
             torch.testing.assert_close(stream[last[number]], reader.read(torch.tensor([sequence]))[1][0, -1], rtol=1e-4, atol=1e-4)
-

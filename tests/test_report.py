@@ -18,10 +18,12 @@ from nla_ray.config import EvaluationConfig, RunConfig
 from nla_ray.evaluation import controls, tables
 from nla_ray.evaluation.describing import Described
 from nla_ray.evaluation.gates import check_gates, judge_gate
+from nla_ray.evaluation.growth import growth
 from nla_ray.evaluation.metrics import METRICS, Comparisons
 from nla_ray.evaluation.readings import Readings
 from nla_ray.evaluation.report import evaluate, make_report, read_report, show_report
 from nla_ray.evaluation.summary import CLAIM_FIGURES, Evaluated, forms_of, pairs_of, summarise
+from nla_ray.manifest import Manifest
 from nla_ray.presets import PRESETS
 from nla_ray.prompts import GENERIC_DESCRIPTION
 from nla_ray.training.pretrain import digest
@@ -291,17 +293,29 @@ def test_growth_is_told_along_labels_steps_and_layers(copied_run: Callable[..., 
     run = copied_run("run", compare=(f"few={fewer.root.path}/sft",))
     (run.root / "sft" / "manifest.json").write_text(dataclasses.replace(manifest, metrics={"examples": 14}).to_json())
     ceiling = {"centred_cosine": {"value": 0.4, "low": 0.3, "high": 0.5}}
-    (run.root / "inspection.json").write_text(json.dumps({"layers": {"0": {"ceiling": ceiling}, "1": {"ceiling": ceiling}}}))
+    (run.root / "inspection.json").write_text(json.dumps({"format": 2, "base": run.config.base.model, "layers": {"0": {"ceiling": ceiling}, "1": {"ceiling": ceiling}}}))
     make_report(run.config)
     report = read_report(run)
     assert [(point["at"], point["top1_10way"]) for point in report["growth"]["labels"]["judge"]] == [
         (7, report["results"]["few"]["judge"]["top1_10way"]), (14, report["results"]["sft"]["judge"]["top1_10way"])]
     assert report["growth"]["layers"] == {"gold": [{"at": 0, **ceiling}, {"at": 1, **ceiling}]}
+    (run.root / "inspection.json").write_text(json.dumps({"base": run.config.base.model, "layers": {"0": {"ceiling": {"top1": 0.5}}}}))  # as it was once
     change["config"]["sft"]["learning_rate"] = 1.0  # differs by more than its size: no point of this curve
     (fewer.root / "sft" / "manifest.json").write_text(dataclasses.replace(manifest, metrics={"examples": 7}, **change).to_json())
     (run.root / "report_few").delete()
     make_report(run.config)
-    assert "labels" not in read_report(run)["growth"]
+    assert read_report(run)["growth"] == {}
+
+
+def test_the_monitors_readings_are_told_by_step() -> None:
+    reading = {f"monitor/{name}{end}": 0.5 for name in ("judge_centred_cosine", "reward_centred_cosine") for end in ("", "_low", "_high")}
+    records = [{"step": 0, **reading, "monitor/claim_precision": 0.25}, {"step": 1, "loss": 0.1}, {"step": 2, **reading}]
+    sft = Manifest(name="sft", config={}, config_hash="", parents={}, files={}, documents={}, model={}, metrics={"examples": 3}, environment={}, created="")
+    told = growth({"sft": {}}, {"sft": sft}, [], {"grpo": records, "sft": [{"step": 3, "loss": 1.0}]}, None)
+    interval = {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert told == {"steps": {"grpo": [
+        {"at": 0, "judge_centred_cosine": interval, "reward_centred_cosine": interval, "claim_precision": {"value": 0.25}},
+        {"at": 2, "judge_centred_cosine": interval, "reward_centred_cosine": interval}]}}
 
 
 def test_an_interrupted_report_reuses_the_descriptions_it_has_and_ends_the_same(copied_run: Callable[..., Run]) -> None:

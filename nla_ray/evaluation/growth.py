@@ -36,13 +36,13 @@ def growth(results: Mapping[str, Any], manifests: Mapping[str, Manifest], compar
 
 def _by_labels(results: Mapping[str, Any], sft: Manifest, compared: Sequence[Compared]) -> dict[str, list[dict[str, Any]]]:
     """scorer -> the figures of SFT by its number of examples."""
-    sizes = {"sft": sft} | {one.name: one.manifest for one in compared if one.manifest and _is_smaller(one.manifest, sft)}
+    sizes = {"sft": sft} | {one.name: one.manifest for one in compared if one.manifest and _differs_in_size(one.manifest, sft)}
     order = sorted(sizes, key=lambda name: sizes[name].metrics["examples"])
     return {scorer: [{"at": sizes[name].metrics["examples"], **{metric: results[name][scorer][metric] for metric in _METRICS}} for name in order]
             for scorer in results["sft"]}
 
 
-def _is_smaller(other: Manifest, sft: Manifest) -> bool:
+def _differs_in_size(other: Manifest, sft: Manifest) -> bool:
     """Whether it is an SFT run from the same texts that differs from `sft` by its number of examples."""
     if other.config.keys() != sft.config.keys() or other.parents != sft.parents:
         return False

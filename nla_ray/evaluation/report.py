@@ -38,14 +38,14 @@ from nla_ray.manifest import Manifest, check_disjoint, check_lineage
 from nla_ray.models.backbone import base_info, load_tokenizer
 from nla_ray.models.sources import base_folder
 from nla_ray.presets import experiments
-from nla_ray.runlog import INSPECTION_NAME, METRICS_NAME, get_logger
+from nla_ray.runlog import INSPECTION_FORMAT, INSPECTION_NAME, METRICS_NAME, get_logger
 from nla_ray.training.pretrain import check_never_seen, never_nearly_seen
 
 JOBS = {"corpus": "corpus", "activations": "capture", "labels": "label", "reward_scorer": "sft", "judge_scorer": "sft",
         "linear_scorer": "sft", "sft": "sft"}
 """What every report is made from, beside the arm of GRPO, and the job that makes it."""
 NOTES_NAME = "notes.txt"
-"""In the run's folder: what someone who read the descriptions wrote down, a note a line."""
+"""In the run's folder: what someone who read the descriptions wrote down, a note a line. Every report of the run shows it."""
 PREFIX_ROWS = 400
 """Activations, chosen by seed, whose descriptions are also read in part."""
 SALIENT_WORDS = 12
@@ -61,13 +61,15 @@ def evaluate(run: Run) -> Manifest:
     that names no figure.
     """
     stage = _open_stage(run)
-    if stage.manifest is not None:
-        if stage.manifest.metrics.get("readers_notes", []) == _readers_notes(run):
-            logger.info("%s: complete, skipped", stage.name)
-            return stage.manifest
-        logger.info("%s: %s has changed; made anew from the same descriptions", stage.name, run.root / NOTES_NAME)
-        stage.reopen()
+    if stage.manifest is not None and stage.manifest.metrics.get("readers_notes", []) == _readers_notes(run):
+        logger.info("%s: complete, skipped", stage.name)
+        return stage.manifest
     check_gates(run.config.evaluation.gates, CLAIM_FIGURES)
+    if stage.manifest is not None:
+        logger.info("%s: %s has changed; made anew from the same descriptions", stage.name, run.root / NOTES_NAME)
+        for path in stage.manifest.files:
+            run.verified(stage.name, stage.manifest, path)
+        stage.reopen()
     run_placed(run.config, "scorer", make_report)
     return run.require(stage.name, "evaluate")
 
@@ -269,7 +271,11 @@ def _readers_notes(run: Run) -> list[str]:
 def _inspection(run: Run) -> dict[str, Any] | None:
     """What was found out about the base before training, if anyone looked."""
     place = run.root / INSPECTION_NAME
-    return json.loads(place.read_text()) if place.exists() else None
+    found = json.loads(place.read_text()) if place.exists() else None
+    if found is not None and (found["base"], found.get("format")) != (run.config.base.model, INSPECTION_FORMAT):
+        logger.warning("report: %s is of another base or of an earlier version, left out; make it again with jobs/inspect_base.py", place)
+        return None
+    return found
 
 
 def gallery(evaluated: Evaluated, test: ActivationTable) -> list[dict[str, Any]]:

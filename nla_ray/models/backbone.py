@@ -227,11 +227,12 @@ class ResidualReader:
         self.layers = tuple(sorted(set(layers)))
         self._decoder = _first_blocks(decoder, self.layers[-1] + 1)
 
-    def read(self, input_ids: Tensor, **arguments: Tensor) -> dict[int, Tensor]:
-        """[batch, seq] ids -> {layer: [batch, seq, d_model]}; `arguments`: of the decoder, such as `position_ids`.
+    def read(self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> dict[int, Tensor]:
+        """[batch, seq] ids -> {layer: [batch, seq, d_model]}.
 
         Rows are padded on the RIGHT, with any id: attention is causal, so no padding mask is needed for the real
-        tokens, and the output at padding means nothing.
+        tokens, and the output at padding means nothing. Rows of several sequences (`models.prefix.pack`) come with
+        their positions and with the mask that is added to attention's weights, [batch, 1, seq, seq].
         """
         outputs: dict[int, Tensor] = {}
 
@@ -242,7 +243,9 @@ class ResidualReader:
 
         hooks = [self._decoder.layers[layer].register_forward_hook(keep(layer)) for layer in self.layers[:-1]]
         try:
-            outputs[self.layers[-1]] = self._decoder(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+            outputs[self.layers[-1]] = self._decoder(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()

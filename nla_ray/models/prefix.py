@@ -69,8 +69,12 @@ class Row:
     length: int
 
 
+_LONGEST_ROW = 2
+"""A row's most tokens, in lengths of its longest sequence: rows of one batch are padded to the longest of them."""
+
+
 def share_beginnings(sequences: Sequence[Sequence[int]]) -> list[Row]:
-    """Rows that hold every sequence once; one joins a row when it shares at least half of itself with the row's longest."""
+    """Rows that hold every sequence once; one joins a row when it shares at least half of itself with the row's longest, and there is room."""
     groups: list[list[int]] = []
     for number in sorted(range(len(sequences)), key=lambda number: sequences[number]):
         before = sequences[groups[-1][-1]] if groups else ()
@@ -83,12 +87,23 @@ def share_beginnings(sequences: Sequence[Sequence[int]]) -> list[Row]:
 
 
 def _rows_of(sequences: Sequence[Sequence[int]], group: Sequence[int]) -> list[Row]:
-    whole = max(group, key=lambda number: len(sequences[number]))
-    shared = {number: min(_common(sequences[whole], sequences[number]), len(sequences[number]) - 1) for number in group if number != whole}
-    ends = tuple((number, same) for number, same in shared.items() if 2 * same >= len(sequences[number]))
-    alone = [number for number in group if number != whole and number not in dict(ends)]
-    length = len(sequences[whole]) + sum(len(sequences[number]) - same for number, same in ends)
-    return [Row(whole, ends, length), *(Row(number, (), len(sequences[number])) for number in alone)]
+    """The longest with what shares half of itself with it, then the longest of what is left, until nothing is."""
+    rows: list[Row] = []
+    left = sorted(group, key=lambda number: len(sequences[number]), reverse=True)
+    while left:
+        whole, rest, ends = left[0], [], []
+        length, longest = len(sequences[whole]), _LONGEST_ROW * len(sequences[whole])
+        for number in left[1:]:
+            size = len(sequences[number])
+            same = min(_common(sequences[whole], sequences[number]), size - 1)
+            if 2 * same >= size and length + size - same <= longest:
+                ends.append((number, same))
+                length += size - same
+            else:
+                rest.append(number)
+        rows.append(Row(whole, tuple(ends), length))
+        left = rest
+    return rows
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

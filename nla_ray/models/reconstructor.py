@@ -22,7 +22,7 @@ from nla_ray.config import BaseConfig, LoraSettings
 from nla_ray.injection import marker_token
 from nla_ray.models.adapters import adapter_active, add_lora, load_adapter, save_adapter
 from nla_ray.models.backbone import ResidualReader, computes_in_bf16, load_backbone, load_tokenizer
-from nla_ray.models.prefix import pack, share_beginnings
+from nla_ray.models.prefix import Row, pack, share_beginnings
 
 ADAPTER_NAME = "adapter"
 HEAD_NAME = "head.safetensors"
@@ -142,10 +142,10 @@ class Reconstructor(nn.Module):
         last = attention_mask.sum(-1) - 1
         return self._reconstruct(stream[torch.arange(len(stream), device=stream.device), last])
 
-    def _read(self, input_ids: Tensor, **arguments: Tensor) -> Tensor:
+    def _read(self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         # Inside the forward, because DeepSpeed turns an autocast around it off.
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.in_bf16):
-            return self._reader.read(input_ids, **arguments)[self.layer]
+            return self._reader.read(input_ids, position_ids, attention_mask)[self.layer]
 
     def _reconstruct(self, marker_stream: Tensor) -> Tensor:
         """[n, d_model] of the stream at markers -> reconstructions."""
@@ -169,13 +169,22 @@ class Reconstructor(nn.Module):
         try:
             with adapter_active(self.model, self.adapter):
                 for start in range(0, len(rows), batch_size):
-                    batch, last = pack(encoded, rows[start:start + batch_size], self.tokenizer.pad_token_id, self.model.dtype)
-                    stream = self._read(**{name: part.to(self.head.weight.device) for name, part in batch.items()})
-                    result[list(last)] = self._reconstruct(stream[tuple(torch.tensor(list(last.values())).T)]).cpu()
+                    numbers, read = self._read_rows(encoded, rows[start:start + batch_size])
+                    result[numbers] = read.cpu()
         finally:
             self.train(was_training)
         place = {text: index for index, text in enumerate(unique)}
         return result[[place[text] for text in descriptions]]
+
+
+    def _read_rows(self, encoded: Sequence[Sequence[int]], rows: Sequence[Row]) -> tuple[list[int], Tensor]:
+        """Numbers of the sequences in these rows, and their reconstructions [n, d_model]."""
+        if not any(row.ends for row in rows):  # causal attention as it is: the fast kernel
+            numbers = [row.whole for row in rows]
+            return numbers, self(*self.collate([encoded[number] for number in numbers]))
+        batch, last = pack(encoded, rows, self.tokenizer.pad_token_id, self.model.dtype)
+        stream = self._read(**{name: part.to(self.head.weight.device) for name, part in batch.items()})
+        return list(last), self._reconstruct(stream[tuple(torch.tensor(list(last.values())).T)])
 
 
 def causal_width(model) -> int:

@@ -90,8 +90,10 @@ def train_grpo(run: Run) -> Manifest:
 
 
 def check_settings(config: RunConfig) -> None:
-    """Raise ValueError for settings under which batches could not be cut, or resumed, alike."""
+    """Raise ValueError for settings under which batches could not be cut, or resumed, alike, and for an SFT that is only compared."""
     settings, workers = config.grpo, config.compute.trainer_workers
+    require(config.sft.name is None, "sft.name", config.sft.name, "none", "GRPO starts from the SFT without a name; a named one is trained "
+            "by jobs/sft.py, for --compare.")
     require(settings.prompts_per_step % workers == 0, "grpo.prompts_per_step", settings.prompts_per_step,
             f"a multiple of compute.trainer_workers = {workers}", "A group may not be cut in two.")
     for name in ("save_steps", "monitor_steps"):
@@ -202,8 +204,8 @@ def build_trainer(run_config: RunConfig, folder: Path, model: nn.Module, sampler
         train_dataset=schedule_dataset(sampler.data.schedule))
 
 
-def grpo_arguments(run_config: RunConfig, folder: Path, weights: list[float]) -> GRPOConfig:
-    """Our settings in TRL's words.
+def grpo_arguments(run_config: RunConfig, folder: Path, weights: list[float], **others: Any) -> GRPOConfig:
+    """Our settings in TRL's words; `others` are TRL's own, added or instead.
 
     The preset divides advantages by the batch's standard deviation, not by each group's, which would blow up groups that
     agree (Source: arXiv 2508.08221); the loss is summed over tokens and divided by a constant, without length bias (Dr. GRPO,
@@ -221,7 +223,7 @@ def grpo_arguments(run_config: RunConfig, folder: Path, weights: list[float]) ->
         learning_rate=settings.learning_rate, lr_scheduler_type="linear",
         warmup_steps=int(_WARMUP_SHARE * settings.steps), reward_weights=weights, scale_rewards=settings.scale_rewards, loss_type="dr_grpo",
         mask_truncated_completions=False, disable_dropout=True, logging_steps=1, logging_first_step=False,
-        save_strategy="steps", save_steps=settings.save_steps)
+        save_steps=settings.save_steps, **{"save_strategy": "steps", **others})
 
 
 def schedule_dataset(schedule: Sequence[Sequence[int]]) -> Dataset:

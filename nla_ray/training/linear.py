@@ -49,7 +49,7 @@ def make_linear_scorer(config: RunConfig) -> None:
     mean = torch.tensor(load_stats(run)["mean_direction"])
     features = DescriptionFeatures(load_backbone(config.base, num_blocks=layer + 1), load_tokenizer(config.base),
                                    layer=layer, max_tokens=config.judge_scorer.max_tokens)
-    as_judge = dataclasses.replace(config.judge_scorer, max_examples=settings.max_examples, seed=settings.seed)
+    as_judge = dataclasses.replace(config.judge_scorer, max_examples=settings.max_examples)
     train, validation = (load_examples(run, split, as_judge) for split in ("train", "validation"))
     if len(train.descriptions) < 2:
         raise ValueError(f"train examples of the linear scorer: got {len(train.descriptions)}, expected at least two. Use a larger corpus, "

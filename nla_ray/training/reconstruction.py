@@ -1,7 +1,7 @@
 """Training of a reconstructor (description -> activation) for the reward scorer or the judge scorer.
 
 The two learn from disjoint documents, each in its own mix of teachers' styles; validation documents are halved alike. The
-loop is transformers' Trainer inside Ray Train; the epoch with the best validation cosine is published.
+loop is transformers' Trainer inside Ray Train; the epoch with the best centred cosine on validation is published.
 """
 
 from __future__ import annotations
