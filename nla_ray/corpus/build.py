@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import io
 import json
 import random
 from collections import Counter
@@ -74,9 +73,15 @@ class CutDocument:
 
 def read_chunks(run: Run, columns: Sequence[str]) -> pa.Table:
     """These columns of every chunk of a complete corpus, verified, in its order; all of them in memory."""
-    corpus = run.require("corpus", "corpus")
-    shards = (run.verified("corpus", corpus, path) for path in sorted(corpus.files) if path.endswith(".parquet"))
-    return pa.concat_tables([pq.read_table(io.BytesIO(shard.read_bytes()), columns=list(columns)) for shard in shards])
+    return pa.concat_tables([table for _, table in read_shards(run, run.require("corpus", "corpus"), columns)])
+
+
+def read_shards(run: Run, corpus: Manifest, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
+    """Every shard's path and table, verified, one after the other; all columns when none are named."""
+    for path in sorted(name for name in corpus.files if name.endswith(".parquet")):
+        location = run.verified("corpus", corpus, path)
+        with location.filesystem.open_input_file(location.path) as file:
+            yield path, pq.read_table(file, columns=columns and list(columns))
 
 
 def build_corpus(run: Run) -> Manifest:

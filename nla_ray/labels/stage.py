@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from nla_ray.artifacts import Run, Stage
 from nla_ray.config import LabelConfig
+from nla_ray.corpus.build import read_shards
 from nla_ray.labels.cleaner import clean_label
 from nla_ray.labels.imports import ImportedLabel, Refusal, read_labels
 from nla_ray.labels.offline import WordStatistics
@@ -116,7 +117,7 @@ def _label_shards(
 ) -> dict[str, list[str]]:
     """Label shard by shard, leaving out those that are there; returns the labelled documents by split."""
     documents: dict[str, set[str]] = {split: set() for split in SPLITS}
-    for name, table in _shards(run, corpus):
+    for name, table in read_shards(run, corpus):
         target = folder / name
         if target.exists():
             rows = pq.read_table(target).to_pylist()
@@ -134,17 +135,10 @@ def _label_shards(
     return {split: sorted(ids) for split, ids in documents.items()}
 
 
-def _shards(run: Run, corpus: Manifest) -> Iterator[tuple[str, pa.Table]]:
-    for path in sorted(name for name in corpus.files if name.endswith(".parquet")):
-        location = run.verified("corpus", corpus, path)
-        with location.filesystem.open_input_file(location.path) as file:
-            yield path, pq.read_table(file)
-
-
 def _offline_labels(run: Run, corpus: Manifest, config: LabelConfig) -> Describe:
     train = (
         text
-        for _, table in _shards(run, corpus)
+        for _, table in read_shards(run, corpus)
         for text, split in zip(table["text"].to_pylist(), table["split"].to_pylist(), strict=True)
         if split == "train"
     )
@@ -155,7 +149,7 @@ def _offline_labels(run: Run, corpus: Manifest, config: LabelConfig) -> Describe
 def _imported_labels(run: Run, corpus: Manifest, config: LabelConfig, refused: list[Refusal]) -> Describe:
     """Labels from the file, by text hash; refusals are appended to `refused`."""
     text_of_document: dict[str, set[str]] = {}
-    for _, table in _shards(run, corpus):
+    for _, table in read_shards(run, corpus):
         for doc_id, text in zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True):
             text_of_document.setdefault(doc_id, set()).add(text_hash(text))
     by_hash: dict[str, list[tuple[str, str]]] = {}
