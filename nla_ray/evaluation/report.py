@@ -109,6 +109,7 @@ def make_report(config: RunConfig) -> None:
     test, left_out = load_test(run, manifests, compared)
     settings = config.evaluation
     with stage.local_folder() as folder:
+        _take_over(run, stage, manifests, folder)
         evaluated = gather(run, manifests, test, compared, folder)
         summary = summarise(evaluated, settings.gates, settings.bootstrap_resamples, settings.seed)
         notes, training = _readers_notes(run), training_records(run, manifests)
@@ -123,6 +124,27 @@ def make_report(config: RunConfig) -> None:
     passed = sum(gate["passed"] for gate in summary["gates"])
     stage.publish(documents={settings.split: list(test.doc_ids)}, model=manifests["activations"].model,
                   metrics={"gates_passed": passed, "gates": len(summary["gates"]), "readers_notes": notes})
+
+
+def _take_over(run: Run, stage: Stage, manifests: Mapping[str, Manifest], folder: Path) -> None:
+    """Copy what the report on the run's own verbalizers alone, where it is complete, says of the same activations with the same adapters.
+
+    So what stands beside them, another arm or whatever `--compare` names, is all that is described anew.
+    """
+    config = run.config
+    own = report_name(dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, contrast="wrong", name=None), compare=()))
+    report = run.find(own)
+    if own == stage.name or report is None or any(stage.config[section] != there for section, there in report.config.items()):
+        return
+    if any(name not in manifests or manifests[name].fingerprint != there for name, there in report.parents.items()):
+        return
+    if config.grpo.max_new_tokens != manifests["grpo"].config["grpo"]["max_new_tokens"]:
+        return
+    for name in (*VERBALIZERS, f"{config.grpo.artifact}_samples"):
+        path = f"descriptions/{name}.jsonl"
+        if path in report.files and not (folder / path).exists():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_bytes(run.verified(own, report, path).read_bytes())
 
 
 def gather(run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, compared: Sequence[Compared],
