@@ -22,7 +22,7 @@ logger = get_logger("pipeline")
 
 
 def body(run) -> None:
-    from nla_ray.evaluation.report import report_name, show_report
+    from nla_ray.evaluation.report import check_corpus, report_name, show_report
     from nla_ray.models.backbone import base_info
 
     info = base_info(run.config.base)
@@ -36,6 +36,8 @@ def body(run) -> None:
         logger.info("[%d/%d] %s%s", number, len(STAGES), name, ": complete" if complete else "")
         make = getattr(import_module(module), function)
         make(run, name) if function == "train_scorer" else make(run)
+        if name == "corpus":
+            check_corpus(run)
         seconds = round(time.monotonic() - started, 1)
         if not complete:  # of an interrupted stage this is the attempt that completed it
             timings[artifact] = seconds

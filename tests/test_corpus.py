@@ -17,6 +17,7 @@ from nla_ray.corpus import embedded
 from nla_ray.corpus.build import Chunk, RejectsFile, build_corpus, embedded_chunks, user_chunks
 from nla_ray.corpus.dedup import first_of_clusters, has_twin, minhash_signatures, similarity
 from nla_ray.corpus.readers import Document, Reject, read_documents
+from nla_ray.presets import preset
 from nla_ray.records import split_of
 
 GOOD = "A first line about parsers and grammars, long enough to be kept as one text of the corpus.\n"
@@ -151,6 +152,13 @@ def test_the_embedded_corpus_is_large_balanced_and_in_order(corpus: list[Chunk])
     text_ids = [chunk.text_id for chunk in corpus]
     assert text_ids == sorted(set(text_ids))
     assert all(chunk.split == split_of(chunk.doc_id) and chunk.text_id == f"{chunk.doc_id}#{chunk.chunk_index}" for chunk in corpus)
+
+
+def test_the_embedded_corpus_is_large_enough_for_a_report_of_the_small_real_model() -> None:
+    config = preset("smollm2-135m")
+    chunks = embedded_chunks(config.corpus)
+    assert len({chunk.doc_id for chunk in chunks}) == len(chunks) <= config.corpus.max_chunks
+    assert len([chunk for chunk in chunks if chunk.split == "test"]) >= 1.1 * config.evaluation.min_documents
 
 
 def test_documents_keep_their_ids_outside_this_machine(corpus: list[Chunk]) -> None:

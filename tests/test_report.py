@@ -14,14 +14,14 @@ import torch
 
 from nla_ray.activations import load_activations
 from nla_ray.artifacts import Location, Run
-from nla_ray.config import EvaluationConfig, RunConfig
+from nla_ray.config import EvaluationConfig, GRPOSettings, RunConfig
 from nla_ray.evaluation import controls, describing, tables
 from nla_ray.evaluation.describing import Described
 from nla_ray.evaluation.gates import check_gates, judge_gate
 from nla_ray.evaluation.growth import growth
 from nla_ray.evaluation.metrics import METRICS, Comparisons
 from nla_ray.evaluation.readings import Readings
-from nla_ray.evaluation.report import evaluate, make_report, read_report, show_report
+from nla_ray.evaluation.report import check_corpus, evaluate, make_report, read_report, show_report
 from nla_ray.evaluation.summary import CLAIM_FIGURES, Evaluated, forms_of, pairs_of, summarise
 from nla_ray.manifest import Manifest
 from nla_ray.presets import PRESETS
@@ -401,6 +401,10 @@ def test_too_few_test_documents_are_an_error_and_not_a_smaller_report(copied_run
     few = copied_run("few", evaluation=EvaluationConfig(min_documents=10, max_activations=9))
     with pytest.raises(ValueError, match="expected at least 10"):
         make_report(few.config)
+    for one in (run, few):  # and already where nothing but the corpus is there
+        with pytest.raises(ValueError, match=f"expected at least {one.config.evaluation.min_documents}"):
+            check_corpus(one)
+    check_corpus(copied_run("enough"))
 
 
 def test_a_missing_artifact_names_its_job(copied_run: Callable[..., Run]) -> None:
@@ -423,21 +427,33 @@ def test_the_ablation_arm_has_a_report_of_its_own_that_shows_both(copied_run: Ca
     assert run.find("report") is None and run.find("report_no_contrast") is not None
 
 
-def test_a_report_on_more_describes_only_what_the_runs_own_report_does_not(copied_run: Callable[..., Run], tmp_path: Path) -> None:
-    theirs = copied_run("theirs")
-    run = copied_run("ours")
+def test_a_report_on_more_describes_only_what_the_runs_own_report_does_not(copied_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_artifacts import publish_verbalizer
+
+    theirs, run = copied_run("theirs"), copied_run("ours")
+    publish_verbalizer(run, "grpo_no_contrast", seed=7)
     make_report(run.config)
-    described, once = [], describing.Verbalizer.describe
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(describing.Verbalizer, "describe", lambda *given, **named: described.append(1) or once(*given, **named))
-        more = Run(dataclasses.replace(run.config, compare=(f"other={theirs.root.path}/sft",)))
-        make_report(more.config)
-        assert described == [1]
-        other = Run(dataclasses.replace(more.config, evaluation=dataclasses.replace(run.config.evaluation, seed=5), compare=(f"two={theirs.root.path}/sft",)))
-        make_report(other.config)
-        assert len(described) > 2
-    assert read_report(more)["results"]["grpo"] == read_report(run)["results"]["grpo"]
-    assert (more.root / "report_other/descriptions/grpo_samples.jsonl").read_bytes() == (run.root / "report/descriptions/grpo_samples.jsonl").read_bytes()
+    calls, describe = [], describing.Verbalizer.describe
+    monkeypatch.setattr(describing.Verbalizer, "describe", lambda *given, **named: calls.append(1) or describe(*given, **named))
+
+    def calls_of(name: str, **changes: object) -> int:
+        calls.clear()
+        make_report(dataclasses.replace(run.config, compare=(f"{name}={theirs.root.path}/sft",), **changes))
+        return len(calls)
+
+    descriptions = run.root / "report/descriptions"
+    assert calls_of("other", evaluation=dataclasses.replace(run.config.evaluation, bootstrap_resamples=50)) == 1
+    assert (run.root / "report_other/descriptions/grpo_samples.jsonl").read_bytes() == (descriptions / "grpo_samples.jsonl").read_bytes()
+    assert calls_of("arm", grpo=dataclasses.replace(run.config.grpo, contrast="none")) == 3  # the arm, its samples, the other one
+    assert (run.root / "report_no_contrast_arm/descriptions/grpo.jsonl").read_bytes() == (descriptions / "grpo.jsonl").read_bytes()
+    assert calls_of("seed", evaluation=dataclasses.replace(run.config.evaluation, seed=5)) > 3
+
+
+def test_descriptions_are_decoded_as_grpo_sampled_whatever_the_command_line_says(copied_run: Callable[..., Run]) -> None:
+    run, changed = copied_run("as_trained"), copied_run("changed", grpo=GRPOSettings(max_new_tokens=3, temperature=0.1))
+    make_report(run.config)
+    make_report(changed.config)
+    assert read_report(changed) == read_report(run)
 
 
 def test_a_failed_gate_ends_with_a_status_only_when_asked(copied_run: Callable[..., Run], capsys: pytest.CaptureFixture) -> None:

@@ -15,7 +15,7 @@ from nla_ray.models.adapters import adapter_state, add_lora, save_adapter, set_a
 from nla_ray.models.backbone import base_info, load_backbone
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.training.linear import make_linear_scorer
-from nla_ray.records import CHUNK_SCHEMA, LABEL_SCHEMA, document_half, split_of
+from nla_ray.records import CHUNK_SCHEMA, LABEL_SCHEMA, SPLITS, document_half, split_of
 
 DOCUMENTS = {"train": 24, "validation": 8, "test": 14}
 """Documents of two chunks each, by split."""
@@ -66,7 +66,8 @@ def _publish_table(run: Run, name: str, sections: tuple[str, ...], parents: list
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     (stage.location / "part-00000.parquet").write_bytes(buffer.getvalue())
-    stage.publish()
+    rows = table.select(["split", "doc_id"]).to_pylist()
+    stage.publish(documents={split: [row["doc_id"] for row in rows if row["split"] == split] for split in SPLITS})
 
 
 def _publish_scorer(run: Run, name: str, seed: int, documents: list[str]) -> None:

@@ -34,6 +34,8 @@ DOMAIN_SHARE = 1 / 8
 """Most chunks one embedded domain may have, as a share of max_chunks."""
 DOCUMENTS_PER_CHUNK = 0.7
 """Documents read for each chunk of a domain's quota: many documents, few chunks of each."""
+CANDIDATES_PER_CHUNK = 1.5
+"""Chunks read at least for each chunk of a domain's quota: up to a third of them repeat others."""
 HEAD_CHARS = 8_000
 """Part of a document that is compared with other documents."""
 CUT_CHARS = 60_000
@@ -110,7 +112,8 @@ def build_corpus(run: Run) -> Manifest:
 def embedded_chunks(config: CorpusConfig) -> list[Chunk]:
     """The embedded corpus, sorted by text_id; the same on every run in one environment."""
     quota = int(config.max_chunks * DOMAIN_SHARE)
-    documents = _distinct(_embedded_documents(list_sources(), int(quota * DOCUMENTS_PER_CHUNK), config), config)
+    limit = int(quota * max(DOCUMENTS_PER_CHUNK, CANDIDATES_PER_CHUNK / config.chunks_per_document))
+    documents = _distinct(_embedded_documents(list_sources(), limit, config), config)
     by_domain: dict[str, list[CutDocument]] = {}
     for document in documents:
         by_domain.setdefault(document.chunks[0].domain, []).append(document)

@@ -50,7 +50,8 @@ def describe_all(run: Run, manifests: Mapping[str, Manifest], test: ActivationTa
     All are written to `folder` as they come.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    describer = Describer(run.config, test, folder)
+    arm = run.config.grpo.artifact
+    describer = Describer(run.config, decoding(manifests[arm]), test, folder)
     described = {name: describer.keep(name, texts) for name, texts in _label_controls(run, test, mean).items()}
     samples: list[list[Described]] = []
     for artifact in trained_in(manifests):
@@ -60,7 +61,7 @@ def describe_all(run: Run, manifests: Mapping[str, Manifest], test: ActivationTa
         neighbours = manifests[artifact].model["neighbours"]
         with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
             described |= describer.describe(adapter, neighbours, injected)
-            if artifact == run.config.grpo.artifact and run.config.evaluation.samples:
+            if artifact == arm and run.config.evaluation.samples:
                 samples = describer.sample(adapter, neighbours, f"{artifact}_samples", test.vectors)
     for one in compared:
         if one.is_adapter:
@@ -69,6 +70,11 @@ def describe_all(run: Run, manifests: Mapping[str, Manifest], test: ActivationTa
         else:
             described[one.name] = describer.keep(one.name, read_descriptions(one.path, test.ids)[0])
     return described, samples
+
+
+def decoding(arm: Manifest) -> Mapping[str, Any]:
+    """How an arm of GRPO sampled, which is how a report on it decodes: `max_new_tokens`, and `temperature` of samples."""
+    return arm.config["grpo"]
 
 
 def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
@@ -85,8 +91,8 @@ def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, 
 class Describer:
     """Keeps `{verbalizer}.jsonl` files of descriptions, and makes what they lack with adapters over one loaded base."""
 
-    def __init__(self, config: RunConfig, test: ActivationTable, folder: Path) -> None:
-        self._config, self._ids, self._folder = config, test.ids, folder
+    def __init__(self, config: RunConfig, sampling: Mapping[str, Any], test: ActivationTable, folder: Path) -> None:
+        self._config, self._sampling, self._ids, self._folder = config, sampling, test.ids, folder
         self._tokenizer, self._model = load_tokenizer(config.base), None
         self._num_tokens: dict[str, int] = {}
 
@@ -102,7 +108,7 @@ class Describer:
         return {name: self._complete(adapter, neighbours, name, vectors, self._ids, samples=1) for name, vectors in injected.items()}
 
     def sample(self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor) -> list[list[Described]]:
-        """`evaluation.samples` seeded samples of every row, drawn as GRPO draws them."""
+        """`evaluation.samples` seeded samples of every row, drawn as GRPO drew them."""
         count = self._config.evaluation.samples
         ids = [activation_id for activation_id in self._ids for _ in range(count)]
         flat = self._complete(adapter, neighbours, name, injected, ids, samples=count)
@@ -122,7 +128,7 @@ class Describer:
             while len(done) < len(ids):
                 start = len(done) // samples
                 rows = injected if len(injected) == 1 else injected[start:start + chunk]
-                written = verbalizer.describe(rows, **self._decoding(samples), rows=list(range(start, start + len(rows))))
+                written = verbalizer.describe(rows, **self._how(samples), rows=list(range(start, start + len(rows))))
                 copies = len(ids) - len(done) if len(injected) == 1 else 1
                 fresh = [self._described(one.text, one.closed) for one in written] * copies
                 for activation_id, one in zip(ids[len(done):], fresh):
@@ -136,10 +142,10 @@ class Describer:
         slots = _SLOT_BATCHES * self._config.evaluation.batch_size
         return Verbalizer.load(self._config.base, adapter, neighbours=neighbours, model=self._model, max_slots=slots)
 
-    def _decoding(self, samples: int) -> dict[str, Any]:
-        config = self._config
-        return {"max_new_tokens": config.grpo.max_new_tokens, "group_size": samples,
-                "temperature": config.grpo.temperature if samples > 1 else 0.0, "seed": seed_of(config.evaluation.seed, "samples")}
+    def _how(self, samples: int) -> dict[str, Any]:
+        return {"max_new_tokens": self._sampling["max_new_tokens"], "group_size": samples,
+                "temperature": self._sampling["temperature"] if samples > 1 else 0.0,
+                "seed": seed_of(self._config.evaluation.seed, "samples")}
 
     def _read(self, log: MetricsLog, ids: Sequence[str], samples: int) -> list[Described]:
         """What is there already, in whole groups of samples. Raises ValueError when it describes other activations."""

@@ -24,8 +24,8 @@ from nla_ray.config import EvaluationConfig, RunConfig, to_dict
 from nla_ray.corpus.embedded import DOMAIN_NAMES
 from nla_ray.evaluation import claims
 from nla_ray.evaluation.compared import Compared, check_compared, find_compared, read_descriptions
-from nla_ray.evaluation.controls import SCORERS, TRAINED, VERBALIZERS, trained_in
-from nla_ray.evaluation.describing import Described, describe_all
+from nla_ray.evaluation.controls import INJECTED, SCORERS, TRAINED, VERBALIZERS, trained_in
+from nla_ray.evaluation.describing import Described, decoding, describe_all
 from nla_ray.evaluation.gates import check_gates
 from nla_ray.evaluation.growth import growth
 from nla_ray.evaluation.metrics import Comparisons
@@ -131,18 +131,27 @@ def _take_over(run: Run, stage: Stage, manifests: Mapping[str, Manifest], folder
 
     So what stands beside them, another arm or whatever `--compare` names, is all that is described anew.
     """
-    config = run.config
-    own = report_name(dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, contrast="wrong", name=None), compare=()))
-    report = run.find(own)
-    if own == stage.name or report is None or any(stage.config[section] != there for section, there in report.config.items()):
+    arm, here = run.config.grpo.artifact, stage.config["evaluation"]
+    own = report_name(dataclasses.replace(run.config, grpo=dataclasses.replace(run.config.grpo, contrast="wrong", name=None), compare=()))
+    report, contrastive = run.find(own), run.find("grpo")
+    if own == stage.name or report is None or contrastive is None:
         return
-    if any(name not in manifests or manifests[name].fingerprint != there for name, there in report.parents.items()):
+
+    def unchanged(name: str) -> bool:
+        return name in manifests and manifests[name].fingerprint == report.parents[name]
+
+    there = report.config["evaluation"]
+    same_rows = unchanged("activations") and all(there[field] == here[field] for field in ("split", "max_activations", "seed"))
+    same_length = (contrastive.fingerprint == report.parents["grpo"]
+                   and decoding(contrastive)["max_new_tokens"] == decoding(manifests[arm])["max_new_tokens"])
+    if not (same_rows and same_length):
         return
-    if config.grpo.max_new_tokens != manifests["grpo"].config["grpo"]["max_new_tokens"]:
-        return
-    for name in (*VERBALIZERS, f"{config.grpo.artifact}_samples"):
+    described_by = {"sft": "sft", **dict.fromkeys(INJECTED, "sft"), "grpo": "grpo"}
+    if arm == "grpo" and there["samples"] == here["samples"]:
+        described_by["grpo_samples"] = "grpo"
+    for name, artifact in described_by.items():
         path = f"descriptions/{name}.jsonl"
-        if path in report.files and not (folder / path).exists():
+        if unchanged(artifact) and path in report.files and not (folder / path).exists():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_bytes(run.verified(own, report, path).read_bytes())
 
@@ -220,10 +229,22 @@ def load_test(run: Run, manifests: Mapping[str, Manifest], compared: Sequence[Co
         order = torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(settings.seed))
         test = test.select(sorted(order[:settings.max_activations].tolist()))
     documents = len(set(test.doc_ids))
-    if documents < settings.min_documents:
-        raise ValueError(f"{settings.split} documents: got {documents}, expected at least {settings.min_documents}. Enlarge the "
-                         "corpus or raise --evaluation.max-activations; fewer documents make no report.")
+    _require_enough(documents, settings)
     return test, captured - documents
+
+
+def check_corpus(run: Run) -> None:
+    """Raise ValueError when the corpus has fewer documents of the split than a report asks for: before anything is trained on it."""
+    settings = run.config.evaluation
+    most = len(run.require("corpus", "corpus").documents[settings.split])
+    _require_enough(min(most, settings.max_activations or most), settings)
+
+
+def _require_enough(documents: int, settings: EvaluationConfig) -> None:
+    if documents < settings.min_documents:
+        raise ValueError(f"{settings.split} documents: got {documents}, expected at least {settings.min_documents} "
+                         "(--evaluation.min-documents). Fewer make wide intervals: use more texts or a larger --corpus.test-share in another "
+                         "--run-dir, or ask for fewer; --evaluation.max-activations limits them too.")
 
 
 def _unknown_to_base(run: Run, test: ActivationTable) -> ActivationTable:
