@@ -362,8 +362,3 @@ def _environment() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def free_bytes(path: Path) -> int:
-    """Free space on the file system that holds `path`, in bytes."""
-    return shutil.disk_usage(path).free

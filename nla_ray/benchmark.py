@@ -485,9 +485,11 @@ def experiments(run: Run) -> list[dict[str, Any]]:
     tried = []
     for path in run.root.list_files():
         folder, _, file = path.partition("/")
-        if not (folder.startswith("report_validation") and file == "report.json" and (run.root / folder / "manifest.json").exists()):
+        if not (folder.startswith("report_") and file == "report.json" and (run.root / folder / "manifest.json").exists()):
             continue
         report = json.loads((run.root / path).read_text())
+        if report["split"] != "validation":
+            continue
         named = {"grpo": []} | {name: one["settings"] for name, one in report["compared"].items()}
         for name, settings in named.items():
             if paired := report["paired"].get(f"{name}-sft"):  # a report may be of another arm than grpo
@@ -524,7 +526,7 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     results = {
         "preset": config.preset, "base": config.base.model, "machine": machine, "capture": capture,
         "generate": distance_to_limits(generate, machine), "step": distance_to_limits(step, machine),
-        "train": {stage: train_breakdown(run, stage) for stage in ("reward_scorer", "judge_scorer", "sft", "grpo")},
+        "train": {"grpo": train_breakdown(run, "grpo")},
         "pipeline": pipeline_seconds(run), "experiments": experiments(run),
     }
     (run.root / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
@@ -539,7 +541,7 @@ def _test_texts(run: Run) -> list[str]:
     texts = [row["text"] for row in read_chunks(run, ("split", "text")).to_pylist() if row["split"] == "test"]
     if len(texts) < NUM_ROWS:
         raise ValueError(f"benchmark: got {len(texts)} test texts, expected at least {NUM_ROWS}. Use a larger corpus "
-                         "(--corpus.max-chunks).")
+                         "(--corpus.max-chunks) in another --run-dir.")
     return texts
 
 

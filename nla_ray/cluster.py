@@ -199,6 +199,8 @@ def worker_environment(threads: int, *, offline: bool = True) -> dict[str, str]:
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**40),
         "MALLOC_TOP_PAD_": str(2**26),
+        # A process that has booked no GPU sees none: by itself Ray leaves all of them visible to it, and torch would take the first.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -303,11 +305,16 @@ def _shutdown(before: set[psutil.Process]) -> None:
 def _embedded_options(compute: ComputeConfig) -> dict[str, Any]:
     custom = {compute.trainer_resource, compute.rollout_resource, compute.scorer_resource, compute.capture_resource}
     return {
-        "num_cpus": max(_MIN_CPUS, len(os.sched_getaffinity(0))),
+        "num_cpus": max(_MIN_CPUS, _cores()),
         "resources": {name: _ANY_NUMBER for name in sorted(filter(None, custom))},
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
+
+
+def _cores() -> int:
+    """Cores that this process may run on; not every system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # A job ----------------------------------------------------------------------------------------------------------------

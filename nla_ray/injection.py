@@ -91,11 +91,6 @@ def build_injection_prompt(tokenizer, marker: str, neighbours: Sequence[int] | N
     return prompt
 
 
-def hide_virtual_ids(ids: Sequence[int], vocab_size: int, marker_id: int) -> list[int]:
-    """Ids that a tokenizer may decode: every virtual id becomes the marker's."""
-    return [marker_id if token >= vocab_size else token for token in ids]
-
-
 class ActivationEmbedding(nn.Module):
     """A token embedding that also knows activations.
 

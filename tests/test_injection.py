@@ -18,7 +18,6 @@ from nla_ray.injection import (
     build_injection_prompt,
     detach_activations,
     find_marker,
-    hide_virtual_ids,
 )
 from nla_ray.models.adapters import add_lora, save_adapter
 from nla_ray.models.backbone import load_backbone, load_tokenizer
@@ -148,7 +147,6 @@ def test_the_prompt_is_encoded_with_the_virtual_id_at_the_marker_and_nowhere_els
     assert prompt.encode(5, 100) == [1, 40, 8, 105, 2, 3, 1]
     assert prompt.neighbours == (8, 2)
     assert len(prompt) == 7
-    assert hide_virtual_ids(prompt.encode(5, 100), 100, 7) == [1, 40, 8, 7, 2, 3, 1]
 
 
 def test_a_marker_of_several_tokens_is_refused() -> None:

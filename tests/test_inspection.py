@@ -33,9 +33,11 @@ def test_a_layer_that_labels_determine_has_a_ceiling_and_one_that_they_do_not_ha
 def test_a_base_is_inspected_from_texts_and_labels_alone(published_run: RunConfig, tmp_path) -> None:
     config = dataclasses.replace(published_run, run_dir=str(tmp_path / "run"), capture=CaptureConfig(layers=(0,)),
                                  corpus=CorpusConfig(max_chunks=400, test_share=0.1))
+    deeper = dataclasses.replace(config, base=dataclasses.replace(config.base, layer=99))  # as of a preset for a base with more blocks
+    assert set(inspect_base(Run(deeper))["layers"]) == {"0"}
     results = inspect_base(Run(config))
     assert set(results["layers"]) == {"0", str(config.base.layer)}
     assert results["marker"]["configured"] == config.base.marker and results["texts"]["validation"] >= 10
     assert json.loads((tmp_path / "run" / INSPECTION_NAME).read_text()) == results
     lines = describe_inspection(results)
-    assert lines[-1].startswith("best ceiling: --base.layer ") and len(lines) == 3 + 2 + 1
+    assert lines[-1].startswith("best ceiling (10-way): --base.layer ") and len(lines) == 3 + 2 + 1

@@ -48,19 +48,24 @@ def label_rows(count: int) -> list[dict[str, str]]:
 
 
 def test_a_teachers_share_of_the_labels_is_the_configured_one_and_the_draw_is_each_texts_own() -> None:
-    chosen = choose_labels(label_rows(2000), first_teacher="one", share=0.3, seed=1)
+    chosen = choose_labels(label_rows(2000), teachers=["one"], share=0.3, seed=1)
     shares = {teacher: sum(label.startswith(teacher) for label in chosen.values()) / 2000 for teacher in ("one", "two", "three")}
     assert shares["one"] == pytest.approx(0.30, abs=0.03)
     assert shares["two"] == pytest.approx(0.35, abs=0.03) and shares["three"] == pytest.approx(0.35, abs=0.03)
-    fewer = choose_labels(label_rows(50)[::-1], first_teacher="one", share=0.3, seed=1)
+    fewer = choose_labels(label_rows(50)[::-1], teachers=["one"], share=0.3, seed=1)
     assert fewer == {text_id: chosen[text_id] for text_id in fewer}
-    assert fewer != choose_labels(label_rows(50), first_teacher="one", share=0.3, seed=2)
+    assert fewer != choose_labels(label_rows(50), teachers=["one"], share=0.3, seed=2)
 
 
 def test_a_text_that_one_side_has_labelled_gets_that_label() -> None:
     rows = [{"text_id": "a#0", "teacher": "one", "label": "A"}, {"text_id": "b#0", "teacher": "two", "label": "B"}]
     for share in (0.0, 1.0):
-        assert choose_labels(rows, first_teacher="one", share=share, seed=0) == {"a#0": "A", "b#0": "B"}
+        assert choose_labels(rows, teachers=["one"], share=share, seed=0) == {"a#0": "A", "b#0": "B"}
+
+
+def test_where_no_configured_teacher_wrote_a_label_the_first_by_name_has_the_share() -> None:
+    chosen = choose_labels(label_rows(40), teachers=["offline"], share=1.0, seed=1)
+    assert all(label.startswith("one ") for label in chosen.values()) and choose_labels([], teachers=["offline"], share=1.0, seed=1) == {}
 
 
 def test_the_loss_is_one_minus_cosine_averaged_over_the_batch() -> None:

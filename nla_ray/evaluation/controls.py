@@ -26,7 +26,6 @@ SCORERS = ("reward", "judge", "linear")
 """Who scores; the artifact of each is `{scorer}_scorer`."""
 TRAINED = ("sft", "grpo", "grpo_no_contrast")
 """Artifacts that are verbalizers. The last is the ablation arm; it is in the table when its artifact exists."""
-LABELS = ("gold", "nearest_train_label", "shuffled", "generic")
 INJECTED = ("mean_activation", "random_vector")
 VERBALIZERS = ("gold", "nearest_train_label", *TRAINED, "shuffled", "generic", *INJECTED)
 """In the order of the report's tables."""

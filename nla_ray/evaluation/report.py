@@ -289,7 +289,9 @@ def _card(config: RunConfig, manifests: Mapping[str, Manifest], compared: Sequen
 
 def _settings(config: RunConfig, one: Compared) -> list[str]:
     """By which settings of this run's a verbalizer that was named on the command line differs, as far as its manifest tells."""
-    theirs = one.manifest.config if one.manifest else {}
+    if one.manifest is None:
+        return ["unknown"]
+    theirs = one.manifest.config
     return differences({name: theirs[name] for name in ("sft", "grpo") if name in theirs},
                        {name: value for name, value in to_dict(config).items() if name in ("sft", "grpo") and name in theirs})
 

@@ -96,11 +96,10 @@ class Reconstructor(nn.Module):
             metadata={_SETTINGS: settings},
         )
 
-    def encode(self, descriptions: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
+    def encode(self, descriptions: Sequence[str]) -> list[list[int]]:
         """The prompts as ids, each ending in the marker. A description of more than `max_tokens` tokens is cut at its
         end."""
-        limit = self.max_tokens if max_tokens is None else max_tokens
-        texts = [prompts.reconstructor_prompt(self._cut(text, limit), self.marker) for text in descriptions]
+        texts = [prompts.reconstructor_prompt(self._cut(text), self.marker) for text in descriptions]
         encoded = self.tokenizer(texts)["input_ids"] if texts else []
         for ids, text in zip(encoded, texts):
             if ids[-1] != self.marker_id or ids.count(self.marker_id) != 1:
@@ -109,13 +108,13 @@ class Reconstructor(nn.Module):
                                  "appends tokens; choose another base.")
         return encoded
 
-    def _cut(self, description: str, limit: int) -> str:
-        if len(description.encode()) <= limit:  # no tokenizer makes more tokens than bytes
+    def _cut(self, description: str) -> str:
+        if len(description.encode()) <= self.max_tokens:  # no tokenizer makes more tokens than bytes
             return description
         ids = self.tokenizer.encode(description, add_special_tokens=False)
-        if len(ids) <= limit:
+        if len(ids) <= self.max_tokens:
             return description
-        return self.tokenizer.decode(ids[:limit], skip_special_tokens=True).rstrip("\ufffd")
+        return self.tokenizer.decode(ids[:self.max_tokens], skip_special_tokens=True).rstrip("\ufffd")
 
     def collate(self, encoded: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Right-padded ids and attention mask, both [batch, seq]."""

@@ -62,11 +62,14 @@ class Examples:
     doc_ids: list[str]
 
 
-def choose_labels(rows: Sequence[Mapping[str, Any]], *, first_teacher: str, share: float, seed: int) -> dict[str, str]:
-    """One teacher's label for every text: `first_teacher`'s with probability `share`, else one of the others' - seeded by text.
+def choose_labels(rows: Sequence[Mapping[str, Any]], *, teachers: Sequence[str], share: float, seed: int) -> dict[str, str]:
+    """One teacher's label for every text: the first teacher's with probability `share`, else one of the others' - seeded by text.
 
-    A text that only one side has labelled gets that label. Texts by id; labels as cleaned.
+    The first is that of `teachers`, or by name where none of them wrote a label (imported ones have teachers of their own). A text
+    that only one side has labelled gets that label. Texts by id; labels as cleaned.
     """
+    there = sorted({row["teacher"] for row in rows})
+    first_teacher = next((teacher for teacher in teachers if teacher in there), next(iter(there), ""))
     labels: dict[str, dict[str, str]] = {}
     for row in rows:
         labels.setdefault(row["text_id"], {})[row["teacher"]] = row["label"]
@@ -92,7 +95,7 @@ def load_examples(run: Run, split: Literal["train", "validation"], settings: Rec
         labels = all_labels(run, split)
     else:
         one = drawn_labels(run, split) if split == "validation" else choose_labels(
-            load_labels(run, split), first_teacher=run.config.label.teachers[0], share=settings.teacher_share, seed=settings.seed)
+            load_labels(run, split), teachers=run.config.label.teachers, share=settings.teacher_share, seed=settings.seed)
         labels = {text_id: [label] for text_id, label in one.items()}
     table = load_activations(run, split)
     kept = [(index, label) for index, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
