@@ -172,7 +172,7 @@ class Stage:
             f"parent {name}: there {other_parents.get(name)}, here {self._parents.get(name)}"
             for name in sorted({*other_parents, *self._parents}) if other_parents.get(name) != self._parents.get(name)]
         raise ValueError(f"artifact {self.name!r} in {self.location}: it was made with another configuration "
-                         f"({'; '.join(changes[:4])}), expected the same. Use another --run-dir, or delete {self.location}.")
+                         f"({'; '.join(changes[:4])}), expected the same. Repeat the flags it was made with, use another --run-dir, or delete {self.location}.")
 
     def reopen(self) -> None:
         """Make a complete artifact one that is being made, with all that lies in it; whoever goes on from a file of it verifies it before."""

@@ -361,11 +361,11 @@ _JOBS: dict[str, tuple[str, ...]] = {
 
 def describe_plan(config: RunConfig, job: str) -> str:
     """The plan of a job as text. Raises ValueError when the base's shape cannot be known."""
-    for flag, path in (("--corpus.path", config.corpus.path), ("--label.import-path", config.label.import_path)):
-        if path is not None and not Path(path).exists():
-            raise ValueError(f"{flag} {path}: got nothing there, expected a file or a folder. Correct the path.")
     run = Run(config)
     corpus = run.find("corpus")
+    for artifact, flag, path in (("corpus", "--corpus.path", config.corpus.path), ("labels", "--label.import-path", config.label.import_path)):
+        if path is not None and run.find(artifact) is None and not Path(path).expanduser().exists():
+            raise ValueError(f"{flag} {path}: got nothing there, expected a file or a folder. Correct the path.")
     known = corpus is not None and isinstance(corpus.metrics.get("num_chunks"), int)
     texts = corpus.metrics["num_chunks"] if known else config.corpus.max_chunks
     facts = Facts(config=config, shape=base_shape(config), texts=texts, texts_known=known)

@@ -311,6 +311,12 @@ def test_the_stage_writes_sorted_shards_rejects_and_counts_and_is_skipped_when_c
     assert json.loads((run.root / "corpus" / "rejects.jsonl").read_text())["line"] == 32
     assert sorted(manifest.documents["train"]) == sorted({row["doc_id"] for row in rows if row["split"] == "train"})
     assert build_corpus(run).created == manifest.created
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"{}")
+    with pytest.raises(ValueError, match="corpus.path .*The file has changed"):
+        build_corpus(run)
+    path.unlink()
+    assert build_corpus(run) == manifest, "a complete corpus does not need its source any more"
 
 
 def test_a_source_without_any_usable_text_fails_with_its_reasons(tiny_run: Callable[..., Run], tmp_path: Path) -> None:

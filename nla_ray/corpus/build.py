@@ -89,12 +89,16 @@ def read_shards(run: Run, corpus: Manifest, columns: Sequence[str] | None = None
 def build_corpus(run: Run) -> Manifest:
     """The stage: shards `part-00000.parquet` ... sorted by text_id, and `rejects.jsonl`. Skipped when complete.
 
-    Raises ValueError when no usable text is left, with the reasons and their counts.
+    Raises ValueError when no usable text is left, with the reasons and their counts, or when the user's file has changed since.
     """
-    stage = run.stage("corpus", "corpus")
+    stage, config = run.stage("corpus", "corpus"), run.config.corpus
+    source = _size_of(config)
     if stage.manifest is not None:
+        before = stage.manifest.metrics.get("source_bytes")
+        if None not in (before, source) and before != source:
+            raise ValueError(f"corpus.path {config.path}: got {source} bytes, expected the {before} that {stage.location} was made from. "
+                             "The file has changed: use another --run-dir.")
         return stage.manifest
-    config = run.config.corpus
     with stage.local_folder() as folder:
         rejects = RejectsFile(folder / "rejects.jsonl")
         with rejects:
@@ -104,9 +108,15 @@ def build_corpus(run: Run) -> Manifest:
                              f"one. See {stage.location}/rejects.jsonl; check --corpus.path and --corpus.text-field.")
         write_shards(chunks, folder, config.shard_rows)
     documents = {split: [chunk.doc_id for chunk in chunks if chunk.split == split] for split in SPLITS}
-    metrics = describe_corpus(chunks, rejects.counts)
+    metrics = {**describe_corpus(chunks, rejects.counts), "source_bytes": source}
     logger.info("corpus: %d texts of %d documents; %s", len(chunks), metrics["num_documents"], rejects.describe())
     return stage.publish(documents=documents, metrics=metrics)
+
+
+def _size_of(config: CorpusConfig) -> int | None:
+    """Bytes of the user's file, where it is one and is still there: a complete corpus does not need it any more."""
+    path = Path(config.path).expanduser() if config.path is not None else None
+    return path.stat().st_size if path is not None and path.is_file() else None
 
 
 def embedded_chunks(config: CorpusConfig) -> list[Chunk]:
