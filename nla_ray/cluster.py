@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -367,6 +368,8 @@ def _run_connected(config: RunConfig, body: Callable[[Run], None], ray: bool, lo
     run, offline = Run(config), not needs_hub(config.base.model)
     for name, value in worker_environment(config.compute.threads, offline=offline).items():
         os.environ.setdefault(name, value)  # the driver computes too, and has imported nothing that reads these yet
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # as PYTHONWARNINGS does in the workers; this process has read it already
     with run.locked() if lock else nullcontext():
         configure(Path(run.root.path) / "run.log" if run.root.is_local else None)
         with connect(config.compute, offline=offline) if ray else nullcontext():

@@ -351,7 +351,7 @@ _STAGES: dict[str, Callable[[Facts], StagePlan]] = {
 _EVERYTHING = ("corpus", "capture", "label", "reward_scorer", "judge_scorer", "linear_scorer", "sft", "grpo", "evaluate")
 _JOBS: dict[str, tuple[str, ...]] = {
     "sft": _EVERYTHING[3:7], "grpo": tuple(name for name in _EVERYTHING[:8] if name != "linear_scorer"), "pipeline": _EVERYTHING,
-    "inspect_base": ("corpus", "label", "inspect"),
+    "inspect_base": ("corpus", "label", "inspect"), "benchmark": ("corpus",),
     **{name: (name,) for name in ("pretrain", "corpus", "capture", "label", "evaluate", "serve")},
 }
 """Stages that each job makes; any other job is planned as the whole pipeline."""
