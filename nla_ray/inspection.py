@@ -23,7 +23,7 @@ from nla_ray.evaluation.bootstrap import DocumentBootstrap
 from nla_ray.evaluation.metrics import Comparisons, Figure, figures
 from nla_ray.injection import build_injection_prompt, find_marker
 from nla_ray.labels.stage import drawn_labels, label_texts
-from nla_ray.models.backbone import load_backbone, load_model_config, load_tokenizer
+from nla_ray.models.backbone import check_layer, load_backbone, load_model_config, load_tokenizer
 from nla_ray.models.linear import DescriptionFeatures, fit, predict
 from nla_ray.records import Split, seed_of
 from nla_ray.runlog import INSPECTION_FORMAT, INSPECTION_NAME, get_logger
@@ -50,9 +50,11 @@ def inspect_base(run: Run) -> dict[str, Any]:
     label_texts(run)
     torch.set_num_threads(config.compute.threads * config.compute.trainer_workers)
     tokenizer, shape = load_tokenizer(config.base), load_model_config(config.base)
-    wanted = {config.base.layer, *(config.capture.layers or (int(depth * shape.num_hidden_layers) for depth in DEPTHS))}
-    # Another base than the preset's may have fewer blocks than the preset's layer: that is what is to be found here.
-    layers = sorted(layer for layer in wanted if layer < shape.num_hidden_layers)
+    layers = set(config.capture.layers or (int(depth * shape.num_hidden_layers) for depth in DEPTHS))
+    if config.base.layer < shape.num_hidden_layers:  # another base than the preset's may have fewer blocks
+        layers.add(config.base.layer)
+    layers = sorted(layers)
+    check_layer(layers[-1], shape.num_hidden_layers)
     marker = find_marker(tokenizer)
     prompt = build_injection_prompt(tokenizer, marker)
     chunks = read_chunks(run, ("text_id", "doc_id", "text")).to_pylist()

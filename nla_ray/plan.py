@@ -240,7 +240,7 @@ def _plan_inspection(facts: Facts) -> StagePlan:
     config, shape = facts.config, facts.shape
     top = min(max(config.base.layer, *config.capture.layers, 0), shape.num_layers - 1)
     tokens = facts.texts * (1 - config.corpus.test_share) * (facts.text_tokens + _LABEL_TOKENS)
-    return StagePlan(name="inspect", artifact=INSPECTION_NAME, tokens=tokens, flops=2 * (top + 1) * shape.block_parameters * tokens,
+    return StagePlan(name="inspect", artifact="-", tokens=tokens, flops=2 * (top + 1) * shape.block_parameters * tokens,
                      processes=(dataclasses.replace(_DRIVER, bytes=_CPU_PROCESS_BYTES + shape.parameters_up_to(top) * facts.item_bytes),),
                      files=INSPECTION_NAME)
 

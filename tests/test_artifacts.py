@@ -80,7 +80,7 @@ def test_another_configuration_on_the_same_directory_is_an_error_that_names_the_
     stage = run_at(where).stage("corpus", "corpus")
     if published:
         stage.publish()
-    with pytest.raises(ValueError, match=r"artifact 'corpus' .*corpus.chunk_chars: there 420, here 99.*Repeat the flags"):
+    with pytest.raises(ValueError, match=r"artifact 'corpus' .*corpus.chunk_chars: there 420, here 99.*Repeat the flags it was made with, use another --run-dir"):
         run_at(where, corpus={"chunk_chars": 99}).stage("corpus", "corpus")
     run_at(where, sft={"epochs": 9}).stage("corpus", "corpus")  # a section that does not shape it
 

@@ -35,6 +35,8 @@ def test_a_base_is_inspected_from_texts_and_labels_alone(published_run: RunConfi
                                  corpus=CorpusConfig(max_chunks=400, test_share=0.1))
     deeper = dataclasses.replace(config, base=dataclasses.replace(config.base, layer=99))  # as of a preset for a base with more blocks
     assert set(inspect_base(Run(deeper))["layers"]) == {"0"}
+    with pytest.raises(ValueError, match="got 99, expected 0 to"):
+        inspect_base(Run(dataclasses.replace(config, capture=CaptureConfig(layers=(0, 99)))))
     results = inspect_base(Run(config))
     assert set(results["layers"]) == {"0", str(config.base.layer)}
     assert results["marker"]["configured"] == config.base.marker and results["texts"]["validation"] >= 10
