@@ -190,8 +190,6 @@ class GRPOSettings:
     """What advantages are divided by: the standard deviation over the batch, over each group, or nothing."""
     credit: Literal["description", "line"] = "description"
     """Whom an advantage is paid to: every token of the description alike, or each line by what it adds to the score."""
-    credit_decay: float = 0.0
-    """How much of what later lines add is paid to a line as well: 0 none, 1 all of it (an unbiased baseline)."""
     beta: float = 0.02
     """Weight of the KL to the frozen SFT adapter."""
     temperature: float = 1.0

@@ -72,7 +72,7 @@ def smollm2_135m() -> RunConfig:
                                           learning_rate=3e-4, seed=1),
         judge_scorer=ReconstructorConfig(lora=LoraSettings(rank=24, alpha=48), labels="all", document_half="odd",
                                          max_tokens=128, batch_size=32, learning_rate=3e-4, seed=2),
-        sft=SFTConfig(lora=lora, labels="all", epochs=3, batch_size=16, learning_rate=3e-3),
+        sft=SFTConfig(lora=lora, labels="all", epochs=2, batch_size=16, learning_rate=3e-3),
         grpo=GRPOSettings(steps=60, prompts_per_step=16, group_size=4, micro_batch_size=16, learning_rate=5e-4, credit="line",
                           evidence_weight=0.05, repeat_penalty=0.5, max_new_tokens=100, soft_max_tokens=90),
         evaluation=EvaluationConfig(max_activations=600, samples=4, gates=(

@@ -4,11 +4,10 @@ A description is read by the reward scorer as it grows, after each of its lines.
 the luck of the lines after it need not be blamed on it:
 
     V_0 = 0,   V_j = b_j x (reward of the first j lines - its mean over the group),   V_last = the description's own advantage
-    advantage of a token of line j = sum over lines l >= j of decay^(l - j) x (V_l - V_(l-1))
+    advantage of a token of line j = V_j - V_(j-1)
 
-b_j is fitted to each batch: how much the reward of j lines foretells of the advantage. With decay 1 this is plain GRPO less a
-baseline, and as unbiased; with decay 0 a line is paid by what it adds and by nothing else. Knows texts, ids and numbers only.
-Source: generalised advantage estimation (arXiv 1506.02438), with the reconstructor in place of a learned value function.
+b_j is fitted to each batch: how much the reward of j lines foretells of the advantage. Knows texts, ids and numbers only.
+Source: generalised advantage estimation (arXiv 1506.02438) with lambda 0, and the reconstructor in place of a learned value function.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def cut_lines(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) 
     return Lines(beginnings=beginnings, line_of_token=line_of_token)
 
 
-def share_out(advantages: Tensor, rewards: Sequence[Sequence[float]], lines: Sequence[Sequence[int]], group_size: int, decay: float,
+def share_out(advantages: Tensor, rewards: Sequence[Sequence[float]], lines: Sequence[Sequence[int]], group_size: int,
               length: int) -> tuple[Tensor, float]:
     """The advantage of every token, [n, length], zero behind a description's end; and how much beginnings foretell.
 
@@ -65,8 +64,6 @@ def share_out(advantages: Tensor, rewards: Sequence[Sequence[float]], lines: Seq
     explained = torch.zeros(len(advantages), dtype=advantages.dtype)
     for row, own in enumerate(values):
         credits = own.diff(prepend=own.new_zeros(1))
-        for line in range(len(credits) - 2, -1, -1):
-            credits[line] += decay * credits[line + 1]
         shared[row, :len(lines[row])] = credits[torch.tensor(lines[row], dtype=torch.int64)]
         explained[row] = own[-2] if len(own) > 1 else 0.0
     total = advantages.square().sum()

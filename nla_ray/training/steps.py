@@ -160,8 +160,7 @@ class StepSampler:
         """`credit.share_out` of the rollouts scored last: [n] -> [n, length]."""
         scores = iter(self._beginnings)
         rewards = [[next(scores) + worth for worth in own] for own in self._worths]
-        return share_out(advantages, rewards, [lines.line_of_token for lines in self._lines], self.settings.group_size,
-                         self.settings.credit_decay, length)
+        return share_out(advantages, rewards, [lines.line_of_token for lines in self._lines], self.settings.group_size, length)
 
 
 class GRPOCallback(StageCallback):
