@@ -22,7 +22,7 @@ logger = get_logger("pipeline")
 
 
 def body(run) -> None:
-    from nla_ray.evaluation.report import check_corpus, report_name, show_report
+    from nla_ray.evaluation.report import check_corpus, show_report
     from nla_ray.models.backbone import base_info
 
     info = base_info(run.config.base)
@@ -31,7 +31,7 @@ def body(run) -> None:
     place = run.root / "timings.json"
     timings = json.loads(place.read_text()) if place.exists() else {}
     for number, (name, module, function) in enumerate(STAGES, 1):
-        artifact = {"sft": run.config.sft.artifact, "grpo": run.config.grpo.artifact, "report": report_name(run.config)}.get(name, name)
+        artifact = {"sft": run.config.sft.artifact, "grpo": run.config.grpo.artifact, "report": run.config.report_artifact}.get(name, name)
         complete, started = run.find(artifact) is not None, time.monotonic()
         logger.info("[%d/%d] %s%s", number, len(STAGES), name, ": complete" if complete else "")
         make = getattr(import_module(module), function)

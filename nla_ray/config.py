@@ -355,6 +355,13 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
+    @property
+    def report_artifact(self) -> str:
+        """`report`; the report of another arm, on validation, or with more verbalizers beside it is an artifact of its own."""
+        arm = self.grpo.artifact.removeprefix("grpo")
+        split = "" if self.evaluation.split == "test" else f"_{self.evaluation.split}"
+        return "_".join([f"report{arm}{split}", *(argument.partition("=")[0] for argument in self.compare)])
+
     def __post_init__(self) -> None:
         grpo, linear_layer = self.grpo, self.linear_scorer.layer
         require(linear_layer is None or 0 <= linear_layer <= self.base.layer, "linear_scorer.layer", linear_layer,

@@ -159,6 +159,8 @@ class Facts:
     texts: int
     texts_known: bool
     """True: counted in the corpus artifact; False: the most that the configuration allows."""
+    labels_per_text: float
+    """Counted in the labels artifact; before it is made, one of each offline teacher, or one where labels are imported."""
 
     @property
     def item_bytes(self) -> int:
@@ -170,7 +172,7 @@ class Facts:
 
     def labels_of(self, settings: SFTConfig | ReconstructorConfig) -> float:
         """Labels of train texts that a stage learns from, over all documents."""
-        return self.train_texts * (len(self.config.label.teachers) if settings.labels == "all" else 1)
+        return self.train_texts * (self.labels_per_text if settings.labels == "all" else 1)
 
     @property
     def text_tokens(self) -> float:
@@ -246,9 +248,10 @@ def _plan_inspection(facts: Facts) -> StagePlan:
 
 
 def _plan_labels(facts: Facts) -> StagePlan:
-    teachers = len(facts.config.label.teachers)
+    label = facts.config.label
+    source = f"{len(label.teachers)} offline teachers" if label.import_path is None else label.import_path
     return StagePlan(name="label", artifact="labels", processes=(_DRIVER,),
-                     files=f"{facts.texts * teachers:,} labels of {teachers} teachers")
+                     files=f"{facts.texts * facts.labels_per_text:,.0f} labels of {source}")
 
 
 def _plan_scorer(name: str) -> Callable[[Facts], StagePlan]:
@@ -308,7 +311,7 @@ def _plan_grpo(facts: Facts) -> StagePlan:
     flops = 2 * tokens * (shape.parameters * passes + (config.base.layer + 1) * shape.block_parameters)
     checkpoints = grpo.steps // max(1, grpo.save_steps)
     return StagePlan(
-        name="grpo", artifact="grpo", tokens=tokens, flops=flops,
+        name="grpo", artifact=grpo.artifact, tokens=tokens, flops=flops,
         processes=(facts.process("trainer", compute.trainer_workers,
                                  facts.trainer_bytes(shape.parameters, trainable) + trainable * 4 + train_work),
                    facts.process("rollout", grpo.num_rollout_actors, weights + caches),
@@ -323,7 +326,7 @@ def _plan_evaluation(facts: Facts) -> StagePlan:
     described = activations * (3 + config.evaluation.samples) * config.grpo.max_new_tokens  # SFT, SFT on random vectors, GRPO
     scored = activations * (8 + config.evaluation.samples) * 3 * _LABEL_TOKENS
     return StagePlan(
-        name="evaluate", artifact="report", tokens=described + scored,
+        name="evaluate", artifact=config.report_artifact, tokens=described + scored,
         flops=2 * shape.parameters * described + 2 * (config.base.layer + 1) * shape.block_parameters * scored,
         processes=(facts.process("scorer", 1, (shape.parameters + shape.kv_bytes(64 * 128, 1)) * facts.item_bytes),),
         files=f"report.html, report.json, report.md, scores.parquet, descriptions of {activations:,.0f} test activations")
@@ -368,12 +371,19 @@ def describe_plan(config: RunConfig, job: str) -> str:
             raise ValueError(f"{flag} {path}: got nothing there, expected a file or a folder. Correct the path.")
     known = corpus is not None and isinstance(corpus.metrics.get("num_chunks"), int)
     texts = corpus.metrics["num_chunks"] if known else config.corpus.max_chunks
-    facts = Facts(config=config, shape=base_shape(config), texts=texts, texts_known=known)
+    facts = Facts(config=config, shape=base_shape(config), texts=texts, texts_known=known, labels_per_text=_labels_per_text(run))
     lines = _header(facts, job, run)
     for name in _JOBS.get(job, _EVERYTHING):
         plan = _STAGES[name](facts)
         lines += _stage_lines(plan, facts, done=run.find(plan.artifact) is not None)
     return "\n".join(lines)
+
+
+def _labels_per_text(run: Run) -> float:
+    labels = run.find("labels")
+    if labels is not None and isinstance(labels.metrics.get("labels"), int):
+        return labels.metrics["labels"] / labels.metrics["texts"]
+    return len(run.config.label.teachers) if run.config.label.import_path is None else 1
 
 
 def _header(facts: Facts, job: str, run: Run) -> list[str]:

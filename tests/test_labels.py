@@ -19,6 +19,7 @@ from nla_ray.labels.offline import (
 from nla_ray.labels.stage import label_row, label_texts, load_labels
 from nla_ray.labels.teacher import make_teachers
 from nla_ray.manifest import Manifest
+from nla_ray.plan import describe_plan
 from nla_ray.records import CHUNK_SCHEMA, split_of, text_hash
 
 STATISTICS = WordStatistics(
@@ -245,6 +246,17 @@ def test_labels_made_elsewhere_are_joined_on_the_text_and_strangers_are_refused(
         "nothing is left after cleaning": 1}
     refused = [json.loads(line) for line in (run.root / "labels" / "refused.jsonl").read_text().splitlines()]
     assert [entry["line"] for entry in refused] == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_plan_counts_the_labels_there_are_not_the_offline_teachers(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+    rows = [{"text": text, "labels": dict.fromkeys("abc", "A label.")} for text in TEXTS.values()]
+    path = imported(tmp_path, rows)
+    run = tiny_run(label=LabelConfig(import_path=path))
+    write_corpus(run, TEXTS)
+    texts = run.config.corpus.max_chunks
+    assert f" {texts:,} labels of {path}" in describe_plan(run.config, "label")
+    label_texts(run)
+    assert f" {3 * texts:,} labels of {path}" in describe_plan(run.config, "label")
 
 
 def test_labels_of_other_texts_only_are_one_clear_error(tiny_run: Callable[..., Run], tmp_path: Path) -> None:

@@ -74,16 +74,9 @@ def evaluate(run: Run) -> Manifest:
     return run.require(stage.name, "evaluate")
 
 
-def report_name(config: RunConfig) -> str:
-    """`report`; the report of another arm, on validation, or with more verbalizers beside it is an artifact of its own."""
-    arm = config.grpo.artifact.removeprefix("grpo")
-    split = "" if config.evaluation.split == "test" else f"_{config.evaluation.split}"
-    return "_".join([f"report{arm}{split}", *(argument.partition("=")[0] for argument in config.compare)])
-
-
 def _open_stage(run: Run) -> Stage:
     compared = {one.name: one.digest for one in _compared(run.config)}
-    return run.stage(report_name(run.config), "base", "evaluation", parents=ancestors(run), inputs=compared)
+    return run.stage(run.config.report_artifact, "base", "evaluation", parents=ancestors(run), inputs=compared)
 
 
 def _compared(config: RunConfig) -> list[Compared]:
@@ -132,7 +125,7 @@ def _take_over(run: Run, stage: Stage, manifests: Mapping[str, Manifest], folder
     So what stands beside them, another arm or whatever `--compare` names, is all that is described anew.
     """
     arm, here = run.config.grpo.artifact, stage.config["evaluation"]
-    own = report_name(dataclasses.replace(run.config, grpo=dataclasses.replace(run.config.grpo, contrast="wrong", name=None), compare=()))
+    own = dataclasses.replace(run.config, grpo=dataclasses.replace(run.config.grpo, contrast="wrong", name=None), compare=()).report_artifact
     report, contrastive = run.find(own), run.find("grpo")
     if own == stage.name or report is None or contrastive is None:
         return
@@ -189,7 +182,7 @@ def _prefixes(config: RunConfig, descriptions: Mapping[str, Sequence[Described]]
 
 def read_report(run: Run) -> dict[str, Any]:
     """The published report, verified. Raises ValueError when there is none."""
-    name = report_name(run.config)
+    name = run.config.report_artifact
     return json.loads(run.verified(name, run.require(name, "evaluate"), "report.json").read_text())
 
 
@@ -197,7 +190,7 @@ def show_report(run: Run) -> None:
     """Print tables, examples and the report's place; exit with status 1 on a failed gate when the run is gated."""
     report = read_report(run)
     print_report(report)
-    print(f"\nreport: {run.root / report_name(run.config) / 'report.html'}, and report.md and report.json beside it")
+    print(f"\nreport: {run.root / run.config.report_artifact / 'report.html'}, and report.md and report.json beside it")
     failed = [gate["name"] for gate in report["gates"] if not gate["passed"]]
     if run.config.gate and failed:
         raise SystemExit(f"{len(failed)} of {len(report['gates'])} gates failed: {', '.join(failed)}")
