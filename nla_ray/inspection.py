@@ -30,9 +30,9 @@ from nla_ray.runlog import INSPECTION_FORMAT, INSPECTION_NAME, get_logger
 from nla_ray.training.linear import PENALTIES
 from nla_ray.vectors import norm
 
-PROPOSED_DEPTH = 0.71
+PUBLIC_DEPTH = 0.71
 """Share of the blocks below the layer that public verbalizers read (block 20 of 28)."""
-DEPTHS = (0.35, 0.5, 0.6, PROPOSED_DEPTH, 0.82)
+DEPTHS = (0.35, 0.5, 0.6, PUBLIC_DEPTH, 0.82)
 _CEILING = ("top1_2way", "top1_10way", "centred_cosine", "fve")
 MAX_TRAIN = 1_500
 """Labelled train texts that the ridge regression learns from."""
@@ -68,7 +68,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
                                  [row["doc_id"] for row in held_out]) for layer in layers}
     results = {
         "format": INSPECTION_FORMAT, "base": config.base.model, "d_model": shape.hidden_size, "num_layers": shape.num_hidden_layers,
-        "proposed_layer": int(PROPOSED_DEPTH * shape.num_hidden_layers),
+        "proposed_layer": max(layers, key=lambda layer: told[layer]["ceiling"]["top1_10way"]["value"]),
         "marker": {"found": marker, "id": prompt.marker_id, "neighbours": list(prompt.neighbours), "configured": config.base.marker},
         "texts": {"train": len(learned), "validation": len(held_out), "positions": config.capture.positions},
         "layers": {str(layer): one for layer, one in told.items()},
@@ -116,9 +116,9 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
         told = "{value:.3f} {low:.3f} to {high:.3f}".format(**one["ceiling"]["centred_cosine"])
         lines.append(f"{layer:>5}  {int(layer) / results['num_layers']:5.2f}  {one['mean_norm']:9.1f}  {quantiles['0.01']:7.1f} {quantiles['0.99']:8.1f}  "
                      f"{one['cosine_with_mean']:13.3f}  {ceiling['top1_2way']:5.3f}  {ceiling['top1_10way']:6.3f}  {told:>19}  {ceiling['fve']:5.3f}")
-    best = max(results["layers"], key=lambda layer: results["layers"][layer]["ceiling"]["top1_10way"]["value"])
-    lines.append(f"best ceiling (10-way): --base.layer {best} --base.injection-norm {results['layers'][best]['injection_norm']:g} --base.marker {marker['found']}; "
-                 f"{PROPOSED_DEPTH:.0%} depth is layer {results['proposed_layer']}")
+    best = results["proposed_layer"]
+    lines.append(f"best ceiling (10-way): --base.layer {best} --base.injection-norm {results['layers'][str(best)]['injection_norm']:g} "
+                 f"--base.marker {marker['found']}; {PUBLIC_DEPTH:.0%} depth is layer {int(PUBLIC_DEPTH * results['num_layers'])}")
     return lines
 
 

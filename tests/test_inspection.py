@@ -41,5 +41,7 @@ def test_a_base_is_inspected_from_texts_and_labels_alone(published_run: RunConfi
     assert set(results["layers"]) == {"0", str(config.base.layer)}
     assert results["marker"]["configured"] == config.base.marker and results["texts"]["validation"] >= 10
     assert json.loads((tmp_path / "run" / INSPECTION_NAME).read_text()) == results
+    ceilings = {int(layer): one["ceiling"]["top1_10way"]["value"] for layer, one in results["layers"].items()}
+    assert ceilings[results["proposed_layer"]] == max(ceilings.values())
     lines = describe_inspection(results)
-    assert lines[-1].startswith("best ceiling (10-way): --base.layer ") and len(lines) == 3 + 2 + 1
+    assert lines[-1].startswith(f"best ceiling (10-way): --base.layer {results['proposed_layer']} ") and len(lines) == 3 + 2 + 1
