@@ -312,7 +312,7 @@ def test_the_stage_writes_sorted_shards_rejects_and_counts_and_is_skipped_when_c
     assert sorted(manifest.documents["train"]) == sorted({row["doc_id"] for row in rows if row["split"] == "train"})
     assert build_corpus(run).created == manifest.created
     whole = path.read_bytes()
-    path.write_bytes(whole + b"{}")
+    path.write_bytes(whole.swapcase())
     with pytest.raises(ValueError, match="corpus.path .*The file has changed"):
         build_corpus(run)
     path.unlink()

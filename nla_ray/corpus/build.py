@@ -7,6 +7,7 @@ time; and no two chunks, nor two documents, of the result are near duplicates, s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import heapq
 import json
 import random
@@ -92,12 +93,12 @@ def build_corpus(run: Run) -> Manifest:
     Raises ValueError when no usable text is left, with the reasons and their counts, or when the user's file has changed since.
     """
     stage, config = run.stage("corpus", "corpus"), run.config.corpus
-    source = _size_of(config)
+    source = _source_hash(config)
     if stage.manifest is not None:
-        before = stage.manifest.metrics.get("source_bytes")
+        before = stage.manifest.metrics.get("source_sha256")
         if None not in (before, source) and before != source:
-            raise ValueError(f"corpus.path {config.path}: got {source} bytes, expected the {before} that {stage.location} was made from. "
-                             "The file has changed: use another --run-dir.")
+            raise ValueError(f"corpus.path {config.path}: got content with sha256 {source[:12]}, expected {before[:12]}, from which "
+                             f"{stage.location} was made. The file has changed: restore it or use another --run-dir.")
         return stage.manifest
     with stage.local_folder() as folder:
         rejects = RejectsFile(folder / "rejects.jsonl")
@@ -108,15 +109,18 @@ def build_corpus(run: Run) -> Manifest:
                              f"one. See {stage.location}/rejects.jsonl; check --corpus.path and --corpus.text-field.")
         write_shards(chunks, folder, config.shard_rows)
     documents = {split: [chunk.doc_id for chunk in chunks if chunk.split == split] for split in SPLITS}
-    metrics = {**describe_corpus(chunks, rejects.counts), "source_bytes": source}
+    metrics = {**describe_corpus(chunks, rejects.counts), "source_sha256": source}
     logger.info("corpus: %d texts of %d documents; %s", len(chunks), metrics["num_documents"], rejects.describe())
     return stage.publish(documents=documents, metrics=metrics)
 
 
-def _size_of(config: CorpusConfig) -> int | None:
-    """Bytes of the user's file, where it is one and is still there: a complete corpus does not need it any more."""
+def _source_hash(config: CorpusConfig) -> str | None:
+    """Of the user's file, where it is one and is still there: a complete corpus does not need it any more."""
     path = Path(config.path).expanduser() if config.path is not None else None
-    return path.stat().st_size if path is not None and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def embedded_chunks(config: CorpusConfig) -> list[Chunk]:

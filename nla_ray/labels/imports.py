@@ -49,7 +49,7 @@ def read_labels(path: Path, text_of_document: Mapping[str, set[str]]) -> Iterato
     Rows hold `text` or `text_hash`, and `teacher` with `label`, or `labels` {teacher: label}. `text_of_document`:
     the corpus' text hashes by doc_id; a row that names a document must carry a text of that document.
     """
-    require(path.exists(), "label.import_path", str(path), "a JSONL file", "Correct --label.import-path.")
+    require(path.is_file(), "label.import_path", str(path), "a JSONL file", "Correct --label.import-path.")
     in_corpus = set().union(*text_of_document.values())
     seen: set[tuple[str, str]] = set()
     with path.open("rb") as file:

@@ -153,7 +153,7 @@ def _imported_labels(run: Run, corpus: Manifest, config: LabelConfig, refused: l
         for doc_id, text in zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True):
             text_of_document.setdefault(doc_id, set()).add(text_hash(text))
     by_hash: dict[str, list[tuple[str, str]]] = {}
-    for item in read_labels(Path(str(config.import_path)), text_of_document):
+    for item in read_labels(Path(str(config.import_path)).expanduser(), text_of_document):
         if isinstance(item, ImportedLabel) and clean_label(item.raw, config.max_words):
             by_hash.setdefault(item.text_hash, []).append((item.teacher, item.raw))
         elif isinstance(item, ImportedLabel):
@@ -164,9 +164,13 @@ def _imported_labels(run: Run, corpus: Manifest, config: LabelConfig, refused: l
 
 
 def _file_hash(path: str | None) -> str | None:
-    if path is None or not Path(path).is_file():
-        return None if path is None else "missing"
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if path is None:
+        return None
+    place = Path(path).expanduser()
+    if not place.is_file():
+        return "missing"
+    with place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remember_import(stage: Stage, imported: str | None, config: LabelConfig) -> None:

@@ -22,7 +22,6 @@ import torch
 EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "data"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "*.jinja", "*.model")
-_READ_BYTES = 1 << 22
 ORIGIN_NAME = "origin.json"
 """Beside a converted model: the file it was made from."""
 _SENTENCE = "The capital of France is"
@@ -183,11 +182,8 @@ def _file_digest(file: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _content_digest(path: str, size: int, modified_ns: int) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(files: Sequence[Path]) -> str:
