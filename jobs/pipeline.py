@@ -23,9 +23,11 @@ logger = get_logger("pipeline")
 
 def body(run) -> None:
     from nla_ray.evaluation.report import check_corpus, show_report
-    from nla_ray.models.backbone import base_info
+    from nla_ray.models.backbone import base_info, load_model_config
+    from nla_ray.models.decoder import decoder_shape
 
     info = base_info(run.config.base)
+    decoder_shape(load_model_config(run.config.base))  # what the engine cannot run is refused now, not after the capture
     logger.info("base %s: layer %d of %d, d_model %d, marker %r",
                 info.name, info.layer, info.num_layers, info.d_model, info.marker)
     place = run.root / "timings.json"

@@ -24,6 +24,7 @@ from nla_ray.evaluation.metrics import Comparisons, Figure, figures
 from nla_ray.injection import build_injection_prompt, find_marker
 from nla_ray.labels.stage import drawn_labels, label_texts
 from nla_ray.models.backbone import check_layer, load_backbone, load_model_config, load_tokenizer
+from nla_ray.models.decoder import decoder_shape
 from nla_ray.models.linear import DescriptionFeatures, fit, predict
 from nla_ray.records import Split, seed_of
 from nla_ray.runlog import INSPECTION_FORMAT, INSPECTION_NAME, get_logger
@@ -46,10 +47,11 @@ def inspect_base(run: Run) -> dict[str, Any]:
     Looks at the layers of `capture.layers` and `base.layer`, or at DEPTHS when no further ones are named.
     """
     config = run.config
+    tokenizer, shape = load_tokenizer(config.base), load_model_config(config.base)
+    decoder_shape(shape)  # what the engine cannot run is not worth an inspection
     build_corpus(run)
     label_texts(run)
     torch.set_num_threads(config.compute.threads * config.compute.trainer_workers)
-    tokenizer, shape = load_tokenizer(config.base), load_model_config(config.base)
     layers = set(config.capture.layers or (int(depth * shape.num_hidden_layers) for depth in DEPTHS))
     if config.base.layer < shape.num_hidden_layers:  # another base than the preset's may have fewer blocks
         layers.add(config.base.layer)

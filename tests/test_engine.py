@@ -15,6 +15,7 @@ from nla_ray.config import BaseConfig, LoraSettings
 from nla_ray.injection import InjectionPrompt, activations_attached, build_injection_prompt
 from nla_ray.models.adapters import adapter_active, adapter_state, add_lora, set_adapter_state
 from nla_ray.models.backbone import load_backbone, load_tokenizer
+from nla_ray.models.decoder import decoder_shape
 from nla_ray.models.engine import GenerationEngine
 from nla_ray.models.projection import Projection, make_projection, packing_works
 from nla_ray.models.sampling import Sampler, rollout_keys
@@ -206,6 +207,14 @@ def test_an_unsupported_architecture_is_refused_with_the_supported_ones_named(on
     )
     with pytest.raises(ValueError, match="'gpt_neox'.*llama or qwen2"):
         one_scene.engine(model=model)
+
+
+def test_a_base_that_the_engine_cannot_run_is_told_from_its_configuration_alone() -> None:
+    from transformers import GemmaConfig, GPT2Config
+
+    for config in (GPT2Config(), GemmaConfig()):
+        with pytest.raises(ValueError, match=f"'{config.model_type}'.*llama or qwen2"):
+            decoder_shape(config)
 
 
 @pytest.mark.parametrize(

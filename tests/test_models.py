@@ -186,7 +186,7 @@ def test_the_7b_preset_has_the_published_shape_and_its_layer_exists() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 7_615_616_512  # "7.61B" on the model card
     assert model.get_input_embeddings().weight.shape == (152_064, 3_584)
     backbone.check_layer(base.layer, len(model.model.layers))
-    shape = decoder_shape(model)
+    shape = decoder_shape(model.config)
     assert (shape.layers, shape.heads, shape.groups, shape.head_dim, shape.share) == (28, 28, 4, 128, 7)
 
 

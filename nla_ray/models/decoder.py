@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,17 +71,19 @@ class KeysValues:
     values: Tensor
 
 
-def decoder_shape(model: nn.Module) -> Shape:
-    """The shape of a model that this decoder can run. Raises ValueError, naming what is supported, for any other."""
-    config = causal_model(model).config
+def decoder_shape(config: Any) -> Shape:
+    """The shape of a model that this decoder can run, from its transformers configuration.
+
+    Raises ValueError, naming what is supported, for any other.
+    """
     unsupported = [] if config.model_type in SUPPORTED_MODEL_TYPES else [f"model type {config.model_type!r}"]
-    if config.hidden_act != "silu":
-        unsupported.append(f"activation function {config.hidden_act!r}")
+    if (activation := getattr(config, "hidden_act", None)) != "silu":
+        unsupported.append(f"activation function {activation!r}")
     if getattr(config, "mlp_bias", False) or getattr(config, "attention_bias", False):
         unsupported.append("biases of the output or MLP projections")
     if set(getattr(config, "layer_types", None) or ("full_attention",)) != {"full_attention"}:
         unsupported.append("sliding-window attention")
-    if (config.rope_parameters or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"):
         unsupported.append("rotary frequencies that change with the length")
     if unsupported:
         raise ValueError(f"generation engine: got {', '.join(unsupported)}, expected a model of type "
@@ -97,7 +100,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module, *, rows: int) -> None:
         """`rows`: how many sequences a step usually has; the weights are packed for that."""
-        self.shape = decoder_shape(model)
+        self.shape = decoder_shape(causal_model(model).config)
         self._model, self._rows = causal_model(model), rows
         embedding = self._model.get_input_embeddings().weight.detach()
         self.dtype, self.device = embedding.dtype, embedding.device

@@ -31,7 +31,8 @@ from nla_ray.cluster import demand, require_resources, resources_of
 from nla_ray.config import BaseConfig, ComputeConfig, RunConfig, require
 from nla_ray.manifest import Manifest
 from nla_ray.models.attention import register_grouped
-from nla_ray.models.backbone import base_info, computes_in_bf16
+from nla_ray.models.backbone import base_info, computes_in_bf16, load_model_config
+from nla_ray.models.decoder import decoder_shape
 from nla_ray.runlog import METRICS_NAME, MetricsLog, get_logger
 from nla_ray.training.trackers import Trackers
 
@@ -109,6 +110,7 @@ def train_on_labels(run: Run, name: str, worker_fn: Callable[[dict[str, Any]], d
     """
     parents = {"activations": run.require("activations", "capture"), "labels": run.require("labels", "label")}
     check_base(parents["activations"], base_info(run.config.base))
+    decoder_shape(load_model_config(run.config.base))  # what the engine cannot run is not worth a scorer
     section = section or name
     worker_batch(run.config.compute, getattr(run.config, section).batch_size)
     stage = run.stage(name, "base", section, parents=parents)
