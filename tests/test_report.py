@@ -591,6 +591,7 @@ def test_every_score_is_in_the_table_and_on_the_page(copied_run: Callable[..., R
     scores = pq.read_table(folder / "scores.parquet").to_pylist()
     assert len(scores) == 28 * len(report["results"]) * 3
     own = [row for row in scores if (row["verbalizer"], row["scorer"]) == ("grpo", "judge")]
+    assert sum(row["top1_2way"] for row in own) / 28 == pytest.approx(report["results"]["grpo"]["judge"]["top1_2way"]["value"], abs=1e-5)
     assert sum(row["centred_cosine"] for row in own) / 28 == pytest.approx(report["results"]["grpo"]["judge"]["centred_cosine"]["value"], abs=1e-5)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert json.dumps(report["results"]["grpo"]["judge"]["top1"]["value"]) in page

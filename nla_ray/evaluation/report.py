@@ -340,9 +340,10 @@ def training_records(run: Run, manifests: Mapping[str, Manifest]) -> dict[str, l
 
 
 def score_table(evaluated: Evaluated, test: ActivationTable) -> pa.Table:
-    """Every score of every description: one row an activation, verbalizer and scorer."""
-    columns: dict[str, list] = {name: [] for name in ("activation_id", "verbalizer", "scorer", "cosine", "garbage_cosine", "centred_cosine", "top1",
-                                                      "top1_10way", "top1_10way_hard")}
+    """Cosines and choices of every description: one row an activation, verbalizer and scorer."""
+    choices = [metric for metric in ("top1", "top1_2way", "top1_10way", "top1_10way_hard", "top1_100way")
+               if all(metric in named for by_scorer in evaluated.geometry.values() for named in by_scorer.values())]
+    columns: dict[str, list] = {name: [] for name in ("activation_id", "verbalizer", "scorer", "cosine", "garbage_cosine", "centred_cosine", *choices)}
     for name, by_scorer in evaluated.geometry.items():
         for scorer, named in by_scorer.items():
             columns["activation_id"] += test.ids
@@ -351,7 +352,7 @@ def score_table(evaluated: Evaluated, test: ActivationTable) -> pa.Table:
             columns["cosine"] += named["correct_cosine"].numerator.tolist()
             columns["garbage_cosine"] += named["garbage_cosine"].numerator.tolist()
             columns["centred_cosine"] += named["centred_cosine"].numerator.tolist()
-            for choice in ("top1", "top1_10way", "top1_10way_hard"):
+            for choice in choices:
                 columns[choice] += named[choice].numerator.bool().tolist()
     return pa.table(columns)
 
