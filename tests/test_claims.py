@@ -126,6 +126,7 @@ def test_the_offline_teachers_claim_nothing_that_is_not_in_the_text(teacher: typ
 @pytest.mark.parametrize(("description", "expected"), [
     ('mentions Alice and "two words" in 1984, near df_test', {"alice", "two words", "1984", "df_test"}),
     ("- Python test: frame, index\n- tokens: assert, row id\n- next: 12 more", {"assert", "row id"}),
+    ('- tokens: "assert", "row, id", frame', {"assert", "row, id", "frame"}),
     ("- tokens: no word stands out", set()),
     ("The text calls readFrame of x1", {"readframe", "x1"}),
 ])
@@ -156,6 +157,7 @@ def test_recall_of_a_texts_words_and_the_share_beyond_ascii() -> None:
 @pytest.mark.parametrize("description", [
     "- Python test: frame, qux\n- tokens: readFrame, \"two words\" 12\n- next: another check",
     "1. Prose about \u4e2d\u6587 and the frame, \u00e9t\u00e9 and FRAME\n\n- next: frame", "", "frame", "- a: b: c\n  \n- frame frame",
+    "- qux test: test, frame",
 ])
 def test_marked_pieces_join_to_the_description_and_mark_exactly_its_claims(description: str) -> None:
     text = "def frame two  words 12"

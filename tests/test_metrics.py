@@ -131,6 +131,15 @@ def test_the_bootstrap_of_two_documents_has_three_outcomes() -> None:
     assert (interval.value, interval.low, interval.high, interval.n, interval.documents) == (0.75, 0.0, 1.0, 4, 2)
 
 
+def test_a_figure_counts_the_rows_and_documents_that_it_says_something_of() -> None:
+    some, all_rows = Figure(numerator=torch.tensor([1.0, 0.0, 0.0, 0.0]), denominator=torch.tensor([1.0, 1.0, 0.0, 0.0])), Figure.mean([1, 0, 1, 0])
+    bootstrap = DocumentBootstrap(["a", "a", "b", "c"], 200, seed=0)
+    told = bootstrap.intervals({"some": some, "all": all_rows})
+    assert (told["some"].n, told["some"].documents) == (2, 1) and (told["all"].n, told["all"].documents) == (4, 3)
+    paired = bootstrap.differences({"x": some}, {"x": Figure(numerator=torch.zeros(4), denominator=torch.tensor([0.0, 0.0, 0.0, 1.0]))})["x"]
+    assert (paired.n, paired.documents) == (3, 2)
+
+
 def test_one_document_gives_an_interval_of_no_width() -> None:
     interval = DocumentBootstrap(["a", "a"], 100, seed=0).intervals({"x": Figure.mean([1, 0])})["x"]
     assert interval.low == interval.value == interval.high == 0.5

@@ -275,7 +275,7 @@ def test_the_card_tells_whether_a_report_s_document_was_learned_from() -> None:
     card = {"doc_id_digests": [digest("seen")], "twin_digests": [digest("twin")]}
     assert never_nearly_seen(card, ["new", "twin", "other"]) == [0, 2]
     check_never_seen(card, ["unseen", "other"])
-    with pytest.raises(ValueError, match=r"1 of the report's documents: \['seen'\]"):
+    with pytest.raises(ValueError, match=r"1 of the documents held out: \['seen'\]"):
         check_never_seen(card, ["unseen", "seen"])
 
 

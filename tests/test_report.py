@@ -16,13 +16,14 @@ from nla_ray.activations import load_activations
 from nla_ray.artifacts import Location, Run
 from nla_ray.config import EvaluationConfig, GRPOSettings, RunConfig
 from nla_ray.evaluation import controls, describing, tables
+from nla_ray.evaluation.controls import VERBALIZERS
 from nla_ray.evaluation.describing import Described
 from nla_ray.evaluation.gates import check_gates, judge_gate
 from nla_ray.evaluation.growth import growth
 from nla_ray.evaluation.metrics import METRICS, Comparisons
 from nla_ray.evaluation.readings import Readings
 from nla_ray.evaluation.report import check_corpus, evaluate, make_report, read_report, show_report
-from nla_ray.evaluation.summary import CLAIM_FIGURES, Evaluated, forms_of, pairs_of, summarise
+from nla_ray.evaluation.summary import CLAIM_FIGURES, CONFIDENCE_METRICS, Evaluated, forms_of, pairs_of, rank_correlation, summarise
 from nla_ray.manifest import Manifest
 from nla_ray.presets import PRESETS
 from nla_ray.prompts import GENERIC_DESCRIPTION
@@ -207,16 +208,25 @@ def test_a_gate_on_an_arm_that_was_not_trained_fails_without_a_value(summary: di
     assert gate["value"] is None and not gate["passed"]
 
 
+def test_the_rank_correlation_gives_equal_values_the_mean_of_their_ranks() -> None:
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: Pearson of these is 4.5 / sqrt(4.5 * 5)
+    first, second = torch.tensor([0.1, 1.0, 1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0, 6.0])
+    assert rank_correlation(first, second) == pytest.approx((4.5 / 5) ** 0.5)
+    assert rank_correlation(second, -second) == pytest.approx(-1.0)
+
+
 @pytest.mark.parametrize("gate", [("sft.judge.top2", ">=", 0.1), ("sft.top1", ">=", 0.1), ("other.judge.top1", ">=", 0.1),
-                                  ("sft.judge.top1", "=", 0.1), ("sft.claims.top1", ">=", 0.1), ("sft-other.judge.top1", ">=", 0.1)])
+                                  ("sft.judge.top1", "=", 0.1), ("sft.claims.top1", ">=", 0.1), ("sft-other.judge.top1", ">=", 0.1),
+                                  ("sft-shuffled.judge.top1", ">=", 0.1), ("grpo/sft.judge.top1", ">=", 0.1), ("grpo/sft.claims.domain", ">=", 0.1),
+                                  ("confidence.judge.fve", ">=", 0.1), ("confidence.claims.domain", ">=", 0.1)])
 def test_a_gate_that_names_no_figure_is_refused_before_any_work(gate: tuple) -> None:
     with pytest.raises(ValueError, match="gate: got"):
-        check_gates([gate], CLAIM_FIGURES)
+        check_gates([gate], CLAIM_FIGURES, CONFIDENCE_METRICS, pairs_of(VERBALIZERS))
 
 
 def test_the_gates_of_every_preset_name_figures() -> None:
     for make in PRESETS.values():
-        check_gates(make().evaluation.gates, CLAIM_FIGURES)
+        check_gates(make().evaluation.gates, CLAIM_FIGURES, CONFIDENCE_METRICS, pairs_of(VERBALIZERS))
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -365,6 +375,8 @@ def test_a_test_document_that_the_base_was_pretrained_on_stops_the_report(copied
         card.write_text(json.dumps({"doc_id_digests": [digest(evaluated_documents(run)[0])], "twin_digests": []}))
         with pytest.raises(ValueError, match="the base model was pretrained on"):
             make_report(run.config)
+        with pytest.raises(ValueError, match="Leave --corpus.test-share"):  # and before anything is trained
+            check_corpus(run)
     finally:
         card.unlink()
 

@@ -33,8 +33,9 @@ class Interval:
     low: float
     high: float
     n: int
-    """Activations."""
+    """Activations that the figure says something of: those with a denominator."""
     documents: int
+    """Documents that these come from."""
 
     def to_dict(self) -> dict[str, float | int]:
         return dataclasses.asdict(self)
@@ -54,7 +55,7 @@ class DocumentBootstrap:
     def intervals(self, figures: Mapping[str, Figure]) -> dict[str, Interval]:
         """Every figure (of these rows, in their order) with its interval. Raises ValueError for an undefined figure."""
         sampled = self._sample(list(figures.values()))
-        return {name: self._interval(name, figure.value, values)
+        return {name: self._interval(name, figure.value, values, figure.denominator != 0)
                 for (name, figure), values in zip(figures.items(), sampled, strict=True)}
 
     def differences(self, first: Mapping[str, Figure], second: Mapping[str, Figure]) -> dict[str, Interval]:
@@ -69,7 +70,8 @@ class DocumentBootstrap:
         names = list(first)
         sampled = self._sample([*first.values(), *(second[name] for name in names)])
         combined = combine(sampled[:len(names)], sampled[len(names):])
-        return {name: self._interval(name, combine(first[name].value, second[name].value), values)
+        return {name: self._interval(name, combine(first[name].value, second[name].value), values,
+                                     (first[name].denominator != 0) | (second[name].denominator != 0))
                 for name, values in zip(names, combined, strict=True)}
 
     def _sample(self, figures: Sequence[Figure]) -> Tensor:
@@ -83,13 +85,13 @@ class DocumentBootstrap:
         sampled = torch.cat([counts.double() @ sums for counts in self._counts.split(_BLOCK_RESAMPLES)])
         return (sampled[:, 0::2] / sampled[:, 1::2]).T
 
-    def _interval(self, name: str, value: float, sampled: Tensor) -> Interval:
+    def _interval(self, name: str, value: float, sampled: Tensor, counted: Tensor) -> Interval:
         if value != value:
             raise ValueError(f"figure {name}: got a denominator of 0, expected rows that differ. "
                              "Evaluate more documents.")
         # a resample on which the ratio is 0 / 0 says nothing and is left out
         low, high = torch.nanquantile(sampled, torch.tensor(_LEVELS, dtype=torch.float64)).tolist()
-        return Interval(value=value, low=low, high=high, n=self.rows, documents=self.documents)
+        return Interval(value=value, low=low, high=high, n=int(counted.sum()), documents=len(self._document[counted].unique()))
 
 
 def _draw_counts(documents: int, resamples: int, seed: int) -> Tensor:

@@ -150,7 +150,7 @@ def specifics(description: str) -> frozenset[str]:
         told.update(name.casefold() for name in _NAME.findall(prose))
         told.update(_NUMBER.findall(_NAME.sub(" ", prose)))
         if heading.casefold() == TOKENS_HEADING and not any(placeholder in body for placeholder in PLACEHOLDERS):
-            told.update(part.strip(_TRIMMED).casefold() for part in body.split(","))
+            told.update(part.strip(_TRIMMED).casefold() for part in prose.split(","))
     return frozenset(told - {""})
 
 
@@ -210,7 +210,7 @@ def _marked_line(line: str, claims: frozenset[str], stands: Callable[[str], bool
     heading, body = split_heading(line[start:].strip())
     if heading.casefold() == NEXT_HEADING:
         return [(line, "")]
-    start = line.index(body, start) if heading and body else start
+    start = line.index(body, line.index(":", start)) if heading and body else start
     pieces: list[tuple[str, Mark]] = [(line[:start], "")]
     last = start
     for match in _CLAIM.finditer(line, start):

@@ -50,7 +50,7 @@ def find_compared(wanted: Sequence[str], taken: Sequence[str]) -> list[Compared]
         if not (_NAME.fullmatch(name) and path) or name in [*taken, *(one.name for one in found)]:
             raise ValueError(f"--compare: got {argument!r}, expected NAME=PATH with a name of lower-case letters, digits and _ that is "
                              f"none of {', '.join(taken)}. Give it another name.")
-        found.append(_find(name, Path(path)))
+        found.append(_find(name, Path(path).expanduser()))
     return found
 
 
@@ -80,7 +80,9 @@ def read_descriptions(file: Path, activation_ids: Sequence[str]) -> tuple[list[s
     the activations.
     """
     texts: dict[str, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             activation_id, text = row["activation_id"], row["description"]

@@ -105,30 +105,32 @@ class Describer:
 
     def describe(self, adapter: Path, neighbours: Sequence[int] | None, injected: Mapping[str, Tensor]) -> dict[str, list[Described]]:
         """What one adapter says, greedily, by name of what is injected: [rows, d_model], or [1, d_model] for all rows alike."""
-        return {name: self._complete(adapter, neighbours, name, vectors, self._ids, samples=1) for name, vectors in injected.items()}
+        return {name: self._complete(adapter, neighbours, name, vectors, self._ids) for name, vectors in injected.items()}
 
     def sample(self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor) -> list[list[Described]]:
         """`evaluation.samples` seeded samples of every row, drawn as GRPO drew them."""
         count = self._config.evaluation.samples
         ids = [activation_id for activation_id in self._ids for _ in range(count)]
-        flat = self._complete(adapter, neighbours, name, injected, ids, samples=count)
+        flat = self._complete(adapter, neighbours, name, injected, ids, samples=count, temperature=self._sampling["temperature"])
         return [flat[start:start + count] for start in range(0, len(flat), count)]
 
     def _complete(self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor, ids: Sequence[str],
-                  samples: int) -> list[Described]:
+                  samples: int = 1, temperature: float = 0.0) -> list[Described]:
         """All descriptions of a file, of which the missing ones are made and appended, chunk by chunk."""
         log = MetricsLog(self._folder / f"{name}.jsonl")
         done = self._read(log, ids, samples)
         if len(done) == len(ids):
             return done
         verbalizer = self._load(adapter, neighbours)
-        chunk = self._config.evaluation.batch_size * _CHUNK_BATCHES // samples
+        chunk = max(1, self._config.evaluation.batch_size * _CHUNK_BATCHES // samples)
         with stage_progress(f"describe: {name}", len(ids)) as advance:
             advance(len(done))
             while len(done) < len(ids):
                 start = len(done) // samples
                 rows = injected if len(injected) == 1 else injected[start:start + chunk]
-                written = verbalizer.describe(rows, **self._how(samples), rows=list(range(start, start + len(rows))))
+                written = verbalizer.describe(
+                    rows, max_new_tokens=self._sampling["max_new_tokens"], group_size=samples, temperature=temperature,
+                    seed=seed_of(self._config.evaluation.seed, "samples"), rows=list(range(start, start + len(rows))))
                 copies = len(ids) - len(done) if len(injected) == 1 else 1
                 fresh = [self._described(one.text, one.closed) for one in written] * copies
                 for activation_id, one in zip(ids[len(done):], fresh):
@@ -141,11 +143,6 @@ class Describer:
         self._model = load_backbone(self._config.base) if self._model is None else self._model
         slots = _SLOT_BATCHES * self._config.evaluation.batch_size
         return Verbalizer.load(self._config.base, adapter, neighbours=neighbours, model=self._model, max_slots=slots)
-
-    def _how(self, samples: int) -> dict[str, Any]:
-        return {"max_new_tokens": self._sampling["max_new_tokens"], "group_size": samples,
-                "temperature": self._sampling["temperature"] if samples > 1 else 0.0,
-                "seed": seed_of(self._config.evaluation.seed, "samples")}
 
     def _read(self, log: MetricsLog, ids: Sequence[str], samples: int) -> list[Described]:
         """What is there already, in whole groups of samples. Raises ValueError when it describes other activations."""

@@ -25,20 +25,24 @@ _RELATIONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
-def check_gates(gates: Sequence[Gate], claim_figures: Sequence[str]) -> None:
-    """Raise ValueError for a gate that names no figure, before hours are spent on computing figures."""
+def check_gates(gates: Sequence[Gate], claim_figures: Sequence[str], confidence_metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError for a gate that names a figure no report has, before hours are spent on computing figures."""
     for name, relation, _ in gates:
-        if relation not in _RELATIONS or not _names_figure(name, claim_figures):
+        if relation not in _RELATIONS or not _names_figure(name, claim_figures, confidence_metrics, pairs):
             raise ValueError(f"gate: got {name!r} {relation!r}, expected VERBALIZER.SCORER.METRIC, VERBALIZER.claims.FIGURE, "
-                             "FIRST-SECOND or FIRST/SECOND in place of the verbalizer, or confidence.SCORER.METRIC, with a relation of "
-                             ">=, >, <=, <. Correct --evaluation.gates.")
+                             f"FIRST-SECOND in place of the verbalizer ({', '.join(map('-'.join, pairs))}), FIRST/SECOND.SCORER.delta or "
+                             f"confidence.SCORER.{'|'.join(confidence_metrics)}, with a relation of >=, >, <=, <. Correct --evaluation.gates.")
 
 
-def _names_figure(name: str, claim_figures: Sequence[str]) -> bool:
+def _names_figure(name: str, claim_figures: Sequence[str], confidence_metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> bool:
     if name.count(".") != 2:
         return False
     subject, scorer, metric = name.split(".")
-    known = subject == "confidence" or set(subject.replace("/", "-").split("-")) <= set(VERBALIZERS)
+    if subject == "confidence":
+        return scorer in SCORERS and metric in confidence_metrics
+    if "/" in subject:
+        return tuple(subject.split("/")) in pairs and scorer in SCORERS and metric == "delta"
+    known = tuple(subject.split("-")) in pairs if "-" in subject else subject in VERBALIZERS
     return known and (metric in claim_figures if scorer == "claims" else scorer in SCORERS and metric in METRICS)
 
 

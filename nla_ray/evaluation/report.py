@@ -31,7 +31,7 @@ from nla_ray.evaluation.growth import growth
 from nla_ray.evaluation.metrics import Comparisons
 from nla_ray.evaluation.page import to_html
 from nla_ray.evaluation.readings import read_texts
-from nla_ray.evaluation.summary import CLAIM_FIGURES, PREFIX_TOKENS, Evaluated, summarise, texts_to_read
+from nla_ray.evaluation.summary import CLAIM_FIGURES, CONFIDENCE_METRICS, PREFIX_TOKENS, Evaluated, pairs_of, summarise, texts_to_read
 from nla_ray.evaluation.tables import print_report, to_markdown
 from nla_ray.labels.offline import WordStatistics, salient_words
 from nla_ray.manifest import Manifest, check_disjoint, check_lineage
@@ -64,7 +64,7 @@ def evaluate(run: Run) -> Manifest:
     if stage.manifest is not None and stage.manifest.metrics.get("readers_notes", []) == _readers_notes(run):
         logger.info("%s: complete, skipped", stage.name)
         return stage.manifest
-    check_gates(run.config.evaluation.gates, CLAIM_FIGURES)
+    _check_gates(run.config.evaluation)
     if stage.manifest is not None:
         logger.info("%s: %s has changed; made anew from the same descriptions", stage.name, run.root / NOTES_NAME)
         for path in stage.manifest.files:
@@ -106,7 +106,7 @@ def make_report(config: RunConfig) -> None:
         evaluated = gather(run, manifests, test, compared, folder)
         summary = summarise(evaluated, settings.gates, settings.bootstrap_resamples, settings.seed)
         notes, training = _readers_notes(run), training_records(run, manifests)
-        report = {**_card(config, manifests, compared), "documents_left_out": left_out, "notes": [*_notes(test, compared), *notes], **summary,
+        report = {**_card(config, manifests, compared), "documents_left_out": left_out, "notes": [*_notes(evaluated, test, compared), *notes], **summary,
                   "growth": growth(summary["results"], manifests, compared, training, _inspection(run)),
                   "examples": _examples(evaluated, test, settings)}
         report = _rounded(report)
@@ -158,7 +158,8 @@ def gather(run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, c
     ordered = {name: descriptions[name] for name in dict.fromkeys([*VERBALIZERS, *descriptions]) if name in descriptions}
     prefix_rows = sorted(torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(config.evaluation.seed))[:PREFIX_ROWS].tolist())
     prefixes = _prefixes(config, {name: [ordered[name][row] for row in prefix_rows] for name in ordered if name in ("gold", *trained_in(manifests))})
-    statistics = WordStatistics.fit(load_activations(run, "train").texts)
+    train = load_activations(run, "train")
+    statistics = WordStatistics.fit(list(dict(zip(train.text_ids, train.texts, strict=True)).values()))
     return Evaluated(
         doc_ids=test.doc_ids, domains=test.domains, texts=test.texts,
         salient=[[word for word, _ in salient_words(text, statistics, SALIENT_WORDS)] for text in test.texts],
@@ -227,10 +228,19 @@ def load_test(run: Run, manifests: Mapping[str, Manifest], compared: Sequence[Co
 
 
 def check_corpus(run: Run) -> None:
-    """Raise ValueError when the corpus has fewer documents of the split than a report asks for: before anything is trained on it."""
+    """Raise ValueError for gates that no report has, and when the corpus has fewer documents of the split than a report asks for, or
+    has documents in it that the base was pretrained on: before anything is trained on it."""
     settings = run.config.evaluation
-    most = len(run.require("corpus", "corpus").documents[settings.split])
+    _check_gates(settings)
+    documents = run.require("corpus", "corpus").documents
+    if card := _card_of_base(run):
+        check_never_seen(card, [*documents["validation"], *documents["test"]])
+    most = len(documents[settings.split])
     _require_enough(min(most, settings.max_activations or most), settings)
+
+
+def _check_gates(settings: EvaluationConfig) -> None:
+    check_gates(settings.gates, CLAIM_FIGURES, CONFIDENCE_METRICS, pairs_of(VERBALIZERS))
 
 
 def _require_enough(documents: int, settings: EvaluationConfig) -> None:
@@ -245,9 +255,8 @@ def _unknown_to_base(run: Run, test: ActivationTable) -> ActivationTable:
 
     A document that it learned from is an error; one that nearly repeats such a document is left out.
     """
-    path = base_folder(run.config.base.model, weights=False) / "card.json"
-    card = json.loads(path.read_text()) if path.is_file() else {}
-    if "doc_id_digests" not in card:
+    card = _card_of_base(run)
+    if not card:
         return test
     check_never_seen(card, test.doc_ids)
     kept = never_nearly_seen(card, test.doc_ids)
@@ -255,6 +264,13 @@ def _unknown_to_base(run: Run, test: ActivationTable) -> ActivationTable:
         logger.info("report: %d of %d test activations left out: their documents nearly repeat some that the base was pretrained on",
                     len(test.ids) - len(kept), len(test.ids))
     return test.select(kept)
+
+
+def _card_of_base(run: Run) -> dict[str, Any]:
+    """The card of a base that was pretrained here, which names its documents; empty for any other."""
+    path = base_folder(run.config.base.model, weights=False) / "card.json"
+    card = json.loads(path.read_text()) if path.is_file() else {}
+    return card if "doc_id_digests" in card else {}
 
 
 def _domain_names(domains: Sequence[str]) -> dict[str, str]:
@@ -289,9 +305,11 @@ def _settings(config: RunConfig, one: Compared) -> list[str]:
                        {name: value for name, value in to_dict(config).items() if name in ("sft", "grpo") and name in theirs})
 
 
-def _notes(test: ActivationTable, compared: Sequence[Compared]) -> list[str]:
-    """What is not known, or missing, about verbalizers that were named on the command line."""
+def _notes(evaluated: Evaluated, test: ActivationTable, compared: Sequence[Compared]) -> list[str]:
+    """What is missing: labels, and what is known or said by verbalizers that were named on the command line."""
     notes = []
+    if unlabelled := sum(not one.text for one in evaluated.descriptions["gold"]):
+        notes.append(f"gold: {unlabelled} of {len(test.ids)} activations have no label; they count as described by nothing, in what is shuffled too.")
     for one in compared:
         if one.manifest is None:
             notes.append(f"{one.name}: nothing is known of what it was trained on; test documents may be among it.")

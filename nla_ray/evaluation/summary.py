@@ -35,7 +35,7 @@ PREFIX_TOKENS = (4, 8, 16)
 _CURVE_METRICS = ("centred_cosine", "top1_10way")
 _DOMAIN_CLAIMS = ("precision", "precision_shuffled", "hallucinated", "domain")
 _DOMAIN_METRICS = ("centred_cosine", "top1", "top1_10way", "top1_10way_hard", "delta")
-_CONFIDENCE_METRICS = ("top1", "top1_10way", "centred_cosine")
+CONFIDENCE_METRICS = ("top1", "top1_10way", "centred_cosine")
 _CONFIDENCE_BINS = 5
 _SAMPLE_COUNTS = (1, 2, 4, 8, 16)
 GAP_WARNING = 0.05
@@ -290,7 +290,7 @@ def _sampling(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, A
     for samples in (size for size in _SAMPLE_COUNTS if size <= count):
         chosen = best_of(read["reward"][:, :samples], comparisons.originals, comparisons.mean)
         named = {scorer: figures(read[scorer][rows, chosen], comparisons) for scorer in SCORERS}
-        best.append({"samples": samples, **{scorer: _intervals(bootstrap, {metric: own[metric] for metric in _CONFIDENCE_METRICS})
+        best.append({"samples": samples, **{scorer: _intervals(bootstrap, {metric: own[metric] for metric in CONFIDENCE_METRICS})
                                             for scorer, own in named.items()}})
     confidence = agreement(read["reward"], comparisons.mean) if count > 1 else None
     return {"best_of": best, **({} if confidence is None else _confidence(bootstrap, evaluated, confidence, count))}
@@ -304,7 +304,7 @@ def _confidence(bootstrap: DocumentBootstrap, evaluated: Evaluated, confidence: 
     upper[order[len(order) // 2:]] = 1.0
     halves: dict[str, Any] = {"samples": samples}
     for scorer in SCORERS:
-        named = {metric: evaluated.geometry[evaluated.sampled][scorer][metric].numerator for metric in _CONFIDENCE_METRICS}
+        named = {metric: evaluated.geometry[evaluated.sampled][scorer][metric].numerator for metric in CONFIDENCE_METRICS}
         halves[scorer] = _dicts(bootstrap.differences({name: Figure(value * upper, upper) for name, value in named.items()},
                                                       {name: Figure(value * (1 - upper), 1 - upper) for name, value in named.items()}))
     judged = evaluated.geometry[evaluated.sampled]["judge"]
@@ -312,16 +312,20 @@ def _confidence(bootstrap: DocumentBootstrap, evaluated: Evaluated, confidence: 
     for rows in order.tensor_split(_CONFIDENCE_BINS):
         inside = torch.zeros(len(order), dtype=torch.float64)
         inside[rows] = 1.0
-        intervals = _intervals(bootstrap, {f"judge_{metric}": Figure(judged[metric].numerator * inside, inside) for metric in _CONFIDENCE_METRICS})
+        intervals = _intervals(bootstrap, {f"judge_{metric}": Figure(judged[metric].numerator * inside, inside) for metric in CONFIDENCE_METRICS})
         bins.append({"confidence_low": confidence[rows].min().item(), "confidence_high": confidence[rows].max().item(), **intervals})
-    halves["rank_correlation"] = _rank_correlation(confidence, judged["centred_cosine"].numerator)
+    halves["rank_correlation"] = rank_correlation(confidence, judged["centred_cosine"].numerator)
     return {"confidence": halves, "calibration": bins}
 
 
-def _rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's: the correlation of the ranks."""
-    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
-    return torch.corrcoef(ranks)[0, 1].item()
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's: the correlation of the ranks; equal values share the mean of theirs."""
+    return torch.corrcoef(torch.stack([_mean_ranks(values) for values in (first, second)]))[0, 1].item()
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[place]
 
 
 # By domain ------------------------------------------------------------------------------------------------------------

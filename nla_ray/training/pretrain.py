@@ -120,12 +120,12 @@ def check_train_only(doc_ids: Iterable[str]) -> None:
 
 
 def check_never_seen(card: dict[str, Any], doc_ids: Iterable[str]) -> None:
-    """Raise ValueError when a model with this card was pretrained on any of the documents (those of a report)."""
+    """Raise ValueError when a model with this card was pretrained on any of the documents (those held out)."""
     learned = set(card["doc_id_digests"])
     leaked = sorted(doc_id for doc_id in doc_ids if digest(doc_id) in learned)
     if leaked:
-        raise ValueError(f"lineage: the base model was pretrained on {len(leaked)} of the report's documents: "
-                         f"{leaked[:3]}, expected none. Pretrain it again, or build the corpus with the split function of this version.")
+        raise ValueError(f"lineage: the base model was pretrained on {len(leaked)} of the documents held out: "
+                         f"{leaked[:3]}, expected none. Leave --corpus.test-share as the preset has it, or pretrain the base again.")
 
 
 def never_nearly_seen(card: dict[str, Any], doc_ids: Sequence[str]) -> list[int]:
