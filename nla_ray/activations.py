@@ -531,13 +531,18 @@ def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
 
 
 def check_base(manifest: Manifest, info: BaseInfo) -> None:
-    """Raise ValueError when an artifact was made with other weights, another tokenizer or another layer than the base that is here."""
-    for what, there, here in (("weights", manifest.model.get("digest"), info.digest),
-                              ("tokenizer", manifest.model.get("tokenizer_digest"), info.tokenizer_digest),
-                              ("layer", manifest.model.get("layer"), info.layer)):
+    """Raise ValueError when an artifact was made with other weights, another tokenizer or another layer than the base that is here.
+
+    An adapter is also bound to the marker and the injection norm that it learned with; activations know of neither.
+    """
+    compared = {"weights": "digest", "tokenizer": "tokenizer_digest", "layer": "layer"}
+    if manifest.name != "activations":
+        compared |= {"marker": "marker", "injection norm": "injection_norm"}
+    for what, name in compared.items():
+        there, here = manifest.model.get(name), getattr(info, name)
         if there != here:
             raise ValueError(f"artifact {manifest.name!r}: got {what} {here} of {info.name}, expected {there} of "
-                             f"{manifest.model.get('name')}, with which it was made. Load that base with --base.model, or make the artifact again.")
+                             f"{manifest.model.get('name')}, with which it was made. Give the same --base fields as then, or make the artifact again.")
 
 
 def _read_rows(location: Location, columns: list[str], *, split: str, layer: int | None = None) -> pa.Table:

@@ -302,6 +302,13 @@ def test_artifacts_of_another_model_or_tokenizer_are_refused(tiny_run, tiny_base
         check_base(manifest, replace(info, digest="0"))
     with pytest.raises(ValueError, match="got tokenizer 0 "):
         check_base(manifest, replace(info, tokenizer_digest="0"))
+    check_base(manifest, replace(info, injection_norm=1.5))  # activations are captured without it
+    adapter = replace(manifest, name="sft")
+    check_base(adapter, info)
+    with pytest.raises(ValueError, match="artifact 'sft': got injection norm 1.5 "):
+        check_base(adapter, replace(info, injection_norm=1.5))
+    with pytest.raises(ValueError, match="artifact 'sft': got marker x "):
+        check_base(adapter, replace(info, marker="x"))
 
 
 @pytest.mark.slow

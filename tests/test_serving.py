@@ -20,6 +20,7 @@ from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.models.verbalizer import Verbalizer
 from nla_ray.presets import nano
 from nla_ray.serving import application, schema
+from nla_ray.serving.deployments import VerbalizerService
 from nla_ray.serving.schema import Refusal, Sampling
 
 D_MODEL = 32
@@ -295,6 +296,18 @@ def test_a_port_in_use_is_one_clear_message(client: httpx.Client, config: RunCon
         other.listen()
         with pytest.raises(ValueError, match="in use"):
             application.check_port(ServeConfig(port=other.getsockname()[1]))
+
+
+def test_a_second_start_is_refused_and_the_first_goes_on_serving(client: httpx.Client, config: RunConfig) -> None:
+    with pytest.raises(ValueError, match="Ray Serve: got one on this cluster that runs nla_ray"):
+        application.start(dataclasses.replace(config, serve=ServeConfig(port=free_port())))
+    assert client.get("/healthz").status_code == 200
+
+
+def test_descriptions_are_decoded_as_training_did_not_as_this_command_says(config: RunConfig, activations: torch.Tensor) -> None:
+    other = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, max_new_tokens=1, temperature=0.01))
+    ours, theirs = (VerbalizerService(one, ["grpo"]).describe("grpo", activations.numpy(), Sampling(samples=4, seed=1)) for one in (config, other))
+    assert ours == theirs and any(one.num_tokens > 1 for one in ours)
 
 
 def test_missing_artifacts_name_the_job_that_makes_them(tiny_base: BaseConfig, tmp_path: Path) -> None:

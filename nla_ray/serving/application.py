@@ -24,8 +24,12 @@ APPLICATION_NAME = "nla_ray"
 VERBALIZERS = ("grpo", "sft")
 """Artifacts that can be served as verbalizers, the default first."""
 SCORERS = (CHOOSER, "judge")
-_ONGOING_REQUESTS = 8
-"""Requests a model replica takes in at once; its lock runs them one by one."""
+_ONGOING_REQUESTS = 64
+"""Requests a model replica takes in at once, health checks too; its lock runs the others one by one."""
+_OPEN_REQUESTS = 1_000
+"""HTTP requests that wait for their answer at once; a health check must not wait behind them."""
+_started = threading.Event()
+"""Set while this process answers for the cluster's Serve."""
 _LOGGING = {"log_level": "WARNING"}
 """Serve writes a line for every request otherwise."""
 
@@ -66,7 +70,7 @@ def build_application(config: RunConfig) -> Application:
     verbalizer = serve.deployment(VerbalizerService, name="verbalizer", **options)
     scorer = serve.deployment(ScorerService, name="scorer", **options)
     capture = serve.deployment(CaptureService, name="capture", **options)
-    endpoint = serve.deployment(serve.ingress()(Endpoint), name="endpoint", ray_actor_options={"num_cpus": 0})
+    endpoint = serve.deployment(serve.ingress()(Endpoint), name="endpoint", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_OPEN_REQUESTS)
     return endpoint.bind(config.serve, models, verbalizer.bind(config, [one.name for one in models.verbalizers]),
                          scorer.bind(config, [one.name for one in models.scorers]), capture.bind(config))
 
@@ -74,18 +78,27 @@ def build_application(config: RunConfig) -> Application:
 def start(config: RunConfig) -> str:
     """Deploy the application on the connected cluster and return its address once every deployment answers.
 
-    Raises ValueError for missing artifacts, missing resources, or a port in use.
+    Raises ValueError for missing artifacts, missing resources, a cluster that serves something already, or a port in use.
     """
     from ray import serve
 
     require_resources([demand(config.compute, "serve", 3)])
     application = build_application(config)
+    _require_no_serve(serve.status())
     check_port(config.serve)
+    _started.set()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve sets its own level when it is imported
     serve.start(proxy_location="HeadOnly", logging_config=_LOGGING,
                 http_options={"host": config.serve.host, "port": config.serve.port})
     serve.run(application, name=APPLICATION_NAME, route_prefix="/", logging_config=_LOGGING)
     return f"http://{config.serve.host}:{config.serve.port}"
+
+
+def _require_no_serve(status) -> None:
+    """A second start would take neither this address nor this application's place without harm to the first."""
+    if status.applications or status.proxies:
+        raise ValueError(f"Ray Serve: got one on this cluster that runs {', '.join(status.applications) or 'nothing'}, expected none. "
+                         "Take it down with `serve shutdown`, or use another cluster.")
 
 
 def check_port(settings: ServeConfig) -> None:
@@ -109,7 +122,9 @@ def serve_run(run: Run) -> None:
 
 
 def stop() -> None:
-    """Take Serve down with everything it runs; nothing happens when it does not run."""
+    """Take down the Serve that `start` of this process brought up; nothing happens when there is none."""
     from ray import serve
 
-    serve.shutdown()
+    if _started.is_set():
+        serve.shutdown()
+        _started.clear()

@@ -70,26 +70,28 @@ class VerbalizerService:
         torch.set_num_threads(config.compute.threads)
         run = Run(config)
         self._lock, self._verbalizers = threading.Lock(), {}
-        self._longest, self._temperature = config.grpo.max_new_tokens, config.grpo.temperature
+        self._decoding: dict[str, tuple[int, float]] = {}
         model = load_backbone(config.base)
         for name in names:
             manifest = run.require(name, name)
+            trained = manifest.config.get("grpo", {})  # SFT samples nothing while it trains
+            self._decoding[name] = (trained.get("max_new_tokens", config.grpo.max_new_tokens), trained.get("temperature", config.grpo.temperature))
             with run.local_copy(name, manifest, "adapter") as folder:
                 self._verbalizers[name] = Verbalizer.load(config.base, folder, model=model,
                                                           neighbours=manifest.model["neighbours"])
 
     def describe(self, name: str, activations: np.ndarray, sampling: Sampling) -> list[DescriptionBody]:
         """`samples` descriptions of each row of [n, d_model], ordered by (row, sample)."""
-        temperature = sampling.temperature
-        if temperature is None:
-            temperature = self._temperature if sampling.samples > 1 else 0.0
+        longest, temperature = self._decoding[name]
+        if sampling.temperature is not None or sampling.samples == 1:
+            temperature = sampling.temperature or 0.0
         with self._lock:
             written = self._verbalizers[name].describe(
-                torch.from_numpy(activations), max_new_tokens=sampling.max_new_tokens or self._longest,
+                torch.from_numpy(activations), max_new_tokens=sampling.max_new_tokens or longest,
                 temperature=temperature, seed=sampling.seed, group_size=sampling.samples)
         return [DescriptionBody(description=one.text, closed=one.closed, num_tokens=one.num_tokens) for one in written]
 
-    def ping(self) -> str:
+    async def ping(self) -> str:
         """Answers when the replica does."""
         return "ok"
 
@@ -137,7 +139,7 @@ class ScorerService:
         with self._lock:
             return reconstructor.reconstruct(descriptions, self._batch_size), reconstructor.mean.cpu()
 
-    def ping(self) -> str:
+    async def ping(self) -> str:
         """Answers when the replica does."""
         return "ok"
 
@@ -166,7 +168,7 @@ class CaptureService:
         return Captured(num_tokens=len(ids), positions=chosen, tokens=tokens,
                         activations=stream[chosen].float().cpu().numpy())
 
-    def ping(self) -> str:
+    async def ping(self) -> str:
         """Answers when the replica does."""
         return "ok"
 
