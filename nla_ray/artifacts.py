@@ -28,10 +28,14 @@ import pyarrow.fs as pafs
 
 from nla_ray.config import RunConfig, config_hash, to_dict
 from nla_ray.manifest import MANIFEST_NAME, FileRecord, Manifest
+from nla_ray.runlog import get_logger
+
+logger = get_logger(__name__)
 
 _STARTED_NAME = "started.json"
 """Configuration of an artifact that is being made; gone when its manifest is there."""
 _LOCK_NAME = ".lock"
+_COPY_SECONDS = 60.0
 _LEASE_SECONDS = 90.0
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "pyarrow")
 _BLOCK_BYTES = 1 << 20
@@ -199,10 +203,10 @@ class Stage:
 
     @contextmanager
     def local_folder(self) -> Iterator[Path]:
-        """A local folder to write into, for libraries that know only paths; its files land in the artifact on exit.
+        """A local folder to write into, for libraries that know only paths; its files land in the artifact.
 
-        On a local run it is the artifact's own folder. What lies in `scratch/` (checkpoints) survives a crash and is
-        removed when the artifact is published.
+        On a local run it is the artifact's own folder; else what is in it is copied every minute and on exit, so that whoever is
+        killed loses no more than that. What lies in `scratch/` is removed when the artifact is published.
         """
         if self.location.is_local:
             Path(self.location.path).mkdir(parents=True, exist_ok=True)
@@ -210,8 +214,8 @@ class Stage:
             return
         with tempfile.TemporaryDirectory(prefix="nla_ray_") as folder:
             _copy(self.location, Location.of(folder))
-            yield Path(folder)
-            _copy(Location.of(folder), self.location)
+            with _copied_on(Path(folder), self.location):
+                yield Path(folder)
 
 
 class Run:
@@ -322,7 +326,10 @@ class _Lease:
 
     def _keep(self) -> None:
         while not self._stop.wait(_LEASE_SECONDS / 3):
-            self._renew()
+            try:
+                self._renew()
+            except OSError as error:  # a store that is away for a moment must not end the renewals
+                logger.warning("%s: not renewed this time: %s", self._file, error)
 
     def release(self) -> None:
         self._stop.set()
@@ -351,6 +358,41 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
 def _copy(source: Location, target: Location) -> None:
     for path in source.list_files():
         (target / path).write_bytes((source / path).read_bytes())
+
+
+@contextmanager
+def _copied_on(folder: Path, target: Location) -> Iterator[None]:
+    """Copies what changes in a local folder every _COPY_SECONDS, and what is left on exit."""
+    copied = _state(folder)
+    stopped = threading.Event()
+
+    def copy() -> None:
+        for path, state in _state(folder).items():
+            if copied.get(path) != state:
+                (target / path).write_bytes((folder / path).read_bytes())
+                copied[path] = state
+
+    def keep() -> None:
+        while not stopped.wait(_COPY_SECONDS):
+            try:
+                copy()
+            except OSError as error:  # the next round or the last one tries again
+                logger.warning("%s: not copied this time: %s", target, error)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        copy()
+
+
+def _state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file, by its path below the folder; files on their way to another name are left out."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".tmp")
+    return {path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def _environment() -> dict[str, str]:

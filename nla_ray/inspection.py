@@ -18,6 +18,7 @@ from torch import Tensor
 from nla_ray import vectors
 from nla_ray.activations import ActivationReader, EncodedText, Skipped, TextEncoder
 from nla_ray.artifacts import Run
+from nla_ray.config import require
 from nla_ray.corpus.build import build_corpus, read_chunks
 from nla_ray.evaluation.bootstrap import DocumentBootstrap
 from nla_ray.evaluation.metrics import Comparisons, Figure, figures
@@ -31,7 +32,7 @@ from nla_ray.runlog import INSPECTION_FORMAT, INSPECTION_NAME, get_logger
 from nla_ray.training.linear import PENALTIES
 from nla_ray.vectors import norm
 
-PUBLIC_DEPTH = 0.71
+PUBLIC_DEPTH = 20 / 28
 """Share of the blocks below the layer that public verbalizers read (block 20 of 28)."""
 DEPTHS = (0.35, 0.5, 0.6, PUBLIC_DEPTH, 0.82)
 _CEILING = ("top1_2way", "top1_10way", "centred_cosine", "fve")
@@ -61,6 +62,8 @@ def inspect_base(run: Run) -> dict[str, Any]:
     prompt = build_injection_prompt(tokenizer, marker)
     chunks = read_chunks(run, ("text_id", "doc_id", "text")).to_pylist()
     learned, held_out = (_labelled_texts(run, chunks, split, limit) for split, limit in (("train", MAX_TRAIN), ("validation", None)))
+    for split, texts in (("train", learned), ("validation", held_out)):
+        require(len(texts) > 0, f"{split} texts with a label", 0, "at least one", "Import labels of more texts of the corpus: --label.import-path.")
     logger.info("inspection: %d train and %d validation texts, layers %s", len(learned), len(held_out), layers)
     model = load_backbone(config.base, num_blocks=layers[-1] + 1)
     encoder = TextEncoder(tokenizer, config.base, config.capture)

@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from nla_ray import artifacts
 from nla_ray.artifacts import Location, Run
 from nla_ray.cluster import user_message
 from nla_ray.manifest import FileRecord, Manifest, check_disjoint, check_lineage
@@ -110,6 +112,23 @@ def test_files_written_into_the_local_folder_land_in_the_artifact(where: str) ->
     assert set(manifest.files) == {"adapter/config.json"}
     with run.local_copy("sft", manifest, "adapter") as folder:
         assert (folder / "config.json").read_text() == "{}"
+
+
+def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "_COPY_SECONDS", 0.05)
+    stage = run_at(where).stage("sft", "sft")
+    with pytest.raises(RuntimeError, match="cut off"):
+        with stage.local_folder() as folder:
+            (folder / "half.tmp").write_text("on its way")
+            (folder / "first").write_text("1")
+            deadline = time.monotonic() + 30
+            while not (stage.location / "first").exists():  # there while the work goes on: a kill would leave it
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            (folder / "second").write_text("2")
+            raise RuntimeError("cut off")
+    with stage.local_folder() as folder:
+        assert [(folder / name).read_text() for name in ("first", "second")] == ["1", "2"]
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -251,11 +270,12 @@ def test_two_scorers_with_a_common_train_document_are_an_error() -> None:
 
 # Metrics and progress -------------------------------------------------------------------------------------------------
 
-def test_a_metrics_log_survives_a_torn_last_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2, "loss": 2.4}'])
+def test_a_metrics_log_survives_a_torn_last_line(torn: str, tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"step": 1, "loss": 2.5})
     with log.path.open("a") as file:
-        file.write('{"step": 2, "lo')
+        file.write(torn)
     assert log.read() == [{"step": 1, "loss": 2.5}]
     again = MetricsLog(log.path)
     again.append({"step": 2})

@@ -2,6 +2,7 @@
 
 import json
 import random
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,16 @@ def test_chunks_end_at_lines_and_keep_their_bounds() -> None:
     assert all(chunk.split("\n") == lines[start : start + chunk.count("\n") + 1] for chunk, start in zip(chunks, starts, strict=True))
     assert len(chunks) > 10 and starts == sorted(set(starts))
     assert chunks == embedded.cut_chunks("\n".join(lines), seed_key="doc", min_chars=100, max_chars=200)
+
+
+@pytest.mark.parametrize("length", [90, 115, 150, 190])
+def test_prose_in_long_lines_loses_nothing_but_its_end_where_pieces_are_filled(length: int) -> None:
+    words = [f"word{number}" for number in range(600)]
+    lines = textwrap.wrap(" ".join(words), length)
+    chunks = embedded.cut_chunks("\n".join(lines), seed_key="doc", min_chars=120, max_chars=210, fill=True)
+    kept = " ".join(chunks).split()
+    assert kept == words[:len(kept)] and len(" ".join(words[len(kept):])) < 120
+    assert all(120 <= len(chunk) <= 210 for chunk in chunks)
 
 
 def test_a_line_longer_than_a_chunk_is_cut_at_a_space() -> None:

@@ -193,7 +193,7 @@ def _embedded_documents(sources: list[Source], limit: int, config: CorpusConfig)
 def _cut_user_document(document: Document, config: CorpusConfig) -> CutDocument | Reject:
     """One chunk of a short document, unchanged; several of a longer one."""
     text = document.text
-    pieces = [text] if len(text) <= config.chunk_chars else _cut(text, document.doc_id, config)
+    pieces = [text] if len(text) <= config.chunk_chars else _cut(text, document.doc_id, config, fill=True)
     pieces = [piece for piece in pieces if len(piece.strip()) >= config.min_chunk_chars]
     if not pieces:
         return Reject(source=document.doc_id, line=0, reason="shorter than corpus.min_chunk_chars")
@@ -203,9 +203,9 @@ def _cut_user_document(document: Document, config: CorpusConfig) -> CutDocument 
     )
 
 
-def _cut(text: str, doc_id: str, config: CorpusConfig) -> list[str]:
+def _cut(text: str, doc_id: str, config: CorpusConfig, *, fill: bool = False) -> list[str]:
     shortest = max(1, round(config.chunk_chars * MIN_CHARS_SHARE))
-    return cut_chunks(text, seed_key=doc_id, min_chars=shortest, max_chars=config.chunk_chars)
+    return cut_chunks(text, seed_key=doc_id, min_chars=shortest, max_chars=config.chunk_chars, fill=fill)
 
 
 def _choose_chunks(doc_id: str, domain: str, pieces: list[str], config: CorpusConfig) -> list[Chunk]:

@@ -134,18 +134,24 @@ def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast
 
 
 def cut_chunks(
-    text: str, *, seed_key: str, min_chars: int = MIN_CHUNK_CHARS, max_chars: int = MAX_CHUNK_CHARS
+    text: str, *, seed_key: str, min_chars: int = MIN_CHUNK_CHARS, max_chars: int = MAX_CHUNK_CHARS, fill: bool = False
 ) -> list[str]:
     """Consecutive pieces of the text, cut at line ends, each of a seeded length in [min_chars, max_chars].
 
-    A line that is longer than max_chars is cut at a space. Pieces below min_chars (the end of the text, the
-    rest before a long line) are left out.
+    A line that is longer than max_chars is cut at a space. Pieces below min_chars are left out: the end of the text, and what stands
+    before a line that does not fit any more. `fill`: that line is cut too, so that prose in long lines loses nothing but its end.
     """
     draw = random.Random(f"{seed_key}/cut")
     chunks, lines, size = [], [], 0
     target = draw.randint(min_chars, max_chars)
     for line in _bounded_lines(text, max_chars):
         if lines and size + len(line) + 1 > target:
+            if fill and size <= min_chars:  # size counts a line break at the end, which the piece does not have
+                spaced, least = line + " ", max(1, min_chars - size)  # the line's end will do as well
+                space = max(spaced.rfind(" ", least, target - size + 1), spaced.find(" ", least, max_chars - size + 1))
+                if space > 0:
+                    lines.append(line[:space])
+                    line = line[space:].lstrip()
             chunks.append("\n".join(lines).strip("\n"))
             lines, size, target = [], 0, draw.randint(min_chars, max_chars)
         if line.strip() or lines:

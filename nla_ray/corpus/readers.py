@@ -111,7 +111,7 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
         row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise BadRow("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also a number of more digits than Python reads
         raise BadRow("truncated or invalid JSON") from None
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")

@@ -74,7 +74,7 @@ def read_labels(path: Path, text_of_document: Mapping[str, set[str]]) -> Iterato
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise ValueError("not a JSON object in UTF-8") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object in UTF-8")
@@ -115,6 +115,6 @@ def _labels_of(row: dict[str, Any]) -> dict[str, str]:
 def _doc_id(raw: bytes) -> str:
     try:
         row = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return ""
     return str(row.get("doc_id", "")) if isinstance(row, dict) else ""
