@@ -225,7 +225,7 @@ class GRPOSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What the report is computed from: test documents only."""
+    """What the report is computed from."""
 
     split: Literal["test", "validation"] = "test"
     """`validation` makes a report of its own, to choose settings by; only the one on test documents is evidence."""

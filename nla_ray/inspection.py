@@ -85,7 +85,8 @@ def inspect_base(run: Run) -> dict[str, Any]:
 def inspect_layer(known: Tensor, unknown: Tensor, features: Tensor, held_out: Tensor, doc_ids: Sequence[str]) -> dict[str, Any]:
     """One layer: norms of the train activations [n, d_model], and the gold ceiling on validation activations [m, d_model].
 
-    `features`, `held_out`: of their labels, [n, d_model] and [m, d_model]. The ridge penalty with the best centred cosine counts.
+    `features`, `held_out`: of their labels, [n, d_model] and [m, d_model]. The ridge penalty with the best centred cosine counts: it is
+    chosen on the rows that the ceiling is told of, so the ceiling serves to choose by and is no evidence.
     The 2-way choice is by centred cosine: raw, gold labels fail it where activations differ in their distance to the mean.
     """
     norms, mean = norm(known)[:, 0], vectors.mean_direction(known)

@@ -60,7 +60,8 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:
-        """Raises ValueError, naming `source`, when the text is not a manifest of this schema or was edited."""
+        """Raises ValueError, naming `source`, when the text is not a manifest of this schema, or when its fingerprint
+        (of files, configuration and parents; not of documents, metrics and model) is not its own."""
         try:
             fields = json.loads(text)
             fingerprint = fields.pop("fingerprint")

@@ -209,7 +209,7 @@ def _cut(text: str, doc_id: str, config: CorpusConfig, *, fill: bool = False) ->
 
 
 def _choose_chunks(doc_id: str, domain: str, pieces: list[str], config: CorpusConfig) -> list[Chunk]:
-    """Up to chunks_per_document of the pieces, in seeded order; chunk_index is the place among all pieces."""
+    """Up to chunks_per_document of the pieces, in seeded order; chunk_index is the place among them."""
     draw = random.Random(seed_of(config.seed, "chunks", doc_id))
     chosen = draw.sample(range(len(pieces)), min(config.chunks_per_document, len(pieces)))
     return [
@@ -264,9 +264,6 @@ class RejectsFile:
 
 def write_shards(chunks: list[Chunk], folder: Path, shard_rows: int) -> None:
     """CHUNK_SCHEMA Parquet files of at most `shard_rows` rows; parts of an earlier try are removed first."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for old in folder.glob("part-*.parquet"):
         old.unlink()
     for shard, start in enumerate(range(0, len(chunks), shard_rows)):

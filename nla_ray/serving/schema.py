@@ -47,7 +47,7 @@ class _Message(BaseModel):
 
 
 class ErrorBody(_Message):
-    """Body of a 422 or 503 response."""
+    """Body of a 422 response."""
 
     what: str = Field(description="The field or limit concerned.")
     got: str
