@@ -8,6 +8,7 @@ a stage that is cut off anywhere goes on from its newest complete checkpoint, an
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import logging
@@ -47,6 +48,8 @@ _MAX_FAILURES = 3
 _CHECKPOINTS_KEPT = 2
 _POLL_SECONDS = 0.2
 _LINE_SECONDS = 10.0
+_TRIM_STEPS = 20
+"""Batches of many lengths leave holes in a heap that gives nothing back by itself (see `cluster.worker_environment`)."""
 _BUCKET_ELEMENTS = 2**23
 _CPU_HOUSEKEEPERS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 
@@ -299,6 +302,10 @@ class StageCallback(TrainerCallback):
             self._last_line = time.monotonic()
             logger.info("%s: step %d of %d, loss %.4f", self.title, state.global_step, state.max_steps, float(logs["loss"]))
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % _TRIM_STEPS == 0:
+            _give_back_free_memory()
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         if state.is_world_process_zero and metrics:
             figures = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items())
@@ -316,6 +323,12 @@ def follow(trainer: Trainer, checkpoints: Checkpoints, title: str) -> Trainer:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StageCallback(checkpoints, title))
     return trainer
+
+
+def _give_back_free_memory() -> None:
+    """Return the heap's free pages to the system, where the C library can."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 # Precision, threads, DeepSpeed -----------------------------------------------------------------------------------------
