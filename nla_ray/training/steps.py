@@ -183,6 +183,7 @@ class GRPOCallback(StageCallback):
         self._started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        super().on_step_end(args, state, control, **kwargs)
         seconds = self.clock.take()
         whole = time.perf_counter() - self._started
         waited = sum(seconds.get(name, 0.0) for name in ("publication", "rollout", "score", "log_prob"))
