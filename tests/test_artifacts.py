@@ -202,6 +202,24 @@ def test_a_lease_that_nobody_renews_is_taken_over() -> None:
         assert "a dead process" not in (Location.of(where) / ".lock").read_text()
 
 
+def test_a_lease_outlives_a_renewal_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    where, write, writes = f"memory://{uuid.uuid4().hex}", Location.write_text, []
+
+    def away_once(location: Location, content: str) -> None:
+        writes.append(content)
+        if len(writes) == 2:
+            raise OSError("the store is away")
+        write(location, content)
+
+    monkeypatch.setattr(artifacts, "_LEASE_SECONDS", 0.15)
+    monkeypatch.setattr(Location, "write_text", away_once)
+    with run_at(where).locked():
+        deadline = time.monotonic() + 30
+        while len(writes) < 4:
+            assert time.monotonic() < deadline, "no renewal after the one that failed"
+            time.sleep(0.02)
+
+
 # File systems that refuse ---------------------------------------------------------------------------------------------
 
 @pytest.fixture

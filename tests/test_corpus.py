@@ -204,6 +204,7 @@ BAD_LINES = [
     (b'{"text": "' + b"x" * 1_001 + b'"}', "over the length limit"),
     (b'{"body": "no text here"}', "missing field"),
     (b'{"text": "never closed', "truncated or invalid JSON"),
+    (b'{"text": "fine", "number": ' + b"1" * 5_000 + b"}", "truncated or invalid JSON"),
     (b'{"text": "a \\u0000 inside"}', "NUL bytes"),
     (b'{"text": "raw \x00 inside"}', "NUL bytes"),
     (b'{"text": "lone \\ud800 surrogate"}', "lone surrogates"),

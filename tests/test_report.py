@@ -495,7 +495,8 @@ def test_a_report_can_be_made_on_an_object_store(copied_run: Callable[..., Run],
 def test_named_descriptions_and_adapters_stand_beside_the_runs_own(copied_run: Callable[..., Run], published_run: RunConfig, tmp_path: Path) -> None:
     ids = load_activations(Run(published_run), "test").ids
     file = tmp_path / "other.jsonl"
-    file.write_text("".join(json.dumps({"activation_id": one, "description": f"- a licence {one}"}) + "\n" for one in ids[1:]))
+    rows = [{"activation_id": one, "description": f"- a licence\u2028{one}"} for one in ids[1:]]  # a line separator ends no row, a blank line is none
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n", encoding="utf-8")
     other_run = copied_run("theirs")
     run = copied_run("ours", compare=(f"other={file}", f"theirs={other_run.root.path}/grpo"))
     make_report(run.config)
@@ -506,7 +507,7 @@ def test_named_descriptions_and_adapters_stand_beside_the_runs_own(copied_run: C
     assert report["claims"]["other"]["empty"]["value"] == pytest.approx(1 / len(ids), abs=1e-6)
     assert report["notes"] == ["other: nothing is known of what it was trained on; test documents may be among it.",
                                f"other: 1 of {len(ids)} activations have no description in other.jsonl; they count as described by nothing."]
-    file.write_text(file.read_text().replace("a licence", "another licence"))
+    file.write_text(file.read_text(encoding="utf-8").replace("a licence", "another licence"), encoding="utf-8")
     with pytest.raises(ValueError, match="made with another configuration .*inputs.other"):
         evaluate(run)
 

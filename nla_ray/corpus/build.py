@@ -7,7 +7,6 @@ time; and no two chunks, nor two documents, of the result are near duplicates, s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import heapq
 import json
 import random
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nla_ray.artifacts import Run
+from nla_ray.artifacts import Location, Run
 from nla_ray.config import CorpusConfig
 from nla_ray.corpus.dedup import first_of_clusters, minhash_signatures
 from nla_ray.corpus.embedded import Source, cut_chunks, is_informative, list_sources, read_source, seeded_order
@@ -115,12 +114,9 @@ def build_corpus(run: Run) -> Manifest:
 
 
 def _source_hash(config: CorpusConfig) -> str | None:
-    """Of the user's file, where it is one and is still there: a complete corpus does not need it any more."""
+    """SHA-256 of the user's file, where it is one and is still there: a complete corpus does not need it any more."""
     path = Path(config.path).expanduser() if config.path is not None else None
-    if path is None or not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Location.of(path).record().sha256 if path is not None and path.is_file() else None
 
 
 def embedded_chunks(config: CorpusConfig) -> list[Chunk]:

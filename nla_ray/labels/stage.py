@@ -6,7 +6,6 @@ depends on the text's id and the seed alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nla_ray.artifacts import Run, Stage
+from nla_ray.artifacts import Location, Run, Stage
 from nla_ray.config import LabelConfig
 from nla_ray.corpus.build import read_shards
 from nla_ray.labels.cleaner import clean_label
@@ -167,10 +166,7 @@ def _file_hash(path: str | None) -> str | None:
     if path is None:
         return None
     place = Path(path).expanduser()
-    if not place.is_file():
-        return "missing"
-    with place.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Location.of(place).record().sha256 if place.is_file() else "missing"
 
 
 def _remember_import(stage: Stage, imported: str | None, config: LabelConfig) -> None:

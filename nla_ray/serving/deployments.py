@@ -74,8 +74,8 @@ class VerbalizerService:
         model = load_backbone(config.base)
         for name in names:
             manifest = run.require(name, name)
-            trained = manifest.config.get("grpo", {})  # SFT samples nothing while it trains
-            self._decoding[name] = (trained.get("max_new_tokens", config.grpo.max_new_tokens), trained.get("temperature", config.grpo.temperature))
+            settings = manifest.config.get("grpo", vars(config.grpo))  # SFT samples nothing while it trains
+            self._decoding[name] = settings["max_new_tokens"], settings["temperature"]
             with run.local_copy(name, manifest, "adapter") as folder:
                 self._verbalizers[name] = Verbalizer.load(config.base, folder, model=model,
                                                           neighbours=manifest.model["neighbours"])
