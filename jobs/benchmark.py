@@ -1,4 +1,5 @@
-"""Measure capture, generation and a step of GRPO side by side with plain transformers: python jobs/benchmark.py --preset nano."""
+"""Measure capture, generation and a step of GRPO side by side with plain transformers: python
+jobs/benchmark.py --preset nano."""
 
 from nla_ray.cluster import run_job
 

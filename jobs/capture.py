@@ -8,8 +8,11 @@ def body(run) -> None:
 
     manifest = capture_activations(run)
     metrics = manifest.metrics
-    print(f"{metrics['activations']} activations of {metrics['texts']} texts in {run.root / 'activations'} "
-          f"({100 * metrics['padding']:.1f} % padding; left out: {metrics['skipped'] or 'none'})")
+    print(
+        f"{metrics['activations']} activations of {metrics['texts']} texts in"
+        f" {run.root / 'activations'} ({100 * metrics['padding']:.1f} % padding; left out:"
+        f" {metrics['skipped'] or 'none'})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The corpus: texts of the embedded default, or your own with `--corpus.path`; cut, without duplicates, split."""
+"""The corpus: texts of the embedded default, or your own with `--corpus.path`; cut, without
+duplicates, split."""
 
 from nla_ray.cluster import run_job
 

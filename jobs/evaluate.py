@@ -1,4 +1,5 @@
-"""The report on test documents: figures with intervals, controls, gates. `--gate` exits non-zero on a failed gate."""
+"""The report on test documents: figures with intervals, controls, gates. `--gate` exits non-zero on
+a failed gate."""
 
 from nla_ray.cluster import run_job
 

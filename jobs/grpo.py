@@ -1,8 +1,10 @@
-"""Contrastive GRPO of the verbalizer, and before it whatever artifacts it is made from and that are missing.
+"""Contrastive GRPO of the verbalizer, and before it whatever artifacts it is made from and that are
+missing.
 
-    python jobs/grpo.py                          # preset nano, in runs/nano
-    python jobs/grpo.py --grpo.contrast none     # the ablation arm: plain cosine to the right activation
-    ray job submit --working-dir . -- python jobs/grpo.py
+python jobs/grpo.py                          # preset nano, in runs/nano
+python jobs/grpo.py --grpo.contrast none     # the ablation arm: plain cosine to the right
+                                             activation
+ray job submit --working-dir . -- python jobs/grpo.py
 """
 
 from nla_ray.cluster import run_job

@@ -1,4 +1,5 @@
-"""Look at a base model before training on it: its marker, its norms, and how well labels can tell the activations of several layers."""
+"""Look at a base model before training on it: its marker, its norms, and how well labels can tell
+the activations of several layers."""
 
 from nla_ray.cluster import run_job
 

@@ -1,7 +1,8 @@
-"""The labels: every teacher's description of every text, cleaned to bullets; or labels made elsewhere.
+"""The labels: every teacher's description of every text, cleaned to bullets; or labels made
+elsewhere.
 
-    python jobs/label.py
-    python jobs/label.py --import labels.jsonl     # rows of doc_id, text or text_hash, teacher, label
+python jobs/label.py
+python jobs/label.py --import labels.jsonl     # rows of doc_id, text or text_hash, teacher, label
 """
 
 import sys
@@ -16,5 +17,7 @@ def body(run) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = ["--label.import-path" if argument == "--import" else argument for argument in sys.argv]
+    sys.argv = [
+        "--label.import-path" if argument == "--import" else argument for argument in sys.argv
+    ]
     run_job(__doc__, body, ray=False)

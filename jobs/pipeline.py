@@ -1,4 +1,5 @@
-"""The whole system: corpus, capture, labels, reconstructors, SFT, contrastive GRPO and the report, in one command."""
+"""The whole system: corpus, capture, labels, reconstructors, SFT, contrastive GRPO and the report,
+in one command."""
 
 import json
 import time
@@ -27,13 +28,25 @@ def body(run) -> None:
     from nla_ray.models.decoder import decoder_shape
 
     info = base_info(run.config.base)
-    decoder_shape(load_model_config(run.config.base))  # what the engine cannot run is refused now, not after the capture
-    logger.info("base %s: layer %d of %d, d_model %d, marker %r",
-                info.name, info.layer, info.num_layers, info.d_model, info.marker)
+    decoder_shape(
+        load_model_config(run.config.base)
+    )  # what the engine cannot run is refused now, not after the capture
+    logger.info(
+        "base %s: layer %d of %d, d_model %d, marker %r",
+        info.name,
+        info.layer,
+        info.num_layers,
+        info.d_model,
+        info.marker,
+    )
     place = run.root / "timings.json"
     timings = json.loads(place.read_text()) if place.exists() else {}
     for number, (name, module, function) in enumerate(STAGES, 1):
-        artifact = {"sft": run.config.sft.artifact, "grpo": run.config.grpo.artifact, "report": run.config.report_artifact}.get(name, name)
+        artifact = {
+            "sft": run.config.sft.artifact,
+            "grpo": run.config.grpo.artifact,
+            "report": run.config.report_artifact,
+        }.get(name, name)
         complete, started = run.find(artifact) is not None, time.monotonic()
         logger.info("[%d/%d] %s%s", number, len(STAGES), name, ": complete" if complete else "")
         make = getattr(import_module(module), function)

@@ -1,7 +1,9 @@
-"""The small base model of preset nano, trained from the embedded corpus' train documents; about an hour on two cores.
+"""The small base model of preset nano, trained from the embedded corpus' train documents; about an
+hour on two cores.
 
-    python jobs/pretrain.py --run-dir runs/base                      # the model is then in runs/base/base
-    python jobs/pretrain.py --run-dir runs/base --pretrain.install   # and copied into the package
+python jobs/pretrain.py --run-dir runs/base                      # the model is then in
+                                                                 runs/base/base
+python jobs/pretrain.py --run-dir runs/base --pretrain.install   # and copied into the package
 """
 
 from nla_ray.cluster import run_job

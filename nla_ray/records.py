@@ -1,6 +1,8 @@
-"""Rows that cross a stage boundary, with their Arrow schemas; and the split, which is a function of the document.
+"""Rows that cross a stage boundary, with their Arrow schemas; and the split, which is a function of
+the document.
 
-Stages meet only through Parquet files of these schemas. Dimension word: d_model = width of the residual stream.
+Stages meet only through Parquet files of these schemas. Dimension word: d_model = width of the
+residual stream.
 """
 
 from __future__ import annotations
@@ -24,33 +26,45 @@ _TEXT_FIELDS = [
     pa.field("domain", pa.string(), nullable=False),
 ]
 
-CHUNK_SCHEMA = pa.schema([*_TEXT_FIELDS, pa.field("chunk_index", pa.int32(), nullable=False), pa.field("text", pa.string(), nullable=False)])
+CHUNK_SCHEMA = pa.schema(
+    [
+        *_TEXT_FIELDS,
+        pa.field("chunk_index", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
 """One text: `text_id` = `{doc_id}#{chunk_index}`; rows are sorted by text_id."""
 
-LABEL_SCHEMA = pa.schema([
-    *_TEXT_FIELDS,
-    pa.field("teacher", pa.string(), nullable=False),
-    pa.field("raw", pa.string(), nullable=False),
-    pa.field("label", pa.string(), nullable=False),
-    pa.field("drawn", pa.bool_(), nullable=False),
-])
-"""One teacher's description of one text: as written, cleaned to bullets, and whether this style was drawn for the text."""
+LABEL_SCHEMA = pa.schema(
+    [
+        *_TEXT_FIELDS,
+        pa.field("teacher", pa.string(), nullable=False),
+        pa.field("raw", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("drawn", pa.bool_(), nullable=False),
+    ]
+)
+"""One teacher's description of one text: as written, cleaned to bullets, and whether this style was
+drawn for the text."""
 
 
 def activation_schema(d_model: int) -> pa.Schema:
-    """One residual-stream vector, raw float32, never normalised; `activation_id` = `{text_id}@{layer}:{position}`.
+    """One residual-stream vector, raw float32, never normalised; `activation_id` =
+    `{text_id}@{layer}:{position}`.
 
     `position` is the 0-based index of the token in the chat-formatted prompt, `token` its id.
     """
-    return pa.schema([
-        pa.field("activation_id", pa.string(), nullable=False),
-        *_TEXT_FIELDS,
-        pa.field("text", pa.string(), nullable=False),
-        pa.field("position", pa.int32(), nullable=False),
-        pa.field("token", pa.int32(), nullable=False),
-        pa.field("layer", pa.int32(), nullable=False),
-        pa.field("activation", pa.list_(pa.float32(), d_model), nullable=False),
-    ])
+    return pa.schema(
+        [
+            pa.field("activation_id", pa.string(), nullable=False),
+            *_TEXT_FIELDS,
+            pa.field("text", pa.string(), nullable=False),
+            pa.field("position", pa.int32(), nullable=False),
+            pa.field("token", pa.int32(), nullable=False),
+            pa.field("layer", pa.int32(), nullable=False),
+            pa.field("activation", pa.list_(pa.float32(), d_model), nullable=False),
+        ]
+    )
 
 
 def activation_id(text_id: str, layer: int, position: int) -> str:
@@ -59,7 +73,8 @@ def activation_id(text_id: str, layer: int, position: int) -> str:
 
 
 def split_of(doc_id: str, test_share: float = TEST_SHARE) -> Split:
-    """The split of a document: a hash of its id alone, so that nothing derived from it can change sides.
+    """The split of a document: a hash of its id alone, so that nothing derived from it can change
+    sides.
 
     A larger test share takes in every test document of a smaller one.
     """
@@ -72,12 +87,20 @@ def split_of(doc_id: str, test_share: float = TEST_SHARE) -> Split:
 
 def document_half(doc_id: str) -> Literal["even", "odd"]:
     """Which scorer may learn from a document; independent of its split."""
-    return "even" if int(hashlib.sha256(b"half:" + doc_id.encode()).hexdigest()[:8], 16) % 2 == 0 else "odd"
+    return (
+        "even"
+        if int(hashlib.sha256(b"half:" + doc_id.encode()).hexdigest()[:8], 16) % 2 == 0
+        else "odd"
+    )
 
 
 def seed_of(seed: int, *keys: str) -> int:
-    """A 63-bit seed keyed by record, so that no result depends on sharding or on the number of workers."""
-    return int.from_bytes(hashlib.sha256(":".join((str(seed), *keys)).encode()).digest()[:8], "big") >> 1
+    """A 63-bit seed keyed by record, so that no result depends on sharding or on the number of
+    workers."""
+    return (
+        int.from_bytes(hashlib.sha256(":".join((str(seed), *keys)).encode()).digest()[:8], "big")
+        >> 1
+    )
 
 
 def text_hash(text: str) -> str:
@@ -90,7 +113,8 @@ class Rollout:
     """One sampled description with its tokens and log-probabilities.
 
     Example:
-        Rollout(row=17, token_ids=[220, 5, 9, 2], log_probs=[-0.1, -1.2, -0.3, -0.0], text="- Python test{closing tag}",
+        Rollout(row=17, token_ids=[220, 5, 9, 2], log_probs=[-0.1, -1.2, -0.3, -0.0], text="- Python
+        test{closing tag}",
                 finished=True, weight_version=12)
     """
 

@@ -1,6 +1,7 @@
 """What a run tells its user: log lines, progress of a stage, and metrics as one JSON object a line.
 
-Knows nothing of Ray or of any stage. Protects the rule that a metrics file can always be read, however its writer died.
+Knows nothing of Ray or of any stage. Protects the rule that a metrics file can always be read,
+however its writer died.
 """
 
 from __future__ import annotations
@@ -22,8 +23,19 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _ROOT = "nla_ray"
-_QUIET_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "datasets", "accelerate", "httpx",
-                    "urllib3", "botocore", "werkzeug")
+_QUIET_LIBRARIES = (
+    "ray",
+    "ray.data",
+    "ray.train",
+    "ray.serve",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "httpx",
+    "urllib3",
+    "botocore",
+    "werkzeug",
+)
 METRICS_NAME = "metrics.jsonl"
 """What a training stage wrote down step by step, inside its artifact."""
 INSPECTION_NAME = "inspection.json"
@@ -35,12 +47,14 @@ _LINE_SECONDS = 10.0
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module (`get_logger(__name__)`), silent below WARNING until `configure` or `configure_worker` ran."""
+    """The logger of a module (`get_logger(__name__)`), silent below WARNING until `configure` or
+    `configure_worker` ran."""
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
 
 
 def configure(log_path: Path | None = None) -> None:
-    """Show nla_ray's lines from INFO and libraries' from WARNING on stderr; with `log_path`, all in that file too.
+    """Show nla_ray's lines from INFO and libraries' from WARNING on stderr; with `log_path`, all in
+    that file too.
 
     A file that cannot be written is left out: the run itself will say why.
     """
@@ -58,7 +72,8 @@ def configure(log_path: Path | None = None) -> None:
 
 
 def configure_worker() -> None:
-    """The same in a Ray worker, whose lines Ray carries to the driver: message only, libraries from ERROR.
+    """The same in a Ray worker, whose lines Ray carries to the driver: message only, libraries from
+    ERROR.
 
     Ray runs it in every worker process of a job, before any task (`worker_process_setup_hook`).
     """
@@ -80,7 +95,9 @@ def _install(handlers: list[logging.Handler]) -> None:
     logger.propagate = False
     for name in _QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its own level when it is imported; a filter stays
+    logging.getLogger("DeepSpeed").addFilter(
+        _is_error
+    )  # it sets its own level when it is imported; a filter stays
 
 
 def _is_error(record: logging.LogRecord) -> bool:
@@ -92,7 +109,9 @@ def _terminal_handler() -> logging.Handler:
     if console is not None:
         from rich.logging import RichHandler
 
-        handler: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+        handler: logging.Handler = RichHandler(
+            console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
+        )
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -100,14 +119,15 @@ def _terminal_handler() -> logging.Handler:
     return handler
 
 
-# The terminal -----------------------------------------------------------------------------------------------------------
+# The terminal -------------------------------------------------------------------------------------
 
 _displays: list[Live | Progress] = []
 """What is drawn on the terminal now."""
 
 
 def terminal() -> Console | None:
-    """The console on stderr, one for all: a line that another console wrote would go through what is drawn. None without a terminal."""
+    """The console on stderr, one for all: a line that another console wrote would go through what
+    is drawn. None without a terminal."""
     return _stderr_console() if sys.stderr.isatty() else None
 
 
@@ -135,7 +155,8 @@ def release_terminal() -> None:
         display.stop()
 
 
-# Progress ---------------------------------------------------------------------------------------------------------------
+# Progress -----------------------------------------------------------------------------------------
+
 
 @contextmanager
 def stage_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
@@ -153,9 +174,17 @@ def stage_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
 def _bar(title: str, total: int, console: Console) -> Iterator[Callable[..., None]]:
     from rich import progress as bars
 
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(),
-               bars.TimeElapsedColumn(), bars.TimeRemainingColumn(), bars.TextColumn("{task.fields[note]}"))
-    progress = bars.Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[note]}"),
+    )
+    progress = bars.Progress(
+        *columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()
+    )
     with drawn(progress):
         task = progress.add_task(title, total=total, note="")
         yield lambda count=1, note="": progress.update(task, advance=count, note=note)
@@ -178,7 +207,8 @@ def _lines(title: str, total: int) -> Iterator[Callable[..., None]]:
     logger.info("%s: %d of %d in %.1f s", title, done, total, time.monotonic() - started)
 
 
-# Metrics ----------------------------------------------------------------------------------------------------------------
+# Metrics ------------------------------------------------------------------------------------------
+
 
 class MetricsLog:
     """A file of metrics, one JSON object a line, that its writer may be killed on.
@@ -206,18 +236,23 @@ class MetricsLog:
         """Every whole line, oldest first. Raises ValueError for a damaged one."""
         if not self.path.exists():
             return []
-        *lines, _torn = self.path.read_text().split("\n")  # what no line break ends is not there yet: the next append cuts it off
+        *lines, _torn = self.path.read_text().split(
+            "\n"
+        )  # what no line break ends is not there yet: the next append cuts it off
         records = []
         for number, line in enumerate(lines, 1):
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
-                raise ValueError(f"{self.path}, line {number}: got {line[:40]!r}, expected one JSON object a line. "
-                                 "The file is damaged; delete it, or the artifact it belongs to.") from None
+                raise ValueError(
+                    f"{self.path}, line {number}: got {line[:40]!r}, expected one JSON object a"
+                    " line. The file is damaged; delete it, or the artifact it belongs to."
+                ) from None
         return records
 
     def rewind(self, key: str, last: float) -> None:
-        """Drop the records whose `key` is above `last`: a run that resumes from step `last` writes them again.
+        """Drop the records whose `key` is above `last`: a run that resumes from step `last` writes
+        them again.
 
         Records without the key stay.
         """

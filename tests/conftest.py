@@ -1,4 +1,5 @@
-"""Fixtures that several test files share: one embedded Ray for the session, the tiny base, and a small corpus."""
+"""Fixtures that several test files share: one embedded Ray for the session, the tiny base, and a
+small corpus."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ TEXTS = (
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The lines that nla_ray logs during a test, from INFO, whatever earlier tests did to its loggers."""
+    """The lines that nla_ray logs during a test, from INFO, whatever earlier tests did to its
+    loggers."""
     lines: list[str] = []
     logger, handler = logging.getLogger("nla_ray"), logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -64,7 +66,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
 
 @pytest.fixture
 def tiny_run(tiny_base: BaseConfig, tmp_path: Path) -> Callable[..., Run]:
-    """Makes runs in the test's own folder on the tiny base: `tiny_run("name", capture=CaptureConfig(...))`."""
+    """Makes runs in the test's own folder on the tiny base: `tiny_run("name",
+    capture=CaptureConfig(...))`."""
+
     def make(name: str = "run", run_dir: str | None = None, **sections: object) -> Run:
         sections.setdefault("base", tiny_base)
         sections.setdefault("compute", ComputeConfig(threads=1, capture_cpus=0.5))
@@ -74,21 +78,31 @@ def tiny_run(tiny_base: BaseConfig, tmp_path: Path) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def published_run(ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run on the tiny base with every artifact up to `grpo`; tests that change it copy it first."""
+def published_run(
+    ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pytest.TempPathFactory
+) -> RunConfig:
+    """A run on the tiny base with every artifact up to `grpo`; tests that change it copy it
+    first."""
     from tiny_artifacts import make_artifacts
 
     compute = ComputeConfig(threads=1, capture_cpus=0.5, rollout_cpus=0.5, serve_cpus=0.1)
-    config = dataclasses.replace(nano(), run_dir=str(tmp_path_factory.mktemp("published")), base=tiny_base, compute=compute,
-                                 grpo=GRPOSettings(max_new_tokens=8),
-                                 evaluation=EvaluationConfig(min_documents=10, bootstrap_resamples=200))
+    config = dataclasses.replace(
+        nano(),
+        run_dir=str(tmp_path_factory.mktemp("published")),
+        base=tiny_base,
+        compute=compute,
+        grpo=GRPOSettings(max_new_tokens=8),
+        evaluation=EvaluationConfig(min_documents=10, bootstrap_resamples=200),
+    )
     make_artifacts(Run(config))
     return config
 
 
 @pytest.fixture
 def publish_corpus() -> Callable[..., Manifest]:
-    """Publishes a corpus artifact by hand: `publish_corpus(run, shards=[["text", ...], ...])`; two chunks a document."""
+    """Publishes a corpus artifact by hand: `publish_corpus(run, shards=[["text", ...], ...])`; two
+    chunks a document."""
+
     def publish(run: Run, shards: Sequence[Sequence[str]] = (TEXTS, TEXTS[::-1])) -> Manifest:
         stage = run.stage("corpus", "corpus")
         for number, texts in enumerate(shards):
@@ -105,14 +119,23 @@ def corpus_table(shard: int, texts: Sequence[str]) -> pa.Table:
     rows = []
     for index, text in enumerate(texts):
         doc_id = f"doc-{shard:03}-{index // 2:04}"
-        rows.append({"text_id": f"{doc_id}#{index % 2}", "doc_id": doc_id, "split": split_of(doc_id), "domain": "prose",
-                     "chunk_index": index % 2, "text": text})
+        rows.append(
+            {
+                "text_id": f"{doc_id}#{index % 2}",
+                "doc_id": doc_id,
+                "split": split_of(doc_id),
+                "domain": "prose",
+                "chunk_index": index % 2,
+                "text": text,
+            }
+        )
     return pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA)
 
 
 @pytest.fixture(scope="session")
 def s3_uri() -> Iterator[Callable[[str], str]]:
-    """Run directories on a local S3 server: `s3_uri("name")` -> `s3://key:secret@bucket/name?...`."""
+    """Run directories on a local S3 server: `s3_uri("name")` ->
+    `s3://key:secret@bucket/name?...`."""
     import socket
 
     import boto3
@@ -123,7 +146,16 @@ def s3_uri() -> Iterator[Callable[[str], str]]:
         port = probe.getsockname()[1]
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
-    boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1", aws_access_key_id="test",
-                 aws_secret_access_key="test").create_bucket(Bucket="runs")
-    yield lambda name: f"s3://test:test@runs/{name}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+    ).create_bucket(Bucket="runs")
+    yield (
+        lambda name: (
+            f"s3://test:test@runs/{name}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        )
+    )
     server.stop()

@@ -1,5 +1,6 @@
-"""A run in which everything GRPO is made from lies ready, published by hand in about two seconds: random activations of
-random documents, an SFT adapter and two scorers with random weights, all over the tiny base."""
+"""A run in which everything GRPO is made from lies ready, published by hand in about two seconds:
+random activations of random documents, an SFT adapter and two scorers with random weights, all over
+the tiny base."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ import torch
 
 from nla_ray import vectors
 from nla_ray.artifacts import Run
-from nla_ray.config import BaseConfig, ComputeConfig, GRPOSettings, LoraSettings, ReconstructorConfig, RunConfig, SFTConfig
+from nla_ray.config import (
+    BaseConfig,
+    ComputeConfig,
+    GRPOSettings,
+    LoraSettings,
+    ReconstructorConfig,
+    RunConfig,
+    SFTConfig,
+)
 from nla_ray.manifest import Manifest
 from nla_ray.models.adapters import add_lora, save_adapter
 from nla_ray.models.backbone import base_info, load_backbone
@@ -22,18 +31,45 @@ from nla_ray.presets import nano
 from nla_ray.records import Split, activation_id, activation_schema, split_of
 
 LORA = LoraSettings(rank=4, alpha=8)
-SETTINGS = GRPOSettings(steps=4, prompts_per_step=2, group_size=4, micro_batch_size=4, num_wrong=3, max_new_tokens=8, soft_max_tokens=6,
-                        learning_rate=1e-2, beta=0.05, save_steps=2, monitor_steps=2, monitor_activations=12)
+SETTINGS = GRPOSettings(
+    steps=4,
+    prompts_per_step=2,
+    group_size=4,
+    micro_batch_size=4,
+    num_wrong=3,
+    max_new_tokens=8,
+    soft_max_tokens=6,
+    learning_rate=1e-2,
+    beta=0.05,
+    save_steps=2,
+    monitor_steps=2,
+    monitor_activations=12,
+)
 TEXT = "def read(path):\n    with open(path) as file:\n        assert file.rows == 3\n"
 
 
-def grpo_config(base: BaseConfig, run_dir: Path | str, *, zero_stage: int = 0, trainer_workers: int = 1, **settings: object) -> RunConfig:
+def grpo_config(
+    base: BaseConfig,
+    run_dir: Path | str,
+    *,
+    zero_stage: int = 0,
+    trainer_workers: int = 1,
+    **settings: object,
+) -> RunConfig:
     """Four steps of eight rollouts, a checkpoint and a reading after the second and the fourth."""
     scorer = ReconstructorConfig(lora=LORA, document_half="even", max_tokens=24, batch_size=8)
     return dataclasses.replace(
-        nano(), run_dir=str(run_dir), base=base, sft=SFTConfig(lora=LORA), grpo=dataclasses.replace(SETTINGS, **settings),
-        reward_scorer=scorer, judge_scorer=dataclasses.replace(scorer, document_half="odd"),
-        compute=ComputeConfig(threads=1, trainer_cpus=0.5, zero_stage=zero_stage, trainer_workers=trainer_workers))
+        nano(),
+        run_dir=str(run_dir),
+        base=base,
+        sft=SFTConfig(lora=LORA),
+        grpo=dataclasses.replace(SETTINGS, **settings),
+        reward_scorer=scorer,
+        judge_scorer=dataclasses.replace(scorer, document_half="odd"),
+        compute=ComputeConfig(
+            threads=1, trainer_cpus=0.5, zero_stage=zero_stage, trainer_workers=trainer_workers
+        ),
+    )
 
 
 def prepare_run(config: RunConfig) -> Run:
@@ -41,7 +77,10 @@ def prepare_run(config: RunConfig) -> Run:
     run = Run(config)
     corpus = run.stage("corpus", "corpus").publish()
     activations = _publish_activations(run, corpus)
-    parents = {"activations": activations, "labels": run.stage("labels", "label", parents={"corpus": corpus}).publish()}
+    parents = {
+        "activations": activations,
+        "labels": run.stage("labels", "label", parents={"corpus": corpus}).publish(),
+    }
     _publish_sft(run, parents)
     for seed, name in enumerate(("reward_scorer", "judge_scorer")):
         _publish_scorer(run, name, parents, seed)
@@ -65,13 +104,27 @@ def _publish_activations(run: Run, corpus: Manifest) -> Manifest:
             for text_id in (f"{doc_id}#0", f"{doc_id}#1"):
                 vector = mean + torch.randn(info.d_model, generator=generator)
                 train += [vector] if split == "train" else []
-                rows.append({"activation_id": activation_id(text_id, info.layer, 9), "text_id": text_id, "doc_id": doc_id,
-                             "split": split, "domain": "prose", "text": TEXT, "position": 9, "token": 1, "layer": info.layer,
-                             "activation": vector.tolist()})
+                rows.append(
+                    {
+                        "activation_id": activation_id(text_id, info.layer, 9),
+                        "text_id": text_id,
+                        "doc_id": doc_id,
+                        "split": split,
+                        "domain": "prose",
+                        "text": TEXT,
+                        "position": 9,
+                        "token": 1,
+                        "layer": info.layer,
+                        "activation": vector.tolist(),
+                    }
+                )
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=activation_schema(info.d_model)), sink)
     (stage.location / "part-00000.parquet").write_bytes(sink.getvalue().to_pybytes())
-    stats = {"mean_direction": vectors.mean_direction(torch.stack(train)).tolist(), "count": len(train)}
+    stats = {
+        "mean_direction": vectors.mean_direction(torch.stack(train)).tolist(),
+        "count": len(train),
+    }
     (stage.location / "stats.json").write_text(json.dumps({"layers": {str(info.layer): stats}}))
     return stage.publish(documents={"train": documents("train", 12)}, model=info.to_dict())
 
@@ -90,7 +143,9 @@ def _publish_sft(run: Run, parents: dict[str, Manifest]) -> Manifest:
     stage = run.stage("sft", "base", "sft", parents=parents)
     with stage.local_folder() as folder:
         save_adapter(random_adapter(run.config.base), folder / "adapter")
-    return stage.publish(documents={"train": documents("train", 12)}, model=base_info(run.config.base).to_dict())
+    return stage.publish(
+        documents={"train": documents("train", 12)}, model=base_info(run.config.base).to_dict()
+    )
 
 
 def _publish_scorer(run: Run, name: str, parents: dict[str, Manifest], seed: int) -> Manifest:
@@ -99,7 +154,12 @@ def _publish_scorer(run: Run, name: str, parents: dict[str, Manifest], seed: int
     mean = torch.tensor(stats["layers"][str(run.config.base.layer)]["mean_direction"])
     reconstructor = Reconstructor.build(run.config.base, LORA, mean, max_tokens=24, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    reconstructor.head.weight.data = 0.02 * torch.randn(reconstructor.head.weight.shape, generator=generator)
+    reconstructor.head.weight.data = 0.02 * torch.randn(
+        reconstructor.head.weight.shape, generator=generator
+    )
     with stage.local_folder() as folder:
         reconstructor.save(folder)
-    return stage.publish(documents={"train": documents("train", 12)[seed::2]}, model=base_info(run.config.base).to_dict())
+    return stage.publish(
+        documents={"train": documents("train", 12)[seed::2]},
+        model=base_info(run.config.base).to_dict(),
+    )

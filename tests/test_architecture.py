@@ -1,4 +1,5 @@
-"""The house rules, checked on the sources: import order, one home per concept, a README that names what exists."""
+"""The house rules, checked on the sources: import order, one home per concept, a README that names
+what exists."""
 
 import ast
 import re
@@ -8,15 +9,48 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nla_ray"
-CONTRACTS = ("config", "presets", "records", "vectors", "prompts", "injection", "manifest", "artifacts", "runlog", "plan", "cluster")
-ORDER = ("contracts", "models", "corpus", "activations", "labels", "training", "evaluation", "inspection", "serving", "benchmark")
-PURE_EVALUATION = {"nla_ray.evaluation.metrics", "nla_ray.evaluation.claims", "nla_ray.evaluation.bootstrap"}
+CONTRACTS = (
+    "config",
+    "presets",
+    "records",
+    "vectors",
+    "prompts",
+    "injection",
+    "manifest",
+    "artifacts",
+    "runlog",
+    "plan",
+    "cluster",
+)
+ORDER = (
+    "contracts",
+    "models",
+    "corpus",
+    "activations",
+    "labels",
+    "training",
+    "evaluation",
+    "inspection",
+    "serving",
+    "benchmark",
+)
+PURE_EVALUATION = {
+    "nla_ray.evaluation.metrics",
+    "nla_ray.evaluation.claims",
+    "nla_ray.evaluation.bootstrap",
+}
 HOMES = {
     "the connection to Ray": (r"\bray\.init\(", {"cluster.py"}),
     "adapters (peft)": (r"^\s*(import peft|from peft)\b", {"models/adapters.py"}),
     "GRPO from TRL": (r"\bGRPO(Trainer|Config)\b", {"training/grpo.py", "benchmark.py"}),
     "SFT from TRL": (r"\bSFT(Trainer)\b", {"training/sft.py"}),
-    "normalisation of vectors": (r"F\.normalize|functional\.normalize|cosine_similarity\(|linalg\.(vector_)?norm\(|[^n]\.norm\(|\bdef norm\(", {"vectors.py"}),
+    "normalisation of vectors": (
+        (
+            r"F\.normalize|functional\.normalize|cosine_similarity\(|linalg\.(vector_)?norm\(|[^n]\.norm\(|\bdef"
+            r" norm\("
+        ),
+        {"vectors.py"},
+    ),
     "the description tags": (r"</?description>", {"prompts.py"}),
     "the marker character": ("\\\\u320e|\u320e", {"config.py"}),
     "the split of a document": (r"share < train_share", {"records.py"}),
@@ -47,28 +81,49 @@ def imported_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_no_module_imports_what_stands_to_its_right(name: str) -> None:
-    own = "nla_ray." + name.removesuffix(".py").replace("/", ".").removesuffix("__init__").rstrip(".")
+    own = "nla_ray." + name.removesuffix(".py").replace("/", ".").removesuffix("__init__").rstrip(
+        "."
+    )
     rank = ORDER.index(room(own))
     for imported in imported_modules(modules()[name]):
-        if room(own) == "training" and any(imported == pure or imported.startswith(pure + ".") for pure in PURE_EVALUATION):
+        if room(own) == "training" and any(
+            imported == pure or imported.startswith(pure + ".") for pure in PURE_EVALUATION
+        ):
             continue
         if room(own) == "training" and imported == "nla_ray.evaluation":
             continue
         assert ORDER.index(room(imported)) <= rank, f"{own} imports {imported}"
-        assert not (room(own) == "serving" and room(imported) == "training"), f"{own} imports {imported}: serving never imports training"
+        assert not (room(own) == "serving" and room(imported) == "training"), (
+            f"{own} imports {imported}: serving never imports training"
+        )
 
 
 @pytest.mark.parametrize("concept", HOMES)
 def test_every_concept_has_one_home(concept: str) -> None:
     pattern, homes = HOMES[concept]
-    found = {name for name, path in modules().items() if re.search(pattern, path.read_text(), re.MULTILINE)}
+    found = {
+        name
+        for name, path in modules().items()
+        if re.search(pattern, path.read_text(), re.MULTILINE)
+    }
     assert found, f"nothing matches {pattern}: the rule checks nothing"
     assert found <= homes, f"{concept} also in {sorted(found - homes)}"
 
 
 def test_only_the_training_loop_imports_deepspeed() -> None:
-    found = {name for name, path in modules().items() if re.search(r"^\s*(import deepspeed|from deepspeed)|deepspeed\s*=", path.read_text(), re.MULTILINE)}
-    assert found <= {"training/loop.py", "training/sft.py", "training/reconstruction.py", "training/grpo.py"}
+    found = {
+        name
+        for name, path in modules().items()
+        if re.search(
+            r"^\s*(import deepspeed|from deepspeed)|deepspeed\s*=", path.read_text(), re.MULTILINE
+        )
+    }
+    assert found <= {
+        "training/loop.py",
+        "training/sft.py",
+        "training/reconstruction.py",
+        "training/grpo.py",
+    }
     stages = {name for name, path in modules().items() if '"zero_optimization"' in path.read_text()}
     assert stages == {"training/loop.py"}
 
@@ -77,19 +132,36 @@ def test_the_configuration_layer_is_light() -> None:
     import subprocess
     import sys
 
-    code = ("import sys, nla_ray, nla_ray.config, nla_ray.presets, nla_ray.records; "
-            "print(sorted({'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules)))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, nla_ray, nla_ray.config, nla_ray.presets, nla_ray.records; "
+        "print(sorted({'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_top_level_is_what_the_architecture_fixes() -> None:
     import subprocess
 
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout: the top level cannot be told from build output")
     top = {path.split("/")[0] for path in tracked}
-    assert {name for name in top if not name.startswith(".")} <= {"pyproject.toml", "README.md", "cluster.yaml", "nla_ray", "jobs", "tests", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} <= {
+        "pyproject.toml",
+        "README.md",
+        "cluster.yaml",
+        "nla_ray",
+        "jobs",
+        "tests",
+        "LICENSE",
+    }
 
 
 def readme() -> str:
@@ -119,8 +191,12 @@ def test_every_override_in_a_readme_command_is_a_field_of_the_configuration() ->
 
 def test_the_file_map_of_the_readme_is_the_tree() -> None:
     mapped = set(re.findall(r"^\| `((?:nla_ray|jobs)/[\w/]+\.py)`", readme(), re.MULTILINE))
-    existing = {path.relative_to(ROOT).as_posix() for folder in ("nla_ray", "jobs") for path in (ROOT / folder).rglob("*.py")
-                if path.name != "__init__.py"}
+    existing = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("nla_ray", "jobs")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
     assert mapped == existing
 
 

@@ -1,4 +1,5 @@
-"""Artifacts: the same on every file system; complete, resumed, damaged, mismatched, locked; and what their lineage proves."""
+"""Artifacts: the same on every file system; complete, resumed, damaged, mismatched, locked; and
+what their lineage proves."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def where(request, tmp_path: Path) -> str:
     return request.getfixturevalue("s3_uri")(uuid.uuid4().hex)
 
 
-# Publishing -----------------------------------------------------------------------------------------------------------
+# Publishing ---------------------------------------------------------------------------------------
+
 
 def test_an_artifact_is_complete_when_its_manifest_is_there(where: str) -> None:
     run = run_at(where)
@@ -52,7 +54,8 @@ def test_an_artifact_is_complete_when_its_manifest_is_there(where: str) -> None:
     manifest = stage.publish(documents={"train": ["b", "a", "b"]}, metrics={"rows": 4})
     assert set(manifest.files) == {"part-00000.parquet", "deep/notes.txt"}
     assert manifest.files["deep/notes.txt"] == FileRecord(
-        size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824")
+        size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    )
     assert manifest.documents == {"train": ["a", "b"]}
     assert not (stage.location / "scratch" / "checkpoint").exists()
     again = run_at(where)
@@ -78,11 +81,19 @@ def test_an_interrupted_stage_is_continued_with_the_files_it_has(where: str) -> 
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_another_configuration_on_the_same_directory_is_an_error_that_names_the_field(where: str, published: bool) -> None:
+def test_another_configuration_on_the_same_directory_is_an_error_that_names_the_field(
+    where: str, published: bool
+) -> None:
     stage = run_at(where).stage("corpus", "corpus")
     if published:
         stage.publish()
-    with pytest.raises(ValueError, match=r"artifact 'corpus' .*corpus.chunk_chars: there 420, here 99.*Repeat the flags it was made with, use another --run-dir"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"artifact 'corpus' .*corpus.chunk_chars: there 420, here 99.*Repeat the flags it was"
+            r" made with, use another --run-dir"
+        ),
+    ):
         run_at(where, corpus={"chunk_chars": 99}).stage("corpus", "corpus")
     run_at(where, sft={"epochs": 9}).stage("corpus", "corpus")  # a section that does not shape it
 
@@ -93,12 +104,16 @@ def test_another_parent_is_an_error_that_names_it(where: str) -> None:
     run.stage("labels", "label", parents={"corpus": corpus}).publish()
     other = dataclasses.replace(corpus, files={"new": FileRecord(size=1, sha256="00")})
     assert other.fingerprint != corpus.fingerprint
-    with pytest.raises(ValueError, match=f"parent corpus: there {corpus.fingerprint}, here {other.fingerprint}"):
+    with pytest.raises(
+        ValueError, match=f"parent corpus: there {corpus.fingerprint}, here {other.fingerprint}"
+    ):
         run.stage("labels", "label", parents={"corpus": other})
 
 
 def test_a_missing_artifact_is_an_error_that_names_the_job(where: str) -> None:
-    with pytest.raises(ValueError, match=r"artifact 'corpus': got none .*python jobs/corpus.py --preset nano"):
+    with pytest.raises(
+        ValueError, match=r"artifact 'corpus': got none .*python jobs/corpus.py --preset nano"
+    ):
         run_at(where).require("corpus", "corpus")
 
 
@@ -114,7 +129,9 @@ def test_files_written_into_the_local_folder_land_in_the_artifact(where: str) ->
         assert (folder / "config.json").read_text() == "{}"
 
 
-def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(artifacts, "_COPY_SECONDS", 0.05)
     stage = run_at(where).stage("sft", "sft")
     with pytest.raises(RuntimeError, match="cut off"):
@@ -122,7 +139,9 @@ def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(whe
             (folder / "half.tmp").write_text("on its way")
             (folder / "first").write_text("1")
             deadline = time.monotonic() + 30
-            while not (stage.location / "first").exists():  # there while the work goes on: a kill would leave it
+            while not (
+                stage.location / "first"
+            ).exists():  # there while the work goes on: a kill would leave it
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             (folder / "second").write_text("2")
@@ -131,7 +150,8 @@ def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(whe
         assert [(folder / name).read_text() for name in ("first", "second")] == ["1", "2"]
 
 
-# Damage ---------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_a_damaged_file_is_one_message_that_names_it(where: str, damage: str) -> None:
@@ -144,7 +164,9 @@ def test_a_damaged_file_is_one_message_that_names_it(where: str, damage: str) ->
         file.delete()
     else:
         file.write_bytes(b"fouR" if damage == "changed" else b"fo")
-    with pytest.raises(ValueError, match=r"part-00000.parquet: got .*expected 4 bytes.*The file is damaged; delete"):
+    with pytest.raises(
+        ValueError, match=r"part-00000.parquet: got .*expected 4 bytes.*The file is damaged; delete"
+    ):
         run.verified("corpus", manifest, "part-00000.parquet")
 
 
@@ -159,7 +181,16 @@ def test_an_edited_manifest_is_refused(where: str) -> None:
         run.find("corpus")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": "x", "files": {}}', '{"fingerprint": "x", "files": {"a": {}}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"fingerprint": "x", "files": {}}',
+        '{"fingerprint": "x", "files": {"a": {}}}',
+    ],
+)
 def test_what_is_no_manifest_is_refused(content: str) -> None:
     with pytest.raises(ValueError, match=r"here.json: not a manifest of schema 1"):
         Manifest.from_json(content, "here.json")
@@ -173,24 +204,42 @@ def test_a_reader_never_sees_a_part_of_a_file(tmp_path: Path) -> None:
     assert location.read_text() == "old"
 
 
-# Locks ----------------------------------------------------------------------------------------------------------------
+# Locks --------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ["local", "memory", "s3"])
 def test_two_runs_on_one_directory_are_refused(kind: str, tmp_path: Path, request) -> None:
-    where = {"local": lambda: str(tmp_path), "memory": lambda: f"memory://{uuid.uuid4().hex}",
-             "s3": lambda: request.getfixturevalue("s3_uri")(uuid.uuid4().hex)}[kind]()
+    where = {
+        "local": lambda: str(tmp_path),
+        "memory": lambda: f"memory://{uuid.uuid4().hex}",
+        "s3": lambda: request.getfixturevalue("s3_uri")(uuid.uuid4().hex),
+    }[kind]()
     with run_at(where).locked():
-        with pytest.raises(ValueError, match=f"got a lock held by process {os.getpid()} on .*expected a free one"), run_at(where).locked():
+        with (
+            pytest.raises(
+                ValueError,
+                match=f"got a lock held by process {os.getpid()} on .*expected a free one",
+            ),
+            run_at(where).locked(),
+        ):
             pass
     with run_at(where).locked():
         pass
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    code = ("import os, sys, dataclasses\nfrom nla_ray.artifacts import Run\nfrom nla_ray.presets import nano\n"
-            f"with Run(dataclasses.replace(nano(), run_dir={str(tmp_path)!r})).locked():\n    os.kill(os.getpid(), 9)")
+    code = (
+        "import os, sys, dataclasses\nfrom nla_ray.artifacts import Run\nfrom nla_ray.presets"
+        " import nano\nwith Run(dataclasses.replace(nano(),"
+        f" run_dir={str(tmp_path)!r})).locked():\n    os.kill(os.getpid(), 9)"
+    )
     root = Path(__file__).resolve().parent.parent
-    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}).returncode == -9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}
+        ).returncode
+        == -9
+    )
     with run_at(tmp_path).locked():
         pass
 
@@ -220,14 +269,19 @@ def test_a_lease_outlives_a_renewal_that_fails(monkeypatch: pytest.MonkeyPatch) 
             time.sleep(0.02)
 
 
-# File systems that refuse ---------------------------------------------------------------------------------------------
+# File systems that refuse -------------------------------------------------------------------------
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     """A file system of 256 kB, and a function that makes it read-only."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode != 0:
         pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
     try:
@@ -243,8 +297,13 @@ def test_a_full_disk_is_one_message_and_damages_nothing(small_disk) -> None:
     with pytest.raises(OSError) as caught:
         (stage.location / "part-00001.parquet").write_bytes(b"b" * 500_000)
     assert caught.value.errno == errno.ENOSPC
-    assert "no space left on device" in user_message(caught.value) and "make room" in user_message(caught.value)
-    assert stage.location.list_files() == ["part-00000.parquet", "started.json"], "no half-written file is left"
+    assert "no space left on device" in user_message(caught.value) and "make room" in user_message(
+        caught.value
+    )
+    assert stage.location.list_files() == [
+        "part-00000.parquet",
+        "started.json",
+    ], "no half-written file is left"
     (stage.location / "part-00001.parquet").write_bytes(b"b" * 5_000)
     assert len(run_at(folder).stage("corpus", "corpus").publish().files) == 2
 
@@ -253,40 +312,74 @@ def test_a_read_only_run_directory_is_one_message(small_disk) -> None:
     folder, make_read_only = small_disk
     run_at(folder).stage("corpus", "corpus").publish()
     make_read_only()
-    with pytest.raises(ValueError, match=r"got Read-only file system, expected a folder that can be written.*--run-dir"):
+    with pytest.raises(
+        ValueError,
+        match=r"got Read-only file system, expected a folder that can be written.*--run-dir",
+    ):
         with run_at(folder).locked():
             pass
     assert run_at(folder).stage("corpus", "corpus").complete, "what is complete can still be read"
 
 
 def test_a_scheme_that_no_file_system_speaks_is_one_message() -> None:
-    with pytest.raises(ValueError, match=r"run directory: got 'nowhere://x', expected a local path or a URI"):
+    with pytest.raises(
+        ValueError, match=r"run directory: got 'nowhere://x', expected a local path or a URI"
+    ):
         run_at("nowhere://x")
 
 
-# Lineage --------------------------------------------------------------------------------------------------------------
+# Lineage ------------------------------------------------------------------------------------------
+
 
 def learned_from(name: str, *train: str, validation: tuple[str, ...] = ()) -> Manifest:
-    return Manifest(name=name, config={}, config_hash="0", documents={"train": list(train), "validation": list(validation)})
+    return Manifest(
+        name=name,
+        config={},
+        config_hash="0",
+        documents={"train": list(train), "validation": list(validation)},
+    )
 
 
 def test_a_report_on_documents_nobody_learned_from_passes() -> None:
-    check_lineage(["t1", "t2"], {"sft": learned_from("sft", "a", "b"), "grpo": learned_from("grpo", "a", validation=("v",))})
+    check_lineage(
+        ["t1", "t2"],
+        {
+            "sft": learned_from("sft", "a", "b"),
+            "grpo": learned_from("grpo", "a", validation=("v",)),
+        },
+    )
 
 
-@pytest.mark.parametrize(("use", "ancestor"), [("train", learned_from("sft", "a", "t1")), ("validation", learned_from("sft", "a", validation=("t1",)))])
-def test_a_test_document_that_an_ancestor_learned_from_or_was_chosen_on_is_an_error(use: str, ancestor: Manifest) -> None:
-    with pytest.raises(ValueError, match=rf"lineage: 1 documents of the report were in the {use} documents of sft: \['t1'\], expected none"):
+@pytest.mark.parametrize(
+    ("use", "ancestor"),
+    [
+        ("train", learned_from("sft", "a", "t1")),
+        ("validation", learned_from("sft", "a", validation=("t1",))),
+    ],
+)
+def test_a_test_document_that_an_ancestor_learned_from_or_was_chosen_on_is_an_error(
+    use: str, ancestor: Manifest
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"lineage: 1 documents of the report were in the {use} documents of sft: \['t1'\],"
+            r" expected none"
+        ),
+    ):
         check_lineage(["t1", "t2"], {"sft": ancestor})
 
 
 def test_two_scorers_with_a_common_train_document_are_an_error() -> None:
     check_disjoint(learned_from("reward_scorer", "a"), learned_from("judge_scorer", "b"))
-    with pytest.raises(ValueError, match=r"reward_scorer and judge_scorer share 1 train documents: \['b'\]"):
+    with pytest.raises(
+        ValueError, match=r"reward_scorer and judge_scorer share 1 train documents: \['b'\]"
+    ):
         check_disjoint(learned_from("reward_scorer", "a", "b"), learned_from("judge_scorer", "b"))
 
 
-# Metrics and progress -------------------------------------------------------------------------------------------------
+# Metrics and progress -----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2, "loss": 2.4}'])
 def test_a_metrics_log_survives_a_torn_last_line(torn: str, tmp_path: Path) -> None:

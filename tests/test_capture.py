@@ -1,4 +1,5 @@
-"""Capture: which positions, which layer, which rows; and that neither batches, actors, shards nor crashes change them."""
+"""Capture: which positions, which layer, which rows; and that neither batches, actors, shards nor
+crashes change them."""
 
 from __future__ import annotations
 
@@ -21,8 +22,20 @@ import torch
 from conftest import TEXTS, corpus_table
 
 from nla_ray.activations import (
-    ActivationReader, Capture, EncodedText, ShardRecord, Skipped, TextEncoder, capture_activations, check_base, load_activations,
-    load_stats, padded_tokens, plan_batches, read_texts, write_shard,
+    ActivationReader,
+    Capture,
+    EncodedText,
+    ShardRecord,
+    Skipped,
+    TextEncoder,
+    capture_activations,
+    check_base,
+    load_activations,
+    load_stats,
+    padded_tokens,
+    plan_batches,
+    read_texts,
+    write_shard,
 )
 from nla_ray.artifacts import Location
 from nla_ray.cluster import user_message
@@ -44,12 +57,16 @@ def encode_all(tokenizer, base, positions: str = "last", texts=TEXTS) -> list[En
     return [encoder.encode(f"t{index}", text) for index, text in enumerate(texts)]
 
 
-# Positions ------------------------------------------------------------------------------------------------------------
+# Positions ----------------------------------------------------------------------------------------
+
 
 def test_the_last_position_is_the_end_of_the_generation_prompt(tokenizer, tiny_base) -> None:
     [encoded] = encode_all(tokenizer, tiny_base, texts=["hello"])
     assert encoded.positions == [len(encoded.ids) - 1]
-    assert tokenizer.decode(encoded.ids) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(encoded.ids)
+        == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_random_positions_are_tokens_of_the_text_only(tokenizer, tiny_base) -> None:
@@ -64,7 +81,9 @@ def test_random_positions_depend_on_the_text_id_and_nothing_else(tokenizer, tiny
     encoder = TextEncoder(tokenizer, tiny_base, CaptureConfig(positions="random:4"))
     first = encoder.encode("a", TEXTS[0]).positions
     encoder.encode("b", TEXTS[1])
-    assert encoder.encode("a", TEXTS[0]).positions == first == sorted(set(first)) and len(first) == 4
+    assert (
+        encoder.encode("a", TEXTS[0]).positions == first == sorted(set(first)) and len(first) == 4
+    )
     assert any(encoder.encode(name, TEXTS[0]).positions != first for name in "bcdefg")
 
 
@@ -77,7 +96,8 @@ def test_a_text_without_tokens_and_one_that_is_too_long_are_named(tokenizer, tin
     assert caught.value.reason == "too_long"
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
+
 
 def test_batches_are_of_like_length_and_within_the_token_budget() -> None:
     assert plan_batches([10, 5, 10, 5], 20) == [[1, 3], [0, 2]]
@@ -98,13 +118,17 @@ def test_padding_stays_below_five_percent_whatever_the_lengths() -> None:
     assert 1 - sum(lengths) / padded_tokens(lengths, 8_192) < 0.05
 
 
-# The model ------------------------------------------------------------------------------------------------------------
+# The model ----------------------------------------------------------------------------------------
+
 
 def residual_by_transformers(base, ids: list[int]) -> list[torch.Tensor]:
-    """Outputs of all blocks for one unpadded text: `output_hidden_states`, and a hook for the last (which has the final norm)."""
+    """Outputs of all blocks for one unpadded text: `output_hidden_states`, and a hook for the last
+    (which has the final norm)."""
     model = load_backbone(base)
     last = {}
-    hook = model.model.layers[-1].register_forward_hook(lambda _, __, output: last.update(value=output))
+    hook = model.model.layers[-1].register_forward_hook(
+        lambda _, __, output: last.update(value=output)
+    )
     with torch.no_grad():
         states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     hook.remove()
@@ -112,26 +136,39 @@ def residual_by_transformers(base, ids: list[int]) -> list[torch.Tensor]:
     return [*(state[0] for state in states[1:-1]), value.reshape(len(ids), -1)]
 
 
-def test_layer_k_is_hidden_states_k_plus_one_of_an_unpadded_text_for_every_layer(tokenizer, tiny_base) -> None:
+def test_layer_k_is_hidden_states_k_plus_one_of_an_unpadded_text_for_every_layer(
+    tokenizer, tiny_base
+) -> None:
     texts = encode_all(tokenizer, tiny_base, "random:5")
     for layers in ((0, 1, 2), (0,), (1,)):
-        reader = ActivationReader(load_backbone(tiny_base, num_blocks=layers[-1] + 1), layers, batch_tokens=100_000)
+        reader = ActivationReader(
+            load_backbone(tiny_base, num_blocks=layers[-1] + 1), layers, batch_tokens=100_000
+        )
         found = reader.read(texts)
         assert tuple(found) == layers
         for row, text in enumerate(texts):
             expected = residual_by_transformers(tiny_base, text.ids)
             for layer in layers:
-                torch.testing.assert_close(torch.tensor(found[layer][row]), expected[layer][text.positions], atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    torch.tensor(found[layer][row]),
+                    expected[layer][text.positions],
+                    atol=1e-5,
+                    rtol=0,
+                )
 
 
 def test_the_batch_a_text_is_in_does_not_change_its_activation(tokenizer, tiny_base) -> None:
     texts = encode_all(tokenizer, tiny_base)
     model = load_backbone(tiny_base, num_blocks=2)
-    alone, together = (ActivationReader(model, (1,), batch_tokens=budget).read(texts)[1] for budget in (1, 100_000))
+    alone, together = (
+        ActivationReader(model, (1,), batch_tokens=budget).read(texts)[1] for budget in (1, 100_000)
+    )
     np.testing.assert_allclose(np.concatenate(alone), np.concatenate(together), atol=1e-5)
 
 
-def test_an_attached_adapter_that_is_off_does_not_change_what_is_captured(tokenizer, tiny_base) -> None:
+def test_an_attached_adapter_that_is_off_does_not_change_what_is_captured(
+    tokenizer, tiny_base
+) -> None:
     texts = encode_all(tokenizer, tiny_base)
     plain = np.concatenate(ActivationReader(load_backbone(tiny_base), (1,), 1_000).read(texts)[1])
     model = add_lora(load_backbone(tiny_base), LoraSettings(rank=2, alpha=4))
@@ -147,17 +184,23 @@ def test_an_attached_adapter_that_is_off_does_not_change_what_is_captured(tokeni
     assert np.abs(on - plain).max() > 1e-3
 
 
-# Shards, without Ray --------------------------------------------------------------------------------------------------
+# Shards, without Ray ------------------------------------------------------------------------------
+
 
 def block(run, corpus, shard: str = "part-00000.parquet") -> pa.Table:
     return read_texts(pa.table({"shard": [shard]}), run=run, corpus=corpus)
 
 
-def test_a_vector_that_is_not_finite_is_counted_and_never_written(tiny_base, tiny_run, publish_corpus, tmp_path) -> None:
+def test_a_vector_that_is_not_finite_is_counted_and_never_written(
+    tiny_base, tiny_run, publish_corpus, tmp_path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "broken"
-    tokenizer, model = load_tokenizer(tiny_base), AutoModelForCausalLM.from_pretrained(tiny_base.model)
+    tokenizer, model = (
+        load_tokenizer(tiny_base),
+        AutoModelForCausalLM.from_pretrained(tiny_base.model),
+    )
     [token] = tokenizer.encode("Z", add_special_tokens=False)
     model.get_input_embeddings().weight.data[token] = float("inf")
     model.save_pretrained(folder)
@@ -172,19 +215,30 @@ def test_a_vector_that_is_not_finite_is_counted_and_never_written(tiny_base, tin
     assert written.schema.equals(activation_schema(32))
     record = ShardRecord.load(target, "part-00000.parquet", "d")
     assert [(row["text_id"], row["reason"]) for row in record.skipped] == [
-        ("doc-000-0000#1", "non_finite"), ("doc-000-0001#0", "no_tokens")]
+        ("doc-000-0000#1", "non_finite"),
+        ("doc-000-0001#0", "no_tokens"),
+    ]
 
 
-def test_a_shard_of_which_no_text_is_left_is_an_empty_file_with_its_reasons(tiny_run, publish_corpus, tmp_path) -> None:
+def test_a_shard_of_which_no_text_is_left_is_an_empty_file_with_its_reasons(
+    tiny_run, publish_corpus, tmp_path
+) -> None:
     run = tiny_run()
     corpus = publish_corpus(run, [["", ""]])
     target = Location.of(tmp_path / "out")
-    write_shard(Capture(run.config.base, run.config.capture, threads=1)(block(run, corpus)), target=target, batch_tokens=100, base_digest="d")
+    write_shard(
+        Capture(run.config.base, run.config.capture, threads=1)(block(run, corpus)),
+        target=target,
+        batch_tokens=100,
+        base_digest="d",
+    )
     assert pq.read_table(tmp_path / "out" / "part-00000.parquet").num_rows == 0
     assert len(ShardRecord.load(target, "part-00000.parquet", "d").skipped) == 2
 
 
-def test_a_shard_counts_as_done_only_when_its_record_and_its_file_agree(tiny_run, publish_corpus, tmp_path) -> None:
+def test_a_shard_counts_as_done_only_when_its_record_and_its_file_agree(
+    tiny_run, publish_corpus, tmp_path
+) -> None:
     run = tiny_run()
     rows = Capture(run.config.base, run.config.capture, threads=1)(block(run, publish_corpus(run)))
     target, shard = Location.of(tmp_path / "out"), "part-00000.parquet"
@@ -203,12 +257,15 @@ def test_a_block_that_mixes_two_shards_is_refused(tiny_run, publish_corpus, tmp_
     run = tiny_run()
     corpus = publish_corpus(run)
     capture = Capture(run.config.base, run.config.capture, threads=1)
-    mixed = capture(pa.concat_tables([block(run, corpus), block(run, corpus, "part-00001.parquet")]))
+    mixed = capture(
+        pa.concat_tables([block(run, corpus), block(run, corpus, "part-00001.parquet")])
+    )
     with pytest.raises(RuntimeError, match="got rows of 2 shards, expected those of one"):
         write_shard(mixed, target=Location.of(tmp_path / "out"), batch_tokens=100, base_digest="d")
 
 
-# The stage, with Ray Data ---------------------------------------------------------------------------------------------
+# The stage, with Ray Data -------------------------------------------------------------------------
+
 
 def vectors_by_id(run, layer: int | None = None) -> dict[str, np.ndarray]:
     found = {}
@@ -221,16 +278,26 @@ def vectors_by_id(run, layer: int | None = None) -> dict[str, np.ndarray]:
     return found
 
 
-def test_the_stage_writes_one_file_a_shard_with_stats_and_counts(ray_cluster, tiny_run, publish_corpus, tiny_base, tokenizer) -> None:
+def test_the_stage_writes_one_file_a_shard_with_stats_and_counts(
+    ray_cluster, tiny_run, publish_corpus, tiny_base, tokenizer
+) -> None:
     run = tiny_run(capture=CaptureConfig(layers=(2,)))
     publish_corpus(run, [TEXTS, ["", *TEXTS[::-1], "too long " * 300]])
     manifest = capture_activations(run)
-    assert set(manifest.files) == {"part-00000.parquet", "part-00001.parquet", "stats.json", "skipped.jsonl"}
+    assert set(manifest.files) == {
+        "part-00000.parquet",
+        "part-00001.parquet",
+        "stats.json",
+        "skipped.jsonl",
+    }
     assert manifest.metrics["skipped"] == {"no_tokens": 1, "too_long": 1}
     assert manifest.metrics["texts"] == 12 and manifest.metrics["activations"] == 20
     assert manifest.metrics["padding"] < 0.05
     assert manifest.model == base_info(tiny_base).to_dict()
-    skipped = [json.loads(line) for line in (run.root / "activations" / "skipped.jsonl").read_text().splitlines()]
+    skipped = [
+        json.loads(line)
+        for line in (run.root / "activations" / "skipped.jsonl").read_text().splitlines()
+    ]
     assert [row["text_id"] for row in skipped] == ["doc-001-0000#0", "doc-001-0003#0"]
 
     train = load_activations(run, "train")
@@ -243,21 +310,30 @@ def test_the_stage_writes_one_file_a_shard_with_stats_and_counts(ray_cluster, ti
     norms = np.sqrt((rows**2).sum(1))
     np.testing.assert_allclose(stats["mean_direction"], (rows / norms[:, None]).mean(0), atol=1e-6)
     np.testing.assert_allclose(stats["norm_quantiles"]["0.5"], np.median(norms), rtol=1e-6)
-    assert stats["count"] == len(train) and manifest.documents["train"] == sorted(set(train.doc_ids))
+    assert stats["count"] == len(train) and manifest.documents["train"] == sorted(
+        set(train.doc_ids)
+    )
     assert capture_activations(run) == manifest, "a complete stage is skipped"
 
 
 @pytest.mark.slow
-def test_neither_actors_nor_shards_change_an_activation(ray_cluster, tiny_run, publish_corpus) -> None:
+def test_neither_actors_nor_shards_change_an_activation(
+    ray_cluster, tiny_run, publish_corpus
+) -> None:
     texts = [f"{text} {number}" for number in range(4) for text in TEXTS]
     capture = CaptureConfig(positions="random:2")
-    one, two = tiny_run("one", capture=capture), tiny_run("two", capture=replace(capture, num_actors=2, batch_tokens=200))
+    one, two = (
+        tiny_run("one", capture=capture),
+        tiny_run("two", capture=replace(capture, num_actors=2, batch_tokens=200)),
+    )
     table = corpus_table(0, texts)
     for run, cuts in ((one, [0, 20]), (two, [0, 3, 9, 14, 20])):
         stage = run.stage("corpus", "corpus")
         Path(stage.location.path).mkdir(parents=True, exist_ok=True)
         for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
-            pq.write_table(table.slice(start, end - start), f"{stage.location.path}/part-{number:05}.parquet")
+            pq.write_table(
+                table.slice(start, end - start), f"{stage.location.path}/part-{number:05}.parquet"
+            )
         stage.publish()
         capture_activations(run)
     first, second = vectors_by_id(one), vectors_by_id(two)
@@ -266,7 +342,9 @@ def test_neither_actors_nor_shards_change_an_activation(ray_cluster, tiny_run, p
         np.testing.assert_allclose(vector, second[name], atol=1e-5)
 
 
-def test_a_damaged_corpus_shard_is_one_message_that_names_it(ray_cluster, tiny_run, publish_corpus) -> None:
+def test_a_damaged_corpus_shard_is_one_message_that_names_it(
+    ray_cluster, tiny_run, publish_corpus
+) -> None:
     run = tiny_run()
     publish_corpus(run)
     shard = Path(run.root.path) / "corpus" / "part-00001.parquet"
@@ -279,7 +357,9 @@ def test_a_damaged_corpus_shard_is_one_message_that_names_it(ray_cluster, tiny_r
     assert "The file is damaged" in user_message(caught.value)
 
 
-def test_a_layer_that_the_model_does_not_have_is_one_message(ray_cluster, tiny_run, publish_corpus) -> None:
+def test_a_layer_that_the_model_does_not_have_is_one_message(
+    ray_cluster, tiny_run, publish_corpus
+) -> None:
     run = tiny_run(capture=CaptureConfig(layers=(3,)))
     publish_corpus(run)
     with pytest.raises(ValueError, match="got 3, expected 0 to 2"):
@@ -287,10 +367,14 @@ def test_a_layer_that_the_model_does_not_have_is_one_message(ray_cluster, tiny_r
 
 
 @pytest.mark.slow
-def test_when_nothing_can_be_captured_the_stage_says_so(ray_cluster, tiny_run, publish_corpus, tiny_base) -> None:
+def test_when_nothing_can_be_captured_the_stage_says_so(
+    ray_cluster, tiny_run, publish_corpus, tiny_base
+) -> None:
     run = tiny_run(base=replace(tiny_base, max_tokens=3))
     publish_corpus(run)
-    with pytest.raises(ValueError, match="got none from 10 texts .*too_long.*expected at least one"):
+    with pytest.raises(
+        ValueError, match="got none from 10 texts .*too_long.*expected at least one"
+    ):
         capture_activations(run)
 
 
@@ -312,7 +396,9 @@ def test_artifacts_of_another_model_or_tokenizer_are_refused(tiny_run, tiny_base
 
 
 @pytest.mark.slow
-def test_a_killed_capture_actor_costs_only_the_work_in_flight(ray_cluster, tiny_run, publish_corpus) -> None:
+def test_a_killed_capture_actor_costs_only_the_work_in_flight(
+    ray_cluster, tiny_run, publish_corpus
+) -> None:
     calm, disturbed = tiny_run("calm"), tiny_run("disturbed")
     shards = [[f"{text} {number}" for text in TEXTS * 8] for number in range(12)]
     publish_corpus(calm, shards)
@@ -335,21 +421,46 @@ def test_a_killed_capture_actor_costs_only_the_work_in_flight(ray_cluster, tiny_
 
 @pytest.mark.slow
 def test_after_sigkill_of_the_driver_the_same_command_completes_with_the_same_bytes(
-        ray_cluster, tiny_run, publish_corpus, tiny_base) -> None:
+    ray_cluster, tiny_run, publish_corpus, tiny_base
+) -> None:
     calm, disturbed = tiny_run("calm"), tiny_run("disturbed")
     for run in (calm, disturbed):
         publish_corpus(run, [[f"{text} {number}" for text in TEXTS * 20] for number in range(20)])
-    command = [sys.executable, str(ROOT / "jobs" / "capture.py"), "--run-dir", disturbed.config.run_dir,
-               "--base.model", tiny_base.model, "--base.layer", "1", "--base.injection-norm", "4", "--base.max-tokens", "256",
-               "--base.device", "cpu", "--compute.threads", "1", "--compute.capture-cpus", "0.5"]
-    environment, folder = {**os.environ, "PYTHONPATH": str(ROOT)}, Path(disturbed.root.path) / "activations"
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "capture.py"),
+        "--run-dir",
+        disturbed.config.run_dir,
+        "--base.model",
+        tiny_base.model,
+        "--base.layer",
+        "1",
+        "--base.injection-norm",
+        "4",
+        "--base.max-tokens",
+        "256",
+        "--base.device",
+        "cpu",
+        "--compute.threads",
+        "1",
+        "--compute.capture-cpus",
+        "0.5",
+    ]
+    environment, folder = (
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+        Path(disturbed.root.path) / "activations",
+    )
+    driver = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while driver.poll() is None and len(list(folder.glob("scratch/*.json"))) < 2:
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     done = sorted(folder.glob("*.parquet"))
-    assert done and not (folder / "manifest.json").exists(), "the job ended before it could be killed: use more shards"
+    assert done and not (folder / "manifest.json").exists(), (
+        "the job ended before it could be killed: use more shards"
+    )
     os.truncate(done[0], 64)
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert disturbed.find("activations").files == capture_activations(calm).files
@@ -357,7 +468,9 @@ def test_after_sigkill_of_the_driver_the_same_command_completes_with_the_same_by
 
 
 @pytest.mark.slow
-def test_capture_works_on_an_s3_run_directory(ray_cluster, tiny_run, publish_corpus, s3_uri) -> None:
+def test_capture_works_on_an_s3_run_directory(
+    ray_cluster, tiny_run, publish_corpus, s3_uri
+) -> None:
     run = tiny_run(run_dir=s3_uri("capture"))
     publish_corpus(run)
     manifest = capture_activations(run)

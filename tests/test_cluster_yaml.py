@@ -1,4 +1,5 @@
-"""cluster.yaml: valid for `ray up`, autoscaling, no work on the head, a place for every process of the 7B preset, one set of versions."""
+"""cluster.yaml: valid for `ray up`, autoscaling, no work on the head, a place for every process of
+the 7B preset, one set of versions."""
 
 from __future__ import annotations
 
@@ -21,8 +22,12 @@ NODE_TYPES = CONFIG["available_node_types"]
 
 def nodes(*, at_most: bool = True) -> list[dict[str, float]]:
     """Resources of every node the cluster may have at the same time."""
-    return [node["resources"] for name, node in NODE_TYPES.items() if name != CONFIG["head_node_type"]
-            for _ in range(node["max_workers"] if at_most else 1)]
+    return [
+        node["resources"]
+        for name, node in NODE_TYPES.items()
+        if name != CONFIG["head_node_type"]
+        for _ in range(node["max_workers"] if at_most else 1)
+    ]
 
 
 def test_rays_own_schema_accepts_it() -> None:
@@ -48,12 +53,17 @@ def test_it_scales_from_nothing_to_its_limits() -> None:
 
 def test_the_head_takes_no_work() -> None:
     assert NODE_TYPES[CONFIG["head_node_type"]]["resources"] == {"CPU": 0}
-    assert any("--head" in command and "--num-cpus=0" in command for command in CONFIG["head_start_ray_commands"])
+    assert any(
+        "--head" in command and "--num-cpus=0" in command
+        for command in CONFIG["head_start_ray_commands"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["trainer", "rollout", "scorer", "capture", "serve"])
 def test_every_process_of_the_7b_preset_fits_some_node_type(kind: str) -> None:
-    assert unmet_demands([demand(PRESETS["qwen2.5-7b"]().compute, kind)], nodes(at_most=False)) == []
+    assert (
+        unmet_demands([demand(PRESETS["qwen2.5-7b"]().compute, kind)], nodes(at_most=False)) == []
+    )
 
 
 def test_every_stage_of_the_7b_preset_fits_the_cluster_at_once() -> None:
@@ -62,10 +72,15 @@ def test_every_stage_of_the_7b_preset_fits_the_cluster_at_once() -> None:
     stages = {
         "capture": [demand(compute, "capture", config.capture.num_actors)],
         "training": [demand(compute, "trainer", compute.trainer_workers)],
-        "grpo": [demand(compute, "trainer", compute.trainer_workers), demand(compute, "rollout", grpo.num_rollout_actors),
-                 demand(compute, "scorer", grpo.num_scorer_actors)],
+        "grpo": [
+            demand(compute, "trainer", compute.trainer_workers),
+            demand(compute, "rollout", grpo.num_rollout_actors),
+            demand(compute, "scorer", grpo.num_scorer_actors),
+        ],
     }
-    assert {name: unmet_demands(demands, nodes()) for name, demands in stages.items()} == dict.fromkeys(stages, [])
+    assert {
+        name: unmet_demands(demands, nodes()) for name, demands in stages.items()
+    } == dict.fromkeys(stages, [])
 
 
 def test_each_kind_of_gpu_process_has_nodes_of_its_own() -> None:
@@ -83,11 +98,15 @@ def requirements(text: str) -> dict[str, str]:
 
 
 def test_nodes_install_the_versions_of_pyproject() -> None:
-    assert requirements(" ".join(CONFIG["setup_commands"])) == requirements(" ".join(PROJECT["dependencies"]))
+    assert requirements(" ".join(CONFIG["setup_commands"])) == requirements(
+        " ".join(PROJECT["dependencies"])
+    )
 
 
 def test_images_carry_the_ray_version_and_the_python_of_pyproject() -> None:
-    ray_version = requirements(" ".join(PROJECT["dependencies"]))["ray"].removeprefix("==").removesuffix("*")
+    ray_version = (
+        requirements(" ".join(PROJECT["dependencies"]))["ray"].removeprefix("==").removesuffix("*")
+    )
     python = PROJECT["requires-python"].removeprefix(">=").replace(".", "")
     for name in ("head_image", "worker_image"):
         assert CONFIG["docker"][name].startswith(f"rayproject/ray:{ray_version}")
@@ -96,4 +115,6 @@ def test_images_carry_the_ray_version_and_the_python_of_pyproject() -> None:
 
 def test_dependencies_are_pinned_exactly_or_to_a_minor_version() -> None:
     loose = [requirement for requirement in PROJECT["dependencies"] if "==" not in requirement]
-    assert all(requirement.startswith("fsspec") for requirement in loose), "fsspec's versions are dates; datasets caps it"
+    assert all(requirement.startswith("fsspec") for requirement in loose), (
+        "fsspec's versions are dates; datasets caps it"
+    )

@@ -1,4 +1,5 @@
-"""Presets, overrides and plans: what the command line becomes, and that it costs no heavy import."""
+"""Presets, overrides and plans: what the command line becomes, and that it costs no heavy
+import."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ def test_a_preset_without_overrides_is_itself(name: str) -> None:
 def test_a_preset_survives_json_and_its_hash_is_stable(name: str) -> None:
     plain = to_dict(PRESETS[name]())
     assert json.loads(json.dumps(plain)) == plain
-    assert config_hash(PRESETS[name]()) == config_hash(plain) == config_hash(json.loads(json.dumps(plain)))
+    assert (
+        config_hash(PRESETS[name]())
+        == config_hash(plain)
+        == config_hash(json.loads(json.dumps(plain)))
+    )
     assert len({config_hash(make()) for make in PRESETS.values()}) == len(PRESETS)
 
 
@@ -39,25 +44,56 @@ def test_nano_is_what_runs_without_a_preset() -> None:
 
 
 def test_an_override_changes_its_field_and_no_other() -> None:
-    config = parse_arguments("test", ["--preset", "qwen2.5-7b", "--grpo.group-size", "4", "--reward-scorer.lora.rank", "16",
-                                      "--capture.layers", "10", "20", "--run-dir", "elsewhere", "--grpo.contrast", "none"])
+    config = parse_arguments(
+        "test",
+        [
+            "--preset",
+            "qwen2.5-7b",
+            "--grpo.group-size",
+            "4",
+            "--reward-scorer.lora.rank",
+            "16",
+            "--capture.layers",
+            "10",
+            "20",
+            "--run-dir",
+            "elsewhere",
+            "--grpo.contrast",
+            "none",
+        ],
+    )
     expected = PRESETS["qwen2.5-7b"]()
     lora = dataclasses.replace(expected.reward_scorer.lora, rank=16)
-    expected = dataclasses.replace(override(
-        expected, grpo={"group_size": 4, "contrast": "none"}, reward_scorer={"lora": lora}, capture={"layers": (10, 20)}), run_dir="elsewhere")
+    expected = dataclasses.replace(
+        override(
+            expected,
+            grpo={"group_size": 4, "contrast": "none"},
+            reward_scorer={"lora": lora},
+            capture={"layers": (10, 20)},
+        ),
+        run_dir="elsewhere",
+    )
     assert config == expected
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["--preset", "nono"], ["unknown preset", "'nono'", "nano, smollm2-135m, qwen2.5-7b"]),
-    (["--grpo.group-sice", "4"], ["group-sice"]),
-    (["--grpo.group-size", "four"], ["four"]),
-    (["--grpo.group-size", "1"], ["grpo.group_size: got 1, expected at least 2"]),
-    (["--capture.positions", "first"], ["capture.positions: got 'first', expected `last` or `random:N`"]),
-    (["--base.layer", "-1"], ["base.layer: got -1"]),
-    (["--judge-scorer.document-half", "even"], ["two different halves"]),
-])
-def test_a_wrong_command_line_is_one_message_and_status_2(arguments: list[str], said: list[str], capsys) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--preset", "nono"], ["unknown preset", "'nono'", "nano, smollm2-135m, qwen2.5-7b"]),
+        (["--grpo.group-sice", "4"], ["group-sice"]),
+        (["--grpo.group-size", "four"], ["four"]),
+        (["--grpo.group-size", "1"], ["grpo.group_size: got 1, expected at least 2"]),
+        (
+            ["--capture.positions", "first"],
+            ["capture.positions: got 'first', expected `last` or `random:N`"],
+        ),
+        (["--base.layer", "-1"], ["base.layer: got -1"]),
+        (["--judge-scorer.document-half", "even"], ["two different halves"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_message_and_status_2(
+    arguments: list[str], said: list[str], capsys
+) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments("test", arguments)
     assert caught.value.code == 2
@@ -70,12 +106,20 @@ def test_a_wrong_command_line_is_one_message_and_status_2(arguments: list[str], 
 
 def run_job_in_subprocess(job: str, *arguments: str) -> tuple[str, set[str]]:
     """Output of a job, and which heavy packages it had imported when it ended."""
-    code = ("import runpy, sys\n"
-            f"sys.argv = {[f'jobs/{job}.py', *arguments]!r}\n"
-            "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "except SystemExit as end:\n    assert not end.code, end.code\n"
-            f"print('imported:', *sorted({HEAVY!r} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {[f'jobs/{job}.py', *arguments]!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        f"print('imported:', *sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     output, _, imported = done.stdout.rpartition("imported:")
     return output, set(imported.split())
@@ -89,9 +133,18 @@ def test_help_of_a_job_imports_nothing_heavy(job: str) -> None:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_dry_run_of_a_job_for_7b_needs_no_network_no_weights_and_no_torch(job: str, tmp_path: Path) -> None:
-    output, imported = run_job_in_subprocess(job, "--preset", "qwen2.5-7b", "--dry-run", "--run-dir", str(tmp_path / "run"))
-    for part in ("base Qwen/Qwen2.5-7B-Instruct: 7.62 billion parameters", "processes", "memory each", "files"):
+def test_a_dry_run_of_a_job_for_7b_needs_no_network_no_weights_and_no_torch(
+    job: str, tmp_path: Path
+) -> None:
+    output, imported = run_job_in_subprocess(
+        job, "--preset", "qwen2.5-7b", "--dry-run", "--run-dir", str(tmp_path / "run")
+    )
+    for part in (
+        "base Qwen/Qwen2.5-7B-Instruct: 7.62 billion parameters",
+        "processes",
+        "memory each",
+        "files",
+    ):
         assert part in output
     assert imported == set()
     assert not (tmp_path / "run").exists(), "a dry run writes nothing"
@@ -101,25 +154,46 @@ def test_a_dry_run_of_a_job_for_7b_needs_no_network_no_weights_and_no_torch(job:
 def test_every_preset_can_be_planned(name: str, tmp_path: Path) -> None:
     config = dataclasses.replace(PRESETS[name](), run_dir=str(tmp_path))
     text = plan.describe_plan(config, "pipeline")
-    for stage in ("corpus", "capture", "label", "reward_scorer", "judge_scorer", "sft", "grpo", "evaluate"):
+    for stage in (
+        "corpus",
+        "capture",
+        "label",
+        "reward_scorer",
+        "judge_scorer",
+        "sft",
+        "grpo",
+        "evaluate",
+    ):
         assert f"\n{stage}\n" in text
 
 
 def test_a_plan_of_a_base_nobody_knows_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got no config.json .*Download the model first"):
-        plan.describe_plan(dataclasses.replace(override(nano(), base={"model": "nobody/knows"}), run_dir=str(tmp_path)), "capture")
+        plan.describe_plan(
+            dataclasses.replace(
+                override(nano(), base={"model": "nobody/knows"}), run_dir=str(tmp_path)
+            ),
+            "capture",
+        )
 
 
-@pytest.mark.parametrize("changed", [{"corpus": {"path": "nowhere.jsonl"}}, {"label": {"import_path": "nowhere.jsonl"}}])
+@pytest.mark.parametrize(
+    "changed", [{"corpus": {"path": "nowhere.jsonl"}}, {"label": {"import_path": "nowhere.jsonl"}}]
+)
 def test_a_plan_refuses_a_file_that_is_not_there(changed: dict, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--(corpus\.path|label\.import-path) nowhere\.jsonl: got nothing there"):
-        plan.describe_plan(dataclasses.replace(override(nano(), **changed), run_dir=str(tmp_path)), "pipeline")
+    with pytest.raises(
+        ValueError, match=r"--(corpus\.path|label\.import-path) nowhere\.jsonl: got nothing there"
+    ):
+        plan.describe_plan(
+            dataclasses.replace(override(nano(), **changed), run_dir=str(tmp_path)), "pipeline"
+        )
 
 
 def test_the_published_sizes_of_qwen_7b_come_out() -> None:
     shape = plan.base_shape(PRESETS["qwen2.5-7b"]())
-    # By hand: block 2*3584^2 + 2*3584*512 + 3*3584*18944 = 25,690,112 + 3,670,016 + 203,685,888 = 233,046,016; 28 of them, and
-    # two tables of 152,064 x 3584 = 544,997,376. The card says 7.61 billion (with norms and biases).
+    # By hand: block 2*3584^2 + 2*3584*512 + 3*3584*18944 = 25,690,112 + 3,670,016 + 203,685,888 =
+    # 233,046,016; 28 of them, and two tables of 152,064 x 3584 = 544,997,376. The card says 7.61
+    # billion (with norms and biases).
     assert shape.block_parameters == 233_046_016
     assert shape.parameters == 28 * 233_046_016 + 2 * 544_997_376 == 7_615_283_200
     assert shape.parameters_up_to(20) == 21 * 233_046_016 + 544_997_376
@@ -133,19 +207,36 @@ def test_shapes_agree_with_transformers_and_peft_on_a_real_model(tiny_base) -> N
     from nla_ray.models.adapters import add_lora
     from nla_ray.models.backbone import load_backbone
 
-    shape, model = plan.base_shape(dataclasses.replace(nano(), base=tiny_base)), load_backbone(tiny_base)
+    shape, model = (
+        plan.base_shape(dataclasses.replace(nano(), base=tiny_base)),
+        load_backbone(tiny_base),
+    )
     assert shape.tied
-    matrices = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters() if parameter.ndim == 2}
+    matrices = {
+        parameter.data_ptr(): parameter.numel()
+        for parameter in model.parameters()
+        if parameter.ndim == 2
+    }
     assert shape.parameters == sum(matrices.values())
     settings = LoraSettings(rank=4, alpha=8)
     adapted = add_lora(model, settings)
-    assert shape.lora_parameters(settings, 3) == sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert shape.lora_parameters(settings, 3) == sum(
+        p.numel() for name, p in adapted.named_parameters() if "lora_" in name
+    )
 
 
-def test_what_was_tried_for_nano_is_told_with_intervals_and_a_preset_without_experiments_has_none() -> None:
+def test_what_was_tried_for_nano_is_told_with_intervals_and_a_preset_without_experiments_has_none() -> (
+    None
+):
     from nla_ray.presets import experiments
 
     tried = experiments("nano")
-    assert {"yes", "no"} == {one["kept"] for one in tried} and len({one["changed"] for one in tried}) == len(tried)
-    assert all(figure["low"] <= figure["value"] <= figure["high"] for one in tried for figure in one["minus_sft"].values())
+    assert {"yes", "no"} == {one["kept"] for one in tried} and len(
+        {one["changed"] for one in tried}
+    ) == len(tried)
+    assert all(
+        figure["low"] <= figure["value"] <= figure["high"]
+        for one in tried
+        for figure in one["minus_sft"].values()
+    )
     assert experiments("qwen2.5-7b") == []

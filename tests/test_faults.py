@@ -1,4 +1,5 @@
-"""GRPO while its processes are killed: actors and trainers come back by themselves, a driver by the same command."""
+"""GRPO while its processes are killed: actors and trainers come back by themselves, a driver by the
+same command."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from grpo_run import grpo_config, prepare_run
+
 from nla_ray.activations import load_activations
 from nla_ray.artifacts import Run
 from nla_ray.config import BaseConfig
@@ -42,30 +43,53 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def undisturbed(
+    ray_cluster: None, tiny_base: BaseConfig, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict]:
     """The metrics of a run that nobody disturbs, trained in this process."""
     run = prepared(tiny_base, tmp_path_factory.mktemp("undisturbed"))
-    with grpo.actor_pools(run, load_activations(run, "train"), load_activations(run, "validation")) as (bank, rollouts, scorers):
-        data = grpo.training_data(run, load_activations(run, "train"), load_activations(run, "validation"), bank)
-        grpo.train_worker({"run": run.config, "name": "grpo", "data": data, "rollouts": rollouts, "scorers": scorers, "tells_steps": True})
+    with grpo.actor_pools(
+        run, load_activations(run, "train"), load_activations(run, "validation")
+    ) as (bank, rollouts, scorers):
+        data = grpo.training_data(
+            run, load_activations(run, "train"), load_activations(run, "validation"), bank
+        )
+        grpo.train_worker(
+            {
+                "run": run.config,
+                "name": "grpo",
+                "data": data,
+                "rollouts": rollouts,
+                "scorers": scorers,
+                "tells_steps": True,
+            }
+        )
     return MetricsLog(Path(run.config.run_dir) / "grpo" / "scratch" / "metrics.jsonl").read()
 
 
 def prepared(base: BaseConfig, folder: Path, **workers: int) -> Run:
-    return prepare_run(grpo_config(base, folder / "run", steps=STEPS, save_steps=2, monitor_steps=3, **workers))
+    return prepare_run(
+        grpo_config(base, folder / "run", steps=STEPS, save_steps=2, monitor_steps=3, **workers)
+    )
 
 
 def assert_same_run(metrics: Path, expected: list[dict], *, kl_tolerance: float = 1e-4) -> None:
     """The same steps, batches, rewards and updates; clocks aside.
 
-    TRL averages the KL it reports over each worker's tokens, then over workers: with two it differs in the third digit.
+    TRL averages the KL it reports over each worker's tokens, then over workers: with two it differs
+    in the third digit.
     """
     records = MetricsLog(metrics).read()
     assert [record["step"] for record in records] == [record["step"] for record in expected]
     for record, other in zip(records, expected, strict=True):
-        apart = {key for key in record if key.startswith("seconds/") or key in ("step_time", "kl", "monitor/kl")}
+        apart = {
+            key
+            for key in record
+            if key.startswith("seconds/") or key in ("step_time", "kl", "monitor/kl")
+        }
         assert {key: record[key] for key in record.keys() - apart} == pytest.approx(
-            {key: other[key] for key in other.keys() - apart}, abs=1e-4), record["step"]
+            {key: other[key] for key in other.keys() - apart}, abs=1e-4
+        ), record["step"]
         assert record.get("kl") == pytest.approx(other.get("kl"), abs=kl_tolerance)
 
 
@@ -95,7 +119,9 @@ def find_actor(name: str, root: int) -> int | None:
     return None
 
 
-def test_killed_actors_and_a_killed_one_of_two_trainers_come_back_and_do_what_one_undisturbed_trainer_does(undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path) -> None:
+def test_killed_actors_and_a_killed_one_of_two_trainers_come_back_and_do_what_one_undisturbed_trainer_does(
+    undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path
+) -> None:
     run = prepared(tiny_base, tmp_path, trainer_workers=2, num_rollout_actors=2, zero_stage=2)
     scratch, killed = Path(run.config.run_dir) / "grpo" / "scratch", []
 
@@ -112,13 +138,19 @@ def test_killed_actors_and_a_killed_one_of_two_trainers_come_back_and_do_what_on
     killer.join(1)
     assert killed == ["RolloutWorker", "ScorerWorker", "RayTrainWorker"]
     assert_same_run(run.root.path / Path("grpo/metrics.jsonl"), undisturbed, kl_tolerance=5e-3)
-    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.jsonl"} <= manifest.files.keys()
+    assert {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "metrics.jsonl",
+    } <= manifest.files.keys()
     assert manifest.metrics["published_step"] in (3, 6)
     assert set(manifest.parents) == {"activations", "sft", "reward_scorer", "judge_scorer"}
     assert grpo.train_grpo(run) == manifest, "a complete artifact is skipped"
 
 
-def test_a_killed_driver_leaves_no_process_and_the_same_command_continues(undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_no_process_and_the_same_command_continues(
+    undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path
+) -> None:
     run = prepared(tiny_base, tmp_path)
     scratch = Path(run.config.run_dir) / "grpo" / "scratch"
     script, config = tmp_path / "driver.py", tmp_path / "config.pickle"
@@ -135,6 +167,8 @@ def test_a_killed_driver_leaves_no_process_and_the_same_command_continues(undist
     _, alive = psutil.wait_procs(family, timeout=90)
     assert not alive
     assert not (Path(run.config.run_dir) / "grpo" / "manifest.json").exists()
-    subprocess.run([sys.executable, str(script), str(config)], env=environment, check=True, timeout=400)
+    subprocess.run(
+        [sys.executable, str(script), str(config)], env=environment, check=True, timeout=400
+    )
     assert_same_run(Path(run.config.run_dir) / "grpo" / "metrics.jsonl", undisturbed)
     assert run.find("grpo") is not None

@@ -1,4 +1,5 @@
-"""An activation is a token: encoding, the wrapper, and the oracle, the slow obvious way through `inputs_embeds`."""
+"""An activation is a token: encoding, the wrapper, and the oracle, the slow obvious way through
+`inputs_embeds`."""
 
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def bank() -> torch.Tensor:
 
 
 def obvious_logits(model, ids: list[list[int]], bank: torch.Tensor) -> torch.Tensor:
-    """One loop per token: look up ids, put the rescaled activation where an id lies beyond the vocabulary."""
+    """One loop per token: look up ids, put the rescaled activation where an id lies beyond the
+    vocabulary."""
     table = model.get_input_embeddings().weight
     rows = []
     for sequence in ids:
@@ -48,9 +50,12 @@ def obvious_logits(model, ids: list[list[int]], bank: torch.Tensor) -> torch.Ten
     return model(inputs_embeds=torch.stack(rows)).logits
 
 
-@pytest.mark.parametrize("architecture, tied", [("qwen2", True), ("qwen2", False), ("llama", False)])
+@pytest.mark.parametrize(
+    "architecture, tied", [("qwen2", True), ("qwen2", False), ("llama", False)]
+)
 def test_virtual_tokens_give_the_logits_of_the_slow_obvious_way(
-        tmp_path: Path, bank: torch.Tensor, architecture: str, tied: bool) -> None:
+    tmp_path: Path, bank: torch.Tensor, architecture: str, tied: bool
+) -> None:
     base = make_tiny_base(tmp_path, architecture=architecture, tied=tied)
     model = load_backbone(base)
     prompt = build_injection_prompt(load_tokenizer(base), base.marker)
@@ -60,7 +65,9 @@ def test_virtual_tokens_give_the_logits_of_the_slow_obvious_way(
     with activations_attached(model, bank, NORM):
         actual = model(input_ids=torch.tensor(ids)).logits
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(actual[0, -1], actual[1, -1], atol=1e-3), "the activation has no influence"
+    assert not torch.allclose(actual[0, -1], actual[1, -1], atol=1e-3), (
+        "the activation has no influence"
+    )
 
 
 def test_two_activations_fit_in_one_prompt(tiny_base: BaseConfig, bank: torch.Tensor) -> None:
@@ -69,22 +76,30 @@ def test_two_activations_fit_in_one_prompt(tiny_base: BaseConfig, bank: torch.Te
     ids = [[5, vocab_size + 1, 7, vocab_size + 2, 9]]
     expected = obvious_logits(model, ids, bank)
     with activations_attached(model, bank, NORM):
-        torch.testing.assert_close(model(input_ids=torch.tensor(ids)).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(input_ids=torch.tensor(ids)).logits, expected, atol=1e-5, rtol=1e-5
+        )
 
 
-def test_an_injected_row_has_exactly_the_injection_norm_whatever_its_own(bank: torch.Tensor) -> None:
+def test_an_injected_row_has_exactly_the_injection_norm_whatever_its_own(
+    bank: torch.Tensor,
+) -> None:
     wrapper = ActivationEmbedding(torch.nn.Embedding(10, 32), bank, 150.0)
     norms = wrapper(torch.tensor([[10, 11, 12, 13, 14]])).square().sum(-1).sqrt()
     torch.testing.assert_close(norms, torch.full((1, 5), 150.0))
 
 
-def test_plain_ids_pass_the_wrapper_unchanged_and_gradients_flow_to_the_table(bank: torch.Tensor) -> None:
+def test_plain_ids_pass_the_wrapper_unchanged_and_gradients_flow_to_the_table(
+    bank: torch.Tensor,
+) -> None:
     table = torch.nn.Embedding(10, 32)
     wrapper = ActivationEmbedding(table, bank, NORM)
     assert torch.equal(wrapper(torch.tensor([[1, 2]])), table(torch.tensor([[1, 2]])))
     wrapper(torch.tensor([[1, 10]])).sum().backward()
     assert table.weight.grad[1].abs().sum() > 0
-    assert table.weight.grad[0].abs().sum() == 0, "the id that stands in for a virtual one got a gradient"
+    assert table.weight.grad[0].abs().sum() == 0, (
+        "the id that stands in for a virtual one got a gradient"
+    )
 
 
 def test_a_row_that_the_bank_lacks_is_an_error_that_names_it(bank: torch.Tensor) -> None:
@@ -99,7 +114,8 @@ def test_a_bank_of_another_width_is_refused() -> None:
 
 
 def test_generate_keeps_its_contract_and_no_logits_processor_ever_sees_a_virtual_id_as_a_candidate(
-        tiny_base: BaseConfig, bank: torch.Tensor) -> None:
+    tiny_base: BaseConfig, bank: torch.Tensor
+) -> None:
     model, tokenizer = load_backbone(tiny_base), load_tokenizer(tiny_base)
     prompt = build_injection_prompt(tokenizer, tiny_base.marker)
     widths, seen = set(), []
@@ -107,16 +123,24 @@ def test_generate_keeps_its_contract_and_no_logits_processor_ever_sees_a_virtual
     class Watch(LogitsProcessor):
         def __call__(self, input_ids, scores):
             widths.add(scores.shape[-1])
-            seen.append(input_ids[:, len(prompt):])
+            seen.append(input_ids[:, len(prompt) :])
             return scores
 
     with activations_attached(model, bank, NORM) as wrapper:
         ids = torch.tensor([prompt.encode(row, wrapper.vocab_size) for row in range(5)])
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
-                                logits_processor=LogitsProcessorList([Watch()]))
-    assert torch.equal(output[:, :len(prompt)], ids)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Watch()]),
+        )
+    assert torch.equal(output[:, : len(prompt)], ids)
     assert widths == {model.config.vocab_size}
-    assert max(int(part.max()) for part in [*seen, output[:, len(prompt):]] if part.numel()) < model.config.vocab_size
+    assert (
+        max(int(part.max()) for part in [*seen, output[:, len(prompt) :]] if part.numel())
+        < model.config.vocab_size
+    )
 
 
 def test_attaching_twice_keeps_one_wrapper_and_detaching_gives_the_table_back(
@@ -172,7 +196,10 @@ def test_other_neighbours_than_the_recorded_ones_are_refused() -> None:
 def test_a_marker_can_be_found_and_passes_every_check() -> None:
     tokenizer = build_tokenizer()
     assert find_marker(tokenizer) == MARKER
-    assert injection.marker_token(tokenizer, MARKER) == build_injection_prompt(tokenizer, MARKER).marker_id
+    assert (
+        injection.marker_token(tokenizer, MARKER)
+        == build_injection_prompt(tokenizer, MARKER).marker_id
+    )
 
 
 def test_a_tokenizer_without_any_rare_character_has_no_marker() -> None:

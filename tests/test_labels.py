@@ -1,4 +1,5 @@
-"""The labels: two offline teachers, the cleaner, the draw of one style, and labels made elsewhere."""
+"""The labels: two offline teachers, the cleaner, the draw of one style, and labels made
+elsewhere."""
 
 import json
 import math
@@ -14,7 +15,14 @@ from nla_ray.artifacts import Run
 from nla_ray.config import LabelConfig
 from nla_ray.labels.cleaner import clean_label
 from nla_ray.labels.offline import (
-    ContentFirstTeacher, Facts, FormatFirstTeacher, WordStatistics, describe_ending, observe, salient_words, split_words,
+    ContentFirstTeacher,
+    Facts,
+    FormatFirstTeacher,
+    WordStatistics,
+    describe_ending,
+    observe,
+    salient_words,
+    split_words,
 )
 from nla_ray.labels.stage import label_row, label_texts, load_labels
 from nla_ray.labels.teacher import make_teachers
@@ -24,21 +32,42 @@ from nla_ray.records import CHUNK_SCHEMA, split_of, text_hash
 
 STATISTICS = WordStatistics(
     num_documents=1_000,
-    document_frequency={"frame": 20, "index": 50, "assert": 80, "dtype": 20, "columns": 40, "column": 40, "result": 200,
-                        "expected": 125, "common": 600, "rare": 2},
+    document_frequency={
+        "frame": 20,
+        "index": 50,
+        "assert": 80,
+        "dtype": 20,
+        "columns": 40,
+        "column": 40,
+        "result": 200,
+        "expected": 125,
+        "common": 600,
+        "rare": 2,
+    },
 )
 TEXT = "frame = read_frame(index)\nassert frame.dtype == expected\nresult common rare columns"
 
 
-# Words -----------------------------------------------------------------------------------------------------------------
+# Words --------------------------------------------------------------------------------------------
+
 
 def test_identifiers_are_cut_into_words_and_stop_words_left_out() -> None:
-    assert split_words("readFrameIndex(df_test, x1) HTTPServer for the_self") == ["read", "frame", "index", "test", "http", "server"]
+    assert split_words("readFrameIndex(df_test, x1) HTTPServer for the_self") == [
+        "read",
+        "frame",
+        "index",
+        "test",
+        "http",
+        "server",
+    ]
 
 
 def test_document_frequency_counts_a_word_once_a_text() -> None:
     statistics = WordStatistics.fit(["frame frame index", "frame dtype"])
-    assert (statistics.num_documents, statistics.document_frequency) == (2, {"frame": 2, "index": 1, "dtype": 1})
+    assert (statistics.num_documents, statistics.document_frequency) == (
+        2,
+        {"frame": 2, "index": 1, "dtype": 1},
+    )
 
 
 def test_salient_words_are_ranked_by_tf_idf() -> None:
@@ -57,14 +86,27 @@ def test_a_plural_is_not_named_beside_its_singular() -> None:
 
 
 def test_words_fall_into_bands_by_their_share_of_all_tellable_words() -> None:
-    """Frequencies 20, 20, 40, 40, 50, 80, 125, 200: the middle of `columns` is at 100/575 = .17, of `index` at 145/575 = .25 (in
-    no band), of `assert` at .37 (none), of `expected` at 312.5/575 = .54, of `result` at .83."""
-    assert STATISTICS.band_of == {"dtype": 2, "frame": 2, "column": 2, "columns": 2, "expected": 1, "result": 0}
+    """Frequencies 20, 20, 40, 40, 50, 80, 125, 200: the middle of `columns` is at 100/575 = .17, of
+    `index` at 145/575 = .25 (in no band), of `assert` at .37 (none), of `expected` at 312.5/575 =
+    .54, of `result` at .83."""
+    assert STATISTICS.band_of == {
+        "dtype": 2,
+        "frame": 2,
+        "column": 2,
+        "columns": 2,
+        "expected": 1,
+        "result": 0,
+    }
 
 
 def test_a_text_is_told_by_the_best_word_of_every_band() -> None:
     facts = observe(TEXT, "python_test", STATISTICS)
-    assert facts == Facts(kind="unit test", topics=["result"], tokens=["expected", "frame"], ending="the rest of a sentence")
+    assert facts == Facts(
+        kind="unit test",
+        topics=["result"],
+        tokens=["expected", "frame"],
+        ending="the rest of a sentence",
+    )
 
 
 def test_a_band_without_a_word_of_the_text_stays_empty() -> None:
@@ -72,38 +114,49 @@ def test_a_band_without_a_word_of_the_text_stays_empty() -> None:
     assert (facts.topics, facts.tokens) == ([], ["dtype"])
 
 
-@pytest.mark.parametrize(("text", "ending"), [
-    ("for row in rows:", "the body of an opened block"),
-    ("call(a,", "the next item of an open list"),
-    ("x = 3\n}\n", "a new part after a closed block"),
-    ("#include <vector>", "a preprocessor line"),
-    ("    # a remark", "more of a comment"),
-    (">>> f(1)", "the output of an example"),
-    ("- a first point", "another list item"),
-    ("    return x", "a new function or branch"),
-    ("assert x == 1", "another check"),
-    ("int x;", "another statement or member"),
-    ("x = 3", "another assignment"),
-    ("That was all.", "a new sentence"),
-    ("run(x)", "another call"),
-    ("        deeper", "more of an indented block"),
-    ("and so the", "the rest of a sentence"),
-    ("", "the rest of a sentence"),
-])
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [
+        ("for row in rows:", "the body of an opened block"),
+        ("call(a,", "the next item of an open list"),
+        ("x = 3\n}\n", "a new part after a closed block"),
+        ("#include <vector>", "a preprocessor line"),
+        ("    # a remark", "more of a comment"),
+        (">>> f(1)", "the output of an example"),
+        ("- a first point", "another list item"),
+        ("    return x", "a new function or branch"),
+        ("assert x == 1", "another check"),
+        ("int x;", "another statement or member"),
+        ("x = 3", "another assignment"),
+        ("That was all.", "a new sentence"),
+        ("run(x)", "another call"),
+        ("        deeper", "more of an indented block"),
+        ("and so the", "the rest of a sentence"),
+        ("", "the rest of a sentence"),
+    ],
+)
 def test_the_end_of_a_text_says_how_it_goes_on(text: str, ending: str) -> None:
     assert describe_ending(text) == ending
 
 
-# Teachers --------------------------------------------------------------------------------------------------------------
+# Teachers -----------------------------------------------------------------------------------------
+
 
 def test_the_two_teachers_say_the_same_facts_in_clearly_different_form() -> None:
-    content, form = ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test"), FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test")
+    content, form = (
+        ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test"),
+        FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test"),
+    )
     assert content.startswith("1. **Tokens**: expected, frame.")
-    assert form.startswith("This text appears to be unit test on result. The model is likely to continue")
+    assert form.startswith(
+        "This text appears to be unit test on result. The model is likely to continue"
+    )
 
 
 def test_the_cleaned_forms_differ_in_order_only() -> None:
-    content = clean_label(ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test")).splitlines()
+    content = clean_label(
+        ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test")
+    ).splitlines()
     form = clean_label(FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test")).splitlines()
     assert content[0] == form[2] and content[0].startswith("- tokens: ")
     assert content[1] == form[0] == "- unit test: result"
@@ -112,31 +165,63 @@ def test_the_cleaned_forms_differ_in_order_only() -> None:
 
 def test_a_text_without_a_word_to_name_still_has_a_label() -> None:
     label = clean_label(ContentFirstTeacher(STATISTICS).describe("zzz", "licence"))
-    assert label == "- tokens: no word stands out\n- licence: nothing in particular\n- next: the rest of a sentence"
+    assert (
+        label
+        == "- tokens: no word stands out\n- licence: nothing in particular\n- next: the rest of a"
+        " sentence"
+    )
 
 
 def test_an_unknown_teacher_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="got 'gpt', expected one of offline-content-first, offline-format-first"):
+    with pytest.raises(
+        ValueError, match="got 'gpt', expected one of offline-content-first, offline-format-first"
+    ):
         make_teachers(["gpt"], STATISTICS)
 
 
-# Cleaner ---------------------------------------------------------------------------------------------------------------
+# Cleaner ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("raw", "clean"), [
-    pytest.param('1. **"Use a lock"**: The model is likely preparing to name the remedy.\n\n2. **"Or a queue"**: It predicts a second way. More.',
-                 "- Use a lock: name the remedy\n- Or a queue: a second way", id="numbered list with bold headings"),
-    pytest.param("1. 'A lock' – the model expects the usual remedy. 2. 'A queue' – a second way. 3. 'Neither",
-                 "- A lock: the usual remedy\n- A queue: a second way", id="one paragraph, cut off"),
-    pytest.param("“Take a lock.” The model expects a remedy. “Or use a queue?” A second way is offered.",
-                 "- Take a lock: a remedy\n- Or use a queue?: A second way is offered", id="quotations and remarks"),
-    pytest.param("- first point.\n- second point.\n- third point.\n- fourth point.", "- first point\n- second point\n- third point",
-                 id="more bullets than three"),
-    pytest.param("This text appears to be about locks. It is long.", "- about locks\n- It is long", id="sentences"),
-    pytest.param("Same thing. Same thing.", "- Same thing", id="repeated"),
-    pytest.param("As in 2. The lock is held.", "- As in 2\n- The lock is held", id="a number that counts nothing"),
-    pytest.param("", "", id="nothing"),
-    pytest.param("** **", "", id="only markup"),
-])
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        pytest.param(
+            '1. **"Use a lock"**: The model is likely preparing to name the remedy.\n\n2. **"Or a'
+            ' queue"**: It predicts a second way. More.',
+            "- Use a lock: name the remedy\n- Or a queue: a second way",
+            id="numbered list with bold headings",
+        ),
+        pytest.param(
+            "1. 'A lock' – the model expects the usual remedy. 2. 'A queue' – a second way. 3."
+            " 'Neither",
+            "- A lock: the usual remedy\n- A queue: a second way",
+            id="one paragraph, cut off",
+        ),
+        pytest.param(
+            "“Take a lock.” The model expects a remedy. “Or use a queue?” A second way is offered.",
+            "- Take a lock: a remedy\n- Or use a queue?: A second way is offered",
+            id="quotations and remarks",
+        ),
+        pytest.param(
+            "- first point.\n- second point.\n- third point.\n- fourth point.",
+            "- first point\n- second point\n- third point",
+            id="more bullets than three",
+        ),
+        pytest.param(
+            "This text appears to be about locks. It is long.",
+            "- about locks\n- It is long",
+            id="sentences",
+        ),
+        pytest.param("Same thing. Same thing.", "- Same thing", id="repeated"),
+        pytest.param(
+            "As in 2. The lock is held.",
+            "- As in 2\n- The lock is held",
+            id="a number that counts nothing",
+        ),
+        pytest.param("", "", id="nothing"),
+        pytest.param("** **", "", id="only markup"),
+    ],
+)
 def test_raw_labels_become_bullets(raw: str, clean: str) -> None:
     assert clean_label(raw) == clean
 
@@ -152,13 +237,23 @@ def test_cleaning_a_clean_label_changes_nothing() -> None:
         assert clean_label(once) == once
 
 
-# The stage -------------------------------------------------------------------------------------------------------------
+# The stage ----------------------------------------------------------------------------------------
+
 
 def write_corpus(run: Run, texts: dict[str, str], shard_rows: int = 4) -> Manifest:
     """A corpus artifact made by hand: one text a document."""
     stage = run.stage("corpus", "corpus")
-    rows = [{"text_id": f"{doc_id}#0", "doc_id": doc_id, "split": split_of(doc_id), "domain": "text", "chunk_index": 0, "text": text}
-            for doc_id, text in sorted(texts.items())]
+    rows = [
+        {
+            "text_id": f"{doc_id}#0",
+            "doc_id": doc_id,
+            "split": split_of(doc_id),
+            "domain": "text",
+            "chunk_index": 0,
+            "text": text,
+        }
+        for doc_id, text in sorted(texts.items())
+    ]
     with stage.local_folder() as folder:
         for shard, start in enumerate(range(0, len(rows), shard_rows)):
             table = pa.Table.from_pylist(rows[start : start + shard_rows], schema=CHUNK_SCHEMA)
@@ -166,33 +261,57 @@ def write_corpus(run: Run, texts: dict[str, str], shard_rows: int = 4) -> Manife
     return stage.publish()
 
 
-TEXTS = {f"doc{number}": f"text number {number} about frame index dtype columns result {number % 3}" for number in range(40)}
+TEXTS = {
+    f"doc{number}": f"text number {number} about frame index dtype columns result {number % 3}"
+    for number in range(40)
+}
 
 
 def all_labels(run: Run) -> list[dict]:
     return [row for split in ("train", "validation", "test") for row in load_labels(run, split)]
 
 
-def test_every_text_is_labelled_by_every_teacher_and_one_label_is_drawn(tiny_run: Callable[..., Run]) -> None:
+def test_every_text_is_labelled_by_every_teacher_and_one_label_is_drawn(
+    tiny_run: Callable[..., Run],
+) -> None:
     run = tiny_run()
     corpus = write_corpus(run, TEXTS)
     manifest = label_texts(run)
     rows = all_labels(run)
     assert len(rows) == 80 and sorted(manifest.files) == sorted(corpus.files)
-    assert all(count == 1 for count in Counter(row["text_id"] for row in rows if row["drawn"]).values())
-    assert {row["teacher"] for row in rows if row["drawn"]} == {"offline-content-first", "offline-format-first"}
+    assert all(
+        count == 1 for count in Counter(row["text_id"] for row in rows if row["drawn"]).values()
+    )
+    assert {row["teacher"] for row in rows if row["drawn"]} == {
+        "offline-content-first",
+        "offline-format-first",
+    }
     assert manifest.metrics["labels"] == 80 and manifest.metrics["unlabelled_texts"] == 0
 
 
 def test_the_draw_depends_on_the_text_id_and_the_seed_alone() -> None:
     row = {"text_id": "d#0", "doc_id": "d", "split": "train", "domain": "text", "text": "x"}
     raw = [("a", "One label."), ("b", "Another label.")]
-    drawn = [[label["drawn"] for label in label_row({**row, "text_id": f"d#{index}"}, raw, LabelConfig())] for index in range(200)]
-    assert drawn == [[label["drawn"] for label in label_row({**row, "text_id": f"d#{index}"}, raw[::-1], LabelConfig())] for index in range(200)]
+    drawn = [
+        [
+            label["drawn"]
+            for label in label_row({**row, "text_id": f"d#{index}"}, raw, LabelConfig())
+        ]
+        for index in range(200)
+    ]
+    assert drawn == [
+        [
+            label["drawn"]
+            for label in label_row({**row, "text_id": f"d#{index}"}, raw[::-1], LabelConfig())
+        ]
+        for index in range(200)
+    ]
     assert 70 < sum(first for first, _ in drawn) < 130
 
 
-def test_a_run_that_was_cut_off_continues_with_the_missing_shards(tiny_run: Callable[..., Run]) -> None:
+def test_a_run_that_was_cut_off_continues_with_the_missing_shards(
+    tiny_run: Callable[..., Run],
+) -> None:
     run, undisturbed = tiny_run("cut"), tiny_run("whole")
     for each in (run, undisturbed):
         write_corpus(each, TEXTS)
@@ -223,11 +342,22 @@ def imported(tmp_path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def test_labels_made_elsewhere_are_joined_on_the_text_and_strangers_are_refused(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_labels_made_elsewhere_are_joined_on_the_text_and_strangers_are_refused(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
     rows = [
-        {"doc_id": "doc0", "text": TEXTS["doc0"], "labels": {"a": "First. Label.", "b": "Second label."}},
+        {
+            "doc_id": "doc0",
+            "text": TEXTS["doc0"],
+            "labels": {"a": "First. Label.", "b": "Second label."},
+        },
         {"text_hash": text_hash(TEXTS["doc1"]), "teacher": "a", "label": "By its hash."},
-        {"doc_id": "doc2", "text": TEXTS["doc2"] + " changed", "teacher": "a", "label": "Wrong text."},
+        {
+            "doc_id": "doc2",
+            "text": TEXTS["doc2"] + " changed",
+            "teacher": "a",
+            "label": "Wrong text.",
+        },
         {"doc_id": "elsewhere", "text": "unknown", "teacher": "a", "label": "Unknown text."},
         {"text": TEXTS["doc3"], "text_hash": "0" * 64, "teacher": "a", "label": "Two stories."},
         {"doc_id": "doc4", "teacher": "a", "label": "No text."},
@@ -239,16 +369,29 @@ def test_labels_made_elsewhere_are_joined_on_the_text_and_strangers_are_refused(
     write_corpus(run, TEXTS)
     manifest = label_texts(run)
     assert {(row["doc_id"], row["teacher"], row["label"]) for row in all_labels(run)} == {
-        ("doc0", "a", "- First\n- Label"), ("doc0", "b", "- Second label"), ("doc1", "a", "- By its hash")}
+        ("doc0", "a", "- First\n- Label"),
+        ("doc0", "b", "- Second label"),
+        ("doc1", "a", "- By its hash"),
+    }
     assert manifest.metrics["refused"] == {
-        "text differs from the document's in the corpus": 1, "text is not in the corpus": 1, "text_hash is not the hash of text": 1,
-        "neither text nor text_hash": 1, "neither labels nor teacher and label": 1, "label is there twice": 1,
-        "nothing is left after cleaning": 1}
-    refused = [json.loads(line) for line in (run.root / "labels" / "refused.jsonl").read_text().splitlines()]
+        "text differs from the document's in the corpus": 1,
+        "text is not in the corpus": 1,
+        "text_hash is not the hash of text": 1,
+        "neither text nor text_hash": 1,
+        "neither labels nor teacher and label": 1,
+        "label is there twice": 1,
+        "nothing is left after cleaning": 1,
+    }
+    refused = [
+        json.loads(line)
+        for line in (run.root / "labels" / "refused.jsonl").read_text().splitlines()
+    ]
     assert [entry["line"] for entry in refused] == [3, 4, 5, 6, 7, 8, 9]
 
 
-def test_a_plan_counts_the_labels_there_are_not_the_offline_teachers(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_plan_counts_the_labels_there_are_not_the_offline_teachers(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
     rows = [{"text": text, "labels": dict.fromkeys("abc", "A label.")} for text in TEXTS.values()]
     path = imported(tmp_path, rows)
     run = tiny_run(label=LabelConfig(import_path=path))
@@ -259,15 +402,21 @@ def test_a_plan_counts_the_labels_there_are_not_the_offline_teachers(tiny_run: C
     assert f" {3 * texts:,} labels of {path}" in describe_plan(run.config, "label")
 
 
-def test_labels_of_other_texts_only_are_one_clear_error(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_labels_of_other_texts_only_are_one_clear_error(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
     path = imported(tmp_path, [{"text": "unknown", "teacher": "a", "label": "Unknown."}])
     run = tiny_run(label=LabelConfig(import_path=path))
     write_corpus(run, TEXTS)
-    with pytest.raises(ValueError, match="no label for any of 40 texts .*'text is not in the corpus': 1"):
+    with pytest.raises(
+        ValueError, match="no label for any of 40 texts .*'text is not in the corpus': 1"
+    ):
         label_texts(run)
 
 
-def test_an_import_file_that_changed_since_is_an_error_not_a_mix(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_an_import_file_that_changed_since_is_an_error_not_a_mix(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
     path = imported(tmp_path, [{"text": TEXTS["doc0"], "teacher": "a", "label": "Good."}])
     run = tiny_run(label=LabelConfig(import_path=path))
     write_corpus(run, TEXTS)
@@ -277,7 +426,9 @@ def test_an_import_file_that_changed_since_is_an_error_not_a_mix(tiny_run: Calla
         label_texts(run)
 
 
-def test_an_import_file_that_changed_while_a_run_was_cut_off_is_an_error_too(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_an_import_file_that_changed_while_a_run_was_cut_off_is_an_error_too(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
     path = imported(tmp_path, [{"text": TEXTS["doc0"], "teacher": "a", "label": "..."}])
     run = tiny_run(label=LabelConfig(import_path=path))
     write_corpus(run, TEXTS)

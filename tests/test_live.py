@@ -1,4 +1,5 @@
-"""The panel that is drawn while GRPO trains: what it says, how it follows a file, and what it leaves behind."""
+"""The panel that is drawn while GRPO trains: what it says, how it follows a file, and what it
+leaves behind."""
 
 from __future__ import annotations
 
@@ -24,18 +25,45 @@ from nla_ray.training.steps import monitor_share
 
 
 def step(number: int, seconds: float = 2.0) -> dict[str, float]:
-    return {"step": number, "reward": 0.1 * number, "rewards/score/mean": 0.2 + 0.1 * number, "kl": 0.001 * number,
-            "completions/mean_length": 40.0 - number, "seconds/step": seconds, "seconds/rollout": 0.5, "seconds/log_prob": 0.25,
-            "seconds/score": 0.125, "seconds/update": 1.0}
+    return {
+        "step": number,
+        "reward": 0.1 * number,
+        "rewards/score/mean": 0.2 + 0.1 * number,
+        "kl": 0.001 * number,
+        "completions/mean_length": 40.0 - number,
+        "seconds/step": seconds,
+        "seconds/rollout": 0.5,
+        "seconds/log_prob": 0.25,
+        "seconds/score": 0.125,
+        "seconds/update": 1.0,
+    }
 
 
-def reading(number: int, judge: float, rewarded: float, *, warned: bool = False, seconds: float = 0.2) -> dict[str, float]:
-    return {"step": number, JUDGE_COSINE: judge, JUDGE_COSINE + "_low": judge - 0.03, JUDGE_COSINE + "_high": judge + 0.03,
-            REWARDED: rewarded, PREFIX + "distinct_share": 0.95, PREFIX + "claim_precision": 0.48, WARNED: float(warned),
-            "seconds/monitor": seconds}
+def reading(
+    number: int, judge: float, rewarded: float, *, warned: bool = False, seconds: float = 0.2
+) -> dict[str, float]:
+    return {
+        "step": number,
+        JUDGE_COSINE: judge,
+        JUDGE_COSINE + "_low": judge - 0.03,
+        JUDGE_COSINE + "_high": judge + 0.03,
+        REWARDED: rewarded,
+        PREFIX + "distinct_share": 0.95,
+        PREFIX + "claim_precision": 0.48,
+        WARNED: float(warned),
+        "seconds/monitor": seconds,
+    }
 
 
-RECORDS = [reading(0, 0.52, 0.30, seconds=9.0), step(1), step(2), reading(2, 0.47, 0.33, warned=True), step(3), step(4), reading(4, 0.53, 0.34)]
+RECORDS = [
+    reading(0, 0.52, 0.30, seconds=9.0),
+    step(1),
+    step(2),
+    reading(2, 0.47, 0.33, warned=True),
+    step(3),
+    step(4),
+    reading(4, 0.53, 0.34),
+]
 
 
 def shown(records: list[dict[str, float]], width: int = 80) -> str:
@@ -45,20 +73,36 @@ def shown(records: list[dict[str, float]], width: int = 80) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_the_panel_shows_the_last_values_and_the_time_left_within_the_terminals_width(width: int) -> None:
+def test_the_panel_shows_the_last_values_and_the_time_left_within_the_terminals_width(
+    width: int,
+) -> None:
     text = shown(RECORDS, width)
     lines = {line[1:24].strip(): line for line in text.splitlines()}
-    for title, value in {"reward": "0.400", "score": "0.600", "KL to SFT": "0.0040", "tokens written": "36.0", "distinct share": "0.95",
-                         "claim precision": "0.48", "judge centred cosine": "0.530 [0.500, 0.560]", "seconds a step": "2.00"}.items():
+    for title, value in {
+        "reward": "0.400",
+        "score": "0.600",
+        "KL to SFT": "0.0040",
+        "tokens written": "36.0",
+        "distinct share": "0.95",
+        "claim precision": "0.48",
+        "judge centred cosine": "0.530 [0.500, 0.560]",
+        "seconds a step": "2.00",
+    }.items():
         assert lines[title][24:].startswith(value), title
-    assert "step 4 of 8" in text and "rollout 0.50  log-prob 0.25  score 0.12  update 1.00  monitor +5%" in text
+    assert (
+        "step 4 of 8" in text
+        and "rollout 0.50  log-prob 0.25  score 0.12  update 1.00  monitor +5%" in text
+    )
     assert "0:00:08 left" in text
     assert {len(line) for line in text.splitlines()} == {width}
 
 
 def test_a_warning_stays_in_the_monitors_words_when_the_next_reading_is_good() -> None:
     words = " ".join(line.strip("│ ") for line in shown(RECORDS).splitlines())
-    assert "step 2: reward hacking is likely. Since step 0" in words and "from 0.520 [0.490, 0.550] to 0.470" in words
+    assert (
+        "step 2: reward hacking is likely. Since step 0" in words
+        and "from 0.520 [0.490, 0.550] to 0.470" in words
+    )
     assert "(1 of 3 readings warn.)" in words
     assert "hacking" not in shown(RECORDS[:3])
 
@@ -74,7 +118,9 @@ def test_a_panel_without_records_waits() -> None:
     assert "step 0 of 8" in text and "waiting for the first step" in text
 
 
-def test_a_curve_goes_from_the_least_value_to_the_greatest_and_repeats_what_it_has_no_point_for() -> None:
+def test_a_curve_goes_from_the_least_value_to_the_greatest_and_repeats_what_it_has_no_point_for() -> (
+    None
+):
     assert sparkline([(0, 1.0), (2, 8.0)], 3, 80) == "▁▁██"
     assert sparkline([(1, 0.0), (2, 7.0), (3, 1.0)], 3, 80) == " ▁█▂"
     assert sparkline([(0, 0.0), (1, 2.0), (2, 7.0), (3, 9.0)], 3, 2) == "▁█"
@@ -83,8 +129,16 @@ def test_a_curve_goes_from_the_least_value_to_the_greatest_and_repeats_what_it_h
     assert sparkline([], 0, 80) == " "
 
 
-def test_the_time_left_counts_the_monitors_readings_and_its_share_leaves_out_the_one_that_waits_for_actors() -> None:
-    steps, readings = [step(1), step(2, 4.0)], [reading(0, 0.5, 0.3, seconds=9.0), reading(2, 0.5, 0.3, seconds=1.5)]
+def test_the_time_left_counts_the_monitors_readings_and_its_share_leaves_out_the_one_that_waits_for_actors() -> (
+    None
+):
+    steps, readings = (
+        [step(1), step(2, 4.0)],
+        [
+            reading(0, 0.5, 0.3, seconds=9.0),
+            reading(2, 0.5, 0.3, seconds=1.5),
+        ],
+    )
     assert seconds_left(steps, readings, 12) == pytest.approx((2.0 + 4.0 + 1.5) / 2 * 10)
     assert monitor_share(steps, readings) == pytest.approx(1.5 / 6.0)
     assert monitor_share([], readings[:1]) == 0.0
@@ -125,12 +179,22 @@ except RuntimeError:
 """
 
 
-def test_on_a_terminal_lines_go_above_the_panel_and_an_error_leaves_it_clean(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+def test_on_a_terminal_lines_go_above_the_panel_and_an_error_leaves_it_clean(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in RECORDS)
+    )
     terminal, end = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "40"}
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "metrics.jsonl")], stderr=end, stdout=subprocess.PIPE,
-                              text=True, env=environment, cwd=Path(__file__).resolve().parent.parent)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path / "metrics.jsonl")],
+        stderr=end,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
     os.close(end)
     drawn: list[bytes] = []
     reader = threading.Thread(target=lambda: drawn.extend(everything(terminal)))

@@ -1,4 +1,5 @@
-"""Reward terms with numbers computed by hand, the draw of wrong activations, and the schedule of batches."""
+"""Reward terms with numbers computed by hand, the draw of wrong activations, and the schedule of
+batches."""
 
 import dataclasses
 
@@ -17,18 +18,34 @@ def test_contrast_subtracts_the_mean_of_the_wrong_scores() -> None:
 
 
 def test_a_description_that_fits_every_activation_alike_earns_nothing() -> None:
-    assert rewards.contrast(torch.tensor([0.98]), torch.full((1, 8), 0.98)).item() == pytest.approx(0.0)
+    assert rewards.contrast(torch.tensor([0.98]), torch.full((1, 8), 0.98)).item() == pytest.approx(
+        0.0
+    )
 
 
 def test_a_good_description_has_no_penalty_and_its_share_of_evidence() -> None:
     written = f"- Python test: frame, index\n- tokens: assert, dtype{CLOSING_TAG}"
     terms = rewards.text_terms(written, 20, "assert frame.dtype == int", soft_max_tokens=56)
-    assert terms == {"unclosed": 0.0, "empty": 0.0, "over_length": 0.0, "repeated": 0.0, "evidence": 0.75}
+    assert terms == {
+        "unclosed": 0.0,
+        "empty": 0.0,
+        "over_length": 0.0,
+        "repeated": 0.0,
+        "evidence": 0.75,
+    }
 
 
 def test_an_unclosed_repeating_over_long_description_has_all_three_penalties() -> None:
-    terms = rewards.text_terms("- tokens: assert, dtype, assert", 60, "nothing of it", soft_max_tokens=56)
-    assert terms == {"unclosed": 1.0, "empty": 0.0, "over_length": 4.0, "repeated": 1.0, "evidence": 0.0}
+    terms = rewards.text_terms(
+        "- tokens: assert, dtype, assert", 60, "nothing of it", soft_max_tokens=56
+    )
+    assert terms == {
+        "unclosed": 1.0,
+        "empty": 0.0,
+        "over_length": 4.0,
+        "repeated": 1.0,
+        "evidence": 0.0,
+    }
 
 
 def test_an_empty_description_is_closed_and_empty() -> None:
@@ -37,17 +54,36 @@ def test_an_empty_description_is_closed_and_empty() -> None:
 
 
 def test_the_weighted_sum_of_the_terms_is_the_reward_computed_by_hand() -> None:
-    settings = GRPOSettings(unclosed_penalty=0.3, empty_penalty=0.25, repeat_penalty=0.2, length_penalty=0.01, evidence_weight=0.1)
-    terms = {"score": 0.5, "unclosed": 1.0, "empty": 0.0, "over_length": 4.0, "repeated": 1.0, "evidence": 0.5}
+    settings = GRPOSettings(
+        unclosed_penalty=0.3,
+        empty_penalty=0.25,
+        repeat_penalty=0.2,
+        length_penalty=0.01,
+        evidence_weight=0.1,
+    )
+    terms = {
+        "score": 0.5,
+        "unclosed": 1.0,
+        "empty": 0.0,
+        "over_length": 4.0,
+        "repeated": 1.0,
+        "evidence": 0.5,
+    }
     weights = rewards.reward_weights(settings)
     assert weights.keys() == {rewards.SCORE, *rewards.TEXT_TERMS}
-    assert sum(weights[name] * value for name, value in terms.items()) == pytest.approx(0.5 - 0.3 - 0.04 - 0.2 + 0.05)
+    assert sum(weights[name] * value for name, value in terms.items()) == pytest.approx(
+        0.5 - 0.3 - 0.04 - 0.2 + 0.05
+    )
 
 
 def test_the_worth_of_a_beginning_is_its_evidence_less_what_it_repeats() -> None:
     settings = GRPOSettings(repeat_penalty=0.2, evidence_weight=0.1)
-    assert rewards.beginning_worth("- tokens: frame, index", "the index of it", settings) == pytest.approx(0.05)
-    assert rewards.beginning_worth("- tokens: index, index", "the index of it", settings) == pytest.approx(0.1 - 0.2)
+    assert rewards.beginning_worth(
+        "- tokens: frame, index", "the index of it", settings
+    ) == pytest.approx(0.05)
+    assert rewards.beginning_worth(
+        "- tokens: index, index", "the index of it", settings
+    ) == pytest.approx(0.1 - 0.2)
 
 
 def test_wrong_activations_come_from_other_documents_and_differ_from_each_other() -> None:
@@ -73,7 +109,9 @@ def test_every_row_of_the_other_documents_can_be_drawn() -> None:
 
 
 def test_too_few_other_documents_is_one_clear_error() -> None:
-    with pytest.raises(ValueError, match="got 2 rows from other documents.*expected at least 3.*num-wrong"):
+    with pytest.raises(
+        ValueError, match="got 2 rows from other documents.*expected at least 3.*num-wrong"
+    ):
         rewards.WrongActivations(["a", "a", "b", "c", "a"], count=3)
 
 
@@ -97,7 +135,10 @@ def test_a_bank_smaller_than_one_batch_is_refused() -> None:
 
 def test_the_default_evidence_weight_is_zero() -> None:
     assert rewards.reward_weights(GRPOSettings())["evidence"] == 0.0
-    assert rewards.reward_weights(dataclasses.replace(GRPOSettings(), evidence_weight=0.2))["evidence"] == 0.2
+    assert (
+        rewards.reward_weights(dataclasses.replace(GRPOSettings(), evidence_weight=0.2))["evidence"]
+        == 0.2
+    )
 
 
 def test_near_rows_are_drawn_beside_the_others_anew_every_step() -> None:
@@ -105,8 +146,13 @@ def test_near_rows_are_drawn_beside_the_others_anew_every_step() -> None:
     near = [[(row + step) % 60 for step in range(1, 9)] for row in range(60)]
     wrong = rewards.WrongActivations(documents, 3, near, 2)
     draws = [wrong.draw(5, seed=0, step=step) for step in range(20)]
-    assert all(len(drawn) == 5 and set(drawn[3:]) <= set(near[5]) and len(set(drawn[3:])) == 2 for drawn in draws)
-    assert draws[0] == wrong.draw(5, seed=0, step=0) and len({tuple(drawn[3:]) for drawn in draws}) > 5
+    assert all(
+        len(drawn) == 5 and set(drawn[3:]) <= set(near[5]) and len(set(drawn[3:])) == 2
+        for drawn in draws
+    )
+    assert (
+        draws[0] == wrong.draw(5, seed=0, step=0) and len({tuple(drawn[3:]) for drawn in draws}) > 5
+    )
     # those of any document are the same whether near ones are drawn too
     assert draws[0][:3] == rewards.WrongActivations(documents, 3).draw(5, seed=0, step=0)
     with pytest.raises(ValueError, match="8 near ones, expected at least 3 and 9"):

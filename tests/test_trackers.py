@@ -1,4 +1,5 @@
-"""The figures in TensorBoard and W&B: the same as in the records, no step twice, and no harm when a tracker fails."""
+"""The figures in TensorBoard and W&B: the same as in the records, no step twice, and no harm when a
+tracker fails."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from nla_ray.presets import nano
 from nla_ray.training.loop import Checkpoints
 from nla_ray.training.trackers import Trackers, is_installed
 
-needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard, which the test extra installs")
+needs_tensorboard = pytest.mark.skipif(
+    find_spec("tensorboard") is None, reason="needs tensorboard, which the test extra installs"
+)
 
 WANDB = """
 from pathlib import Path
@@ -63,7 +66,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
 
 
 def make_checkpoint(checkpoints: Checkpoints, step: int) -> None:
@@ -72,10 +78,16 @@ def make_checkpoint(checkpoints: Checkpoints, step: int) -> None:
 
 
 @needs_tensorboard
-def test_tensorboard_shows_every_figure_of_the_records_and_of_a_step_done_again_only_the_second(tmp_path: Path) -> None:
+def test_tensorboard_shows_every_figure_of_the_records_and_of_a_step_done_again_only_the_second(
+    tmp_path: Path,
+) -> None:
     first = Checkpoints(config_in(tmp_path), "grpo")
     trackers = first.trackers()
-    for record in ({"step": 0, "monitor/judge": 0.5}, {"step": 1, "loss": 3.0, "seconds/step": 2.5}, {"step": 2, "loss": 2.0}):
+    for record in (
+        {"step": 0, "monitor/judge": 0.5},
+        {"step": 1, "loss": 3.0, "seconds/step": 2.5},
+        {"step": 2, "loss": 2.0},
+    ):
         trackers.write(record)
     make_checkpoint(first, 2)
     trackers.write({"step": 3, "loss": 9.0})  # and the worker is killed: nothing is closed
@@ -84,7 +96,10 @@ def test_tensorboard_shows_every_figure_of_the_records_and_of_a_step_done_again_
     again.write({"step": 3, "loss": 1.5})
     again.close()
     assert scalars(tmp_path / "tensorboard" / "grpo") == {
-        "monitor/judge": [(0, 0.5)], "loss": [(1, 3.0), (2, 2.0), (3, 1.5)], "seconds/step": [(1, 2.5)]}
+        "monitor/judge": [(0, 0.5)],
+        "loss": [(1, 3.0), (2, 2.0), (3, 1.5)],
+        "seconds/step": [(1, 2.5)],
+    }
 
 
 @needs_tensorboard
@@ -104,25 +119,34 @@ def test_a_remote_run_has_no_tensorboard_and_says_so(told: list[str]) -> None:
     Location.of("memory://bucket/runs/trackers-test").delete()
 
 
-def test_a_process_that_does_not_write_metrics_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_write_metrics_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
     Checkpoints(config_in(tmp_path), "sft").trackers().write({"step": 1, "loss": 1.0})
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_wandb_is_not_even_imported_unless_the_environment_asks_for_it(tmp_path: Path, wandb_calls: Path) -> None:
+def test_wandb_is_not_even_imported_unless_the_environment_asks_for_it(
+    tmp_path: Path, wandb_calls: Path
+) -> None:
     trackers = Trackers.of(config_in(tmp_path), "sft", scratch=tmp_path, first_step=0)
     trackers.write({"step": 1, "loss": 1.0})
     trackers.close()
     assert "wandb" not in sys.modules and not wandb_calls.exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("WANDB_API_KEY", "secret"), ("WANDB_MODE", "offline")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("WANDB_API_KEY", "secret"), ("WANDB_MODE", "offline")]
+)
 def test_wandb_gets_every_figure_and_a_resumed_stage_goes_on_with_its_run(
-        tmp_path: Path, wandb_calls: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    tmp_path: Path, wandb_calls: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
     for step in (1, 2):
-        trackers = Trackers.of(config_in(tmp_path / "run"), "sft", scratch=tmp_path, first_step=step)
+        trackers = Trackers.of(
+            config_in(tmp_path / "run"), "sft", scratch=tmp_path, first_step=step
+        )
         trackers.write({"step": step, "loss": 1.0})
         trackers.close()
     begun, figures, finished, *second = wandb_calls.read_text().splitlines()
@@ -132,17 +156,22 @@ def test_wandb_gets_every_figure_and_a_resumed_stage_goes_on_with_its_run(
 
 
 def test_a_tracker_that_fails_is_told_once_and_left_out(
-        tmp_path: Path, wandb_calls: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:
+    tmp_path: Path, wandb_calls: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     trackers = Trackers.of(config_in(tmp_path / "run"), "sft", scratch=tmp_path, first_step=0)
     for step in (2, 3, 4):
         trackers.write({"step": step, "loss": 1.0})
     trackers.close()
-    assert told == ["W&B is left out: ConnectionError: the server has gone. Every figure is in metrics.jsonl."]
+    assert told == [
+        "W&B is left out: ConnectionError: the server has gone. Every figure is in metrics.jsonl."
+    ]
     assert [line.split()[0] for line in wandb_calls.read_text().splitlines()[1:]] == ["2", "3"]
 
 
-def test_a_folder_that_is_called_wandb_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_called_wandb_is_not_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "wandb_runs_of_before").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     assert not is_installed("wandb_runs_of_before") and is_installed("json")

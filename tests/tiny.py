@@ -1,7 +1,9 @@
-"""A tiny random chat model on disk: the base of unit tests. Built in about a second, from a few sentences.
+"""A tiny random chat model on disk: the base of unit tests. Built in about a second, from a few
+sentences.
 
-d_model 32, 3 blocks, 2 heads, 1 key-value head, byte-level BPE with a ChatML template and the marker as one token. Its
-embedding table has more rows than its tokenizer has tokens, as real models have.
+d_model 32, 3 blocks, 2 heads, 1 key-value head, byte-level BPE with a ChatML template and the
+marker as one token. Its embedding table has more rows than its tokenizer has tokens, as real models
+have.
 """
 
 from __future__ import annotations
@@ -13,23 +15,29 @@ from nla_ray.config import BaseConfig
 
 MARKER = "\u320e"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content']"
+    " }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SENTENCES = (
-    "Describe the text behind this activation in two or three bullets: the topics, the tokens, the response.",
+    (
+        "Describe the text behind this activation in two or three bullets: the topics, the tokens,"
+        " the response."
+    ),
     "- A Python test that opens a file and asserts the number of rows.",
     "- A licence that permits copying, with conditions.",
     "def read(path):\n    with open(path) as file:\n        return file.read()\n",
-    "<description>- topics: code, tests\n- tokens: def, assert\n- next: the assistant explains the "
-    "function</description>",
+    (
+        "<description>- topics: code, tests\n- tokens: def, assert\n- next: the assistant explains"
+        " the function</description>"
+    ),
     "Activation: user assistant system\n",
 )
 _TABLE_ROWS_BEYOND_TOKENIZER = 13
 
 
 def build_tokenizer(vocab_size: int = 400):
-    """A byte-level BPE tokenizer with ChatML special tokens and the marker as one ordinary token."""
+    """A byte-level BPE tokenizer with ChatML special tokens and the marker as one ordinary
+    token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,24 +45,42 @@ def build_tokenizer(vocab_size: int = 400):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.add_tokens([AddedToken(MARKER, normalized=False)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE)
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
-def make_tiny_base(folder: Path | str, *, architecture: Literal["qwen2", "llama"] = "qwen2", tied: bool = True,
-                   blocks: int = 3, width: int = 32, heads: int = 2, key_value_heads: int = 1, seed: int = 0) -> BaseConfig:
-    """Write a random model with its tokenizer into `folder` and return the base configuration that names it."""
+def make_tiny_base(
+    folder: Path | str,
+    *,
+    architecture: Literal["qwen2", "llama"] = "qwen2",
+    tied: bool = True,
+    blocks: int = 3,
+    width: int = 32,
+    heads: int = 2,
+    key_value_heads: int = 1,
+    seed: int = 0,
+) -> BaseConfig:
+    """Write a random model with its tokenizer into `folder` and return the base configuration that
+    names it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = build_tokenizer()
     config_class, model_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[architecture]
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[architecture]
     config = config_class(
         vocab_size=len(tokenizer) + _TABLE_ROWS_BEYOND_TOKENIZER,
         hidden_size=width,
@@ -75,11 +101,19 @@ def make_tiny_base(folder: Path | str, *, architecture: Literal["qwen2", "llama"
         for name, parameter in model.named_parameters():
             if (
                 parameter.ndim == 1
-            ):  # the library starts norms at one and biases at zero, which would hide them from tests
+                # the library starts norms at one and biases at zero, which would hide them from tests
+            ):
                 parameter.data += 0.1 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return BaseConfig(model=str(folder), layer=1, injection_norm=4.0, max_tokens=256, dtype="float32", device="cpu",
-                      training_dtype="float32")
+    return BaseConfig(
+        model=str(folder),
+        layer=1,
+        injection_norm=4.0,
+        max_tokens=256,
+        dtype="float32",
+        device="cpu",
+        training_dtype="float32",
+    )

@@ -1,10 +1,11 @@
 """Exact and near duplicates, found with one-permutation MinHash and banded hashing.
 
-Knows texts and nothing else: the caller orders them, and the first text of each cluster is the one kept.
-The rule it protects: no two texts that survive share more than `threshold` of their shingles, so none can
-sit on both sides of a split.
+Knows texts and nothing else: the caller orders them, and the first text of each cluster is the one
+kept. The rule it protects: no two texts that survive share more than `threshold` of their shingles,
+so none can sit on both sides of a split.
 
-Source: Li, Owen, Zhang 2012 (one permutation hashing); Shrivastava, Li 2014 (rotation densification).
+Source: Li, Owen, Zhang 2012 (one permutation hashing); Shrivastava, Li 2014 (rotation
+densification).
 """
 
 import re
@@ -26,10 +27,11 @@ _DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 def first_of_clusters(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """Boolean mask over the rows of `minhash_signatures`: True for the texts to keep, in the order given.
+    """Boolean mask over the rows of `minhash_signatures`: True for the texts to keep, in the order
+    given.
 
-    `threshold` is the estimated Jaccard similarity of shingle sets; case, the digits' values and white space
-    are ignored.
+    `threshold` is the estimated Jaccard similarity of shingle sets; case, the digits' values and
+    white space are ignored.
     """
     keep = np.ones(len(signatures), dtype=bool)
     while True:
@@ -62,8 +64,11 @@ def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def has_twin(signatures: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
-    """Boolean mask over the rows of `signatures`: True where a row of `others` is estimated to be as similar as `threshold`."""
-    return np.array([similarity(row, others).max(initial=0.0) >= threshold for row in signatures], dtype=bool)
+    """Boolean mask over the rows of `signatures`: True where a row of `others` is estimated to be
+    as similar as `threshold`."""
+    return np.array(
+        [similarity(row, others).max(initial=0.0) >= threshold for row in signatures], dtype=bool
+    )
 
 
 def _normalise(text: str) -> bytes:
@@ -114,7 +119,11 @@ def _later_members(signatures: np.ndarray, threshold: float) -> np.ndarray:
     rows = NUM_BINS // NUM_BANDS
     removed = np.zeros(len(signatures), dtype=bool)
     for band in range(NUM_BANDS):
-        keys = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows]).view(f"V{4 * rows}").ravel()
+        keys = (
+            np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
+            .view(f"V{4 * rows}")
+            .ravel()
+        )
         _, inverse = np.unique(keys, return_inverse=True)
         order = np.argsort(inverse, kind="stable")
         group = inverse[order]

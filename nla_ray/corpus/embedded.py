@@ -1,9 +1,9 @@
 """The embedded corpus: text that every installation of the core dependencies carries.
 
-A document is one file of the standard library or of an installed package (or one topic of the language
-manual). Only distributions in the requirement closure of the core dependencies count, so that a test-only
-package cannot change the corpus. This module knows where documents come from and how they are cut; splits,
-artifacts and duplicates are elsewhere.
+A document is one file of the standard library or of an installed package (or one topic of the
+language manual). Only distributions in the requirement closure of the core dependencies count, so
+that a test-only package cannot change the corpus. This module knows where documents come from and
+how they are cut; splits, artifacts and duplicates are elsewhere.
 """
 
 import ast
@@ -22,7 +22,15 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 CORE_REQUIREMENTS = (
-    "torch", "ray[data,serve,train]", "transformers", "peft", "trl", "deepspeed", "pyarrow", "datasets", "jinja2",
+    "torch",
+    "ray[data,serve,train]",
+    "transformers",
+    "peft",
+    "trl",
+    "deepspeed",
+    "pyarrow",
+    "datasets",
+    "jinja2",
 )
 """Roots of the closure whose files may enter the corpus."""
 
@@ -47,8 +55,11 @@ DOMAIN_NAMES = {
 No two begin with the same token: the first one of a name already tells the domain.
 """
 
-API_PACKAGES = frozenset({"numpy", "pandas", "networkx", "sympy", "pyarrow", "huggingface_hub", "accelerate", "aiohttp"})
-"""Packages read for docstrings only. All others are read for code only: no text is in two documents."""
+API_PACKAGES = frozenset(
+    {"numpy", "pandas", "networkx", "sympy", "pyarrow", "huggingface_hub", "accelerate", "aiohttp"}
+)
+"""Packages read for docstrings only. All others are read for code only: no text is in two
+documents."""
 
 MIN_DOCUMENT_CHARS = 200
 MAX_DOCUMENT_CHARS = 400_000
@@ -60,13 +71,32 @@ CHARS_PER_DISTINCT_WORD = 40
 
 _SUFFIX_DOMAINS = {
     **dict.fromkeys((".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu", ".c"), "native_code"),
-    ".pyi": "type_stub", ".pyx": "cython", ".pxd": "cython", ".pxi": "cython",
-    ".yaml": "configuration", ".yml": "configuration", ".json": "configuration", ".toml": "configuration",
-    ".jinja": "jinja_template", ".j2": "jinja_template", ".proto": "protocol_buffer", ".cmake": "cmake",
+    ".pyi": "type_stub",
+    ".pyx": "cython",
+    ".pxd": "cython",
+    ".pxi": "cython",
+    ".yaml": "configuration",
+    ".yml": "configuration",
+    ".json": "configuration",
+    ".toml": "configuration",
+    ".jinja": "jinja_template",
+    ".j2": "jinja_template",
+    ".proto": "protocol_buffer",
+    ".cmake": "cmake",
 }
-_SKIPPED_PARTS = frozenset({
-    "thirdparty_files", "_vendor", "_vendored", "vendored", "__pycache__", "jars", "site-packages", "client", "lib2to3",
-})
+_SKIPPED_PARTS = frozenset(
+    {
+        "thirdparty_files",
+        "_vendor",
+        "_vendored",
+        "vendored",
+        "__pycache__",
+        "jars",
+        "site-packages",
+        "client",
+        "lib2to3",
+    }
+)
 """Copies of other packages, build output, web bundles."""
 _SKIPPED_PREFIXES = ("torch/include/ATen/ops/", "numpy/_core/tests/data/")
 """Thousands of generated one-operator headers; numeric tables."""
@@ -79,7 +109,8 @@ class Source:
     """Where one document comes from, before anything is read.
 
     Example:
-        Source(doc_id="cpp_header/torch/include/ATen/ATen.h", domain="native_code", path=Path("..."))
+        Source(doc_id="cpp_header/torch/include/ATen/ATen.h", domain="native_code",
+        path=Path("..."))
     """
 
     doc_id: str
@@ -89,13 +120,15 @@ class Source:
 
 
 def list_sources() -> list[Source]:
-    """Every candidate document, sorted by doc_id. Nothing is opened yet but the lists of installed files."""
+    """Every candidate document, sorted by doc_id. Nothing is opened yet but the lists of installed
+    files."""
     found = {source.doc_id: source for source in _walk_sources()}
     return [found[doc_id] for doc_id in sorted(found)]
 
 
 def read_source(source: Source) -> str | None:
-    """The document's text, or None when it is binary, not UTF-8, minified, too short or too long."""
+    """The document's text, or None when it is binary, not UTF-8, minified, too short or too
+    long."""
     if source.path is None:
         return _clean(_manual_topics()[source.doc_id.split("/", 1)[1]])
     try:
@@ -110,10 +143,13 @@ def read_source(source: Source) -> str | None:
 
 
 def extract_docstrings(code: str) -> str:
-    """All docstrings of a module in source order, each under the name it documents; empty for code that does not parse."""
+    """All docstrings of a module in source order, each under the name it documents; empty for code
+    that does not parse."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an old escape in somebody else's string is no concern here
+            warnings.simplefilter(
+                "ignore"
+            )  # an old escape in somebody else's string is no concern here
             tree = ast.parse(code)
     except (SyntaxError, ValueError):
         return ""
@@ -125,7 +161,8 @@ def extract_docstrings(code: str) -> str:
 
 
 def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Classes and functions at any depth. Only statements are visited: expressions are most of a tree and define none."""
+    """Classes and functions at any depth. Only statements are visited: expressions are most of a
+    tree and define none."""
     for name in ("body", "orelse", "finalbody", "handlers"):
         for child in getattr(node, name, ()):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -134,21 +171,36 @@ def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast
 
 
 def cut_chunks(
-    text: str, *, seed_key: str, min_chars: int = MIN_CHUNK_CHARS, max_chars: int = MAX_CHUNK_CHARS, fill: bool = False
+    text: str,
+    *,
+    seed_key: str,
+    min_chars: int = MIN_CHUNK_CHARS,
+    max_chars: int = MAX_CHUNK_CHARS,
+    fill: bool = False,
 ) -> list[str]:
-    """Consecutive pieces of the text, cut at line ends, each of a seeded length in [min_chars, max_chars].
+    """Consecutive pieces of the text, cut at line ends, each of a seeded length in [min_chars,
+    max_chars].
 
-    A line that is longer than max_chars is cut at a space. Pieces below min_chars are left out: the end of the text, and what stands
-    before a line that does not fit any more. `fill`: that line is cut too, so that prose in long lines loses nothing but its end.
+    A line that is longer than max_chars is cut at a space. Pieces below min_chars are left out: the
+    end of the text, and what stands before a line that does not fit any more. `fill`: that line is
+    cut too, so that prose in long lines loses nothing but its end.
     """
     draw = random.Random(f"{seed_key}/cut")
     chunks, lines, size = [], [], 0
     target = draw.randint(min_chars, max_chars)
     for line in _bounded_lines(text, max_chars):
         if lines and size + len(line) + 1 > target:
-            if fill and size <= min_chars:  # size counts a line break at the end, which the piece does not have
-                spaced, least = line + " ", max(1, min_chars - size)  # the line's end will do as well
-                space = max(spaced.rfind(" ", least, target - size + 1), spaced.find(" ", least, max_chars - size + 1))
+            if (
+                fill and size <= min_chars
+            ):  # size counts a line break at the end, which the piece does not have
+                spaced, least = (
+                    line + " ",
+                    max(1, min_chars - size),
+                )  # the line's end will do as well
+                space = max(
+                    spaced.rfind(" ", least, target - size + 1),
+                    spaced.find(" ", least, max_chars - size + 1),
+                )
                 if space > 0:
                     lines.append(line[:space])
                     line = line[space:].lstrip()
@@ -173,7 +225,11 @@ def _walk_sources() -> Iterator[Source]:
         for name in names:
             relative = (Path(folder) / name).relative_to(library).as_posix()
             if (domain := domain_of(relative)) is not None:
-                yield Source(doc_id=f"{_id_prefix(domain, relative)}/python/{relative}", domain=domain, path=library / relative)
+                yield Source(
+                    doc_id=f"{_id_prefix(domain, relative)}/python/{relative}",
+                    domain=domain,
+                    path=library / relative,
+                )
     for distribution in closure_distributions(CORE_REQUIREMENTS):
         for relative in _recorded_files(distribution):
             if (domain := domain_of(relative)) is not None:
@@ -196,7 +252,15 @@ def domain_of(relative_path: str) -> str | None:
         return _python_domain(parts)
     if suffix in _SUFFIX_DOMAINS:
         return None if ".dist-info" in relative_path else _SUFFIX_DOMAINS[suffix]
-    if _LICENCE_NAME.search(parts[-1]) and suffix in ("", ".txt", ".md", ".rst", ".MIT", ".APACHE", ".BSD"):
+    if _LICENCE_NAME.search(parts[-1]) and suffix in (
+        "",
+        ".txt",
+        ".md",
+        ".rst",
+        ".MIT",
+        ".APACHE",
+        ".BSD",
+    ):
         return "licence"
     if parts[-1] == "METADATA" or suffix in (".md", ".rst"):
         return "package_metadata"
@@ -206,8 +270,9 @@ def domain_of(relative_path: str) -> str | None:
 def _id_prefix(domain: str, relative_path: str) -> str:
     """The first part of a document's id: its domain, but native code says header or source.
 
-    A chunk of C++ seldom shows which of the two it is from, so they are one domain. The id decides a document's split,
-    and the shipped base model was trained by these splits: the prefixes must stay as they are.
+    A chunk of C++ seldom shows which of the two it is from, so they are one domain. The id decides
+    a document's split, and the shipped base model was trained by these splits: the prefixes must
+    stay as they are.
     """
     if domain != "native_code":
         return domain
@@ -223,7 +288,8 @@ def _python_domain(parts: list[str]) -> str:
 
 
 def closure_distributions(requirements: tuple[str, ...]) -> list[metadata.Distribution]:
-    """Installed distributions that the requirements need, extras and markers honoured, sorted by name."""
+    """Installed distributions that the requirements need, extras and markers honoured, sorted by
+    name."""
     found: dict[str, metadata.Distribution] = {}
     seen: set[tuple[str, str]] = set()
     waiting = [Requirement(text) for text in requirements]
@@ -240,7 +306,11 @@ def closure_distributions(requirements: tuple[str, ...]) -> list[metadata.Distri
                 continue
             found[name] = distribution
             children = [Requirement(text) for text in distribution.requires or []]
-            waiting += [child for child in children if child.marker is None or child.marker.evaluate({"extra": extra})]
+            waiting += [
+                child
+                for child in children
+                if child.marker is None or child.marker.evaluate({"extra": extra})
+            ]
     return [found[name] for name in sorted(found)]
 
 
@@ -264,7 +334,9 @@ def _clean(text: str) -> str | None:
     text = text.replace("\r\n", "\n").expandtabs(4).strip()
     if not MIN_DOCUMENT_CHARS <= len(text) <= MAX_DOCUMENT_CHARS or "\0" in text:
         return None
-    if len(text) / (text.count("\n") + 1) > MAX_MEAN_LINE_CHARS or len(text.encode()) > 1.1 * len(text):
+    if len(text) / (text.count("\n") + 1) > MAX_MEAN_LINE_CHARS or len(text.encode()) > 1.1 * len(
+        text
+    ):
         return None
     return "\n".join(line.rstrip() for line in text.split("\n"))
 

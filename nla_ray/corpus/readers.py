@@ -1,8 +1,8 @@
 """Reads a user's texts: JSONL, Parquet, a folder of text files, or a Hugging Face dataset on disk.
 
-Yields one document or one reject for every row, in the order of the source, and holds one batch at a time.
-A bad row never stops a read: it comes back as a Reject with its line and its reason. Files that cannot be read
-at all raise ValueError.
+Yields one document or one reject for every row, in the order of the source, and holds one batch at
+a time. A bad row never stops a read: it comes back as a Reject with its line and its reason. Files
+that cannot be read at all raise ValueError.
 """
 
 from __future__ import annotations
@@ -57,29 +57,57 @@ class BadRow(Exception):
 def read_documents(config: CorpusConfig) -> Iterator[Document | Reject]:
     """Every row of `config.path` as a document or a reject.
 
-    Rows may carry `doc_id` and `domain`; without a doc_id the document is named after the hash of its text, so
-    that its split does not depend on its place in the file. A doc_id that came before is a reject.
+    Rows may carry `doc_id` and `domain`; without a doc_id the document is named after the hash of
+    its text, so that its split does not depend on its place in the file. A doc_id that came before
+    is a reject.
     """
-    require(config.path is not None, "corpus.path", config.path, "a file or a folder", "Set --corpus.path.")
+    require(
+        config.path is not None,
+        "corpus.path",
+        config.path,
+        "a file or a folder",
+        "Set --corpus.path.",
+    )
     path = Path(str(config.path)).expanduser()
-    require(path.exists(), "corpus.path", str(path), "a file or a folder that exists", "Correct --corpus.path.")
+    require(
+        path.exists(),
+        "corpus.path",
+        str(path),
+        "a file or a folder that exists",
+        "Correct --corpus.path.",
+    )
     seen: set[bytes] = set()
     for item in _rows_of(path, config):
         if isinstance(item, Document):
             key = bytes.fromhex(text_hash(item.doc_id)[:24])
             if key in seen:
-                item = Reject(source=path.name, line=0, reason=f"repeated doc_id {item.doc_id}"[:200])
+                item = Reject(
+                    source=path.name, line=0, reason=f"repeated doc_id {item.doc_id}"[:200]
+                )
             seen.add(key)
         yield item
 
 
 def _rows_of(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
     if path.is_dir():
-        is_dataset = any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+        is_dataset = any(
+            (path / name).exists()
+            for name in ("dataset_info.json", "dataset_dict.json", "state.json")
+        )
         return _read_dataset(path, config) if is_dataset else _read_folder(path, config)
-    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_one_file}
-    require(path.suffix in readers, "corpus.path", str(path), "a .jsonl, .parquet or .txt file, or a folder",
-            "Convert the file, or name it by its format.")
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".parquet": _read_parquet,
+        ".txt": _read_one_file,
+    }
+    require(
+        path.suffix in readers,
+        "corpus.path",
+        str(path),
+        "a .jsonl, .parquet or .txt file, or a folder",
+        "Convert the file, or name it by its format.",
+    )
     return readers[path.suffix](path, config)
 
 
@@ -126,7 +154,11 @@ def _document(row: dict[str, Any], config: CorpusConfig, doc_id: str | None = No
     given = doc_id if doc_id is not None else row.get("doc_id")
     domain = row.get("domain")
     return Document(
-        doc_id=_as_text(str(given), 1_000) if given is not None else f"{DEFAULT_DOMAIN}/{text_hash(text)[:32]}",
+        doc_id=(
+            _as_text(str(given), 1_000)
+            if given is not None
+            else f"{DEFAULT_DOMAIN}/{text_hash(text)[:32]}"
+        ),
         domain=_as_text(str(domain), 100) if domain else DEFAULT_DOMAIN,
         text=text,
     )
@@ -162,8 +194,10 @@ def _read_parquet(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"corpus.path {path}: got a file that Parquet cannot open ({error}), expected a whole Parquet file. "
-                         "Write it again.") from None
+        raise ValueError(
+            f"corpus.path {path}: got a file that Parquet cannot open ({error}), expected a whole"
+            " Parquet file. Write it again."
+        ) from None
     columns = _wanted_columns(file.schema_arrow.names, path, config)
     number = 0
     for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
@@ -172,13 +206,24 @@ def _read_parquet(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
 
 
 def _wanted_columns(names: list[str], path: Path, config: CorpusConfig) -> list[str]:
-    require(config.text_field in names, f"corpus.text_field in {path}", config.text_field,
-            f"one of its columns {', '.join(names)}", "Set --corpus.text-field.")
-    return [config.text_field, *(name for name in ("doc_id", "domain") if name in names and name != config.text_field)]
+    require(
+        config.text_field in names,
+        f"corpus.text_field in {path}",
+        config.text_field,
+        f"one of its columns {', '.join(names)}",
+        "Set --corpus.text-field.",
+    )
+    return [
+        config.text_field,
+        *(name for name in ("doc_id", "domain") if name in names and name != config.text_field),
+    ]
 
 
-def _read_table(table: Any, source: str, start: int, config: CorpusConfig) -> Iterator[Document | Reject]:
-    """Rows of an Arrow table. Strings are taken as bytes first: Arrow does not promise that they are UTF-8."""
+def _read_table(
+    table: Any, source: str, start: int, config: CorpusConfig
+) -> Iterator[Document | Reject]:
+    """Rows of an Arrow table. Strings are taken as bytes first: Arrow does not promise that they
+    are UTF-8."""
     import pyarrow as pa
 
     columns = {}
@@ -203,10 +248,16 @@ def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
     try:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"corpus.path {path}: got a dataset that cannot be loaded ({error}), expected a folder written by "
-                         "save_to_disk. Save it again.") from None
+        raise ValueError(
+            f"corpus.path {path}: got a dataset that cannot be loaded ({error}), expected a folder"
+            " written by save_to_disk. Save it again."
+        ) from None
     is_one = isinstance(loaded, Dataset)
-    parts = {path.name: loaded} if is_one else {f"{path.name}/{name}": part for name, part in loaded.items()}
+    parts = (
+        {path.name: loaded}
+        if is_one
+        else {f"{path.name}/{name}": part for name, part in loaded.items()}
+    )
     for source, part in parts.items():
         columns = _wanted_columns(part.column_names, path, config)
         number = 0
@@ -216,14 +267,17 @@ def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
 
 
 def _read_folder(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
-    """Every file below the folder is one document, named by its relative path; hidden files are left out."""
+    """Every file below the folder is one document, named by its relative path; hidden files are
+    left out."""
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         if file.is_file() and not any(part.startswith(".") for part in relative.parts):
             yield from _read_one_file(file, config, relative.as_posix())
 
 
-def _read_one_file(path: Path, config: CorpusConfig, name: str | None = None) -> Iterator[Document | Reject]:
+def _read_one_file(
+    path: Path, config: CorpusConfig, name: str | None = None
+) -> Iterator[Document | Reject]:
     name = name or path.name
     try:
         if path.stat().st_size > MAX_BYTES_PER_CHAR * config.max_document_chars:

@@ -1,9 +1,10 @@
-"""What a description claims, and whether its text bears it out: items, repeats, salient words, the domain it names.
+"""What a description claims, and whether its text bears it out: items, repeats, salient words, the
+domain it names.
 
-Pure string work on the standard library, so that rewards may use it too. It knows neither models nor teachers; domain
-names are passed in. A description has bullets; a bullet is free prose or a list under a heading
-(`- Python test: frame, index`). The rule it protects: a description that claims nothing has precision 0, so that
-silence never raises the figure.
+Pure string work on the standard library, so that rewards may use it too. It knows neither models
+nor teachers; domain names are passed in. A description has bullets; a bullet is free prose or a
+list under a heading (`- Python test: frame, index`). The rule it protects: a description that
+claims nothing has precision 0, so that silence never raises the figure.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ PLACEHOLDERS = ("no word stands out", "no word in particular", "nothing in parti
 MIN_WORD_LETTERS = 3
 MAX_HEADING_WORDS = 4
 MAX_ITEM_WORDS = 2
-"""A bullet whose comma-separated parts are all this short is a list under a heading; anything longer is prose."""
+"""A bullet whose comma-separated parts are all this short is a list under a heading; anything
+longer is prose."""
 
 FUNCTION_WORDS = frozenset(
     """a about above across after again against all almost also although always among an and another any anything are
@@ -52,8 +54,12 @@ _IDENTIFIER = re.compile(r"[^\W\d][\w]*")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _CAMEL_PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _QUOTES = "\"“”`'‘’"
-_NAME = re.compile(r"\b(?:[^\W\d_]+[\d_]\w*|[a-z]+[A-Z]\w*|[A-Z]+[a-z]+[A-Z]\w*)\b|(?<=[\w,;] )[A-Z][^\W\d_]+")
-_CLAIM = re.compile(rf"{_QUOTED.pattern}|{_NUMBER.pattern}|{_CAMEL_PIECE.pattern}|[^\W\d_A-Za-z][^\W\d_]*")
+_NAME = re.compile(
+    r"\b(?:[^\W\d_]+[\d_]\w*|[a-z]+[A-Z]\w*|[A-Z]+[a-z]+[A-Z]\w*)\b|(?<=[\w,;] )[A-Z][^\W\d_]+"
+)
+_CLAIM = re.compile(
+    rf"{_QUOTED.pattern}|{_NUMBER.pattern}|{_CAMEL_PIECE.pattern}|[^\W\d_A-Za-z][^\W\d_]*"
+)
 """In running text: a quoted string, a number, or a piece of a word."""
 _TRIMMED = " \t.;:!?-*•"
 
@@ -67,8 +73,8 @@ def bullets(description: str) -> list[str]:
 def split_heading(bullet: str) -> tuple[str, str]:
     """`Python test: frame, index` -> ("Python test", "frame, index"). Prose has an empty heading.
 
-    A list under a heading has a heading of at most four words and comma-separated parts of at most two; `tokens:` and
-    `next:` are headings whatever follows.
+    A list under a heading has a heading of at most four words and comma-separated parts of at most
+    two; `tokens:` and `next:` are headings whatever follows.
     """
     heading, colon, body = bullet.partition(":")
     heading, body = heading.strip(), body.strip()
@@ -83,7 +89,8 @@ def split_heading(bullet: str) -> tuple[str, str]:
 def items(description: str) -> list[str]:
     """The comma-separated parts of every bullet, headings left out, casefolded.
 
-    Example: "- Python test: frame, index\\n- next: another check" -> ["frame", "index", "another check"]
+    Example: "- Python test: frame, index\\n- next: another check" -> ["frame", "index", "another
+    check"]
     """
     bodies = (split_heading(bullet)[1] for bullet in bullets(description))
     parts = (part.strip(_TRIMMED).casefold() for body in bodies for part in body.split(","))
@@ -91,7 +98,8 @@ def items(description: str) -> list[str]:
 
 
 def repeats_item(description: str) -> bool:
-    """Whether it lists an item twice, or says a word twice in a row inside one ("assert assert")."""
+    """Whether it lists an item twice, or says a word twice in a row inside one ("assert
+    assert")."""
     listed = items(description)
     if len(set(listed)) < len(listed):
         return True
@@ -99,25 +107,33 @@ def repeats_item(description: str) -> bool:
 
 
 def word_pieces(text: str) -> list[str]:
-    """Words in order, casefolded, identifiers cut at `_`, digits and camelCase (a word beyond ASCII stays whole).
+    """Words in order, casefolded, identifiers cut at `_`, digits and camelCase (a word beyond ASCII
+    stays whole).
 
     Example: "readFrameIndex(df_test, x1)" -> ["read", "frame", "index", "df", "test", "x"]
     """
     runs = _LETTERS.findall(text)
-    return [piece.casefold() for run in runs for piece in (_CAMEL_PIECE.findall(run) if run.isascii() else [run])]
+    return [
+        piece.casefold()
+        for run in runs
+        for piece in (_CAMEL_PIECE.findall(run) if run.isascii() else [run])
+    ]
 
 
 def found_words(text: str) -> frozenset[str]:
-    """What a one-word claim may match in a source text: identifiers whole and in pieces, and numbers; casefolded."""
+    """What a one-word claim may match in a source text: identifiers whole and in pieces, and
+    numbers; casefolded."""
     whole = (identifier.casefold() for identifier in _IDENTIFIER.findall(text))
     return frozenset([*word_pieces(text), *whole, *_NUMBER.findall(text)])
 
 
 def salient_words(description: str) -> frozenset[str]:
-    """What a description claims to stand in THIS text: content words, names, numbers and quoted strings, casefolded.
+    """What a description claims to stand in THIS text: content words, names, numbers and quoted
+    strings, casefolded.
 
-    Left out are a list's heading (the kind of text: see `named_domain`) and everything under `next:`, which forecasts
-    what is not in the text. Quoted strings keep their spaces and count as one claim.
+    Left out are a list's heading (the kind of text: see `named_domain`) and everything under
+    `next:`, which forecasts what is not in the text. Quoted strings keep their spaces and count as
+    one claim.
     """
     claimed: set[str] = set()
     for bullet in bullets(description):
@@ -126,7 +142,10 @@ def salient_words(description: str) -> frozenset[str]:
         heading, body = split_heading(bullet)
         if heading.casefold() == NEXT_HEADING:
             continue
-        quoted = [" ".join((double or single).casefold().split()) for double, single in _QUOTED.findall(body)]
+        quoted = [
+            " ".join((double or single).casefold().split())
+            for double, single in _QUOTED.findall(body)
+        ]
         prose = _QUOTED.sub(" ", body)
         claimed.update(string for string in quoted if string)
         claimed.update(_NUMBER.findall(prose))
@@ -135,21 +154,29 @@ def salient_words(description: str) -> frozenset[str]:
 
 
 def specifics(description: str) -> frozenset[str]:
-    """The claims that only reading THIS text can bear out: quoted strings, numbers, names, and what `tokens:` lists.
+    """The claims that only reading THIS text can bear out: quoted strings, numbers, names, and what
+    `tokens:` lists.
 
-    Names are identifiers with an inner capital, digit or underscore, and capitalised words inside a sentence; casefolded.
-    Example: 'mentions Alice and "two words" in 1984, near df_test' -> {"alice", "two words", "1984", "df_test"}
+    Names are identifiers with an inner capital, digit or underscore, and capitalised words inside a
+    sentence; casefolded.
+    Example: 'mentions Alice and "two words" in 1984, near df_test' -> {"alice", "two words",
+    "1984", "df_test"}
     """
     told: set[str] = set()
     for bullet in bullets(description):
         heading, body = split_heading(bullet)
         if heading.casefold() == NEXT_HEADING:
             continue
-        told.update(" ".join((double or single).casefold().split()) for double, single in _QUOTED.findall(body))
+        told.update(
+            " ".join((double or single).casefold().split())
+            for double, single in _QUOTED.findall(body)
+        )
         prose = _QUOTED.sub(" ", body)
         told.update(name.casefold() for name in _NAME.findall(prose))
         told.update(_NUMBER.findall(_NAME.sub(" ", prose)))
-        if heading.casefold() == TOKENS_HEADING and not any(placeholder in body for placeholder in PLACEHOLDERS):
+        if heading.casefold() == TOKENS_HEADING and not any(
+            placeholder in body for placeholder in PLACEHOLDERS
+        ):
             told.update(part.strip(_TRIMMED).casefold() for part in prose.split(","))
     return frozenset(told - {""})
 
@@ -162,13 +189,18 @@ def missing_specifics(description: str, text: str) -> tuple[int, int]:
 
 
 def source_recall(description: str, words: Collection[str]) -> float:
-    """Share of a text's most salient words (given by the caller) that the description names; 0 for a text without any."""
+    """Share of a text's most salient words (given by the caller) that the description names; 0 for
+    a text without any."""
     return len(salient_words(description) & set(words)) / len(words) if words else 0.0
 
 
 def similarity(first: str, second: str) -> float:
-    """Jaccard overlap of two descriptions' salient words, headings included: 1 for the same template line, 0 for nothing shared."""
-    one, other = frozenset(word_pieces(first)) - FUNCTION_WORDS, frozenset(word_pieces(second)) - FUNCTION_WORDS
+    """Jaccard overlap of two descriptions' salient words, headings included: 1 for the same
+    template line, 0 for nothing shared."""
+    one, other = (
+        frozenset(word_pieces(first)) - FUNCTION_WORDS,
+        frozenset(word_pieces(second)) - FUNCTION_WORDS,
+    )
     return len(one & other) / len(one | other) if one | other else 1.0
 
 
@@ -186,12 +218,18 @@ def strip_quotes(description: str) -> str:
 
 
 def non_ascii_share(description: str) -> float:
-    """Share of characters beyond ASCII: rises when a verbalizer drifts into another language or into noise."""
-    return sum(not character.isascii() for character in description) / len(description) if description else 0.0
+    """Share of characters beyond ASCII: rises when a verbalizer drifts into another language or
+    into noise."""
+    return (
+        sum(not character.isascii() for character in description) / len(description)
+        if description
+        else 0.0
+    )
 
 
 def marked(description: str, text: str) -> list[tuple[str, Mark]]:
-    """The description cut into pieces, each claim marked by whether the text bears it out; joined they are the description.
+    """The description cut into pieces, each claim marked by whether the text bears it out; joined
+    they are the description.
 
     Example: marked("- Python test: frame, qux", "def frame") ->
         [("- Python test: ", ""), ("frame", "found"), (", ", ""), ("qux", "missing")]
@@ -200,11 +238,15 @@ def marked(description: str, text: str) -> list[tuple[str, Mark]]:
     flat = " ".join(text.casefold().split())
     pieces: list[tuple[str, Mark]] = []
     for line in re.split(r"(\n)", description):
-        pieces += _marked_line(line, claims, lambda claim: claim in found or _stands_in(claim, flat))
+        pieces += _marked_line(
+            line, claims, lambda claim: claim in found or _stands_in(claim, flat)
+        )
     return _joined(pieces)
 
 
-def _marked_line(line: str, claims: frozenset[str], stands: Callable[[str], bool]) -> Iterable[tuple[str, Mark]]:
+def _marked_line(
+    line: str, claims: frozenset[str], stands: Callable[[str], bool]
+) -> Iterable[tuple[str, Mark]]:
     head = _BULLET.match(line)
     start = head.end() if head else 0
     heading, body = split_heading(line[start:].strip())
@@ -216,7 +258,10 @@ def _marked_line(line: str, claims: frozenset[str], stands: Callable[[str], bool
     for match in _CLAIM.finditer(line, start):
         claim = " ".join(match[0].strip(_QUOTES).casefold().split())
         if claim in claims:
-            pieces += [(line[last:match.start()], ""), (match[0], "found" if stands(claim) else "missing")]
+            pieces += [
+                (line[last : match.start()], ""),
+                (match[0], "found" if stands(claim) else "missing"),
+            ]
             last = match.end()
     return [*pieces, (line[last:], "")]
 
@@ -233,14 +278,19 @@ def _joined(pieces: Iterable[tuple[str, Mark]]) -> list[tuple[str, Mark]]:
 
 
 def _content_words(text: str, listed: bool) -> Iterable[str]:
-    """Word pieces that say something. In a list even "next" or "model" is a word of the text, not one about it."""
+    """Word pieces that say something. In a list even "next" or "model" is a word of the text, not
+    one about it."""
     excluded = FUNCTION_WORDS if listed else FUNCTION_WORDS | DESCRIBING_WORDS
-    return (piece for piece in word_pieces(text)
-            if piece not in excluded and (len(piece) >= MIN_WORD_LETTERS or not piece.isascii()))
+    return (
+        piece
+        for piece in word_pieces(text)
+        if piece not in excluded and (len(piece) >= MIN_WORD_LETTERS or not piece.isascii())
+    )
 
 
 def claim_counts(description: str, text: str) -> tuple[int, int]:
-    """(claims found in the text, claims made), each distinct claim once. A quoted string is found as a whole."""
+    """(claims found in the text, claims made), each distinct claim once. A quoted string is found
+    as a whole."""
     claims = salient_words(description)
     found = found_words(text)
     flat = " ".join(text.casefold().split())
@@ -248,14 +298,16 @@ def claim_counts(description: str, text: str) -> tuple[int, int]:
 
 
 def _stands_in(claim: str, flat_text: str) -> bool:
-    """A quoted string with spaces or signs, between word boundaries; words and numbers were looked up already."""
+    """A quoted string with spaces or signs, between word boundaries; words and numbers were looked
+    up already."""
     if claim.isalpha() or _NUMBER.fullmatch(claim):
         return False
     return re.search(rf"(?<!\w){re.escape(claim)}(?!\w)", flat_text) is not None
 
 
 def claim_precision(description: str, text: str) -> float:
-    """Share of the claimed words that occur in the text: 0 to 1, and 0 for a description that claims nothing."""
+    """Share of the claimed words that occur in the text: 0 to 1, and 0 for a description that
+    claims nothing."""
     found, claimed = claim_counts(description, text)
     return found / claimed if claimed else 0.0
 
@@ -263,11 +315,14 @@ def claim_precision(description: str, text: str) -> float:
 def named_domain(description: str, names: Mapping[str, str]) -> str | None:
     """The slug of the domain whose name comes first outside `tokens:` and `next:`, or None.
 
-    `names`: slug -> human name. Of names that start at the same place the longest counts ("C++ source file" before
-    "C++ source").
+    `names`: slug -> human name. Of names that start at the same place the longest counts ("C++
+    source file" before "C++ source").
     """
-    spoken = "\n".join(bullet for bullet in bullets(description)
-                       if split_heading(bullet)[0].casefold() not in (TOKENS_HEADING, NEXT_HEADING)).casefold()
+    spoken = "\n".join(
+        bullet
+        for bullet in bullets(description)
+        if split_heading(bullet)[0].casefold() not in (TOKENS_HEADING, NEXT_HEADING)
+    ).casefold()
     hits = []
     for slug, name in names.items():
         match = re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", spoken)

@@ -1,7 +1,8 @@
-"""What every scorer reads in every text: one reconstruction a text and scorer, whichever verbalizer wrote it.
+"""What every scorer reads in every text: one reconstruction a text and scorer, whichever verbalizer
+wrote it.
 
-The scorers share one loaded base. What a scorer has read is kept in the report's folder until the report is published, so
-that an interrupted evaluation reads nothing twice.
+The scorers share one loaded base. What a scorer has read is kept in the report's folder until the
+report is published, so that an interrupted evaluation reads nothing twice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from nla_ray.models.linear import LinearReconstructor
 from nla_ray.models.reconstructor import Reconstructor
 from nla_ray.runlog import stage_progress
 
-
 _CHUNK_BATCHES = 8
 """Between two words on progress."""
 
@@ -36,10 +36,14 @@ class Readings:
 
     def of(self, scorer: str, texts: Sequence[str]) -> Tensor:
         """[len(texts), d_model], in the order given."""
-        return self._by_scorer[scorer][torch.tensor([self._places[text] for text in texts], dtype=torch.int64)]
+        return self._by_scorer[scorer][
+            torch.tensor([self._places[text] for text in texts], dtype=torch.int64)
+        ]
 
 
-def read_texts(run: Run, manifests: Mapping[str, Manifest], texts: Iterable[str], scratch: Path) -> Readings:
+def read_texts(
+    run: Run, manifests: Mapping[str, Manifest], texts: Iterable[str], scratch: Path
+) -> Readings:
     """Every scorer's reconstruction of every text. `scratch`: a folder for what is read already."""
     unique = sorted(set(texts))  # side by side what begins alike, which a reconstructor reads once
     digest = hashlib.sha256("\0".join(unique).encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -58,7 +62,11 @@ def read_texts(run: Run, manifests: Mapping[str, Manifest], texts: Iterable[str]
             parts = []
             batch_size = run.config.evaluation.batch_size
             for start in range(0, len(unique), _CHUNK_BATCHES * batch_size):
-                parts.append(reconstructor.reconstruct(unique[start:start + _CHUNK_BATCHES * batch_size], batch_size))
+                parts.append(
+                    reconstructor.reconstruct(
+                        unique[start : start + _CHUNK_BATCHES * batch_size], batch_size
+                    )
+                )
                 advance(len(parts[-1]), scorer)
             by_scorer[scorer] = torch.cat(parts)
             temporary = file.with_suffix(".tmp")
@@ -67,7 +75,9 @@ def read_texts(run: Run, manifests: Mapping[str, Manifest], texts: Iterable[str]
     return Readings(unique, by_scorer)
 
 
-def _load(run: Run, manifests: Mapping[str, Manifest], scorer: str, model) -> Reconstructor | LinearReconstructor:
+def _load(
+    run: Run, manifests: Mapping[str, Manifest], scorer: str, model
+) -> Reconstructor | LinearReconstructor:
     artifact = f"{scorer}_scorer"
     with run.local_copy(artifact, manifests[artifact]) as folder:
         if scorer == "linear":

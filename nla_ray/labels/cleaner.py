@@ -1,9 +1,9 @@
 """Rewrites any raw label to two or three bullets in one common form, by deterministic rules.
 
-Teachers answer in numbered lists, bold phrases and paragraphs, often cut off by their token limit. The cleaner
-strips markup and the phrases that every label shares ("the model is likely ..."), drops a last sentence that
-was cut off, and caps the length at the end of a clause. It adds no word of its own, and knows neither the text
-nor the teacher.
+Teachers answer in numbered lists, bold phrases and paragraphs, often cut off by their token limit.
+The cleaner strips markup and the phrases that every label shares ("the model is likely ..."), drops
+a last sentence that was cut off, and caps the length at the end of a clause. It adds no word of its
+own, and knows neither the text nor the teacher.
 """
 
 from __future__ import annotations
@@ -33,18 +33,29 @@ _SUBJECT = (
     r"(?:model|assistant|sequence|activation|response|reply|continuation|phrase|prediction)"
     r"(?:'s (?:next tokens?|response|output|activation))?|it|this text|this)"
 )
-_AUXILIARY = r"(?:(?:is|was|will|would|could|can|may|might|appears|seems)(?: be| poised| about| ready)*(?: likely)?(?: to)? )?"
+_AUXILIARY = (
+    r"(?:(?:is|was|will|would|could|can|may|might|appears|seems)(?: be| poised| about| ready)*(?:"
+    r" likely)?(?: to)? )?"
+)
 _VERB = (
-    r"(?:prepar(?:es?|ing)|read(?:s|ing)|continu(?:es?|ing) with|start(?:s|ing)? (?:with|by)|be|predict(?:s|ing)?|"
-    r"anticipat(?:es?|ing)|expect(?:s|ing)?|generat(?:es?|ing)|introduc(?:es?|ing)|suggest(?:s|ing)?|focus(?:es|ing)? on|aim(?:s|ing)? to|"
+    r"(?:prepar(?:es?|ing)|read(?:s|ing)|continu(?:es?|ing) with|start(?:s|ing)?"
+    r" (?:with|by)|be|predict(?:s|ing)?|"
+    r"anticipat(?:es?|ing)|expect(?:s|ing)?|generat(?:es?|ing)|introduc(?:es?|ing)|suggest(?:s|ing)?|focus(?:es|ing)?"
+    r" on|aim(?:s|ing)? to|"
     r"recogni[sz]es|include?s?|provid(?:es?|ing)|signal(?:s|ing|ling)?|indicat(?:es?|ing)|reflect(?:s|ing)?)"
 )
 _BOILERPLATE = (
     re.compile(r"^(?:here (?:is|are)|sure|certainly|okay|based on)\b[^:]{0,80}:\s*", re.IGNORECASE),
     re.compile(
-        r"^(?:likely|next|predicted|plausible) (?:continuation|sequence|tokens?|phrase|next tokens?)s?:\s*", re.IGNORECASE
+        r"^(?:likely|next|predicted|plausible) (?:continuation|sequence|tokens?|phrase|next"
+        r" tokens?)s?:\s*",
+        re.IGNORECASE,
     ),
-    re.compile(rf"^{_SUBJECT} {_SURE}{_AUXILIARY}{_SURE}{_VERB} (?:that |to |for |this sequence to )?(?=\S)", re.IGNORECASE),
+    re.compile(
+        rf"^{_SUBJECT} {_SURE}{_AUXILIARY}{_SURE}{_VERB} (?:that |to |for |this sequence to"
+        r" )?(?=\S)",
+        re.IGNORECASE,
+    ),
     re.compile(rf"^{_SUBJECT} (?:appears|seems) to be {_SURE}(?=\S)", re.IGNORECASE),
 )
 _READS = re.compile(
@@ -74,7 +85,8 @@ def clean_label(raw: str, max_words: int = 70) -> str:
 
 
 def _split_items(raw: str) -> list[str]:
-    """List items when the label is a list (numbers must count 1, 2, 3, so that "in 2. The" is none), else sentences."""
+    """List items when the label is a list (numbers must count 1, 2, 3, so that "in 2. The" is
+    none), else sentences."""
     starts: list[tuple[int, int]] = []
     for match in _NUMBER.finditer(raw):
         if int(match.group(1)) == len(starts) + 1:
@@ -82,7 +94,9 @@ def _split_items(raw: str) -> list[str]:
     if len(starts) < 2:
         starts = [match.span() for match in _BULLET_LINE.finditer(raw)]
     if len(starts) < 2:
-        return [piece for line in raw.splitlines() for piece in _split_sentences(line) if piece.strip()]
+        return [
+            piece for line in raw.splitlines() for piece in _split_sentences(line) if piece.strip()
+        ]
     ends = [start for start, _ in starts[1:]] + [len(raw)]
     return [raw[begin:end] for (_, begin), end in zip(starts, ends, strict=True)]
 
@@ -104,7 +118,11 @@ def _drop_cut_off(raw: str) -> str:
         return raw
     ends = [match.end() for match in re.finditer(r"[.!?][\"'”’*`)]*(?=\s)", raw)]
     # "3." begins an item and ends no sentence; an ellipsis goes on.
-    whole = [end for end in ends if not re.search(r"(?:(?:^|\s)\d{1,2}[.]|\.\.\.)[\"'”’*`)]*$", raw[:end])]
+    whole = [
+        end
+        for end in ends
+        if not re.search(r"(?:(?:^|\s)\d{1,2}[.]|\.\.\.)[\"'”’*`)]*$", raw[:end])
+    ]
     return raw[: whole[-1]] if len(whole) > 1 or (whole and "\n" in raw) else raw
 
 
@@ -120,7 +138,8 @@ def _clean_item(item: str) -> str:
 
 
 def _split_heading(item: str) -> tuple[str, str]:
-    """`**Heading**: rest` or `"Heading" - rest` -> both without markup; otherwise an empty heading."""
+    """`**Heading**: rest` or `"Heading" - rest` -> both without markup; otherwise an empty
+    heading."""
     if match := _BOLD_HEADING.match(item):
         heading = match["heading"]
     elif match := _QUOTED_HEADING.match(item):
@@ -131,7 +150,8 @@ def _split_heading(item: str) -> tuple[str, str]:
 
 
 def _offline_fact(sentence: str) -> str:
-    """`... is likely reading Python test on frame and index` -> `Python test: frame, index`; likewise the other facts."""
+    """`... is likely reading Python test on frame and index` -> `Python test: frame, index`;
+    likewise the other facts."""
     if match := _READS.search(sentence):
         return f"{match['kind']}: {match['topics'].replace(' and ', ', ')}"
     if match := _CONTINUES.search(sentence):
@@ -162,6 +182,10 @@ def _cap_words(text: str, limit: int) -> str:
     words = text.split()
     if len(words) <= limit:
         return text
-    clauses = [index for index in range(limit // 2, limit) if words[index].endswith((",", ";", ":", "–", "—"))]
+    clauses = [
+        index
+        for index in range(limit // 2, limit)
+        if words[index].endswith((",", ";", ":", "–", "—"))
+    ]
     last = max(clauses, default=limit - 1)
     return " ".join(words[: last + 1]).rstrip(",;:–— ")

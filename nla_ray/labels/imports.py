@@ -1,7 +1,7 @@
 """Reads labels made elsewhere and joins them to the corpus by the hash of the text.
 
-A label says something about one text. So a row is taken only when its text, or the hash it carries, is a text of
-the corpus; every other row is refused by line and reason, and counted.
+A label says something about one text. So a row is taken only when its text, or the hash it carries,
+is a text of the corpus; every other row is refused by line and reason, and counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class ImportedLabel:
     """One teacher's raw description of the text with this hash.
 
     Example:
-        ImportedLabel(line=17, text_hash="9f86d0...", teacher="teacher_a", raw="1. **Use memoization** ...")
+        ImportedLabel(line=17, text_hash="9f86d0...", teacher="teacher_a", raw="1. **Use
+        memoization** ...")
     """
 
     line: int
@@ -43,13 +44,22 @@ class Refusal:
     reason: str
 
 
-def read_labels(path: Path, text_of_document: Mapping[str, set[str]]) -> Iterator[ImportedLabel | Refusal]:
+def read_labels(
+    path: Path, text_of_document: Mapping[str, set[str]]
+) -> Iterator[ImportedLabel | Refusal]:
     """Every label of a JSONL file, or its refusal.
 
-    Rows hold `text` or `text_hash`, and `teacher` with `label`, or `labels` {teacher: label}. `text_of_document`:
-    the corpus' text hashes by doc_id; a row that names a document must carry a text of that document.
+    Rows hold `text` or `text_hash`, and `teacher` with `label`, or `labels` {teacher: label}.
+    `text_of_document`: the corpus' text hashes by doc_id; a row that names a document must carry a
+    text of that document.
     """
-    require(path.is_file(), "label.import_path", str(path), "a JSONL file", "Correct --label.import-path.")
+    require(
+        path.is_file(),
+        "label.import_path",
+        str(path),
+        "a JSONL file",
+        "Correct --label.import-path.",
+    )
     in_corpus = set().union(*text_of_document.values())
     seen: set[tuple[str, str]] = set()
     with path.open("rb") as file:
@@ -65,7 +75,9 @@ def read_labels(path: Path, text_of_document: Mapping[str, set[str]]) -> Iterato
                 continue
             for teacher, label in labels.items():
                 if (digest, teacher) in seen:
-                    yield Refusal(line=line, doc_id=str(row.get("doc_id", "")), reason="label is there twice")
+                    yield Refusal(
+                        line=line, doc_id=str(row.get("doc_id", "")), reason="label is there twice"
+                    )
                     continue
                 seen.add((digest, teacher))
                 yield ImportedLabel(line=line, text_hash=digest, teacher=teacher, raw=label)
@@ -81,7 +93,9 @@ def _parse(raw: bytes) -> dict[str, Any]:
     return row
 
 
-def _matching_hash(row: dict[str, Any], in_corpus: set[str], text_of_document: Mapping[str, set[str]]) -> str:
+def _matching_hash(
+    row: dict[str, Any], in_corpus: set[str], text_of_document: Mapping[str, set[str]]
+) -> str:
     text, digest = row.get("text"), row.get("text_hash")
     if isinstance(text, str):
         try:
@@ -95,8 +109,11 @@ def _matching_hash(row: dict[str, Any], in_corpus: set[str], text_of_document: M
         raise ValueError("neither text nor text_hash")
     document = row.get("doc_id")
     if digest not in text_of_document.get(str(document), in_corpus):
-        raise ValueError("text differs from the document's in the corpus" if str(document) in text_of_document
-                         else "text is not in the corpus")
+        raise ValueError(
+            "text differs from the document's in the corpus"
+            if str(document) in text_of_document
+            else "text is not in the corpus"
+        )
     if digest not in in_corpus:
         raise ValueError("text is not in the corpus")
     return digest

@@ -1,9 +1,10 @@
 """Two deterministic teachers that need neither a network nor a key, and are named as offline.
 
-They describe a text by three facts that can be checked against it: what it is about (the domain and its
-most telling words), which words stand out, and which form of continuation its end asks for. The two differ
-in style, as two real teachers do: one writes a numbered list and starts with the content, the other one
-paragraph and starts with the kind of document. They know texts and word statistics; files are elsewhere.
+They describe a text by three facts that can be checked against it: what it is about (the domain and
+its most telling words), which words stand out, and which form of continuation its end asks for. The
+two differ in style, as two real teachers do: one writes a numbered list and starts with the
+content, the other one paragraph and starts with the kind of document. They know texts and word
+statistics; files are elsewhere.
 """
 
 import math
@@ -20,13 +21,15 @@ MIN_DOCUMENT_FREQUENCY = 15
 MAX_DOCUMENT_SHARE = 0.25
 """A word in more than a quarter of all documents says nothing about one of them."""
 BANDS = ((0.74, 1.0), (0.40, 0.55), (0.0, 0.22))
-"""Where a label's words come from: shares of all tellable words in order of their document frequency, counted with it.
+"""Where a label's words come from: shares of all tellable words in order of their document
+frequency, counted with it.
 
-One word of each band, the broad one as topic, the others as tokens. A writer that decides one word after the other must not
-name one twice. It cannot if every place of a list has a vocabulary of its own; the gaps keep a word near a border from
-fitting two places. Measured after supervised training of the embedded default on its validation texts: with the seven best
-words of a text, in the order of the alphabet or of frequency, 99% of the descriptions repeat a word; with one of each of
-five adjacent bands 48%, of three 16%, of these three 6%.
+One word of each band, the broad one as topic, the others as tokens. A writer that decides one word
+after the other must not name one twice. It cannot if every place of a list has a vocabulary of its
+own; the gaps keep a word near a border from fitting two places. Measured after supervised training
+of the embedded default on its validation texts: with the seven best words of a text, in the order
+of the alphabet or of frequency, 99% of the descriptions repeat a word; with one of each of five
+adjacent bands 48%, of three 16%, of these three 6%.
 """
 
 STOP_WORDS = frozenset(
@@ -102,12 +105,15 @@ class WordStatistics:
         for word in tellable:
             share = (passed + self.document_frequency[word] / 2) / total
             passed += self.document_frequency[word]
-            bands.update((word, index) for index, (low, high) in enumerate(BANDS) if low <= share < high)
+            bands.update(
+                (word, index) for index, (low, high) in enumerate(BANDS) if low <= share < high
+            )
         return bands
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case word pieces in order: identifiers are cut at `_`, digits and camelCase; 3 letters at least.
+    """Lower-case word pieces in order: identifiers are cut at `_`, digits and camelCase; 3 letters
+    at least.
 
     Example: "readFrameIndex(df_test, x1)" -> ["read", "frame", "index", "test"]
     """
@@ -115,15 +121,23 @@ def split_words(text: str) -> list[str]:
     return [piece for piece in pieces if 3 <= len(piece) <= 18 and piece not in STOP_WORDS]
 
 
-def salient_words(text: str, statistics: WordStatistics, limit: int | None = None) -> list[tuple[str, float]]:
-    """The words of the text with the highest tf-idf (all, or `limit` of them), best first, each once, with their scores.
+def salient_words(
+    text: str, statistics: WordStatistics, limit: int | None = None
+) -> list[tuple[str, float]]:
+    """The words of the text with the highest tf-idf (all, or `limit` of them), best first, each
+    once, with their scores.
 
-    tf-idf = (1 + log tf) * log(N / df). Ties go to the word that comes first in the alphabet. A plural beside
-    its singular is dropped, so that a short list does not say one thing twice.
+    tf-idf = (1 + log tf) * log(N / df). Ties go to the word that comes first in the alphabet. A
+    plural beside its singular is dropped, so that a short list does not say one thing twice.
     """
     counts = Counter(split_words(text))
-    scored = [(word, (1.0 + math.log(count)) * statistics.inverse_frequency(word)) for word, count in counts.items()]
-    ranked = sorted((pair for pair in scored if pair[1] > 0.0), key=lambda pair: (-pair[1], pair[0]))
+    scored = [
+        (word, (1.0 + math.log(count)) * statistics.inverse_frequency(word))
+        for word, count in counts.items()
+    ]
+    ranked = sorted(
+        (pair for pair in scored if pair[1] > 0.0), key=lambda pair: (-pair[1], pair[0])
+    )
     chosen: dict[str, float] = {}
     for word, score in ranked:
         if word + "s" not in chosen and (not word.endswith("s") or word[:-1] not in chosen):
@@ -138,7 +152,8 @@ class Facts:
     """What both teachers say about one text, before style.
 
     Example:
-        Facts(kind="unit test", topics=["index"], tokens=["assert", "dtype"], ending="another check")
+        Facts(kind="unit test", topics=["index"], tokens=["assert", "dtype"], ending="another
+        check")
     """
 
     kind: str
@@ -148,7 +163,8 @@ class Facts:
 
 
 def observe(text: str, domain: str, statistics: WordStatistics) -> Facts:
-    """The facts of one text: of each band (see BANDS) the word with the highest tf-idf, if the text has one."""
+    """The facts of one text: of each band (see BANDS) the word with the highest tf-idf, if the text
+    has one."""
     best: dict[int, str] = {}
     for word, _ in salient_words(text, statistics):
         if (band := statistics.band_of.get(word)) is not None:
@@ -162,7 +178,8 @@ def observe(text: str, domain: str, statistics: WordStatistics) -> Facts:
 
 
 def describe_ending(text: str) -> str:
-    """Which continuation the end of the text asks for: the first phrase of ENDINGS whose pattern its last line begins with."""
+    """Which continuation the end of the text asks for: the first phrase of ENDINGS whose pattern
+    its last line begins with."""
     lines = [line for line in text.split("\n") if line.strip()]
     last = lines[-1] if lines else ""
     for pattern, phrase in ENDINGS:
@@ -207,4 +224,3 @@ class FormatFirstTeacher:
 
 def _join(words: list[str]) -> str:
     return " and ".join(words) or "nothing in particular"
-

@@ -1,7 +1,8 @@
-"""The labels of a run: every teacher's description of every text, cleaned, with one drawn for each text.
+"""The labels of a run: every teacher's description of every text, cleaned, with one drawn for each
+text.
 
-One output file a corpus shard, so a run that was cut off continues with the shards that are missing. The draw
-depends on the text's id and the seed alone.
+One output file a corpus shard, so a run that was cut off continues with the shards that are
+missing. The draw depends on the text's id and the seed alone.
 """
 
 from __future__ import annotations
@@ -46,10 +47,12 @@ class LabelCounts:
 
 
 def label_texts(run: Run) -> Manifest:
-    """The stage: `part-00000.parquet` ... of LABEL_SCHEMA, sorted by (text_id, teacher). Skipped when complete.
+    """The stage: `part-00000.parquet` ... of LABEL_SCHEMA, sorted by (text_id, teacher). Skipped
+    when complete.
 
-    With `label.import_path` the labels come from that file; refused rows are listed in `refused.jsonl`. Raises
-    ValueError when no text has a label, and when the imported file has changed since.
+    With `label.import_path` the labels come from that file; refused rows are listed in
+    `refused.jsonl`. Raises ValueError when no text has a label, and when the imported file has
+    changed since.
     """
     corpus = run.require("corpus", "corpus")
     stage = run.stage("labels", "label", parents={"corpus": corpus})
@@ -60,7 +63,11 @@ def label_texts(run: Run) -> Manifest:
         return stage.manifest
     refused: list[Refusal] = []
     _remember_import(stage, imported, config)
-    describe = _offline_labels(run, corpus, config) if imported is None else _imported_labels(run, corpus, config, refused)
+    describe = (
+        _offline_labels(run, corpus, config)
+        if imported is None
+        else _imported_labels(run, corpus, config, refused)
+    )
     counts = LabelCounts()
     with stage.local_folder() as folder:
         documents = _label_shards(run, corpus, describe, folder, config, counts)
@@ -68,10 +75,20 @@ def label_texts(run: Run) -> Manifest:
             _write_lines(folder / "refused.jsonl", [asdict(refusal) for refusal in refused])
     reasons = dict(sorted(Counter(refusal.reason for refusal in refused).items()))
     _require_labels(stage, counts, reasons)
-    logger.info("labels: %d of %d texts, %d labels%s", counts.texts - counts.unlabelled_texts, counts.texts, counts.labels,
-                f", refused: {reasons}" if reasons else "")
+    logger.info(
+        "labels: %d of %d texts, %d labels%s",
+        counts.texts - counts.unlabelled_texts,
+        counts.texts,
+        counts.labels,
+        f", refused: {reasons}" if reasons else "",
+    )
     mean_words = round(counts.words / counts.labels, 2)
-    metrics = {**asdict(counts), "mean_words": mean_words, "refused": reasons, "import_sha256": imported}
+    metrics = {
+        **asdict(counts),
+        "mean_words": mean_words,
+        "refused": reasons,
+        "import_sha256": imported,
+    }
     return stage.publish(documents=documents, metrics=metrics)
 
 
@@ -100,8 +117,11 @@ def all_labels(run: Run, split: Split) -> dict[str, list[str]]:
 
 
 def label_row(row: Row, raw_labels: Sequence[tuple[str, str]], config: LabelConfig) -> list[Row]:
-    """LABEL_SCHEMA rows of one text, sorted by teacher; exactly one is drawn when any label survives cleaning."""
-    cleaned = [(teacher, raw, clean_label(raw, config.max_words)) for teacher, raw in sorted(raw_labels)]
+    """LABEL_SCHEMA rows of one text, sorted by teacher; exactly one is drawn when any label
+    survives cleaning."""
+    cleaned = [
+        (teacher, raw, clean_label(raw, config.max_words)) for teacher, raw in sorted(raw_labels)
+    ]
     cleaned = [entry for entry in cleaned if entry[2]]
     drawn = seed_of(config.seed, "style", row["text_id"]) % len(cleaned) if cleaned else -1
     known = {name: row[name] for name in ("text_id", "doc_id", "split", "domain")}
@@ -112,16 +132,26 @@ def label_row(row: Row, raw_labels: Sequence[tuple[str, str]], config: LabelConf
 
 
 def _label_shards(
-    run: Run, corpus: Manifest, describe: Describe, folder: Path, config: LabelConfig, counts: LabelCounts
+    run: Run,
+    corpus: Manifest,
+    describe: Describe,
+    folder: Path,
+    config: LabelConfig,
+    counts: LabelCounts,
 ) -> dict[str, list[str]]:
-    """Label shard by shard, leaving out those that are there; returns the labelled documents by split."""
+    """Label shard by shard, leaving out those that are there; returns the labelled documents by
+    split."""
     documents: dict[str, set[str]] = {split: set() for split in SPLITS}
     for name, table in read_shards(run, corpus):
         target = folder / name
         if target.exists():
             rows = pq.read_table(target).to_pylist()
         else:
-            rows = [label for row in table.to_pylist() for label in label_row(row, describe(row), config)]
+            rows = [
+                label
+                for row in table.to_pylist()
+                for label in label_row(row, describe(row), config)
+            ]
             temporary = target.with_suffix(".tmp")
             pq.write_table(pa.Table.from_pylist(rows, schema=LABEL_SCHEMA), temporary)
             os.replace(temporary, target)
@@ -142,21 +172,29 @@ def _offline_labels(run: Run, corpus: Manifest, config: LabelConfig) -> Describe
         if split == "train"
     )
     teachers = make_teachers(config.teachers, WordStatistics.fit(train))
-    return lambda row: [(teacher.name, teacher.describe(row["text"], row["domain"])) for teacher in teachers]
+    return lambda row: [
+        (teacher.name, teacher.describe(row["text"], row["domain"])) for teacher in teachers
+    ]
 
 
-def _imported_labels(run: Run, corpus: Manifest, config: LabelConfig, refused: list[Refusal]) -> Describe:
+def _imported_labels(
+    run: Run, corpus: Manifest, config: LabelConfig, refused: list[Refusal]
+) -> Describe:
     """Labels from the file, by text hash; refusals are appended to `refused`."""
     text_of_document: dict[str, set[str]] = {}
     for _, table in read_shards(run, corpus):
-        for doc_id, text in zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True):
+        for doc_id, text in zip(
+            table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True
+        ):
             text_of_document.setdefault(doc_id, set()).add(text_hash(text))
     by_hash: dict[str, list[tuple[str, str]]] = {}
     for item in read_labels(Path(str(config.import_path)).expanduser(), text_of_document):
         if isinstance(item, ImportedLabel) and clean_label(item.raw, config.max_words):
             by_hash.setdefault(item.text_hash, []).append((item.teacher, item.raw))
         elif isinstance(item, ImportedLabel):
-            refused.append(Refusal(line=item.line, doc_id="", reason="nothing is left after cleaning"))
+            refused.append(
+                Refusal(line=item.line, doc_id="", reason="nothing is left after cleaning")
+            )
         else:
             refused.append(item)
     return lambda row: by_hash.get(text_hash(row["text"]), [])
@@ -170,7 +208,8 @@ def _file_hash(path: str | None) -> str | None:
 
 
 def _remember_import(stage: Stage, imported: str | None, config: LabelConfig) -> None:
-    """Write down which content labels are made from before the first is made: what goes on later must meet the same."""
+    """Write down which content labels are made from before the first is made: what goes on later
+    must meet the same."""
     note = stage.location / "scratch" / "import_sha256"
     if imported in (None, "missing"):
         return
@@ -181,16 +220,20 @@ def _remember_import(stage: Stage, imported: str | None, config: LabelConfig) ->
 
 def _require_same_import(there: str | None, imported: str | None, config: LabelConfig) -> None:
     if imported not in (there, "missing"):
-        raise ValueError(f"label.import_path {config.import_path}: got content with sha256 {str(imported)[:12]}, "
-                         f"expected {str(there)[:12]}, from which the run's labels were made. Restore the file or use "
-                         "another --run-dir.")
+        raise ValueError(
+            f"label.import_path {config.import_path}: got content with sha256 {str(imported)[:12]},"
+            f" expected {str(there)[:12]}, from which the run's labels were made. Restore the file"
+            " or use another --run-dir."
+        )
 
 
 def _require_labels(stage: Stage, counts: LabelCounts, reasons: dict[str, int]) -> None:
     if counts.labels == 0:
-        raise ValueError(f"labels in {stage.location}: got no label for any of {counts.texts} texts (refused: "
-                         f"{reasons or 'none'}), expected at least one. See refused.jsonl there; labels must carry texts of "
-                         "this corpus.")
+        raise ValueError(
+            f"labels in {stage.location}: got no label for any of {counts.texts} texts (refused:"
+            f" {reasons or 'none'}), expected at least one. See refused.jsonl there; labels must"
+            " carry texts of this corpus."
+        )
 
 
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:

@@ -12,8 +12,8 @@ from nla_ray.labels.offline import ContentFirstTeacher, FormatFirstTeacher, Word
 class Teacher(Protocol):
     """Describes texts; knows nothing of activations, of splits or of the other teachers.
 
-    `describe` returns the raw description, as long and as marked up as it comes; the cleaner is elsewhere. It
-    must not depend on the texts described before.
+    `describe` returns the raw description, as long and as marked up as it comes; the cleaner is
+    elsewhere. It must not depend on the texts described before.
     """
 
     name: str
@@ -22,11 +22,22 @@ class Teacher(Protocol):
 
 
 def make_teachers(names: Sequence[str], statistics: WordStatistics) -> list[Teacher]:
-    """One teacher for each name, in that order. Raises ValueError for an unknown, a repeated or no name."""
+    """One teacher for each name, in that order. Raises ValueError for an unknown, a repeated or no
+    name."""
     known = {teacher.name: teacher for teacher in (ContentFirstTeacher, FormatFirstTeacher)}
-    require(len(names) > 0 and len(set(names)) == len(names), "label.teachers", tuple(names), "different names, at least one",
-            "Set --label.teachers.")
+    require(
+        len(names) > 0 and len(set(names)) == len(names),
+        "label.teachers",
+        tuple(names),
+        "different names, at least one",
+        "Set --label.teachers.",
+    )
     for name in names:
-        require(name in known, "label.teachers", name, f"one of {', '.join(known)}",
-                "Labels of other teachers are imported: --label.import-path.")
+        require(
+            name in known,
+            "label.teachers",
+            name,
+            f"one of {', '.join(known)}",
+            "Labels of other teachers are imported: --label.import-path.",
+        )
     return [known[name](statistics) for name in names]

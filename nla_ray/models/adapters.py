@@ -1,8 +1,8 @@
 """LoRA adapters over a frozen base: the one module that imports peft.
 
-Verbalizer, reward scorer and judge scorer are adapters over the same base; a process that needs several loads the base
-once and switches between them. Protects the rule: only adapters are saved, never the base, its embedding or its
-vocabulary.
+Verbalizer, reward scorer and judge scorer are adapters over the same base; a process that needs
+several loads the base once and switches between them. Protects the rule: only adapters are saved,
+never the base, its embedding or its vocabulary.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 _CONFIG_NAME = "adapter_config.json"
 
 
-def add_lora(model: nn.Module, settings: LoraSettings, name: str = "default", *, trainable: bool = True,
-             num_blocks: int | None = None, seed: int = 0) -> PeftModel:
-    """Add a fresh adapter to the seven projections of every block (of the first `num_blocks`), make it the active one,
-    and return the wrapped model.
+def add_lora(
+    model: nn.Module,
+    settings: LoraSettings,
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    num_blocks: int | None = None,
+    seed: int = 0,
+) -> PeftModel:
+    """Add a fresh adapter to the seven projections of every block (of the first `num_blocks`), make
+    it the active one, and return the wrapped model.
 
-    A new adapter changes nothing yet (its second factor is zero); the first factor is drawn from `seed`. Its weights
-    are float32 whatever the base's type. Raises ValueError when an adapter of that name is there.
+    A new adapter changes nothing yet (its second factor is zero); the first factor is drawn from
+    `seed`. Its weights are float32 whatever the base's type. Raises ValueError when an adapter of
+    that name is there.
     """
     config = LoraConfig(
         r=settings.rank,
@@ -53,12 +61,14 @@ def add_lora(model: nn.Module, settings: LoraSettings, name: str = "default", *,
     return model
 
 
-def load_adapter(model: nn.Module, folder: Path | str, name: str = "default", *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: nn.Module, folder: Path | str, name: str = "default", *, trainable: bool = False
+) -> PeftModel:
     """Load a saved adapter, make it the active one, and return the wrapped model.
 
-    Adapters of a model with more blocks load into one with fewer (a verbalizer's into a reconstructor's base): weights
-    of blocks that are not there are left out. Raises ValueError when the folder holds no adapter or one of another
-    shape.
+    Adapters of a model with more blocks load into one with fewer (a verbalizer's into a
+    reconstructor's base): weights of blocks that are not there are left out. Raises ValueError when
+    the folder holds no adapter or one of another shape.
     """
     _require_adapter(folder)
     try:
@@ -66,32 +76,44 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default", *,
             _require_new(model, name)
             model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
         else:
-            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
+            model = PeftModel.from_pretrained(
+                model, str(folder), adapter_name=name, is_trainable=trainable
+            )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"adapter {str(folder)!r}: got weights of another shape ({reason}), expected an adapter of "
-                         "this base. Load it on the base that its manifest names.") from None
+        raise ValueError(
+            f"adapter {str(folder)!r}: got weights of another shape ({reason}), expected an adapter"
+            " of this base. Load it on the base that its manifest names."
+        ) from None
     activate(model, name, trainable=trainable)
     return model
 
 
 def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") -> None:
-    """Write adapter_config.json and adapter_model.safetensors into `folder` itself, whatever the adapter's name."""
+    """Write adapter_config.json and adapter_model.safetensors into `folder` itself, whatever the
+    adapter's name."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model, name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        adapter_state(model, name), folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     config = copy.copy(model.peft_config[name])
     config.inference_mode = True
-    config.target_modules = sorted(config.target_modules)  # a set: its order differs from process to process
+    config.target_modules = sorted(
+        config.target_modules
+    )  # a set: its order differs from process to process
     config.save_pretrained(folder)
 
 
 def read_adapter(folder: Path | str) -> tuple[dict[str, Tensor], LoraSettings]:
-    """A saved adapter without a model: its tensors as `adapter_state` names them, and its settings."""
+    """A saved adapter without a model: its tensors as `adapter_state` names them, and its
+    settings."""
     _require_adapter(folder)
-    return load_peft_weights(str(folder), device="cpu"), _settings(LoraConfig.from_pretrained(str(folder)))
+    return load_peft_weights(str(folder), device="cpu"), _settings(
+        LoraConfig.from_pretrained(str(folder))
+    )
 
 
 def adapter_settings(model: PeftModel, name: str = "default") -> LoraSettings:
@@ -104,40 +126,54 @@ def _settings(config: LoraConfig) -> LoraSettings:
 
 
 def adapter_state(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors on CPU, under their names in the saved file: `base_model.model....lora_A.weight` [rank, in]
-    and `...lora_B.weight` [out, rank]."""
+    """The adapter's tensors on CPU, under their names in the saved file:
+    `base_model.model....lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank]."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in sorted(state.items())}
+    return {
+        key: value.detach().to("cpu", copy=True).contiguous()
+        for key, value in sorted(state.items())
+    }
 
 
 def set_adapter_state(model: PeftModel, state: Mapping[str, Tensor], name: str = "default") -> None:
-    """Replace the weights of a loaded adapter by tensors named as in `adapter_state`. Raises ValueError when they do
-    not fit."""
+    """Replace the weights of a loaded adapter by tensors named as in `adapter_state`. Raises
+    ValueError when they do not fit."""
     own = adapter_state(model, name)
-    wrong = [key for key in {*own, *state} if key not in own or key not in state or own[key].shape != state[key].shape]
+    wrong = [
+        key
+        for key in {*own, *state}
+        if key not in own or key not in state or own[key].shape != state[key].shape
+    ]
     if wrong:
-        raise ValueError(f"adapter weights for {name!r}: got {len(wrong)} tensors that do not fit, first "
-                         f"{sorted(wrong)[0]!r}, expected the {len(own)} of this adapter. They come from another base "
-                         "or rank.")
+        raise ValueError(
+            f"adapter weights for {name!r}: got {len(wrong)} tensors that do not fit, first"
+            f" {sorted(wrong)[0]!r}, expected the {len(own)} of this adapter. They come from"
+            " another base or rank."
+        )
     set_peft_model_state_dict(model, dict(state), adapter_name=name)
 
 
 def activate(model: PeftModel, name: str, *, trainable: bool = False) -> None:
     """Make one adapter the active one; only it has gradients, and only when `trainable`."""
     if name not in model.peft_config:
-        raise ValueError(f"adapter: got {name!r}, expected one of {sorted(model.peft_config)}. Load it first.")
+        raise ValueError(
+            f"adapter: got {name!r}, expected one of {sorted(model.peft_config)}. Load it first."
+        )
     model.set_adapter(name, inference_mode=not trainable)
 
 
 @contextmanager
 def adapter_active(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
-    """Run a with-block with adapter `name`, or with the plain base when None; the state before comes back afterwards.
+    """Run a with-block with adapter `name`, or with the plain base when None; the state before
+    comes back afterwards.
 
     A model without adapters is its own plain base.
     """
     if not isinstance(model, PeftModel):
         if name is not None:
-            raise ValueError(f"adapter: got {name!r}, expected a model that has adapters. Load it first.")
+            raise ValueError(
+                f"adapter: got {name!r}, expected a model that has adapters. Load it first."
+            )
         yield model
         return
     if name is None:
@@ -160,14 +196,18 @@ def adapter_active(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
 
 def _require_adapter(folder: Path | str) -> None:
     if not (Path(folder) / _CONFIG_NAME).is_file():
-        raise ValueError(f"adapter: got {str(folder)!r} without {_CONFIG_NAME}, expected a saved adapter. "
-                         "Name the folder that holds adapter_config.json and adapter_model.safetensors.")
+        raise ValueError(
+            f"adapter: got {str(folder)!r} without {_CONFIG_NAME}, expected a saved adapter. "
+            "Name the folder that holds adapter_config.json and adapter_model.safetensors."
+        )
 
 
 def _require_new(model: PeftModel, name: str) -> None:
     if name in model.peft_config:
-        raise ValueError(f"adapter: got the name {name!r} twice, expected a new one. Loaded are "
-                         f"{sorted(model.peft_config)}.")
+        raise ValueError(
+            f"adapter: got the name {name!r} twice, expected a new one. Loaded are "
+            f"{sorted(model.peft_config)}."
+        )
 
 
 def plain_linear(module: nn.Module) -> nn.Module:

@@ -1,8 +1,9 @@
 """Attention for training in bfloat16 on a CPU, where query heads share keys and values.
 
-The library's plain attention copies every key head for each of its query heads and multiplies head by head; here the query
-heads of a key head are rows of one product. Same numbers and gradients, half of the time (16 rows of 92 tokens on 129, 9 heads
-of 64 on 3: 7 ms forward and backward against 15).
+The library's plain attention copies every key head for each of its query heads and multiplies head
+by head; here the query heads of a key head are rows of one product. Same numbers and gradients,
+half of the time (16 rows of 92 tokens on 129, 9 heads of 64 on 3: 7 ms forward and backward against
+15).
 """
 
 from __future__ import annotations
@@ -24,17 +25,33 @@ def register_grouped() -> str:
     return GROUPED
 
 
-def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-                      dropout: float = 0.0, **ignored) -> tuple[Tensor, None]:
-    """What the library asks of an attention: query [batch, heads, new, dim], key and value [batch, key heads, seq, dim] and an additive
-    mask [batch or 1, 1, new, seq] -> [batch, new, heads, dim]."""
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **ignored,
+) -> tuple[Tensor, None]:
+    """What the library asks of an attention: query [batch, heads, new, dim], key and value [batch,
+    key heads, seq, dim] and an additive mask [batch or 1, 1, new, seq] -> [batch, new, heads,
+    dim]."""
     batch, heads, new, dim = query.shape
     key_heads, seq = key.shape[1:3]
     rows = heads // key_heads * new
-    weights = torch.bmm((query * scaling).reshape(batch * key_heads, rows, dim), key.reshape(batch * key_heads, seq, dim).transpose(1, 2))
+    weights = torch.bmm(
+        (query * scaling).reshape(batch * key_heads, rows, dim),
+        key.reshape(batch * key_heads, seq, dim).transpose(1, 2),
+    )
     weights = weights.view(batch, heads, new, seq)
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.dropout(weights.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
-    output = torch.bmm(weights.view(batch * key_heads, rows, seq), value.reshape(batch * key_heads, seq, dim))
+    weights = nn.functional.dropout(
+        weights.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training
+    )
+    output = torch.bmm(
+        weights.view(batch * key_heads, rows, seq), value.reshape(batch * key_heads, seq, dim)
+    )
     return output.view(batch, heads, new, dim).transpose(1, 2).contiguous(), None

@@ -1,7 +1,8 @@
 """The frozen base model: what it is, how it is loaded, and what "layer K" means when it is run.
 
-Knows transformers; knows nothing of adapters' training, of prompts or of Ray. Protects two rules: layer K is the output of block K
-(never the final norm's), and nothing above the wanted blocks is loaded or run.
+Knows transformers; knows nothing of adapters' training, of prompts or of Ray. Protects two rules:
+layer K is the output of block K (never the final norm's), and nothing above the wanted blocks is
+loaded or run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 
 from nla_ray.config import BaseConfig
 from nla_ray.injection import build_injection_prompt
-from nla_ray.models.sources import base_folder, origin_of, quiet_loading, tokenizer_digest, weights_digest
+from nla_ray.models.sources import (
+    base_folder,
+    origin_of,
+    quiet_loading,
+    tokenizer_digest,
+    weights_digest,
+)
 
 PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-7B-Instruct": {
@@ -37,7 +44,8 @@ PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 151_645,
     },
 }
-"""Shapes of hub models that presets name, so that a plan needs no network. Source: the models' own config.json."""
+"""Shapes of hub models that presets name, so that a plan needs no network. Source: the models' own
+config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,8 @@ class BaseInfo:
     d_model: int
     num_layers: int
     vocab_size: int
-    """Rows of the embedding table, which may exceed the tokenizer's length; virtual ids start here."""
+    """Rows of the embedding table, which may exceed the tokenizer's length; virtual ids start
+    here."""
     layer: int
     injection_norm: float
     marker: str
@@ -67,12 +76,12 @@ class BaseInfo:
         return {**dataclasses.asdict(self), "neighbours": list(self.neighbours)}
 
 
-# --- what a base is --------------------------------------------------------------------------------------------------
+# what a base is -----------------------------------------------------------------------------------
 
 
 def load_model_config(base: BaseConfig):
-    """The base's transformers configuration: from its folder or hub, else from PUBLISHED_CONFIGS. No weights are
-    read."""
+    """The base's transformers configuration: from its folder or hub, else from PUBLISHED_CONFIGS.
+    No weights are read."""
     from transformers import AutoConfig
 
     try:
@@ -90,8 +99,10 @@ def load_tokenizer(base: BaseConfig):
     with quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(base_folder(base.model, weights=False))
     if tokenizer.chat_template is None:
-        raise ValueError(f"base.model {base.model!r}: got a tokenizer without chat template, expected a chat model. "
-                         "Name an instruction-tuned model.")
+        raise ValueError(
+            f"base.model {base.model!r}: got a tokenizer without chat template, expected a chat"
+            " model. Name an instruction-tuned model."
+        )
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -101,13 +112,15 @@ def load_tokenizer(base: BaseConfig):
 def check_layer(layer: int, num_layers: int) -> None:
     """Raise ValueError unless block `layer` exists in a model of `num_layers` blocks."""
     if not 0 <= layer < num_layers:
-        raise ValueError(f"base.layer: got {layer}, expected 0 to {num_layers - 1}: the model has {num_layers} blocks "
-                         "and layer K is the output of block K. Set --base.layer.")
+        raise ValueError(
+            f"base.layer: got {layer}, expected 0 to {num_layers - 1}: the model has {num_layers}"
+            " blocks and layer K is the output of block K. Set --base.layer."
+        )
 
 
 def base_info(base: BaseConfig, tokenizer=None) -> BaseInfo:
-    """Identity and shape of a base, from its configuration and tokenizer. Raises ValueError for a layer or marker it
-    lacks."""
+    """Identity and shape of a base, from its configuration and tokenizer. Raises ValueError for a
+    layer or marker it lacks."""
     config = load_model_config(base)
     check_layer(base.layer, config.num_hidden_layers)
     folder = base_folder(base.model, weights=False)
@@ -129,7 +142,7 @@ def base_info(base: BaseConfig, tokenizer=None) -> BaseInfo:
     )
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
+# loading ------------------------------------------------------------------------------------------
 
 
 def torch_device(base: BaseConfig) -> torch.device:
@@ -137,13 +150,16 @@ def torch_device(base: BaseConfig) -> torch.device:
     if base.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if base.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("base.device: got 'cuda', expected a device that this process has. Set --base.device auto.")
+        raise ValueError(
+            "base.device: got 'cuda', expected a device that this process has. Set --base.device"
+            " auto."
+        )
     return torch.device(base.device)
 
 
 def computes_in_bf16(base: BaseConfig) -> bool:
-    """Whether matrix products of training, and of reading descriptions with what was trained, run in bfloat16: as configured, or
-    where the processor has instructions for it."""
+    """Whether matrix products of training, and of reading descriptions with what was trained, run
+    in bfloat16: as configured, or where the processor has instructions for it."""
     if base.training_dtype != "auto":
         return base.training_dtype == "bfloat16"
     if base.device != "cpu" and torch.cuda.is_available():
@@ -152,15 +168,22 @@ def computes_in_bf16(base: BaseConfig) -> bool:
 
 
 def load_backbone(base: BaseConfig, *, num_blocks: int | None = None, attention: str | None = None):
-    """The base as a frozen causal language model in eval mode, in its configured type and on its device.
+    """The base as a frozen causal language model in eval mode, in its configured type and on its
+    device.
 
-    With `num_blocks` only the first blocks are read from disk, and neither final norm nor output head: such a model has
-    the causal model's parameter names (so adapters fit both) but yields the residual stream, to be read with
-    `ResidualReader`.
+    With `num_blocks` only the first blocks are read from disk, and neither final norm nor output
+    head: such a model has the causal model's parameter names (so adapters fit both) but yields the
+    residual stream, to be read with `ResidualReader`.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
-    folder, options = base_folder(base.model), {"dtype": getattr(torch, base.dtype), "attn_implementation": attention}
+    folder, options = (
+        base_folder(base.model),
+        {
+            "dtype": getattr(torch, base.dtype),
+            "attn_implementation": attention,
+        },
+    )
     config = load_model_config(base)
     with quiet_loading():
         if num_blocks is None:
@@ -194,8 +217,11 @@ def _headless(config, decoder: nn.Module):
     return shell
 
 
-def random_backbone(config, *, device: str = "meta", dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A causal model of this shape without trained weights: on `meta`, without any; for checks of shapes and memory."""
+def random_backbone(
+    config, *, device: str = "meta", dtype: torch.dtype = torch.float32, seed: int = 0
+):
+    """A causal model of this shape without trained weights: on `meta`, without any; for checks of
+    shapes and memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -204,7 +230,7 @@ def random_backbone(config, *, device: str = "meta", dtype: torch.dtype = torch.
     return model.eval().requires_grad_(False)
 
 
-# --- layer K ---------------------------------------------------------------------------------------------------------
+# layer K ------------------------------------------------------------------------------------------
 
 
 def causal_model(model: nn.Module) -> nn.Module:
@@ -213,11 +239,12 @@ def causal_model(model: nn.Module) -> nn.Module:
 
 
 class ResidualReader:
-    """Runs blocks 0..max(layers) of a model and returns the residual stream after each wanted block.
+    """Runs blocks 0..max(layers) of a model and returns the residual stream after each wanted
+    block.
 
-    It shares the model's weights (and whatever adapter is active in them) and runs nothing above the highest wanted
-    block. This is the one definition of layer K: the output of block K = Hugging Face `hidden_states[K + 1]`, before
-    the final norm when K is the last block.
+    It shares the model's weights (and whatever adapter is active in them) and runs nothing above
+    the highest wanted block. This is the one definition of layer K: the output of block K = Hugging
+    Face `hidden_states[K + 1]`, before the final norm when K is the last block.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
@@ -227,24 +254,37 @@ class ResidualReader:
         self.layers = tuple(sorted(set(layers)))
         self._decoder = _first_blocks(decoder, self.layers[-1] + 1)
 
-    def read(self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> dict[int, Tensor]:
+    def read(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> dict[int, Tensor]:
         """[batch, seq] ids -> {layer: [batch, seq, d_model]}.
 
-        Rows are padded on the RIGHT, with any id: attention is causal, so no padding mask is needed for the real
-        tokens, and the output at padding means nothing. Rows of several sequences (`models.prefix.pack`) come with
-        their positions and with the mask that is added to attention's weights, [batch, 1, seq, seq].
+        Rows are padded on the RIGHT, with any id: attention is causal, so no padding mask is needed
+        for the real tokens, and the output at padding means nothing. Rows of several sequences
+        (`models.prefix.pack`) come with their positions and with the mask that is added to
+        attention's weights, [batch, 1, seq, seq].
         """
         outputs: dict[int, Tensor] = {}
 
         def keep(layer: int):
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 outputs[layer] = output[0] if isinstance(output, tuple) else output
+
             return hook
 
-        hooks = [self._decoder.layers[layer].register_forward_hook(keep(layer)) for layer in self.layers[:-1]]
+        hooks = [
+            self._decoder.layers[layer].register_forward_hook(keep(layer))
+            for layer in self.layers[:-1]
+        ]
         try:
             outputs[self.layers[-1]] = self._decoder(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
             ).last_hidden_state
         finally:
             for hook in hooks:
@@ -253,7 +293,8 @@ class ResidualReader:
 
 
 def _first_blocks(decoder: nn.Module, num_blocks: int) -> nn.Module:
-    """A decoder of the first blocks, without final norm, that shares every weight with `decoder`."""
+    """A decoder of the first blocks, without final norm, that shares every weight with
+    `decoder`."""
     view = copy.copy(decoder)
     # copy.copy shares the registry, and the original must keep its blocks and norm
     view._modules = dict(decoder._modules)

@@ -1,11 +1,12 @@
 """A compact decoder for Llama-like models, made for generation after a common prefix.
 
-Reads the weights of a transformers model with a LoRA adapter merged in, and arranges them for few, large operations:
-norm weights folded into the next projection, queries, keys and values in one product, rotary pairs side by side so that
-a rotation is one complex product, attention scale inside the query weights. Knows nothing of sampling or scheduling.
+Reads the weights of a transformers model with a LoRA adapter merged in, and arranges them for few,
+large operations: norm weights folded into the next projection, queries, keys and values in one
+product, rotary pairs side by side so that a rotation is one complex product, attention scale inside
+the query weights. Knows nothing of sampling or scheduling.
 
-Dimension words: rows (sequences), seq, d_model, heads, groups (key-value heads), share (query heads per group),
-head_dim, prefix (tokens common to all rows), own (a row's own tokens).
+Dimension words: rows (sequences), seq, d_model, heads, groups (key-value heads), share (query heads
+per group), head_dim, prefix (tokens common to all rows), own (a row's own tokens).
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Block:
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of the same tokens in every block: each [layers, rows, groups, seq, head_dim]."""
+    """Keys and values of the same tokens in every block: each [layers, rows, groups, seq,
+    head_dim]."""
 
     keys: Tensor
     values: Tensor
@@ -76,23 +78,36 @@ def decoder_shape(config: Any) -> Shape:
 
     Raises ValueError, naming what is supported, for any other.
     """
-    unsupported = [] if config.model_type in SUPPORTED_MODEL_TYPES else [f"model type {config.model_type!r}"]
+    unsupported = (
+        [] if config.model_type in SUPPORTED_MODEL_TYPES else [f"model type {config.model_type!r}"]
+    )
     if (activation := getattr(config, "hidden_act", None)) != "silu":
         unsupported.append(f"activation function {activation!r}")
     if getattr(config, "mlp_bias", False) or getattr(config, "attention_bias", False):
         unsupported.append("biases of the output or MLP projections")
     if set(getattr(config, "layer_types", None) or ("full_attention",)) != {"full_attention"}:
         unsupported.append("sliding-window attention")
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") in ("dynamic", "longrope"):
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") in (
+        "dynamic",
+        "longrope",
+    ):
         unsupported.append("rotary frequencies that change with the length")
     if unsupported:
-        raise ValueError(f"generation engine: got {', '.join(unsupported)}, expected a model of type "
-                         f"{' or '.join(SUPPORTED_MODEL_TYPES)} (RMSNorm, rotary positions, silu MLP). Choose such a "
-                         "base.")
+        raise ValueError(
+            f"generation engine: got {', '.join(unsupported)}, expected a model of type"
+            f" {' or '.join(SUPPORTED_MODEL_TYPES)} (RMSNorm, rotary positions, silu MLP). Choose"
+            " such a base."
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(layers=config.num_hidden_layers, heads=config.num_attention_heads, groups=config.num_key_value_heads,
-                 head_dim=head_dim, vocab_size=config.vocab_size, max_positions=config.max_position_embeddings,
-                 epsilon=config.rms_norm_eps)
+    return Shape(
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        epsilon=config.rms_norm_eps,
+    )
 
 
 class Decoder:
@@ -108,39 +123,56 @@ class Decoder:
         final_norm = self._model.model.norm.weight.detach()
         self._head = self._projection(_fold(self._model.lm_head.weight, final_norm))
         rotary = self._model.model.rotary_emb
-        self._frequencies, self._rotary_scale = rotary.inv_freq.detach().float(), float(rotary.attention_scaling)
+        self._frequencies, self._rotary_scale = (
+            rotary.inv_freq.detach().float(),
+            float(rotary.attention_scaling),
+        )
         self._rotations = torch.empty(0)
         self._blocks: list[Block] = []
 
     def load(self, state: Mapping[str, Tensor] | None, scaling: float) -> None:
-        """Merge an adapter (tensors as `adapters.adapter_state` names them; None: the plain base) into a copy of the
-        weights.
+        """Merge an adapter (tensors as `adapters.adapter_state` names them; None: the plain base)
+        into a copy of the weights.
 
-        `scaling` = alpha / rank. Raises ValueError for tensors that belong to no projection of this model.
+        `scaling` = alpha / rank. Raises ValueError for tensors that belong to no projection of this
+        model.
         """
         remaining = dict(state or {})
-        self._blocks = [self._build_block(index, remaining, scaling) for index in range(self.shape.layers)]
+        self._blocks = [
+            self._build_block(index, remaining, scaling) for index in range(self.shape.layers)
+        ]
         if remaining:
-            raise ValueError(f"adapter weights: got {len(remaining)} tensors without a place, first "
-                             f"{sorted(remaining)[0]!r}, expected LoRA factors of {', '.join(PROJECTIONS)} in "
-                             f"{self.shape.layers} blocks. They are of another base.")
+            raise ValueError(
+                f"adapter weights: got {len(remaining)} tensors without a place, first "
+                f"{sorted(remaining)[0]!r}, expected LoRA factors of {', '.join(PROJECTIONS)} in "
+                f"{self.shape.layers} blocks. They are of another base."
+            )
 
     def _build_block(self, index: int, state: dict[str, Tensor], scaling: float) -> Block:
         layer, shape = self._model.model.layers[index], self.shape
 
         def merged(part: str, name: str) -> Tensor:
             linear = plain_linear(getattr(getattr(layer, part), name))
-            return _merge(linear.weight, state, f"{_ADAPTER_PREFIX}model.layers.{index}.{part}.{name}", scaling)
+            return _merge(
+                linear.weight,
+                state,
+                f"{_ADAPTER_PREFIX}model.layers.{index}.{part}.{name}",
+                scaling,
+            )
 
         attention = layer.self_attn
-        biases = [plain_linear(getattr(attention, name)).bias for name in ("q_proj", "k_proj", "v_proj")]
+        biases = [
+            plain_linear(getattr(attention, name)).bias for name in ("q_proj", "k_proj", "v_proj")
+        ]
         query, key, value = (merged("self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
         scale = shape.head_dim**-0.5
         joined = torch.cat([_pair(query, shape.heads) * scale, _pair(key, shape.groups), value])
         bias = None
         if biases[0] is not None:
             first, second, third = (part.detach().float() for part in biases)
-            bias = torch.cat([_pair(first, shape.heads) * scale, _pair(second, shape.groups), third]).to(self.dtype)
+            bias = torch.cat(
+                [_pair(first, shape.heads) * scale, _pair(second, shape.groups), third]
+            ).to(self.dtype)
         before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         return Block(
             query_key_value=self._projection(_fold(joined, before), bias),
@@ -153,7 +185,7 @@ class Decoder:
     def _projection(self, weight: Tensor, bias: Tensor | None = None) -> Projection:
         return make_projection(weight.to(self.dtype), bias, rows=self._rows)
 
-    # --- running -----------------------------------------------------------------------------------------------------
+    # running --------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
         """[...] ids below vocab_size -> [..., d_model]."""
@@ -164,33 +196,52 @@ class Decoder:
         return self._head(self._normalise(stream))
 
     def rotations(self, length: int) -> Tensor:
-        """cos + i sin of every position below `length` and every frequency: [length, head_dim / 2] complex64."""
+        """cos + i sin of every position below `length` and every frequency: [length, head_dim / 2]
+        complex64."""
         if len(self._rotations) < length:
-            angles = torch.outer(torch.arange(length, device=self.device).float(), self._frequencies.to(self.device))
+            angles = torch.outer(
+                torch.arange(length, device=self.device).float(), self._frequencies.to(self.device)
+            )
             self._rotations = torch.polar(torch.full_like(angles, self._rotary_scale), angles)
         return self._rotations[:length]
 
     def empty_prefix(self) -> KeysValues:
         """The prefix of no tokens."""
         shape = self.shape
-        nothing = torch.empty(shape.layers, 1, shape.groups, 0, shape.head_dim, dtype=self.dtype, device=self.device)
+        nothing = torch.empty(
+            shape.layers, 1, shape.groups, 0, shape.head_dim, dtype=self.dtype, device=self.device
+        )
         return KeysValues(nothing, nothing)
 
     def prefill(self, embedded: Tensor, prefix: KeysValues) -> tuple[Tensor, KeysValues]:
-        """Run [rows, seq, d_model] after a common prefix -> the stream at the last token [rows, d_model] and the new
-        tokens' keys and values."""
+        """Run [rows, seq, d_model] after a common prefix -> the stream at the last token [rows,
+        d_model] and the new tokens' keys and values."""
         rows, seq, d_model = embedded.shape
         shape, start = self.shape, prefix.keys.shape[3]
         rotation = self.rotations(start + seq)[start:].repeat(rows, 1).unsqueeze(1)
-        future = torch.full((seq, seq), -torch.inf, dtype=self.dtype, device=self.device).triu(1).repeat(shape.share, 1)
-        keys = torch.empty(shape.layers, rows, shape.groups, seq, shape.head_dim, dtype=self.dtype, device=self.device)
+        future = (
+            torch.full((seq, seq), -torch.inf, dtype=self.dtype, device=self.device)
+            .triu(1)
+            .repeat(shape.share, 1)
+        )
+        keys = torch.empty(
+            shape.layers,
+            rows,
+            shape.groups,
+            seq,
+            shape.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
         values = torch.empty_like(keys)
         stream = embedded.reshape(rows * seq, d_model)
         for layer, block in enumerate(self._blocks):
             query, new = self._attention_inputs(block, stream, rotation)
             new = new.view(rows, seq, 2, shape.groups, shape.head_dim).permute(2, 0, 3, 1, 4)
             keys[layer], values[layer] = new[0], new[1]
-            query = query.view(rows, seq, shape.groups, shape.share, shape.head_dim).permute(0, 2, 3, 1, 4)
+            query = query.view(rows, seq, shape.groups, shape.share, shape.head_dim).permute(
+                0, 2, 3, 1, 4
+            )
             mixed = _attend(
                 query.reshape(rows, shape.groups, shape.share * seq, shape.head_dim),
                 keys[layer],
@@ -199,18 +250,28 @@ class Decoder:
                 prefix.keys[layer, 0],
                 prefix.values[layer, 0],
             )
-            mixed = mixed.view(rows, shape.groups, shape.share, seq, shape.head_dim).permute(0, 3, 1, 2, 4)
-            stream = self._after_attention(block, mixed.reshape(rows * seq, shape.query_width), stream)
+            mixed = mixed.view(rows, shape.groups, shape.share, seq, shape.head_dim).permute(
+                0, 3, 1, 2, 4
+            )
+            stream = self._after_attention(
+                block, mixed.reshape(rows * seq, shape.query_width), stream
+            )
         return stream.view(rows, seq, d_model)[:, -1], KeysValues(keys, values)
 
     def step(
-        self, embedded: Tensor, rotation: Tensor, own: KeysValues, column: int, hidden: Tensor, prefix: KeysValues
+        self,
+        embedded: Tensor,
+        rotation: Tensor,
+        own: KeysValues,
+        column: int,
+        hidden: Tensor,
+        prefix: KeysValues,
     ) -> Tensor:
         """One token per row: [rows, d_model] -> the stream after the last block.
 
-        `own` holds keys and values of [layers, rows, groups, columns, head_dim]; the new ones are written to `column`.
-        `hidden` [rows * groups, 1, columns] is 0 where a row may look and -inf elsewhere; `rotation` [rows, 1, head_dim
-        / 2].
+        `own` holds keys and values of [layers, rows, groups, columns, head_dim]; the new ones are
+        written to `column`. `hidden` [rows * groups, 1, columns] is 0 where a row may look and -inf
+        elsewhere; `rotation` [rows, 1, head_dim / 2].
         """
         shape, stream, rows = self.shape, embedded, len(embedded)
         for layer, block in enumerate(self._blocks):
@@ -219,22 +280,31 @@ class Decoder:
             new = new.view(rows, 2, shape.groups, shape.head_dim)
             keys[:, :, column].copy_(new[:, 0])
             values[:, :, column].copy_(new[:, 1])
-            mixed = _attend(query.view(rows, shape.groups, shape.share, shape.head_dim), keys, values, hidden,
-                            prefix.keys[layer, 0], prefix.values[layer, 0])
+            mixed = _attend(
+                query.view(rows, shape.groups, shape.share, shape.head_dim),
+                keys,
+                values,
+                hidden,
+                prefix.keys[layer, 0],
+                prefix.values[layer, 0],
+            )
             stream = self._after_attention(block, mixed.view(rows, shape.query_width), stream)
         return stream
 
-    def _attention_inputs(self, block: Block, stream: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries [rows, heads * head_dim], and rotated keys with values [rows, 2 * groups * head_dim]."""
+    def _attention_inputs(
+        self, block: Block, stream: Tensor, rotation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated queries [rows, heads * head_dim], and rotated keys with values [rows, 2 * groups
+        * head_dim]."""
         shape = self.shape
         joined = block.query_key_value(self._normalise(stream))
-        rotated = joined[:, :shape.rotated_width]
+        rotated = joined[:, : shape.rotated_width]
         pairs = rotated.view(len(joined), shape.heads + shape.groups, shape.head_dim // 2, 2)
         if self.dtype == torch.float32:
             torch.view_as_complex(pairs).mul_(rotation)
         else:  # there are no complex numbers of two bfloat16
             pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotation))
-        return joined[:, :shape.query_width], joined[:, shape.query_width:]
+        return joined[:, : shape.query_width], joined[:, shape.query_width :]
 
     def _after_attention(self, block: Block, mixed: Tensor, stream: Tensor) -> Tensor:
         stream = block.output.plus(mixed, stream)
@@ -247,24 +317,37 @@ class Decoder:
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, prefix_keys: Tensor, prefix_values: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
 ) -> Tensor:
-    """Attention of [rows, groups, queries, head_dim] over a common prefix [groups, prefix, head_dim] and own keys and
-    values [rows, groups, own, head_dim]; `hidden` is added to the own scores. The prefix is one product per group for
-    all rows."""
+    """Attention of [rows, groups, queries, head_dim] over a common prefix [groups, prefix,
+    head_dim] and own keys and values [rows, groups, own, head_dim]; `hidden` is added to the own
+    scores. The prefix is one product per group for all rows."""
     rows, groups, queries, head_dim = query.shape
     own, prefix = keys.shape[2], prefix_keys.shape[1]
     own_scores = torch.baddbmm(
-        hidden, query.reshape(rows * groups, queries, head_dim), keys.reshape(rows * groups, own, head_dim).mT
+        hidden,
+        query.reshape(rows * groups, queries, head_dim),
+        keys.reshape(rows * groups, own, head_dim).mT,
     )
     by_group = query.transpose(0, 1).reshape(groups, rows * queries, head_dim)
-    prefix_scores = torch.bmm(by_group, prefix_keys.mT).view(groups, rows, queries, prefix).transpose(0, 1)
+    prefix_scores = (
+        torch.bmm(by_group, prefix_keys.mT).view(groups, rows, queries, prefix).transpose(0, 1)
+    )
     scores = torch.cat((prefix_scores, own_scores.view(rows, groups, queries, own)), -1)
     shares = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
     own_shares = shares.view(rows * groups, queries, prefix + own)[..., prefix:]
-    mixed = torch.bmm(own_shares, values.reshape(rows * groups, own, head_dim)).view(rows, groups, queries, head_dim)
+    mixed = torch.bmm(own_shares, values.reshape(rows * groups, own, head_dim)).view(
+        rows, groups, queries, head_dim
+    )
     by_group = shares[..., :prefix].transpose(0, 1).reshape(groups, rows * queries, prefix)
-    return mixed.add_(torch.bmm(by_group, prefix_values).view(groups, rows, queries, head_dim).transpose(0, 1))
+    return mixed.add_(
+        torch.bmm(by_group, prefix_values).view(groups, rows, queries, head_dim).transpose(0, 1)
+    )
 
 
 def _merge(weight: Tensor, state: dict[str, Tensor], name: str, scaling: float) -> Tensor:
@@ -273,10 +356,19 @@ def _merge(weight: Tensor, state: dict[str, Tensor], name: str, scaling: float) 
     down, up = state.pop(f"{name}.lora_A.weight", None), state.pop(f"{name}.lora_B.weight", None)
     if down is None or up is None:
         return weight
-    if up.shape[0] != weight.shape[0] or down.shape[1] != weight.shape[1] or up.shape[1] != down.shape[0]:
-        raise ValueError(f"adapter weights {name}: got factors {tuple(up.shape)} and {tuple(down.shape)} for a weight "
-                         f"of {tuple(weight.shape)}, expected [out, rank] and [rank, in]. They are of another base.")
-    return torch.addmm(weight, up.to(weight.device).float(), down.to(weight.device).float(), alpha=scaling)
+    if (
+        up.shape[0] != weight.shape[0]
+        or down.shape[1] != weight.shape[1]
+        or up.shape[1] != down.shape[0]
+    ):
+        raise ValueError(
+            f"adapter weights {name}: got factors {tuple(up.shape)} and {tuple(down.shape)} for a"
+            f" weight of {tuple(weight.shape)}, expected [out, rank] and [rank, in]. They are of"
+            " another base."
+        )
+    return torch.addmm(
+        weight, up.to(weight.device).float(), down.to(weight.device).float(), alpha=scaling
+    )
 
 
 def _fold(weight: Tensor, norm_weight: Tensor) -> Tensor:
@@ -285,6 +377,7 @@ def _fold(weight: Tensor, norm_weight: Tensor) -> Tensor:
 
 
 def _pair(weight: Tensor, heads: int) -> Tensor:
-    """Rows (i, i + head_dim / 2) of every head, which a rotation mixes, put side by side: [heads * head_dim, ...]."""
+    """Rows (i, i + head_dim / 2) of every head, which a rotation mixes, put side by side: [heads *
+    head_dim, ...]."""
     halves = weight.view(heads, 2, -1, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)

@@ -1,8 +1,10 @@
-"""The linear reconstructor: description -> activation by ridge regression on features of the frozen base.
+"""The linear reconstructor: description -> activation by ridge regression on features of the frozen
+base.
 
-phi(d) = mean over the description's tokens of the residual stream after a middle block, no adapter active;
-r = mu + b + W (phi(d) - mean phi), W by ridge. It is fitted in closed form, so it has no training noise; it shares no
-adapter with the other reconstructors and cannot be hacked in the way they can. Knows nothing of files of a run or of Ray.
+phi(d) = mean over the description's tokens of the residual stream after a middle block, no adapter
+active; r = mu + b + W (phi(d) - mean phi), W by ridge. It is fitted in closed form, so it has no
+training noise; it shares no adapter with the other reconstructors and cannot be hacked in the way
+they can. Knows nothing of files of a run or of Ray.
 Source: Hoerl & Kennard, "Ridge Regression", 1970.
 """
 
@@ -24,35 +26,53 @@ from nla_ray.models.backbone import ResidualReader, load_backbone, load_tokenize
 
 FILE_NAME = "linear.safetensors"
 _SETTINGS = "linear"
-"""Key of the file's metadata: one entry, because the library writes several in an order that changes."""
+"""Key of the file's metadata: one entry, because the library writes several in an order that
+changes."""
 _BATCH = 64
 
 
 class DescriptionFeatures:
-    """phi: the mean of a description's tokens in the stream after block `layer` of the plain base."""
+    """phi: the mean of a description's tokens in the stream after block `layer` of the plain
+    base."""
 
     def __init__(self, model, tokenizer, *, layer: int, max_tokens: int) -> None:
         self.layer, self.max_tokens = layer, max_tokens
         self._model, self._tokenizer = model, tokenizer
         self._reader = ResidualReader(model, [layer])
-        # A model's first token carries a norm that drowns all others: it belongs to the prefix, never to the mean.
+        # A model's first token carries a norm that drowns all others: it belongs to the prefix,
+        # never to the mean.
         self._prefix = tokenizer.encode(prompts.OPENING_TAG)
 
     @torch.no_grad()
     def __call__(self, descriptions: Sequence[str], batch_size: int = _BATCH) -> Tensor:
         """[n, d_model] float32 on CPU; zeros for a description without tokens."""
-        encoded = self._tokenizer(list(descriptions), add_special_tokens=False)["input_ids"] if descriptions else []
-        encoded = [ids[:self.max_tokens] for ids in encoded]
+        encoded = (
+            self._tokenizer(list(descriptions), add_special_tokens=False)["input_ids"]
+            if descriptions
+            else []
+        )
+        encoded = [ids[: self.max_tokens] for ids in encoded]
         device = next(self._model.parameters()).device
         features = torch.zeros(len(encoded), self._model.config.hidden_size)
-        order = sorted((row for row, ids in enumerate(encoded) if ids), key=lambda row: len(encoded[row]))
+        order = sorted(
+            (row for row, ids in enumerate(encoded) if ids), key=lambda row: len(encoded[row])
+        )
         with adapter_active(self._model, None):
             for start in range(0, len(order), batch_size):
-                rows = order[start:start + batch_size]
+                rows = order[start : start + batch_size]
                 longest = len(encoded[rows[-1]])
-                ids = torch.tensor([self._prefix + encoded[row] + [0] * (longest - len(encoded[row])) for row in rows], device=device)
-                own = torch.tensor([[place < len(encoded[row]) for place in range(longest)] for row in rows], device=device)
-                stream = self._reader.read(ids)[self.layer][:, len(self._prefix):].float()
+                ids = torch.tensor(
+                    [
+                        self._prefix + encoded[row] + [0] * (longest - len(encoded[row]))
+                        for row in rows
+                    ],
+                    device=device,
+                )
+                own = torch.tensor(
+                    [[place < len(encoded[row]) for place in range(longest)] for row in rows],
+                    device=device,
+                )
+                stream = self._reader.read(ids)[self.layer][:, len(self._prefix) :].float()
                 features[rows] = ((stream * own[..., None]).sum(1) / own.sum(1, keepdim=True)).cpu()
         return features
 
@@ -61,7 +81,8 @@ class LinearReconstructor:
     """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
 
     def __init__(self, features: DescriptionFeatures, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors`: `weight` [d_model, d_model], `feature_mean` [d_model], `offset` b [d_model], `mean` mu [d_model]."""
+        """`tensors`: `weight` [d_model, d_model], `feature_mean` [d_model], `offset` b [d_model],
+        `mean` mu [d_model]."""
         self._features, self._tensors = features, dict(tensors)
         self.mean = tensors["mean"]
 
@@ -82,8 +103,14 @@ class LinearReconstructor:
 
     def save(self, folder: Path | str) -> None:
         """Write linear.safetensors."""
-        settings = json.dumps({"layer": self._features.layer, "max_tokens": self._features.max_tokens})
-        save_file({name: tensor.contiguous() for name, tensor in self._tensors.items()}, Path(folder) / FILE_NAME, metadata={_SETTINGS: settings})
+        settings = json.dumps(
+            {"layer": self._features.layer, "max_tokens": self._features.max_tokens}
+        )
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self._tensors.items()},
+            Path(folder) / FILE_NAME,
+            metadata={_SETTINGS: settings},
+        )
 
     def reconstruct(self, descriptions: Sequence[str], batch_size: int = _BATCH) -> Tensor:
         """Reconstructions [n, d_model] in the order given, float32 on CPU."""
@@ -104,11 +131,19 @@ def fit(features: Tensor, targets: Tensor, mean: Tensor, penalty: float) -> dict
     gram = centred.T @ centred
     gram.diagonal().add_(penalty * gram.diagonal().mean())
     weight = torch.linalg.solve(gram, centred.T @ (deviation - offset)).T
-    return {name: tensor.float() for name, tensor in
-            {"weight": weight, "feature_mean": feature_mean, "offset": offset, "mean": mean}.items()}
+    return {
+        name: tensor.float()
+        for name, tensor in {
+            "weight": weight,
+            "feature_mean": feature_mean,
+            "offset": offset,
+            "mean": mean,
+        }.items()
+    }
 
 
 def predict(features: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """b + W (phi - mean phi): the predicted deviation from the train mean [n, d_model]; b alone where phi is zero."""
+    """b + W (phi - mean phi): the predicted deviation from the train mean [n, d_model]; b alone
+    where phi is zero."""
     told = features.any(1, keepdim=True)
     return tensors["offset"] + (features - tensors["feature_mean"]) * told @ tensors["weight"].T

@@ -1,9 +1,11 @@
-"""A reconstructor: description -> activation. The first blocks of the base, a LoRA adapter and a linear head.
+"""A reconstructor: description -> activation. The first blocks of the base, a LoRA adapter and a
+linear head.
 
-r = mu + W h, in the space of directions n(v): h is the residual stream of layer K at the marker that ends the prompt,
-with its norm made sqrt(d_model); mu the train mean direction, which alone has cosine 0.95-0.99 with every activation,
-so that only the deviation has to be learned. Source: the public recipe (adapter, marker, layer); head [d, d] without
-bias as in the reference implementation. Knows nothing of losses or of Ray.
+r = mu + W h, in the space of directions n(v): h is the residual stream of layer K at the marker
+that ends the prompt, with its norm made sqrt(d_model); mu the train mean direction, which alone has
+cosine 0.95-0.99 with every activation, so that only the deviation has to be learned. Source: the
+public recipe (adapter, marker, layer); head [d, d] without bias as in the reference implementation.
+Knows nothing of losses or of Ray.
 """
 
 from __future__ import annotations
@@ -34,41 +36,77 @@ class Reconstructor(nn.Module):
     """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
 
     def __init__(
-        self, model, tokenizer, *, adapter: str, layer: int, marker: str, mean: Tensor, max_tokens: int, in_bf16: bool = False
+        self,
+        model,
+        tokenizer,
+        *,
+        adapter: str,
+        layer: int,
+        marker: str,
+        mean: Tensor,
+        max_tokens: int,
+        in_bf16: bool = False,
     ) -> None:
-        """`in_bf16`: the blocks' matrix products run in bfloat16, in training as in reading; the head stays in float32."""
+        """`in_bf16`: the blocks' matrix products run in bfloat16, in training as in reading; the
+        head stays in float32."""
         super().__init__()
         d_model = causal_width(model)
         if mean.shape != (d_model,):
-            raise ValueError(f"mean direction: got shape {tuple(mean.shape)}, expected ({d_model},), the base's width. "
-                             "It belongs to another base; capture activations again.")
+            raise ValueError(
+                f"mean direction: got shape {tuple(mean.shape)}, expected ({d_model},), the base's"
+                " width. It belongs to another base; capture activations again."
+            )
         device = next(model.parameters()).device
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
         self.layer, self.max_tokens, self.marker, self.in_bf16 = layer, max_tokens, marker, in_bf16
         self.marker_id = marker_token(tokenizer, marker)
         self.head = nn.Linear(d_model, d_model, bias=False, device=device, dtype=torch.float32)
-        nn.init.zeros_(self.head.weight)  # so that training starts from the mean, not from noise around it
+        nn.init.zeros_(
+            self.head.weight
+        )  # so that training starts from the mean, not from noise around it
         self.register_buffer("mean", mean.detach().to(device, torch.float32, copy=True))
         self._reader = ResidualReader(model, [layer])
 
     @classmethod
-    def build(cls, base: BaseConfig, lora: LoraSettings, mean: Tensor, *, max_tokens: int = 96, seed: int = 0,
-              adapter: str = "default", attention: str | None = None) -> Reconstructor:
-        """A new one for training: only the adapter and the head have gradients. `mean`: train mean direction
-        [d_model]. `attention`: as `load_backbone` takes it."""
+    def build(
+        cls,
+        base: BaseConfig,
+        lora: LoraSettings,
+        mean: Tensor,
+        *,
+        max_tokens: int = 96,
+        seed: int = 0,
+        adapter: str = "default",
+        attention: str | None = None,
+    ) -> Reconstructor:
+        """A new one for training: only the adapter and the head have gradients. `mean`: train mean
+        direction [d_model]. `attention`: as `load_backbone` takes it."""
         model = load_backbone(base, num_blocks=base.layer + 1, attention=attention)
         model = add_lora(model, lora, adapter, num_blocks=base.layer + 1, seed=seed)
-        return cls(model, load_tokenizer(base), adapter=adapter, layer=base.layer, marker=base.marker, mean=mean,
-                   max_tokens=max_tokens, in_bf16=computes_in_bf16(base))
+        return cls(
+            model,
+            load_tokenizer(base),
+            adapter=adapter,
+            layer=base.layer,
+            marker=base.marker,
+            mean=mean,
+            max_tokens=max_tokens,
+            in_bf16=computes_in_bf16(base),
+        )
 
     @classmethod
-    def load(cls, base: BaseConfig, folder: Path | str, *, adapter: str = "default", model=None) -> Reconstructor:
-        """A saved one, frozen. `model`: a loaded base to share, for example another reconstructor's `.model`; it gets
-        the weights as a further adapter, so `adapter` must be a new name there."""
+    def load(
+        cls, base: BaseConfig, folder: Path | str, *, adapter: str = "default", model=None
+    ) -> Reconstructor:
+        """A saved one, frozen. `model`: a loaded base to share, for example another reconstructor's
+        `.model`; it gets the weights as a further adapter, so `adapter` must be a new name
+        there."""
         weight, mean, layer, max_tokens = _read_head(Path(folder) / HEAD_NAME)
         if layer != base.layer:
-            raise ValueError(f"reconstructor {str(folder)!r}: got layer {layer}, expected base.layer {base.layer}. "
-                             "Use the configuration that its manifest records.")
+            raise ValueError(
+                f"reconstructor {str(folder)!r}: got layer {layer}, expected base.layer"
+                f" {base.layer}. Use the configuration that its manifest records."
+            )
         model = load_backbone(base, num_blocks=base.layer + 1) if model is None else model
         model = load_adapter(model, Path(folder) / ADAPTER_NAME, adapter)
         own = cls(
@@ -97,24 +135,32 @@ class Reconstructor(nn.Module):
         )
 
     def encode(self, descriptions: Sequence[str]) -> list[list[int]]:
-        """The prompts as ids, each ending in the marker. A description of more than `max_tokens` tokens is cut at its
-        end."""
-        texts = [prompts.reconstructor_prompt(self._cut(text), self.marker) for text in descriptions]
+        """The prompts as ids, each ending in the marker. A description of more than `max_tokens`
+        tokens is cut at its end."""
+        texts = [
+            prompts.reconstructor_prompt(self._cut(text), self.marker) for text in descriptions
+        ]
         encoded = self.tokenizer(texts)["input_ids"] if texts else []
         for ids, text in zip(encoded, texts):
             if ids[-1] != self.marker_id or ids.count(self.marker_id) != 1:
-                raise ValueError(f"reconstructor prompt: got {ids.count(self.marker_id)} markers and last id {ids[-1]} "
-                                 f"for {text[-40:]!r}, expected one, at the end (id {self.marker_id}). The tokenizer "
-                                 "appends tokens; choose another base.")
+                raise ValueError(
+                    f"reconstructor prompt: got {ids.count(self.marker_id)} markers and last id"
+                    f" {ids[-1]} for {text[-40:]!r}, expected one, at the end (id"
+                    f" {self.marker_id}). The tokenizer appends tokens; choose another base."
+                )
         return encoded
 
     def _cut(self, description: str) -> str:
-        if len(description.encode()) <= self.max_tokens:  # no tokenizer makes more tokens than bytes
+        if (
+            len(description.encode()) <= self.max_tokens
+        ):  # no tokenizer makes more tokens than bytes
             return description
         ids = self.tokenizer.encode(description, add_special_tokens=False)
         if len(ids) <= self.max_tokens:
             return description
-        return self.tokenizer.decode(ids[:self.max_tokens], skip_special_tokens=True).rstrip("\ufffd")
+        return self.tokenizer.decode(ids[: self.max_tokens], skip_special_tokens=True).rstrip(
+            "\ufffd"
+        )
 
     def collate(self, encoded: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Right-padded ids and attention mask, both [batch, seq]."""
@@ -122,18 +168,19 @@ class Reconstructor(nn.Module):
         input_ids = torch.full((len(encoded), longest), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros(len(encoded), longest, dtype=torch.long)
         for row, ids in enumerate(encoded):
-            input_ids[row, :len(ids)] = torch.tensor(ids)
-            attention_mask[row, :len(ids)] = 1
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            attention_mask[row, : len(ids)] = 1
         device = self.head.weight.device
         return input_ids.to(device), attention_mask.to(device)
 
     def activation_checkpointing_enable(self, **arguments) -> None:
-        """What a trainer calls where activations are computed twice to save memory: the blocks are the base's."""
+        """What a trainer calls where activations are computed twice to save memory: the blocks are
+        the base's."""
         self.model.activation_checkpointing_enable(**arguments)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Right-padded prompts [batch, seq] -> reconstructions [batch, d_model] float32, under the adapter that is
-        active.
+        """Right-padded prompts [batch, seq] -> reconstructions [batch, d_model] float32, under the
+        adapter that is active.
 
         The mask says where each prompt ends; attention needs none, being causal.
         """
@@ -141,7 +188,12 @@ class Reconstructor(nn.Module):
         last = attention_mask.sum(-1) - 1
         return self._reconstruct(stream[torch.arange(len(stream), device=stream.device), last])
 
-    def _read(self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    def _read(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         # Inside the forward, because DeepSpeed turns an autocast around it off.
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.in_bf16):
             return self._reader.read(input_ids, position_ids, attention_mask)[self.layer]
@@ -154,10 +206,11 @@ class Reconstructor(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, descriptions: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Reconstructions [n, d_model] in the order given, float32 on CPU; this reconstructor's adapter is made active.
+        """Reconstructions [n, d_model] in the order given, float32 on CPU; this reconstructor's
+        adapter is made active.
 
-        Batches hold `batch_size` rows of like length; a description that occurs twice is read once, and so is what one shares
-        with the beginning of another.
+        Batches hold `batch_size` rows of like length; a description that occurs twice is read once,
+        and so is what one shares with the beginning of another.
         """
         unique = list(dict.fromkeys(descriptions))
         encoded = self.encode(unique)
@@ -168,21 +221,24 @@ class Reconstructor(nn.Module):
         try:
             with adapter_active(self.model, self.adapter):
                 for start in range(0, len(rows), batch_size):
-                    numbers, read = self._read_rows(encoded, rows[start:start + batch_size])
+                    numbers, read = self._read_rows(encoded, rows[start : start + batch_size])
                     result[numbers] = read.cpu()
         finally:
             self.train(was_training)
         place = {text: index for index, text in enumerate(unique)}
         return result[[place[text] for text in descriptions]]
 
-
-    def _read_rows(self, encoded: Sequence[Sequence[int]], rows: Sequence[Row]) -> tuple[list[int], Tensor]:
+    def _read_rows(
+        self, encoded: Sequence[Sequence[int]], rows: Sequence[Row]
+    ) -> tuple[list[int], Tensor]:
         """Numbers of the sequences in these rows, and their reconstructions [n, d_model]."""
         if not any(row.ends for row in rows):  # causal attention as it is: the fast kernel
             numbers = [row.whole for row in rows]
             return numbers, self(*self.collate([encoded[number] for number in numbers]))
         batch, last = pack(encoded, rows, self.tokenizer.pad_token_id, self.model.dtype)
-        stream = self._read(**{name: part.to(self.head.weight.device) for name, part in batch.items()})
+        stream = self._read(
+            **{name: part.to(self.head.weight.device) for name, part in batch.items()}
+        )
         return list(last), self._reconstruct(stream[tuple(torch.tensor(list(last.values())).T)])
 
 
@@ -194,11 +250,20 @@ def causal_width(model) -> int:
 def _read_head(file: Path) -> tuple[Tensor, Tensor, int, int]:
     """Weight, mean, layer, max_tokens. Raises ValueError when the file is missing or not finite."""
     if not file.is_file():
-        raise ValueError(f"reconstructor: got no {file}, expected the head that training has saved. Train it again.")
+        raise ValueError(
+            f"reconstructor: got no {file}, expected the head that training has saved. Train it"
+            " again."
+        )
     with safe_open(file, framework="pt") as tensors:
-        weight, mean, metadata = tensors.get_tensor("weight"), tensors.get_tensor("mean"), tensors.metadata()
+        weight, mean, metadata = (
+            tensors.get_tensor("weight"),
+            tensors.get_tensor("mean"),
+            tensors.metadata(),
+        )
     if not (weight.isfinite().all() and mean.isfinite().all()):
-        raise ValueError(f"{file}: got non-finite values, expected finite ones. The training run diverged; train it "
-                         "again.")
+        raise ValueError(
+            f"{file}: got non-finite values, expected finite ones. The training run diverged; train"
+            " it again."
+        )
     settings = json.loads(metadata[_SETTINGS])
     return weight, mean, settings["layer"], settings["max_tokens"]

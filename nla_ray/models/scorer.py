@@ -1,7 +1,8 @@
 """A scorer: a reconstructor plus the comparison with the original. Plain class, no Ray, no reward.
 
-Protects the rule: ONE reconstruction per description, which is then compared with the right activation and with every
-wrong one, so that the scores of one description differ by the activations alone.
+Protects the rule: ONE reconstruction per description, which is then compared with the right
+activation and with every wrong one, so that the scores of one description differ by the activations
+alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from nla_ray.models.reconstructor import Reconstructor
 class Scores:
     """Cosines of n descriptions with one right and k wrong activations each.
 
-    Example: right=[0.99, 0.97] wrong=[[0.97], [0.98]] - the second description fits the wrong activation better.
+    Example: right=[0.99, 0.97] wrong=[[0.97], [0.98]] - the second description fits the wrong
+    activation better.
     """
 
     right: Tensor
@@ -36,17 +38,27 @@ class Scores:
 
 
 def compare(reconstruction: Tensor, right: Tensor, wrong: Tensor, mean: Tensor) -> Scores:
-    """Scores of reconstructions [n, d] against right [n, d] and wrong [n, k, d], centred by `mean` [d]."""
+    """Scores of reconstructions [n, d] against right [n, d] and wrong [n, k, d], centred by `mean`
+    [d]."""
     n, d_model = reconstruction.shape
-    if right.shape != (n, d_model) or wrong.ndim != 3 or wrong.shape[0] != n or wrong.shape[2] != d_model:
-        raise ValueError(f"scores: got right {tuple(right.shape)} and wrong {tuple(wrong.shape)} for {n} descriptions, "
-                         f"expected ({n}, {d_model}) and ({n}, k, {d_model}). Pass one right row and k wrong rows per "
-                         "description.")
+    if (
+        right.shape != (n, d_model)
+        or wrong.ndim != 3
+        or wrong.shape[0] != n
+        or wrong.shape[2] != d_model
+    ):
+        raise ValueError(
+            f"scores: got right {tuple(right.shape)} and wrong {tuple(wrong.shape)} for {n}"
+            f" descriptions, expected ({n}, {d_model}) and ({n}, k, {d_model}). Pass one right row"
+            " and k wrong rows per description."
+        )
     repeated = reconstruction.unsqueeze(1)
     return Scores(
-        right=vectors.cosine(reconstruction, right), wrong=vectors.cosine(repeated, wrong),
+        right=vectors.cosine(reconstruction, right),
+        wrong=vectors.cosine(repeated, wrong),
         centred_right=vectors.centred_cosine(reconstruction, right, mean),
-        centred_wrong=vectors.centred_cosine(repeated, wrong, mean), reconstruction=reconstruction,
+        centred_wrong=vectors.centred_cosine(repeated, wrong, mean),
+        reconstruction=reconstruction,
     )
 
 
@@ -62,7 +74,7 @@ class Scorer:
         return self.reconstructor.mean.cpu()
 
     def score(self, descriptions: Sequence[str], right: Tensor, wrong: Tensor) -> Scores:
-        """Scores of n descriptions against right activations [n, d_model] and wrong ones [n, k, d_model] (k may be
-        0)."""
+        """Scores of n descriptions against right activations [n, d_model] and wrong ones [n, k,
+        d_model] (k may be 0)."""
         reconstruction = self.reconstructor.reconstruct(descriptions, self.batch_size)
         return compare(reconstruction, torch.as_tensor(right), torch.as_tensor(wrong), self.mean)

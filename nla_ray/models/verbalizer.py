@@ -49,25 +49,49 @@ class Verbalizer:
     ) -> Verbalizer:
         """A saved adapter (None: the plain base) on its base.
 
-        `neighbours`: the marker's neighbours that the adapter's manifest records; other ones raise ValueError. `model`:
-        a loaded base to share, with or without adapters in it.
+        `neighbours`: the marker's neighbours that the adapter's manifest records; other ones raise
+        ValueError. `model`: a loaded base to share, with or without adapters in it.
         """
         tokenizer = load_tokenizer(base)
         prompt = build_injection_prompt(tokenizer, base.marker, neighbours)
         state, lora = (None, None) if folder is None else read_adapter(folder)
         engine = GenerationEngine(
-            load_backbone(base) if model is None else model, tokenizer, prompt, base.injection_norm, max_slots, lora
+            load_backbone(base) if model is None else model,
+            tokenizer,
+            prompt,
+            base.injection_norm,
+            max_slots,
+            lora,
         )
         if state is not None:
             engine.load_weights(state, 0)
         return cls(engine)
 
-    def describe(self, activations: Tensor, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-                 rows: Sequence[int] | None = None, group_size: int = 1) -> list[Description]:
-        """`group_size` descriptions of each activation of [n, d_model], ordered by (activation, sample); `rows` seed
-        the samples, as in the engine. A sample does not depend on how many are drawn."""
-        rollouts = self.engine.generate(activations, group_size=group_size, temperature=temperature,
-                                        max_new_tokens=max_new_tokens, seed=seed, rows=rows)
+    def describe(
+        self,
+        activations: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        group_size: int = 1,
+    ) -> list[Description]:
+        """`group_size` descriptions of each activation of [n, d_model], ordered by (activation,
+        sample); `rows` seed the samples, as in the engine. A sample does not depend on how many are
+        drawn."""
+        rollouts = self.engine.generate(
+            activations,
+            group_size=group_size,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            rows=rows,
+        )
         parsed = [parse_description(rollout.text) for rollout in rollouts]
-        return [Description(text=description.text, closed=description.closed, num_tokens=len(rollout.token_ids))
-                for description, rollout in zip(parsed, rollouts)]
+        return [
+            Description(
+                text=description.text, closed=description.closed, num_tokens=len(rollout.token_ids)
+            )
+            for description, rollout in zip(parsed, rollouts)
+        ]

@@ -1,7 +1,8 @@
 """The HTTP interface as types: requests, responses, and the one form of a refusal.
 
-Knows neither Serve nor models. Checks that need only the served base's facts (width, layer, limits) are functions here;
-each raises `Refusal`, which the endpoint answers with status 422 and `{what, got, expected}`.
+Knows neither Serve nor models. Checks that need only the served base's facts (width, layer, limits)
+are functions here; each raises `Refusal`, which the endpoint answers with status 422 and `{what,
+got, expected}`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ MAX_NORM = 1e18
 """The square of a longer one's norm leaves float32."""
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_SAMPLES = 16
-"""Descriptions drawn of one activation; a full batch of them is still some seconds' work on a CPU."""
+"""Descriptions drawn of one activation; a full batch of them is still some seconds' work on a
+CPU."""
 CHOOSER = "reward"
-"""Name of the scorer that chooses among samples: never the judge, which stays independent of what it scores."""
+"""Name of the scorer that chooses among samples: never the judge, which stays independent of what
+it scores."""
 _SHOWN_CHARS = 120
 
-Activation = Annotated[list[float], Field(
-    description="A raw residual-stream vector at the served layer: d_model numbers, not normalised.")]
+Activation = Annotated[
+    list[float],
+    Field(
+        description=(
+            "A raw residual-stream vector at the served layer: d_model numbers, not normalised."
+        )
+    ),
+]
 
 
 class Refusal(Exception):
@@ -38,8 +47,12 @@ class Refusal(Exception):
 def shorten(value: object) -> str:
     """A value as text of bounded length."""
     text = value if isinstance(value, str) else repr(value)
-    text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate would break the answer itself
-    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"
+    text = text.encode(
+        "utf-8", "backslashreplace"
+    ).decode()  # a lone surrogate would break the answer itself
+    return (
+        text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"
+    )
 
 
 class _Message(BaseModel):
@@ -54,39 +67,74 @@ class ErrorBody(_Message):
     expected: str
 
 
-# Requests -------------------------------------------------------------------------------------------------------------
+# Requests -----------------------------------------------------------------------------------------
+
 
 class Sampling(_Message):
     """How a description is written, and chosen where several are drawn."""
 
-    temperature: float | None = Field(None, ge=0.0, le=2.0, allow_inf_nan=False, description=(
-        "0 is greedy decoding. By default 0 for one sample and, for several, the temperature that training "
-        "sampled at: greedy samples of one activation would all be the same, so 0 is refused there."))
-    max_new_tokens: int | None = Field(None, ge=1, description=(
-        "Longest description in tokens; by default what training used."))
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling; without effect at temperature 0.")
-    samples: int = Field(1, ge=1, le=MAX_SAMPLES, description=(
-        "Descriptions drawn of each activation. Of several, the answer is the one whose reconstruction by the reward "
-        "scorer has the highest centred cosine with the activation."))
-    min_confidence: float | None = Field(None, ge=-1.0, le=1.0, allow_inf_nan=False, description=(
-        "Needs at least 2 samples. An activation whose samples agree less than this is answered `unsure`, without a "
-        "description."))
+    temperature: float | None = Field(
+        None,
+        ge=0.0,
+        le=2.0,
+        allow_inf_nan=False,
+        description=(
+            "0 is greedy decoding. By default 0 for one sample and, for several, the temperature"
+            " that training sampled at: greedy samples of one activation would all be the same, so"
+            " 0 is refused there."
+        ),
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest description in tokens; by default what training used."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of sampling; without effect at temperature 0."
+    )
+    samples: int = Field(
+        1,
+        ge=1,
+        le=MAX_SAMPLES,
+        description=(
+            "Descriptions drawn of each activation. Of several, the answer is the one whose"
+            " reconstruction by the reward scorer has the highest centred cosine with the"
+            " activation."
+        ),
+    )
+    min_confidence: float | None = Field(
+        None,
+        ge=-1.0,
+        le=1.0,
+        allow_inf_nan=False,
+        description=(
+            "Needs at least 2 samples. An activation whose samples agree less than this is answered"
+            " `unsure`, without a description."
+        ),
+    )
 
 
 class DescribeRequest(Sampling):
     """Activations or texts to describe; exactly one of the two."""
 
-    activations: list[Activation] | None = Field(None, description="Activations captured at the served layer.")
-    texts: list[str] | None = Field(None, description=(
-        "Texts whose activation at the end of the generation prompt is described."))
-    layer: int | None = Field(None, description="Layer the activations come from; refused unless it is the served one.")
-    verbalizer: str | None = Field(None, description="Name of a verbalizer of /v1/models; by default the first.")
+    activations: list[Activation] | None = Field(
+        None, description="Activations captured at the served layer."
+    )
+    texts: list[str] | None = Field(
+        None, description="Texts whose activation at the end of the generation prompt is described."
+    )
+    layer: int | None = Field(
+        None, description="Layer the activations come from; refused unless it is the served one."
+    )
+    verbalizer: str | None = Field(
+        None, description="Name of a verbalizer of /v1/models; by default the first."
+    )
 
 
 class ScoreItem(_Message):
     """One description and the activation it is held against."""
 
-    description: str = Field(description="Bullets, without tags. The empty string is a description.")
+    description: str = Field(
+        description="Bullets, without tags. The empty string is a description."
+    )
     activation: Activation
 
 
@@ -94,34 +142,54 @@ class ScoreRequest(_Message):
     """Descriptions to compare with activations."""
 
     items: list[ScoreItem]
-    layer: int | None = Field(None, description="Layer the activations come from; refused unless it is the served one.")
-    scorers: list[str] | None = Field(None, description="Names of scorers of /v1/models; by default all.")
+    layer: int | None = Field(
+        None, description="Layer the activations come from; refused unless it is the served one."
+    )
+    scorers: list[str] | None = Field(
+        None, description="Names of scorers of /v1/models; by default all."
+    )
 
 
 class ExplainRequest(Sampling):
     """A text whose activations are captured, described and scored."""
 
     text: str
-    positions: list[int] = Field(default_factory=lambda: [-1], description=(
-        "Token indices in the chat-formatted prompt; negative ones count from its end. -1, the end of the generation "
-        "prompt, is what the verbalizer was trained on unless its preset says otherwise."))
+    positions: list[int] = Field(
+        default_factory=lambda: [-1],
+        description=(
+            "Token indices in the chat-formatted prompt; negative ones count from its end. -1, the"
+            " end of the generation prompt, is what the verbalizer was trained on unless its preset"
+            " says otherwise."
+        ),
+    )
     layer: int | None = Field(None, description="Refused unless it is the served one.")
     verbalizer: str | None = None
     scorers: list[str] | None = None
 
 
-# Responses ------------------------------------------------------------------------------------------------------------
+# Responses ----------------------------------------------------------------------------------------
+
 
 class DescriptionBody(_Message):
     """What a verbalizer wrote about one activation: its only sample, or the best of several."""
 
     description: str | None = Field(description="null when, and only when, `unsure` is true.")
-    unsure: bool = Field(False, description=(
-        "True: `confidence` is below the request's `min_confidence`, and the best sample is withheld."))
-    confidence: float | None = Field(None, description=(
-        "How far the samples mean the same: the mean centred cosine of the pairs of their reconstructions by the "
-        "reward scorer, -1 to 1; null for one sample. 1: all mean the same; about 0: nothing in common. Not a probability of "
-        "being right: samples may agree on what is wrong."))
+    unsure: bool = Field(
+        False,
+        description=(
+            "True: `confidence` is below the request's `min_confidence`, and the best sample is"
+            " withheld."
+        ),
+    )
+    confidence: float | None = Field(
+        None,
+        description=(
+            "How far the samples mean the same: the mean centred cosine of the pairs of their"
+            " reconstructions by the reward scorer, -1 to 1; null for one sample. 1: all mean the"
+            " same; about 0: nothing in common. Not a probability of being right: samples may agree"
+            " on what is wrong."
+        ),
+    )
     samples: int = Field(1, description="Descriptions drawn, this one among them.")
     closed: bool = Field(description="False: it ran into the token limit before its closing tag.")
     num_tokens: int
@@ -139,7 +207,9 @@ class ScoreBody(_Message):
     """How close the activation reconstructed from a description is to the original."""
 
     cosine: float = Field(description="cos(r, v); the train mean alone often reaches 0.95.")
-    centred_cosine: float = Field(description="The same with the train mean direction taken out; 0 is chance.")
+    centred_cosine: float = Field(
+        description="The same with the train mean direction taken out; 0 is chance."
+    )
     squared_error: float = Field(description="|n(r) - n(v)|^2, 0 to 4.")
 
 
@@ -155,8 +225,9 @@ class Explanation(DescriptionBody):
 
     position: int = Field(description="0-based index in the chat-formatted prompt.")
     token: str
-    scores: dict[str, ScoreBody] = Field(description=(
-        "By scorer name; empty when `unsure`, where there is no description to score."))
+    scores: dict[str, ScoreBody] = Field(
+        description="By scorer name; empty when `unsure`, where there is no description to score."
+    )
 
 
 class ExplainResponse(_Message):
@@ -173,11 +244,17 @@ class BaseBody(_Message):
 
     name: str
     digest: str
-    layer: int = Field(description="0-based: the output of this decoder block; transformers' hidden_states[layer + 1].")
+    layer: int = Field(
+        description=(
+            "0-based: the output of this decoder block; transformers' hidden_states[layer + 1]."
+        )
+    )
     d_model: int
     num_layers: int
     max_tokens: int = Field(description="Longest text in tokens, chat template included.")
-    max_new_tokens: int = Field(description="Longest description in tokens that the base's context has room for.")
+    max_new_tokens: int = Field(
+        description="Longest description in tokens that the base's context has room for."
+    )
     injection_norm: float
 
 
@@ -205,7 +282,8 @@ class HealthResponse(_Message):
     deployments: dict[str, str]
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------
+# Checks -------------------------------------------------------------------------------------------
+
 
 def check_batch(what: str, size: int, largest: int) -> None:
     """Refuse an empty batch and one above the limit."""
@@ -222,45 +300,74 @@ def check_layer(layer: int | None, served: int) -> None:
 def check_length(max_new_tokens: int | None, longest: int) -> None:
     """Refuse a description longer than the context has room for; None is what training used."""
     if max_new_tokens is not None and max_new_tokens > longest:
-        raise Refusal("max_new_tokens", max_new_tokens, f"at most {longest}, what the base's context has room for")
+        raise Refusal(
+            "max_new_tokens",
+            max_new_tokens,
+            f"at most {longest}, what the base's context has room for",
+        )
 
 
 def check_choice(sampling: Sampling, scorers: Sequence[str]) -> None:
-    """Refuse several samples that would be one, or that nobody can choose among, and confidence without samples."""
+    """Refuse several samples that would be one, or that nobody can choose among, and confidence
+    without samples."""
     if sampling.samples > 1 and CHOOSER not in scorers:
-        raise Refusal("samples", sampling.samples, f"1: the scorer {CHOOSER!r}, which chooses among "
-                      "several, is not served; train it with jobs/sft.py")
+        raise Refusal(
+            "samples",
+            sampling.samples,
+            f"1: the scorer {CHOOSER!r}, which chooses among "
+            "several, is not served; train it with jobs/sft.py",
+        )
     if sampling.samples > 1 and sampling.temperature == 0:
-        raise Refusal("temperature", sampling.temperature, "a temperature above 0, or none for the default: greedy "
-                      "samples of one activation are all the same; for greedy decoding ask for samples 1")
+        raise Refusal(
+            "temperature",
+            sampling.temperature,
+            "a temperature above 0, or none for the default: greedy "
+            "samples of one activation are all the same; for greedy decoding ask for samples 1",
+        )
     if sampling.samples == 1 and sampling.min_confidence is not None:
-        raise Refusal("min_confidence", f"{sampling.min_confidence} with 1 sample", f"samples of 2 to {MAX_SAMPLES} "
-                      "beside it: confidence is how far samples agree")
+        raise Refusal(
+            "min_confidence",
+            f"{sampling.min_confidence} with 1 sample",
+            f"samples of 2 to {MAX_SAMPLES} beside it: confidence is how far samples agree",
+        )
 
 
 def check_activation(what: str, activation: Sequence[float], d_model: int) -> None:
-    """Refuse another width, values that float32 cannot hold, and a vector whose direction it cannot compute."""
+    """Refuse another width, values that float32 cannot hold, and a vector whose direction it cannot
+    compute."""
     if len(activation) != d_model:
         raise Refusal(what, f"{len(activation)} numbers", f"{d_model} numbers, the base's d_model")
-    bad = next((place for place, value in enumerate(activation) if not abs(value) <= MAX_FLOAT32), None)
+    bad = next(
+        (place for place, value in enumerate(activation) if not abs(value) <= MAX_FLOAT32), None
+    )
     if bad is not None:
         raise Refusal(f"{what}[{bad}]", str(activation[bad]), "a finite float32 number")
     length = math.hypot(*activation)
     if length < MIN_NORM:
-        raise Refusal(what, f"a vector of norm {length:g}", f"a norm of at least {MIN_NORM:g}: zero has no direction")
+        raise Refusal(
+            what,
+            f"a vector of norm {length:g}",
+            f"a norm of at least {MIN_NORM:g}: zero has no direction",
+        )
     if length > MAX_NORM:
-        raise Refusal(what, f"a vector of norm {length:g}", f"a norm of at most {MAX_NORM:g}: its square must be a float32 number")
+        raise Refusal(
+            what,
+            f"a vector of norm {length:g}",
+            f"a norm of at most {MAX_NORM:g}: its square must be a float32 number",
+        )
 
 
 def check_text(what: str, text: str, max_chars: int) -> None:
-    """Refuse a text without a visible character, one that UTF-8 cannot hold, and one above the limit."""
+    """Refuse a text without a visible character, one that UTF-8 cannot hold, and one above the
+    limit."""
     if not text.strip():
         raise Refusal(what, repr(text[:20]), "a text with at least one visible character")
     check_description(what, text, max_chars)
 
 
 def check_description(what: str, text: str, max_chars: int) -> None:
-    """Refuse one that UTF-8 cannot hold and one above the limit; an empty description is a description."""
+    """Refuse one that UTF-8 cannot hold and one above the limit; an empty description is a
+    description."""
     if len(text) > max_chars:
         raise Refusal(what, f"{len(text)} characters", f"at most {max_chars} characters")
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -1,6 +1,7 @@
 """Batches of like length: the order in which a training stage sees its examples.
 
-Protects the rule that an order depends on the seed and the epoch alone, so that a resumed run continues the same batches.
+Protects the rule that an order depends on the seed and the epoch alone, so that a resumed run
+continues the same batches.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from torch.utils.data import Sampler
 from nla_ray.records import seed_of
 
 _POOL_BATCHES = 16
-"""Batches sorted together: enough that a batch's lengths are alike, few enough that batches differ between epochs."""
+"""Batches sorted together: enough that a batch's lengths are alike, few enough that batches differ
+between epochs."""
 
 
 class LengthBatches(Sampler[int]):
-    """Indices in an order that, cut into batches of `batch_size`, gives batches of like length in random order.
+    """Indices in an order that, cut into batches of `batch_size`, gives batches of like length in
+    random order.
 
     The last, smaller batch stays last. `set_epoch` draws anew.
 
-    Example: lengths [9, 2, 8, 1] in batches of 2 may come as [3, 1, 0, 2]: (1, 2 tokens), then (9, 8 tokens).
+    Example: lengths [9, 2, 8, 1] in batches of 2 may come as [3, 1, 0, 2]: (1, 2 tokens), then (9,
+    8 tokens).
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -42,8 +46,11 @@ class LengthBatches(Sampler[int]):
         pool = _POOL_BATCHES * self.batch_size
         batches = []
         for start in range(0, len(order), pool):
-            alike = sorted(order[start:start + pool], key=self.lengths.__getitem__)
-            batches += [alike[first:first + self.batch_size] for first in range(0, len(alike), self.batch_size)]
+            alike = sorted(order[start : start + pool], key=self.lengths.__getitem__)
+            batches += [
+                alike[first : first + self.batch_size]
+                for first in range(0, len(alike), self.batch_size)
+            ]
         whole = [batch for batch in batches if len(batch) == self.batch_size]
         draw.shuffle(whole)
         rest = [batch for batch in batches if len(batch) < self.batch_size]

@@ -1,9 +1,10 @@
 """Log-probabilities of completions, computed only where they are asked for: for trainers on a CPU.
 
-TRL asks the model for them with `fused_lm_head=True`. Its own answer is made for GPUs; on a CPU it projects every position
-onto the vocabulary, prompt and padding included, in chunks of many passes. Here only the labelled tokens meet the output
-matrix: the same numbers and gradients. Together with the shared prefix of the prompts (`models.prefix`) an update of preset
-nano takes 0.6 of the time. Knows nothing of TRL's trainer.
+TRL asks the model for them with `fused_lm_head=True`. Its own answer is made for GPUs; on a CPU it
+projects every position onto the vocabulary, prompt and padding included, in chunks of many passes.
+Here only the labelled tokens meet the output matrix: the same numbers and gradients. Together with
+the shared prefix of the prompts (`models.prefix`) an update of preset nano takes 0.6 of the time.
+Knows nothing of TRL's trainer.
 """
 
 from __future__ import annotations
@@ -23,14 +24,22 @@ class TokenLogProbs(ModelOutput):
     log_probs: Tensor | None = None
     """Of token t + 1 given what stands before it, at temperature."""
     entropy: Tensor | None = None
-    """Of the distribution that it is drawn from, in nats; without gradient. None where it is not asked for."""
+    """Of the distribution that it is drawn from, in nats; without gradient. None where it is not
+    asked for."""
 
 
 def score_labels_only(model: nn.Module, temperature: float = 1.0, *, with_entropy: bool) -> None:
-    """Let a causal model answer `forward(..., labels, fused_lm_head=True)` as described above; other calls stay as they are."""
+    """Let a causal model answer `forward(..., labels, fused_lm_head=True)` as described above;
+    other calls stay as they are."""
     before = model.forward
 
-    def forward(self: nn.Module, *positional, labels: Tensor | None = None, fused_lm_head: bool = False, **arguments):
+    def forward(
+        self: nn.Module,
+        *positional,
+        labels: Tensor | None = None,
+        fused_lm_head: bool = False,
+        **arguments,
+    ):
         if not fused_lm_head:
             return before(*positional, labels=labels, **arguments)
         stream = self.model(*positional, **{**arguments, "use_cache": False}).last_hidden_state
@@ -43,7 +52,9 @@ def score_labels_only(model: nn.Module, temperature: float = 1.0, *, with_entrop
     model.forward = types.MethodType(forward, model)
 
 
-def _in_place(log_probs: Tensor, targets: Tensor, wanted: Tensor, with_entropy: bool) -> TokenLogProbs:
+def _in_place(
+    log_probs: Tensor, targets: Tensor, wanted: Tensor, with_entropy: bool
+) -> TokenLogProbs:
     """log_probs [wanted tokens, vocab] of the targets [batch, seq - 1], put where they belong."""
     chosen = log_probs.gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
     zeros = chosen.new_zeros(wanted.shape)

@@ -1,8 +1,9 @@
 """Pretrains the small base model of the embedded default and writes it with tokenizer and card.
 
-The stage prepares packed rows once, then trains with single-threaded processes that share every step. It goes on
-from its last checkpoint when it is run again. It protects one rule: every document it learned from belongs to
-the train split, and the card lists them all, so that a report can prove it.
+The stage prepares packed rows once, then trains with single-threaded processes that share every
+step. It goes on from its last checkpoint when it is run again. It protects one rule: every document
+it learned from belongs to the train split, and the card lists them all, so that a report can prove
+it.
 """
 
 from __future__ import annotations
@@ -32,9 +33,25 @@ from nla_ray.manifest import Manifest
 from nla_ray.records import seed_of, split_of
 from nla_ray.runlog import configure_worker, get_logger
 from nla_ray.training.pretrain_data import (
-    ANSWER, DOCUMENT, RAW, PretrainTexts, Rows, build_chats, gather_texts, pack_rows, raw_segments, train_tokenizer,
+    ANSWER,
+    DOCUMENT,
+    RAW,
+    PretrainTexts,
+    Rows,
+    build_chats,
+    gather_texts,
+    pack_rows,
+    raw_segments,
+    train_tokenizer,
 )
-from nla_ray.training.pretrain_model import LOSS_NAMES, Optimizers, build_model, list_repeats, training_losses, word_precision
+from nla_ray.training.pretrain_model import (
+    LOSS_NAMES,
+    Optimizers,
+    build_model,
+    list_repeats,
+    training_losses,
+    word_precision,
+)
 
 logger = get_logger(__name__)
 
@@ -59,27 +76,39 @@ class Work:
 
 
 def pretrain(run: Run) -> Manifest:
-    """The stage `base`: config, bf16 weights, tokenizer and card.json in the run's folder. Skipped when complete.
+    """The stage `base`: config, bf16 weights, tokenizer and card.json in the run's folder. Skipped
+    when complete.
 
-    With `pretrain.install` the model is also copied into the package. Whole processes, not threads, share a
-    step: a thread that loses its core stalls every operation of the others, a process only the end of the step.
+    With `pretrain.install` the model is also copied into the package. Whole processes, not threads,
+    share a step: a thread that loses its core stalls every operation of the others, a process only
+    the end of the step.
     """
     install = run.config.pretrain.install
-    config = dataclasses.replace(run.config.pretrain, install=False)  # a copy in the package is no other model
+    config = dataclasses.replace(
+        run.config.pretrain, install=False
+    )  # a copy in the package is no other model
     run = Run(dataclasses.replace(run.config, pretrain=config))
     stage = run.stage("base", "pretrain")
     _check_shape(config, run.config.base.layer)
     if stage.manifest is None:
         with stage.local_folder() as folder:
-            work = Work(config=config, read_layer=run.config.base.layer, folder=folder / "scratch", target=folder,
-                        rendezvous=folder / "scratch" / f"rendezvous-{os.getpid()}")
+            work = Work(
+                config=config,
+                read_layer=run.config.base.layer,
+                folder=folder / "scratch",
+                target=folder,
+                rendezvous=folder / "scratch" / f"rendezvous-{os.getpid()}",
+            )
             if not (work.folder / _PREPARED).exists():
                 prepare_data(gather_texts(config), config, run.config.base.marker, work.folder)
             work.rendezvous.unlink(missing_ok=True)
             torch.multiprocessing.spawn(train_worker, (work,), nprocs=config.num_processes)
             texts: PretrainTexts = pickle.loads((work.folder / _TEXTS).read_bytes())
             card = json.loads((folder / "card.json").read_text())
-        metrics = {name: card[name] for name in ("tokens_seen", "final_losses_nats", "validation_word_precision", "seconds")}
+        metrics = {
+            name: card[name]
+            for name in ("tokens_seen", "final_losses_nats", "validation_word_precision", "seconds")
+        }
         stage.publish(documents={"train": texts.doc_ids}, metrics=metrics)
     if install:
         with run.local_copy("base", stage.manifest) as folder:
@@ -88,12 +117,18 @@ def pretrain(run: Run) -> Manifest:
 
 
 def prepare_data(texts: PretrainTexts, config: PretrainConfig, marker: str, folder: Path) -> None:
-    """Everything the processes read: packed rows as memory-mapped arrays, tokenizer, texts for validation."""
+    """Everything the processes read: packed rows as memory-mapped arrays, tokenizer, texts for
+    validation."""
     from transformers import Qwen2Tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     check_train_only(texts.doc_ids)
-    logger.info("pretrain: %d chunks, %d raw texts, %d documents", len(texts.chunks), len(texts.raw), len(texts.doc_ids))
+    logger.info(
+        "pretrain: %d chunks, %d raw texts, %d documents",
+        len(texts.chunks),
+        len(texts.raw),
+        len(texts.doc_ids),
+    )
     if config.start_from is None:
         learn_from = [text for _, text in texts.chunks] + texts.raw
         tokenizer = train_tokenizer(learn_from, vocab_size=config.vocab_size, marker=marker)
@@ -102,9 +137,15 @@ def prepare_data(texts: PretrainTexts, config: PretrainConfig, marker: str, fold
     chats = build_chats(texts, tokenizer, config)
     raw = raw_segments(texts.raw, tokenizer, seed_of(config.seed, "raw"))
     rows = pack_rows(chats, raw, config.steps * config.rows_per_step, config)
-    shares = {part: round(float((rows.parts == part).mean()), 3) for part in (RAW, DOCUMENT, ANSWER)}
-    logger.info("pretrain: %d chats, %d rows, shares of tokens (raw, document, answer) %s", len(chats), len(rows.tokens),
-                tuple(shares.values()))
+    shares = {
+        part: round(float((rows.parts == part).mean()), 3) for part in (RAW, DOCUMENT, ANSWER)
+    }
+    logger.info(
+        "pretrain: %d chats, %d rows, shares of tokens (raw, document, answer) %s",
+        len(chats),
+        len(rows.tokens),
+        tuple(shares.values()),
+    )
     rows.save(folder)
     tokenizer.save_pretrained(folder / _TOKENIZER)
     (folder / _TEXTS).write_bytes(pickle.dumps(texts))
@@ -115,21 +156,29 @@ def check_train_only(doc_ids: Iterable[str]) -> None:
     """Raise RuntimeError unless every document belongs to the train split."""
     strangers = [doc_id for doc_id in doc_ids if split_of(doc_id) != "train"]
     if strangers:
-        raise RuntimeError(f"pretraining: got {len(strangers)} documents outside the train split (first: {strangers[0]}), "
-                           "expected none. The choice of documents and the split function disagree.")
+        raise RuntimeError(
+            f"pretraining: got {len(strangers)} documents outside the train split (first:"
+            f" {strangers[0]}), expected none. The choice of documents and the split function"
+            " disagree."
+        )
 
 
 def check_never_seen(card: dict[str, Any], doc_ids: Iterable[str]) -> None:
-    """Raise ValueError when a model with this card was pretrained on any of the documents (those held out)."""
+    """Raise ValueError when a model with this card was pretrained on any of the documents (those
+    held out)."""
     learned = set(card["doc_id_digests"])
     leaked = sorted(doc_id for doc_id in doc_ids if digest(doc_id) in learned)
     if leaked:
-        raise ValueError(f"lineage: the base model was pretrained on {len(leaked)} of the documents held out: "
-                         f"{leaked[:3]}, expected none. Leave --corpus.test-share as the preset has it, or pretrain the base again.")
+        raise ValueError(
+            f"lineage: the base model was pretrained on {len(leaked)} of the documents held out:"
+            f" {leaked[:3]}, expected none. Leave --corpus.test-share as the preset has it, or"
+            " pretrain the base again."
+        )
 
 
 def never_nearly_seen(card: dict[str, Any], doc_ids: Sequence[str]) -> list[int]:
-    """Places of the documents that do not nearly repeat one which a model with this card was pretrained on."""
+    """Places of the documents that do not nearly repeat one which a model with this card was
+    pretrained on."""
     twins = set(card["twin_digests"])
     return [place for place, doc_id in enumerate(doc_ids) if digest(doc_id) not in twins]
 
@@ -140,7 +189,8 @@ def digest(doc_id: str) -> str:
 
 
 def train_worker(rank: int, work: Work) -> None:
-    """One process of the training; the first one logs, checkpoints, and writes the finished model."""
+    """One process of the training; the first one logs, checkpoints, and writes the finished
+    model."""
     from transformers import Qwen2Tokenizer
 
     configure_worker()
@@ -153,15 +203,25 @@ def train_worker(rank: int, work: Work) -> None:
     tokenizer = Qwen2Tokenizer.from_pretrained(work.folder / _TOKENIZER)
     model = build_model(config, tokenizer)
     if config.start_from is not None:
-        model.load_state_dict(type(model).from_pretrained(config.start_from, dtype=torch.float32).state_dict())
+        model.load_state_dict(
+            type(model).from_pretrained(config.start_from, dtype=torch.float32).state_dict()
+        )
     some = texts.validation[:CHECK_TEXTS]
-    check = partial(word_precision, model, tokenizer, some, texts.statistics, config, work.read_layer)
+    check = partial(
+        word_precision, model, tokenizer, some, texts.statistics, config, work.read_layer
+    )
     progress = train(model, Rows.load(work.folder), work, rank, check)
     if rank == 0:
-        precision = word_precision(model, tokenizer, texts.validation, texts.statistics, config, work.read_layer)
+        precision = word_precision(
+            model, tokenizer, texts.validation, texts.statistics, config, work.read_layer
+        )
         repeats = list_repeats(model, tokenizer, texts.validation[:CHECK_TEXTS], config)
-        logger.info("pretrain: done; on validation texts, precision of salient words %s, labels that repeat a word %.2f",
-                    precision, repeats)
+        logger.info(
+            "pretrain: done; on validation texts, precision of salient words %s, labels that repeat"
+            " a word %.2f",
+            precision,
+            repeats,
+        )
         figures = {"validation_word_precision": precision, "validation_label_repeats": repeats}
         save_model(model, tokenizer, make_card(work, texts, progress, figures), work.target)
     torch.distributed.barrier()
@@ -177,7 +237,9 @@ class Progress:
     history: list[dict[str, float]]
 
 
-def train(model: nn.Module, rows: Rows, work: Work, rank: int, check: Callable[[], dict[str, float]]) -> Progress:
+def train(
+    model: nn.Module, rows: Rows, work: Work, rank: int, check: Callable[[], dict[str, float]]
+) -> Progress:
     """All steps from the last checkpoint on. Every process sees its share of each step's rows.
 
     `check` is called, and what it returns logged, before each checkpoint.
@@ -192,7 +254,9 @@ def train(model: nn.Module, rows: Rows, work: Work, rank: int, check: Callable[[
     for step in range(progress.step, config.steps):
         first = step * config.rows_per_step + rank * share
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, means = losses(model, rows.batch(slice(first, first + share)), config, work.read_layer)
+            loss, means = losses(
+                model, rows.batch(slice(first, first + share)), config, work.read_layer
+            )
         loss.backward()
         average_gradients(model, config.num_processes)
         norm = optimizers.step(model, step)
@@ -202,10 +266,18 @@ def train(model: nn.Module, rows: Rows, work: Work, rank: int, check: Callable[[
             progress.history.append(_mean_losses(step + 1, window))
             window = []
             if rank == 0:
-                logger.info("pretrain: step %d of %d, %.0f s, gradient norm %.2f, %s", step + 1, config.steps,
-                            progress.seconds, norm, progress.history[-1])
+                logger.info(
+                    "pretrain: step %d of %d, %.0f s, gradient norm %.2f, %s",
+                    step + 1,
+                    config.steps,
+                    progress.seconds,
+                    norm,
+                    progress.history[-1],
+                )
         if rank == 0 and time.monotonic() - saved > config.checkpoint_seconds:
-            logger.info("pretrain: checkpoint at step %d, precision of salient words %s", step + 1, check())
+            logger.info(
+                "pretrain: checkpoint at step %d, precision of salient words %s", step + 1, check()
+            )
             _save_state(model, optimizers, progress, work.folder / _STATE)
             saved = time.monotonic()
     return progress
@@ -225,17 +297,28 @@ def average_gradients(model: nn.Module, num_processes: int) -> None:
 
 def _mean_losses(step: int, window: Sequence[np.ndarray]) -> dict[str, float]:
     means = np.mean(window, axis=0)
-    return {"step": step, **{name: round(float(value), 4) for name, value in zip(LOSS_NAMES, means, strict=True)}}
+    return {
+        "step": step,
+        **{name: round(float(value), 4) for name, value in zip(LOSS_NAMES, means, strict=True)},
+    }
 
 
 def _save_state(model: nn.Module, optimizers: Optimizers, progress: Progress, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
-    torch.save({"model": model.state_dict(), "optimizers": optimizers.state_dict(), "progress": asdict(progress)}, temporary)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizers": optimizers.state_dict(),
+            "progress": asdict(progress),
+        },
+        temporary,
+    )
     os.replace(temporary, path)
 
 
 def _load_state(model: nn.Module, optimizers: Optimizers, path: Path) -> Progress:
-    """What the last checkpoint holds, put into model and optimizers; the beginning when there is none."""
+    """What the last checkpoint holds, put into model and optimizers; the beginning when there is
+    none."""
     if not path.exists():
         return Progress(step=0, seconds=0.0, history=[])
     state = torch.load(path, weights_only=True)
@@ -245,9 +328,11 @@ def _load_state(model: nn.Module, optimizers: Optimizers, path: Path) -> Progres
     return Progress(**state["progress"])
 
 
-def make_card(work: Work, texts: PretrainTexts, progress: Progress, figures: dict[str, Any]) -> dict[str, Any]:
-    """What the model is and what it was made from; `doc_id_digests` lists every document it or its start learned from,
-    `twin_digests` the held-out ones that nearly repeat one of them."""
+def make_card(
+    work: Work, texts: PretrainTexts, progress: Progress, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """What the model is and what it was made from; `doc_id_digests` lists every document it or its
+    start learned from, `twin_digests` the held-out ones that nearly repeat one of them."""
     config = work.config
     digests, twins = ({digest(doc_id) for doc_id in ids} for ids in (texts.doc_ids, texts.twins))
     start = None
@@ -256,7 +341,10 @@ def make_card(work: Work, texts: PretrainTexts, progress: Progress, figures: dic
         digests.update(start.pop("doc_id_digests"))
         twins.update(start.pop("twin_digests"))
     return {
-        "what": "Qwen2-architecture chat model of the embedded default, trained to describe the user's document",
+        "what": (
+            "Qwen2-architecture chat model of the embedded default, trained to describe the user's"
+            " document"
+        ),
         "settings": {**asdict(config), "read_layer": work.read_layer},
         "num_chunks": len(texts.chunks),
         "num_documents": len(digests),
@@ -282,7 +370,9 @@ def save_model(model: nn.Module, tokenizer, card: dict[str, Any], folder: Path) 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n"
+    )
     tokenizer.save_pretrained(folder)
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
@@ -292,14 +382,26 @@ def install_model(folder: Path) -> Path:
     target = Path(str(resources.files("nla_ray"))) / "data" / "nano_base"
     staging = target.with_name(f"{target.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(folder, staging, ignore=shutil.ignore_patterns("scratch", "manifest.json", "started.json"))
+    shutil.copytree(
+        folder, staging, ignore=shutil.ignore_patterns("scratch", "manifest.json", "started.json")
+    )
     shutil.rmtree(target, ignore_errors=True)
     os.rename(staging, target)
     return target
 
 
 def _check_shape(config: PretrainConfig, read_layer: int) -> None:
-    require(config.rows_per_step % config.num_processes == 0, "pretrain.rows_per_step", config.rows_per_step,
-            f"a multiple of pretrain.num_processes ({config.num_processes})", "Change one of them.")
-    require(read_layer < config.num_layers, "base.layer", read_layer,
-            f"a block below pretrain.num_layers ({config.num_layers})", "Set --base.layer.")
+    require(
+        config.rows_per_step % config.num_processes == 0,
+        "pretrain.rows_per_step",
+        config.rows_per_step,
+        f"a multiple of pretrain.num_processes ({config.num_processes})",
+        "Change one of them.",
+    )
+    require(
+        read_layer < config.num_layers,
+        "base.layer",
+        read_layer,
+        f"a block below pretrain.num_layers ({config.num_layers})",
+        "Set --base.layer.",
+    )

@@ -1,7 +1,9 @@
-"""Training of a reconstructor (description -> activation) for the reward scorer or the judge scorer.
+"""Training of a reconstructor (description -> activation) for the reward scorer or the judge
+scorer.
 
-The two learn from disjoint documents, each in its own mix of teachers' styles; validation documents are halved alike. The
-loop is transformers' Trainer inside Ray Train; the epoch with the best centred cosine on validation is published.
+The two learn from disjoint documents, each in its own mix of teachers' styles; validation documents
+are halved alike. The loop is transformers' Trainer inside Ray Train; the epoch with the best
+centred cosine on validation is published.
 """
 
 from __future__ import annotations
@@ -27,8 +29,14 @@ from nla_ray.records import document_half, seed_of
 from nla_ray.runlog import get_logger
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.loop import (
-    Checkpoints, checkpoint_trainable_only, follow, prepare_worker, train_on_labels, trainer_arguments,
-    training_attention, worker_batch,
+    Checkpoints,
+    checkpoint_trainable_only,
+    follow,
+    prepare_worker,
+    train_on_labels,
+    trainer_arguments,
+    training_attention,
+    worker_batch,
 )
 
 ScorerName = Literal["reward_scorer", "judge_scorer"]
@@ -47,13 +55,15 @@ def train_scorer(run: Run, name: ScorerName) -> Manifest:
     return train_on_labels(run, name, _train)
 
 
-# Examples --------------------------------------------------------------------------------------------------------------
+# Examples -----------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
     """Descriptions with the activations they describe.
 
-    Example: descriptions=["- A Python test"], targets=tensor([[0.3, ...]]) of shape [1, d_model], doc_ids=["pytest/x.py"]
+    Example: descriptions=["- A Python test"], targets=tensor([[0.3, ...]]) of shape [1, d_model],
+    doc_ids=["pytest/x.py"]
     """
 
     descriptions: list[str]
@@ -62,14 +72,20 @@ class Examples:
     doc_ids: list[str]
 
 
-def choose_labels(rows: Sequence[Mapping[str, Any]], *, teachers: Sequence[str], share: float, seed: int) -> dict[str, str]:
-    """One teacher's label for every text: the first teacher's with probability `share`, else one of the others' - seeded by text.
+def choose_labels(
+    rows: Sequence[Mapping[str, Any]], *, teachers: Sequence[str], share: float, seed: int
+) -> dict[str, str]:
+    """One teacher's label for every text: the first teacher's with probability `share`, else one of
+    the others' - seeded by text.
 
-    The first is that of `teachers`, or by name where none of them wrote a label (imported ones have teachers of their own). A text
-    that only one side has labelled gets that label. Texts by id; labels as cleaned.
+    The first is that of `teachers`, or by name where none of them wrote a label (imported ones have
+    teachers of their own). A text that only one side has labelled gets that label. Texts by id;
+    labels as cleaned.
     """
     there = sorted({row["teacher"] for row in rows})
-    first_teacher = next((teacher for teacher in teachers if teacher in there), next(iter(there), ""))
+    first_teacher = next(
+        (teacher for teacher in teachers if teacher in there), next(iter(there), "")
+    )
     labels: dict[str, dict[str, str]] = {}
     for row in rows:
         labels.setdefault(row["text_id"], {})[row["teacher"]] = row["label"]
@@ -85,47 +101,83 @@ def choose_labels(rows: Sequence[Mapping[str, Any]], *, teachers: Sequence[str],
     return chosen
 
 
-def load_examples(run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig) -> Examples:
+def load_examples(
+    run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig
+) -> Examples:
     """The split's activations of the scorer's half of the documents, each with a label.
 
-    Train labels follow the scorer's teacher mix or are all there are, validation labels are the drawn ones. Raises ValueError when
-    none is left.
+    Train labels follow the scorer's teacher mix or are all there are, validation labels are the
+    drawn ones. Raises ValueError when none is left.
     """
     if split == "train" and settings.labels == "all":
         labels = all_labels(run, split)
     else:
-        one = drawn_labels(run, split) if split == "validation" else choose_labels(
-            load_labels(run, split), teachers=run.config.label.teachers, share=settings.teacher_share, seed=settings.seed)
+        one = (
+            drawn_labels(run, split)
+            if split == "validation"
+            else choose_labels(
+                load_labels(run, split),
+                teachers=run.config.label.teachers,
+                share=settings.teacher_share,
+                seed=settings.seed,
+            )
+        )
         labels = {text_id: [label] for text_id, label in one.items()}
     table = load_activations(run, split)
-    kept = [(index, label) for index, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
-            if document_half(doc_id) == settings.document_half for label in labels.get(text_id, ())]
+    kept = [
+        (index, label)
+        for index, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
+        if document_half(doc_id) == settings.document_half
+        for label in labels.get(text_id, ())
+    ]
     if split == "train" and settings.max_examples is not None:
-        kept = sorted(sorted(kept, key=lambda pair: seed_of(settings.seed, "example", table.ids[pair[0]]))[:settings.max_examples])
+        kept = sorted(
+            sorted(kept, key=lambda pair: seed_of(settings.seed, "example", table.ids[pair[0]]))[
+                : settings.max_examples
+            ]
+        )
     if not kept:
-        raise ValueError(f"{split} examples: got 0 labelled activations in the {settings.document_half} half of the documents, expected "
-                         "at least one. Use a larger corpus or label more texts.")
+        raise ValueError(
+            f"{split} examples: got 0 labelled activations in the {settings.document_half} half of"
+            " the documents, expected at least one. Use a larger corpus or label more texts."
+        )
     table = table.select([index for index, _ in kept])
-    return Examples(descriptions=[label for _, label in kept], targets=table.vectors, doc_ids=list(table.doc_ids))
+    return Examples(
+        descriptions=[label for _, label in kept],
+        targets=table.vectors,
+        doc_ids=list(table.doc_ids),
+    )
 
 
-# Loss and figures ------------------------------------------------------------------------------------------------------
+# Loss and figures ---------------------------------------------------------------------------------
 
-def reconstruction_loss(reconstruction: Tensor, target: Tensor, mean: Tensor, contrastive_weight: float) -> Tensor:
-    """mean(1 - cos(r, v)) + weight * InfoNCE, both over the batch: r, v [batch, d_model], mean mu [d_model].
 
-    InfoNCE: cross entropy of row i among all rows j under cos(c(r_i), c(v_j)) / 0.1. Source: van den Oord et al. 2018,
-    arXiv 1807.03748.
+def reconstruction_loss(
+    reconstruction: Tensor, target: Tensor, mean: Tensor, contrastive_weight: float
+) -> Tensor:
+    """mean(1 - cos(r, v)) + weight * InfoNCE, both over the batch: r, v [batch, d_model], mean mu
+    [d_model].
+
+    InfoNCE: cross entropy of row i among all rows j under cos(c(r_i), c(v_j)) / 0.1. Source: van
+    den Oord et al. 2018, arXiv 1807.03748.
     """
     loss = (1.0 - vectors.cosine(reconstruction, target)).mean()
     if contrastive_weight:
-        centred = vectors.direction(vectors.centre(reconstruction, mean)) @ vectors.direction(vectors.centre(target, mean)).T
-        loss = loss + contrastive_weight * functional.cross_entropy(centred / TEMPERATURE, torch.arange(len(centred), device=centred.device))
+        centred = (
+            vectors.direction(vectors.centre(reconstruction, mean))
+            @ vectors.direction(vectors.centre(target, mean)).T
+        )
+        loss = loss + contrastive_weight * functional.cross_entropy(
+            centred / TEMPERATURE, torch.arange(len(centred), device=centred.device)
+        )
     return loss
 
 
-def validation_figures(reconstruction: Tensor, target: Tensor, mean: Tensor, wrong: Tensor) -> dict[str, float]:
-    """Loss (1 - cosine), cosine, centred cosine, 2-way top-1 against rows `wrong` [rows], and variance explained."""
+def validation_figures(
+    reconstruction: Tensor, target: Tensor, mean: Tensor, wrong: Tensor
+) -> dict[str, float]:
+    """Loss (1 - cosine), cosine, centred cosine, 2-way top-1 against rows `wrong` [rows], and
+    variance explained."""
     right = vectors.cosine(reconstruction, target)
     return {
         "eval_loss": (1.0 - right).mean().item(),
@@ -136,33 +188,59 @@ def validation_figures(reconstruction: Tensor, target: Tensor, mean: Tensor, wro
     }
 
 
-# The worker ------------------------------------------------------------------------------------------------------------
+# The worker ---------------------------------------------------------------------------------------
+
 
 def _train(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best figures."""
+    """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best
+    figures."""
     run_config, name = config["run"], config["name"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), getattr(run_config, name)
     examples = {split: load_examples(run, split, settings) for split in ("train", "validation")}
     mean = torch.tensor(load_stats(run)["mean_direction"])
-    reconstructor = Reconstructor.build(run_config.base, settings.lora, mean, max_tokens=settings.max_tokens, seed=settings.seed,
-                                        attention=training_attention(run_config.base))
+    reconstructor = Reconstructor.build(
+        run_config.base,
+        settings.lora,
+        mean,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        attention=training_attention(run_config.base),
+    )
     checkpoints = Checkpoints(run_config, name)
-    trainer = make_trainer(reconstructor, examples["train"], examples["validation"], settings, run_config, checkpoints)
-    logger.info("%s: %d descriptions, %d for validation", name, len(examples["train"].doc_ids), len(examples["validation"].doc_ids))
+    trainer = make_trainer(
+        reconstructor, examples["train"], examples["validation"], settings, run_config, checkpoints
+    )
+    logger.info(
+        "%s: %d descriptions, %d for validation",
+        name,
+        len(examples["train"].doc_ids),
+        len(examples["validation"].doc_ids),
+    )
     trainer.train(resume_from_checkpoint=checkpoints.last())
     checkpoints.upload()
     return {
         "documents": {split: sorted(set(part.doc_ids)) for split, part in examples.items()},
         "model": base_info(run_config.base).to_dict(),
-        "metrics": {**checkpoints.best["metrics"], "best_step": checkpoints.best["step"], "examples": len(examples["train"].doc_ids)},
+        "metrics": {
+            **checkpoints.best["metrics"],
+            "best_step": checkpoints.best["step"],
+            "examples": len(examples["train"].doc_ids),
+        },
     }
 
 
-def make_trainer(reconstructor, train: Examples, validation: Examples, settings: ReconstructorConfig, run_config, checkpoints):
-    """A transformers Trainer for this reconstructor, whose best validated weights go to `checkpoints`."""
+def make_trainer(
+    reconstructor,
+    train: Examples,
+    validation: Examples,
+    settings: ReconstructorConfig,
+    run_config,
+    checkpoints,
+):
+    """A transformers Trainer for this reconstructor, whose best validated weights go to
+    `checkpoints`."""
     from transformers import Trainer, TrainingArguments
-
 
     checkpoint_trainable_only(reconstructor)
     encoded = reconstructor.encode(train.descriptions)
@@ -171,7 +249,8 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
     trained = [parameter for parameter in reconstructor.parameters() if parameter.requires_grad]
 
     class ReconstructionTrainer(Trainer):
-        """The loss, the order of batches, the head's learning rate and the validation figures; the rest is the library's."""
+        """The loss, the order of batches, the head's learning rate and the validation figures; the
+        rest is the library's."""
 
         def _get_train_sampler(self, train_dataset=None) -> LengthBatches:
             return LengthBatches([len(ids) for ids in encoded], settings.batch_size, settings.seed)
@@ -183,54 +262,94 @@ def make_trainer(reconstructor, train: Examples, validation: Examples, settings:
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             output = model(inputs["input_ids"], inputs["attention_mask"])
-            return reconstruction_loss(output, inputs["target"].to(output.device), self.model.mean, settings.contrastive_weight)
+            return reconstruction_loss(
+                output,
+                inputs["target"].to(output.device),
+                self.model.mean,
+                settings.contrastive_weight,
+            )
 
-        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        def evaluate(
+            self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+        ) -> dict[str, float]:
             reconstruction = _reconstruct(self.model, self.model_wrapped, validation.descriptions)
             figures = validation_figures(reconstruction, validation.targets, mean, wrong)
             self.log(dict(figures))
             # The loss is mostly the mean direction; what is asked of a scorer is the rest.
-            checkpoints.offer(self.state.global_step, -figures["eval_centred_cosine"], self.model.save, parameters=trained, metrics=figures)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+            checkpoints.offer(
+                self.state.global_step,
+                -figures["eval_centred_cosine"],
+                self.model.save,
+                parameters=trained,
+                metrics=figures,
+            )
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, figures
+            )
             return figures
 
     def collate(rows: list[int]) -> dict[str, Tensor]:
         input_ids, attention_mask = reconstructor.collate([encoded[row] for row in rows])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "target": train.targets[rows]}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "target": train.targets[rows],
+        }
 
     arguments = TrainingArguments(
-        **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed), num_train_epochs=settings.epochs,
-        per_device_train_batch_size=worker_batch(run_config.compute, settings.batch_size), learning_rate=settings.learning_rate, warmup_steps=_WARMUP_SHARE,
-        lr_scheduler_type="linear", eval_strategy="epoch", save_strategy="epoch", logging_steps=20,
+        **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=worker_batch(run_config.compute, settings.batch_size),
+        learning_rate=settings.learning_rate,
+        warmup_steps=_WARMUP_SHARE,
+        lr_scheduler_type="linear",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_steps=20,
     )
-    trainer = ReconstructionTrainer(model=reconstructor, args=arguments, data_collator=collate, train_dataset=range(len(encoded)),
-                                    eval_dataset=range(len(validation.doc_ids)))
+    trainer = ReconstructionTrainer(
+        model=reconstructor,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=range(len(encoded)),
+        eval_dataset=range(len(validation.doc_ids)),
+    )
     return follow(trainer, checkpoints, checkpoints.name)
 
 
 def make_optimizer(reconstructor, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW over adapter and head, the head's rate multiplied by 3 / sqrt(d_model).
 
-    A step of rate e moves every output of the head by up to e * d_model (its inputs have unit mean square), and outputs
-    are coordinates of a direction, of size d_model ** -0.5. Measured with d_model 256, three epochs, validation centred
-    cosine for 1, 0.2, 0.03 and 0.004 of the adapter's rate: 0.69, 0.72, 0.65, 0.40.
+    A step of rate e moves every output of the head by up to e * d_model (its inputs have unit mean
+    square), and outputs are coordinates of a direction, of size d_model ** -0.5. Measured with
+    d_model 256, three epochs, validation centred cosine for 1, 0.2, 0.03 and 0.004 of the adapter's
+    rate: 0.69, 0.72, 0.65, 0.40.
     """
     head = list(reconstructor.head.parameters())
-    adapter = [parameter for parameter in reconstructor.model.parameters() if parameter.requires_grad]
+    adapter = [
+        parameter for parameter in reconstructor.model.parameters() if parameter.requires_grad
+    ]
     share = min(1.0, _HEAD_RATE / reconstructor.mean.shape[0] ** 0.5)
-    return torch.optim.AdamW([{"params": adapter}, {"params": head, "lr": learning_rate * share}], lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+    return torch.optim.AdamW(
+        [{"params": adapter}, {"params": head, "lr": learning_rate * share}],
+        lr=learning_rate,
+        weight_decay=_WEIGHT_DECAY,
+    )
 
 
 @torch.no_grad()
-def _reconstruct(reconstructor, forward: Callable[[Tensor, Tensor], Tensor], descriptions: Sequence[str]) -> Tensor:
-    """Reconstructions in the order given [n, d_model], by `forward` (the model, or what DeepSpeed has made of it)."""
+def _reconstruct(
+    reconstructor, forward: Callable[[Tensor, Tensor], Tensor], descriptions: Sequence[str]
+) -> Tensor:
+    """Reconstructions in the order given [n, d_model], by `forward` (the model, or what DeepSpeed
+    has made of it)."""
     encoded = reconstructor.encode(descriptions)
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
     result = torch.empty(len(encoded), reconstructor.mean.shape[0])
     was_training = reconstructor.training
     reconstructor.eval()
     for start in range(0, len(order), _EVALUATION_BATCH):
-        rows = order[start:start + _EVALUATION_BATCH]
+        rows = order[start : start + _EVALUATION_BATCH]
         result[rows] = forward(*reconstructor.collate([encoded[row] for row in rows])).float().cpu()
     reconstructor.train(was_training)
     return result

@@ -1,7 +1,9 @@
-"""Scores for rollouts: what a scorer actor does. It holds the reward scorer and, for the monitor alone, the judge.
+"""Scores for rollouts: what a scorer actor does. It holds the reward scorer and, for the monitor
+alone, the judge.
 
-Both are adapters over one loaded base. Protects two rules: a description is reconstructed ONCE and compared with its right
-activation and with every wrong one; the judge never answers a training request.
+Both are adapters over one loaded base. Protects two rules: a description is reconstructed ONCE and
+compared with its right activation and with every wrong one; the judge never answers a training
+request.
 """
 
 from __future__ import annotations
@@ -57,18 +59,22 @@ class ScoreBatch:
     @classmethod
     def join(cls, batches: Sequence[ScoreBatch]) -> ScoreBatch:
         """One batch after the other; seconds are the slowest one's."""
-        return cls(right=torch.cat([batch.right for batch in batches]),
-                   wrong=torch.cat([batch.wrong for batch in batches]),
-                   centred_right=torch.cat([batch.centred_right for batch in batches]),
-                   centred_wrong=torch.cat([batch.centred_wrong for batch in batches]),
-                   seconds=max(batch.seconds for batch in batches))
+        return cls(
+            right=torch.cat([batch.right for batch in batches]),
+            wrong=torch.cat([batch.wrong for batch in batches]),
+            centred_right=torch.cat([batch.centred_right for batch in batches]),
+            centred_wrong=torch.cat([batch.centred_wrong for batch in batches]),
+            seconds=max(batch.seconds for batch in batches),
+        )
 
 
 class ScorerWorker:
-    """Reward scorer, judge scorer and the train bank in one process. Plain: Ray wraps it from outside."""
+    """Reward scorer, judge scorer and the train bank in one process. Plain: Ray wraps it from
+    outside."""
 
     def __init__(self, config: RunConfig, train: SharedArray | np.ndarray) -> None:
-        """`train`: activation bank [rows, d_model] float32, only ever read. Scorers are read from the run's artifacts."""
+        """`train`: activation bank [rows, d_model] float32, only ever read. Scorers are read from
+        the run's artifacts."""
         torch.set_num_threads(config.compute.threads)
         self._train = shared_tensor(train)
         run = Run(config)
@@ -87,8 +93,13 @@ class ScorerWorker:
         right = self._train[request.rows]
         wrong = self._train[torch.tensor(request.wrong_rows, dtype=torch.int64)]
         scores = self._reward.score(request.descriptions, right, wrong)
-        return ScoreBatch(right=scores.right, wrong=scores.wrong, centred_right=scores.centred_right, centred_wrong=scores.centred_wrong,
-                          seconds=time.perf_counter() - started)
+        return ScoreBatch(
+            right=scores.right,
+            wrong=scores.wrong,
+            centred_right=scores.centred_right,
+            centred_wrong=scores.centred_wrong,
+            seconds=time.perf_counter() - started,
+        )
 
     def reconstruct(self, scorer: ScorerName, descriptions: list[str]) -> Tensor:
         """Reconstructions [n, d_model] by either scorer, for the monitor."""
@@ -97,15 +108,23 @@ class ScorerWorker:
 
 
 def submit_scores(pool: ActorPool, request: ScoreRequest) -> list[ObjectRef]:
-    """Start scoring, shared out over the pool; the trainer works on meanwhile. `ScoreBatch.join(pool.collect(...))` ends it."""
+    """Start scoring, shared out over the pool; the trainer works on meanwhile.
+    `ScoreBatch.join(pool.collect(...))` ends it."""
     parts = split_evenly(range(len(request.descriptions)), len(pool))
-    requests = [ScoreRequest(descriptions=[request.descriptions[index] for index in part],
-                             rows=[request.rows[index] for index in part],
-                             wrong_rows=[request.wrong_rows[index] for index in part]) for part in parts]
+    requests = [
+        ScoreRequest(
+            descriptions=[request.descriptions[index] for index in part],
+            rows=[request.rows[index] for index in part],
+            wrong_rows=[request.wrong_rows[index] for index in part],
+        )
+        for part in parts
+    ]
     return pool.submit("score", [(one,) for one in requests])
 
 
 def reconstruct(pool: ActorPool, scorer: ScorerName, descriptions: list[str]) -> Tensor:
     """Reconstructions [n, d_model] by either scorer, shared out over the pool."""
-    calls = pool.submit("reconstruct", [(scorer, part) for part in split_evenly(descriptions, len(pool))])
+    calls = pool.submit(
+        "reconstruct", [(scorer, part) for part in split_evenly(descriptions, len(pool))]
+    )
     return torch.cat(pool.collect(calls))

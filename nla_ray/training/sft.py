@@ -1,9 +1,11 @@
-"""Supervised training of the verbalizer: label given activation, by TRL's SFTTrainer inside Ray Train.
+"""Supervised training of the verbalizer: label given activation, by TRL's SFTTrainer inside Ray
+Train.
 
-Examples are token ids already: the prompt with the virtual id of an activation in place of the marker, then the drawn label,
-closing tag and end of sequence, which alone carry loss. So an activation travels through padding and shuffling as a token, and
-no text is made of a virtual id anywhere. Validation compares the loss with the right activation and with another document's:
-the gap is the information the verbalizer takes from its activation.
+Examples are token ids already: the prompt with the virtual id of an activation in place of the
+marker, then the drawn label, closing tag and end of sequence, which alone carry loss. So an
+activation travels through padding and shuffling as a token, and no text is made of a virtual id
+anywhere. Validation compares the loss with the right activation and with another document's: the
+gap is the information the verbalizer takes from its activation.
 """
 
 from __future__ import annotations
@@ -32,7 +34,14 @@ from nla_ray.runlog import get_logger
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.logprobs import score_labels_only
 from nla_ray.training.loop import (
-    Checkpoints, autocast_forward, follow, prepare_worker, train_on_labels, trainer_arguments, training_attention, worker_batch,
+    Checkpoints,
+    autocast_forward,
+    follow,
+    prepare_worker,
+    train_on_labels,
+    trainer_arguments,
+    training_attention,
+    worker_batch,
 )
 
 IGNORED = -100
@@ -46,17 +55,20 @@ logger = get_logger(__name__)
 
 
 def train_sft(run: Run) -> Manifest:
-    """Train the verbalizer on the drawn labels of train documents, unless it is complete; return its manifest."""
+    """Train the verbalizer on the drawn labels of train documents, unless it is complete; return
+    its manifest."""
     return train_on_labels(run, run.config.sft.artifact, _train, "sft")
 
 
-# Examples --------------------------------------------------------------------------------------------------------------
+# Examples -----------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
     """Activations with the labels they are to be described by.
 
-    Example: rows=[0], labels=["- A Python test"], doc_ids=["pytest/x.py"], vectors of shape [1, d_model]
+    Example: rows=[0], labels=["- A Python test"], doc_ids=["pytest/x.py"], vectors of shape [1,
+    d_model]
     """
 
     rows: list[int]
@@ -67,84 +79,154 @@ class Pairs:
     """[rows, d_model] float32, raw."""
 
 
-def load_pairs(run: Run, split: Literal["train", "validation"], *, limit: int | None, seed: int, first_row: int,
-               every_label: bool = False) -> Pairs:
-    """The split's activations with the label drawn for their text, or each with every label of it; at most `limit` (chosen by seed).
+def load_pairs(
+    run: Run,
+    split: Literal["train", "validation"],
+    *,
+    limit: int | None,
+    seed: int,
+    first_row: int,
+    every_label: bool = False,
+) -> Pairs:
+    """The split's activations with the label drawn for their text, or each with every label of it;
+    at most `limit` (chosen by seed).
 
     Bank rows count from `first_row`. Raises ValueError when there is none.
     """
-    labels = all_labels(run, split) if every_label else {text_id: [label] for text_id, label in drawn_labels(run, split).items()}
+    labels = (
+        all_labels(run, split)
+        if every_label
+        else {text_id: [label] for text_id, label in drawn_labels(run, split).items()}
+    )
     table = load_activations(run, split)
-    kept = [(index, label) for index, text_id in enumerate(table.text_ids) for label in labels.get(text_id, ())]
+    kept = [
+        (index, label)
+        for index, text_id in enumerate(table.text_ids)
+        for label in labels.get(text_id, ())
+    ]
     if limit is not None:
-        kept = sorted(sorted(kept, key=lambda pair: seed_of(seed, "example", table.ids[pair[0]]))[:limit])
+        kept = sorted(
+            sorted(kept, key=lambda pair: seed_of(seed, "example", table.ids[pair[0]]))[:limit]
+        )
     if not kept:
-        raise ValueError(f"{split} examples: got 0 activations with a label, expected at least one. Label the texts of this corpus: "
-                         "run jobs/label.py.")
+        raise ValueError(
+            f"{split} examples: got 0 activations with a label, expected at least one. Label the"
+            " texts of this corpus: run jobs/label.py."
+        )
     table = table.select([index for index, _ in kept])
-    return Pairs(rows=list(range(first_row, first_row + len(kept))), labels=[label for _, label in kept],
-                 doc_ids=list(table.doc_ids), vectors=table.vectors)
+    return Pairs(
+        rows=list(range(first_row, first_row + len(kept))),
+        labels=[label for _, label in kept],
+        doc_ids=list(table.doc_ids),
+        vectors=table.vectors,
+    )
 
 
-def encode_pairs(pairs: Pairs, tokenizer, prompt: InjectionPrompt, vocab_size: int, rows: Sequence[int] | None = None) -> list[dict[str, list[int]]]:
+def encode_pairs(
+    pairs: Pairs,
+    tokenizer,
+    prompt: InjectionPrompt,
+    vocab_size: int,
+    rows: Sequence[int] | None = None,
+) -> list[dict[str, list[int]]]:
     """`input_ids` and `labels` of every pair; `rows` puts other activations into the prompts.
 
-    Example: prompt [1, 40, 8, M, 2, 3, 1], row 5, vocab_size 100, completion [60, 61, 0] (0: end of sequence) gives input_ids
-    [1, 40, 8, 105, 2, 3, 1, 60, 61, 0] and labels [-100] * 7 + [60, 61, 0].
+    Example: prompt [1, 40, 8, M, 2, 3, 1], row 5, vocab_size 100, completion [60, 61, 0] (0: end of
+    sequence) gives input_ids [1, 40, 8, 105, 2, 3, 1, 60, 61, 0] and labels [-100] * 7 + [60, 61,
+    0].
     """
-    written = tokenizer([wrap_description(label) for label in pairs.labels], add_special_tokens=False)["input_ids"]
+    written = tokenizer(
+        [wrap_description(label) for label in pairs.labels], add_special_tokens=False
+    )["input_ids"]
     examples = []
     for row, ids in zip(pairs.rows if rows is None else rows, written, strict=True):
         completion = [*ids, tokenizer.eos_token_id]
-        examples.append({"input_ids": prompt.encode(row, vocab_size) + completion, "labels": [IGNORED] * len(prompt) + completion})
+        examples.append(
+            {
+                "input_ids": prompt.encode(row, vocab_size) + completion,
+                "labels": [IGNORED] * len(prompt) + completion,
+            }
+        )
     return examples
 
 
-# Loss ------------------------------------------------------------------------------------------------------------------
+# Loss ---------------------------------------------------------------------------------------------
+
 
 def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of the labelled tokens, and their number. `model` is TRL's trainer's, or one that scores labels only.
+    """Summed cross entropy of the labelled tokens, and their number. `model` is TRL's trainer's, or
+    one that scores labels only.
 
-    `inputs`: input_ids, attention_mask and labels, all [batch, seq], labels -100 where there is no loss.
+    `inputs`: input_ids, attention_mask and labels, all [batch, seq], labels -100 where there is no
+    loss.
     """
     labels = inputs["labels"]
-    log_probs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, fused_lm_head=True).log_probs
+    log_probs = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        labels=labels,
+        fused_lm_head=True,
+    ).log_probs
     return -log_probs.sum(), (labels[:, 1:] != IGNORED).sum()
 
 
 @torch.no_grad()
-def validation_loss(model, examples: Sequence[Mapping[str, list[int]]], collate, device: torch.device) -> float:
+def validation_loss(
+    model, examples: Sequence[Mapping[str, list[int]]], collate, device: torch.device
+) -> float:
     """Mean cross entropy a labelled token, in nats, over all examples."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
     summed, count = 0.0, 0
     for start in range(0, len(order), _EVALUATION_BATCH):
-        batch = collate([examples[index] for index in order[start:start + _EVALUATION_BATCH]])
-        part, tokens = completion_loss(model, {key: value.to(device) for key, value in batch.items()})
+        batch = collate([examples[index] for index in order[start : start + _EVALUATION_BATCH]])
+        part, tokens = completion_loss(
+            model, {key: value.to(device) for key, value in batch.items()}
+        )
         summed, count = summed + part.item(), count + int(tokens)
     return summed / count
 
 
-# The worker ------------------------------------------------------------------------------------------------------------
+# The worker ---------------------------------------------------------------------------------------
+
 
 def _train(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best figures."""
+    """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best
+    figures."""
     run_config = config["run"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), run_config.sft
-    train = load_pairs(run, "train", limit=settings.max_examples, seed=settings.seed, first_row=0, every_label=settings.labels == "all")
-    validation = load_pairs(run, "validation", limit=MAX_VALIDATION, seed=settings.seed, first_row=len(train.rows))
+    train = load_pairs(
+        run,
+        "train",
+        limit=settings.max_examples,
+        seed=settings.seed,
+        first_row=0,
+        every_label=settings.labels == "all",
+    )
+    validation = load_pairs(
+        run, "validation", limit=MAX_VALIDATION, seed=settings.seed, first_row=len(train.rows)
+    )
     tokenizer = load_tokenizer(run_config.base)
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
-    model = build_verbalizer(run_config.base, settings, torch.cat([train.vectors, validation.vectors]), prompt)
+    model = build_verbalizer(
+        run_config.base, settings, torch.cat([train.vectors, validation.vectors]), prompt
+    )
     checkpoints = Checkpoints(run_config, config["name"])
     trainer = make_trainer(model, tokenizer, train, validation, settings, run_config, checkpoints)
     logger.info("sft: %d labels, %d for validation", len(train.rows), len(validation.rows))
     trainer.train(resume_from_checkpoint=checkpoints.last())
     checkpoints.upload()
     return {
-        "documents": {"train": sorted(set(train.doc_ids)), "validation": sorted(set(validation.doc_ids))},
+        "documents": {
+            "train": sorted(set(train.doc_ids)),
+            "validation": sorted(set(validation.doc_ids)),
+        },
         "model": base_info(run_config.base, tokenizer).to_dict(),
-        "metrics": {**checkpoints.best["metrics"], "best_step": checkpoints.best["step"], "examples": len(train.rows)},
+        "metrics": {
+            **checkpoints.best["metrics"],
+            "best_step": checkpoints.best["step"],
+            "examples": len(train.rows),
+        },
     }
 
 
@@ -156,53 +238,98 @@ def build_verbalizer(base, settings: SFTSettings, bank: Tensor, prompt: Injectio
     return autocast_forward(add_lora(model, settings.lora, seed=settings.seed), base)
 
 
-def make_trainer(model, tokenizer, train: Pairs, validation: Pairs, settings: SFTSettings, run_config, checkpoints):
+def make_trainer(
+    model,
+    tokenizer,
+    train: Pairs,
+    validation: Pairs,
+    settings: SFTSettings,
+    run_config,
+    checkpoints,
+):
     """TRL's SFTTrainer for this verbalizer, whose best validated adapter goes to `checkpoints`."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
     vocab_size = model.get_input_embeddings().num_embeddings
-    shuffled = [validation.rows[place] for place in derangement(validation.doc_ids, settings.seed).tolist()]
+    shuffled = [
+        validation.rows[place] for place in derangement(validation.doc_ids, settings.seed).tolist()
+    ]
     examples = encode_pairs(train, tokenizer, prompt, vocab_size)
-    held_out = {"eval_loss": encode_pairs(validation, tokenizer, prompt, vocab_size),
-                "eval_loss_shuffled": encode_pairs(validation, tokenizer, prompt, vocab_size, shuffled)}
+    held_out = {
+        "eval_loss": encode_pairs(validation, tokenizer, prompt, vocab_size),
+        "eval_loss_shuffled": encode_pairs(validation, tokenizer, prompt, vocab_size, shuffled),
+    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     class VerbalizerTrainer(SFTTrainer):
-        """The order of batches, logits only where labels are, and the validation figures; the rest is TRL's."""
+        """The order of batches, logits only where labels are, and the validation figures; the rest
+        is TRL's."""
 
         def _get_train_sampler(self, train_dataset=None) -> LengthBatches:
-            return LengthBatches([len(example["input_ids"]) for example in examples], settings.batch_size, settings.seed)
+            return LengthBatches(
+                [len(example["input_ids"]) for example in examples],
+                settings.batch_size,
+                settings.seed,
+            )
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             summed, count = completion_loss(model, inputs)
             if num_items_in_batch is None:
                 return summed / count
-            return summed / num_items_in_batch * self.accelerator.num_processes  # a count over all workers, whose gradients are averaged
+            return (
+                summed / num_items_in_batch * self.accelerator.num_processes
+            )  # a count over all workers, whose gradients are averaged
 
-        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        def evaluate(
+            self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+        ) -> dict[str, float]:
             self.model.eval()
-            figures = {name: validation_loss(self.model_wrapped, part, self.data_collator, self.args.device)
-                       for name, part in held_out.items()}
+            figures = {
+                name: validation_loss(
+                    self.model_wrapped, part, self.data_collator, self.args.device
+                )
+                for name, part in held_out.items()
+            }
             figures["eval_information"] = figures["eval_loss_shuffled"] - figures["eval_loss"]
             self.log(dict(figures))
-            checkpoints.offer(self.state.global_step, figures["eval_loss"], save, parameters=trained, metrics=figures)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+            checkpoints.offer(
+                self.state.global_step,
+                figures["eval_loss"],
+                save,
+                parameters=trained,
+                metrics=figures,
+            )
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, figures
+            )
             return figures
 
     def save(folder: Path) -> None:
         save_adapter(model, folder / "adapter")
 
     arguments = SFTConfig(
-        **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed), num_train_epochs=settings.epochs,
-        per_device_train_batch_size=worker_batch(run_config.compute, settings.batch_size), learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
-        warmup_steps=_WARMUP_SHARE, lr_scheduler_type="linear", eval_strategy="epoch", save_strategy="epoch", logging_steps=20,
-        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=worker_batch(run_config.compute, settings.batch_size),
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=_WARMUP_SHARE,
+        lr_scheduler_type="linear",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_steps=20,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer = VerbalizerTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(examples),
-                                eval_dataset=Dataset.from_list(held_out["eval_loss"]), processing_class=tokenizer)
+    trainer = VerbalizerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(examples),
+        eval_dataset=Dataset.from_list(held_out["eval_loss"]),
+        processing_class=tokenizer,
+    )
     if arguments.use_cpu:  # the trainer has just given the model TRL's own answer
         score_labels_only(causal_model(model), with_entropy=False)
     return follow(trainer, checkpoints, "sft")

@@ -1,7 +1,9 @@
-"""The figures of a training stage in TensorBoard and in Weights & Biases, where these are installed; neither has to be.
+"""The figures of a training stage in TensorBoard and in Weights & Biases, where these are
+installed; neither has to be.
 
-Every record of metrics.jsonl goes there under the same names, W&B only where the environment asks for it. Knows no stage.
-Protects two rules: a resumed run shows no step twice, and a tracker that fails costs the run one line, nothing else.
+Every record of metrics.jsonl goes there under the same names, W&B only where the environment asks
+for it. Knows no stage. Protects two rules: a resumed run shows no step twice, and a tracker that
+fails costs the run one line, nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from nla_ray.config import RunConfig, to_dict
 from nla_ray.runlog import get_logger
 
 _WANDB_ID_NAME = "wandb_id"
-"""File in a stage's scratch folder: the W&B run that a resumed stage goes on with, until its artifact is published."""
+"""File in a stage's scratch folder: the W&B run that a resumed stage goes on with, until its
+artifact is published."""
 _WANDB_SECONDS = 30.0
 """How long W&B may take to start, and to send the rest in the end."""
 
@@ -39,7 +42,8 @@ class Tracker(ABC):
 
 
 class TensorBoard(Tracker):
-    """Event files in a folder; what a stage that was cut off wrote there from `first_step` on is hidden."""
+    """Event files in a folder; what a stage that was cut off wrote there from `first_step` on is
+    hidden."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -49,14 +53,16 @@ class TensorBoard(Tracker):
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a killed worker goes on from its last checkpoint, whose steps have to be there
+        # a killed worker goes on from its last checkpoint, whose steps have to be there
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WeightsAndBiases(Tracker):
-    """A W&B run of the stage, of which libraries that look for a current run know nothing. W&B drops steps that it has by itself."""
+    """A W&B run of the stage, of which libraries that look for a current run know nothing. W&B
+    drops steps that it has by itself."""
 
     def __init__(self, run_config: RunConfig, name: str, scratch: Path) -> None:
         import wandb
@@ -65,9 +71,20 @@ class WeightsAndBiases(Tracker):
         if not run_id.exists():
             run_id.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "nla_ray"), name=f"{Path(root.path).name}/{name}", id=run_id.read_text(),
-            resume="allow", reinit="create_new", dir=root.path if root.is_local else None, config=to_dict(run_config),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=_WANDB_SECONDS, finish_timeout=_WANDB_SECONDS))
+            project=os.environ.get("WANDB_PROJECT", "nla_ray"),
+            name=f"{Path(root.path).name}/{name}",
+            id=run_id.read_text(),
+            resume="allow",
+            reinit="create_new",
+            dir=root.path if root.is_local else None,
+            config=to_dict(run_config),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=_WANDB_SECONDS,
+                finish_timeout=_WANDB_SECONDS,
+            ),
+        )
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
@@ -77,25 +94,29 @@ class WeightsAndBiases(Tracker):
 
 
 def wandb_is_wanted() -> bool:
-    """Whether the environment asks for W&B: a key, or its offline mode. Nothing else may start it, or ask for a login."""
+    """Whether the environment asks for W&B: a key, or its offline mode. Nothing else may start it,
+    or ask for a login."""
     return "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a folder of its name beside the job (W&B makes one) is none."""
+    """Whether a package can be imported; a folder of its name beside the job (W&B makes one) is
+    none."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 class Trackers:
-    """All trackers that are there, for one stage of a run: `write` takes a record of metrics.jsonl."""
+    """All trackers that are there, for one stage of a run: `write` takes a record of
+    metrics.jsonl."""
 
     def __init__(self) -> None:
         self._open: dict[str, Tracker] = {}
 
     @classmethod
     def of(cls, run_config: RunConfig, name: str, *, scratch: Path, first_step: int) -> Trackers:
-        """The trackers of stage `name`, which goes on with `first_step`. TensorBoard's files lie in the run, in `tensorboard/`."""
+        """The trackers of stage `name`, which goes on with `first_step`. TensorBoard's files lie in
+        the run, in `tensorboard/`."""
         trackers, folder = cls(), Run(run_config).root / "tensorboard" / name
         if is_installed("tensorboard"):
             if folder.is_local:
@@ -125,10 +146,16 @@ class Trackers:
 
     @contextmanager
     def _tolerated(self, title: str) -> Iterator[None]:
-        """Any error ends this tracker, with a line, and is over: what a tracker may raise is not ours to know."""
+        """Any error ends this tracker, with a line, and is over: what a tracker may raise is not
+        ours to know."""
         try:
             yield
         except Exception as error:
             self._open.pop(title, None)
             reason = next(iter(str(error).splitlines()), "")
-            logger.warning("%s is left out: %s: %s. Every figure is in metrics.jsonl.", title, type(error).__name__, reason)
+            logger.warning(
+                "%s is left out: %s: %s. Every figure is in metrics.jsonl.",
+                title,
+                type(error).__name__,
+                reason,
+            )
