@@ -1,15 +1,16 @@
 """Measure capture, generation and a step of GRPO side by side with plain transformers: python
 jobs/benchmark.py --preset nano."""
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.benchmark import RESULTS_NAME, describe_results, run_benchmarks
+    from nla_ray.bench.stage import describe_results, run_benchmarks
+    from nla_ray.run.stages import BENCHMARK_NAME
 
     for line in describe_results(run_benchmarks(run)):
         print(line)
-    print(f"written to {run.root / RESULTS_NAME}")
+    print(f"written to {run.root / BENCHMARK_NAME}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Capture the activations of a run's corpus."""
+"""The activations of a run's texts, captured with Ray Data; before them the corpus, if it is missing."""
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.activations import capture_activations
+    from nla_ray.run.stages import make
 
-    manifest = capture_activations(run)
+    *_, (_, manifest) = make(run, "capture")
     metrics = manifest.metrics
     print(
         f"{metrics['activations']} activations of {metrics['texts']} texts in"

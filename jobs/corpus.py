@@ -1,13 +1,12 @@
-"""The corpus: texts of the embedded default, or your own with `--corpus.path`; cut, without
-duplicates, split."""
+"""The corpus: embedded texts, or yours with `--corpus.path`; cut, without duplicates, split."""
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.corpus.build import build_corpus
+    from nla_ray.run.stages import make
 
-    build_corpus(run)
+    list(make(run, "corpus"))
 
 
 if __name__ == "__main__":

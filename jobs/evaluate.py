@@ -1,13 +1,13 @@
-"""The report on test documents: figures with intervals, controls, gates. `--gate` exits non-zero on
-a failed gate."""
+"""The report on test documents: figures with intervals, controls, gates; `--gate`: exit status 1."""
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.evaluation.report import evaluate, show_report
+    from nla_ray.report.stage import show_report
+    from nla_ray.run.stages import make
 
-    evaluate(run)
+    list(make(run, "evaluate"))
     show_report(run)
 
 

@@ -1,12 +1,13 @@
 """Look at a base model before training on it: its marker, its norms, and how well labels can tell
 the activations of several layers."""
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.inspection import describe_inspection, inspect_base
-    from nla_ray.runlog import INSPECTION_NAME
+    from nla_ray.run.stages import INSPECTION_NAME
+    from nla_ray.score.ceiling import describe_inspection
+    from nla_ray.score.stage import inspect_base
 
     for line in describe_inspection(inspect_base(run)):
         print(line)

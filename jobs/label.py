@@ -1,5 +1,4 @@
-"""The labels: every teacher's description of every text, cleaned to bullets; or labels made
-elsewhere.
+"""The labels: every teacher's description of every text, cleaned to bullets; or labels made elsewhere.
 
 python jobs/label.py
 python jobs/label.py --import labels.jsonl     # rows of doc_id, text or text_hash, teacher, label
@@ -7,13 +6,13 @@ python jobs/label.py --import labels.jsonl     # rows of doc_id, text or text_ha
 
 import sys
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.labels.stage import label_texts
+    from nla_ray.run.stages import make
 
-    label_texts(run)
+    list(make(run, "label"))
 
 
 if __name__ == "__main__":

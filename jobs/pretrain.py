@@ -6,11 +6,11 @@ python jobs/pretrain.py --run-dir runs/base                      # the model is 
 python jobs/pretrain.py --run-dir runs/base --pretrain.install   # and copied into the package
 """
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.training.pretrain import pretrain
+    from nla_ray.nano.pretrain.stage import pretrain
 
     pretrain(run)
 

@@ -3,18 +3,18 @@ Ctrl-C stops it."""
 
 import os
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.serving.application import serve_run
+    from nla_ray.serve.application import serve_run
 
     serve_run(run)
 
 
 def cleanup() -> None:
     if "RAY_ADDRESS" in os.environ:  # an embedded Ray takes Serve with it when it ends
-        from nla_ray.serving.application import stop
+        from nla_ray.serve.application import stop
 
         stop()
 

@@ -1,24 +1,16 @@
-"""Train both reconstructors, the linear one and the verbalizer's SFT from a run's activations and
-labels."""
+"""Reward, judge and linear scorer and the verbalizer's SFT; before them what they are made from."""
 
-from nla_ray.cluster import run_job
+from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.training.linear import fit_linear_scorer
-    from nla_ray.training.reconstruction import train_scorer
-    from nla_ray.training.sft import train_sft
+    from nla_ray.run.stages import make
 
-    for manifest in (
-        train_scorer(run, "reward_scorer"),
-        train_scorer(run, "judge_scorer"),
-        fit_linear_scorer(run),
-        train_sft(run),
-    ):
-        figures = ", ".join(
-            f"{name} {value:.4g}" for name, value in sorted(manifest.metrics.items())
-        )
-        print(f"{run.root / manifest.name}: {figures}")
+    for stage, manifest in make(run, "sft"):
+        if stage.job == "sft":
+            metrics = sorted(manifest.metrics.items())
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics)
+            print(f"{run.root / manifest.name}: {figures}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nla_ray.artifacts import Run
-from nla_ray.cluster import resources_of
-from nla_ray.config import LoraSettings, PretrainConfig, ReconstructorConfig, RunConfig, SFTConfig
-from nla_ray.records import VALIDATION_SHARE
-from nla_ray.runlog import INSPECTION_NAME
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import VALIDATION_SHARE
+from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME, stages_of_job
+from nla_ray.settings.config import (
+    LoraSettings,
+    PretrainConfig,
+    ReconstructorConfig,
+    RunConfig,
+    SFTConfig,
+)
+from nla_ray.settings.resources import resources_of
 
 _CHARS_PER_TOKEN = 3.2
 """Source: measured on the embedded corpus with byte-level BPE tokenizers of 4,096 to 49,152 tokens,
@@ -129,7 +135,7 @@ def base_shape(config: RunConfig) -> Shape:
         return _shape(KNOWN_SHAPES[base.model])
     is_embedded = base.model.startswith("embedded:")
     folder = (
-        Path(__file__).parent / "data" / f"{base.model[9:]}_base"
+        Path(__file__).parent / "nano" / "data" / f"{base.model[9:]}_base"
         if is_embedded
         else Path(base.model)
     )
@@ -291,7 +297,7 @@ def _plan_pretrain(facts: Facts) -> StagePlan:
         bytes=_CPU_PROCESS_BYTES + shape.parameters * 16 + work,
     )
     return StagePlan(
-        name="pretrain",
+        name="base",
         artifact="base",
         processes=(process,),
         tokens=tokens,
@@ -322,7 +328,7 @@ def _plan_capture(facts: Facts) -> StagePlan:
     rows = facts.texts * facts.positions * facts.num_layers_kept
     shards = -(-facts.texts // config.corpus.shard_rows)
     return StagePlan(
-        name="capture",
+        name="activations",
         artifact="activations",
         tokens=tokens,
         flops=2 * (top + 1) * shape.block_parameters * tokens,
@@ -339,7 +345,7 @@ def _plan_inspection(facts: Facts) -> StagePlan:
     top = min(max(config.base.layer, *config.capture.layers, 0), shape.num_layers - 1)
     tokens = facts.texts * (1 - config.corpus.test_share) * (facts.text_tokens + _LABEL_TOKENS)
     return StagePlan(
-        name="inspect",
+        name="inspection",
         artifact="-",
         tokens=tokens,
         flops=2 * (top + 1) * shape.block_parameters * tokens,
@@ -360,7 +366,7 @@ def _plan_labels(facts: Facts) -> StagePlan:
         else label.import_path
     )
     return StagePlan(
-        name="label",
+        name="labels",
         artifact="labels",
         processes=(_DRIVER,),
         files=f"{facts.texts * facts.labels_per_text:,.0f} labels of {source}",
@@ -483,7 +489,7 @@ def _plan_evaluation(facts: Facts) -> StagePlan:
     )  # SFT, SFT on random vectors, GRPO
     scored = activations * (8 + config.evaluation.samples) * 3 * _LABEL_TOKENS
     return StagePlan(
-        name="evaluate",
+        name="report",
         artifact=config.report_artifact,
         tokens=described + scored,
         flops=2 * shape.parameters * described
@@ -498,6 +504,12 @@ def _plan_evaluation(facts: Facts) -> StagePlan:
             f" {activations:,.0f} test activations"
         ),
     )
+
+
+def _plan_benchmark(facts: Facts) -> StagePlan:
+    weights = 2 * facts.shape.parameters * facts.item_bytes
+    process = dataclasses.replace(_DRIVER, bytes=_CPU_PROCESS_BYTES + weights)
+    return StagePlan(name="benchmark", artifact="-", processes=(process,), files=BENCHMARK_NAME)
 
 
 def _plan_serving(facts: Facts) -> StagePlan:
@@ -520,40 +532,22 @@ def _training_bytes(facts: Facts, blocks: int, *, with_head: bool = False) -> fl
     )
 
 
-_STAGES: dict[str, Callable[[Facts], StagePlan]] = {
+PLANS: dict[str, Callable[[Facts], StagePlan]] = {
+    "base": _plan_pretrain,
     "corpus": _plan_corpus,
-    "capture": _plan_capture,
-    "label": _plan_labels,
+    "activations": _plan_capture,
+    "labels": _plan_labels,
     "reward_scorer": _plan_scorer("reward_scorer"),
     "judge_scorer": _plan_scorer("judge_scorer"),
     "linear_scorer": _plan_linear_scorer,
     "sft": _plan_sft,
     "grpo": _plan_grpo,
-    "evaluate": _plan_evaluation,
+    "report": _plan_evaluation,
+    "inspection": _plan_inspection,
+    "benchmark": _plan_benchmark,
     "serve": _plan_serving,
-    "pretrain": _plan_pretrain,
-    "inspect": _plan_inspection,
 }
-_EVERYTHING = (
-    "corpus",
-    "capture",
-    "label",
-    "reward_scorer",
-    "judge_scorer",
-    "linear_scorer",
-    "sft",
-    "grpo",
-    "evaluate",
-)
-_JOBS: dict[str, tuple[str, ...]] = {
-    "sft": _EVERYTHING[3:7],
-    "grpo": tuple(name for name in _EVERYTHING[:8] if name != "linear_scorer"),
-    "pipeline": _EVERYTHING,
-    "inspect_base": ("corpus", "label", "inspect"),
-    "benchmark": ("corpus",),
-    **{name: (name,) for name in ("pretrain", "corpus", "capture", "label", "evaluate", "serve")},
-}
-"""Stages that each job makes; any other job is planned as the whole pipeline."""
+"""The formula of every stage in `run.stages`."""
 
 
 # The text -----------------------------------------------------------------------------------------
@@ -581,8 +575,8 @@ def describe_plan(config: RunConfig, job: str) -> str:
         labels_per_text=_labels_per_text(run),
     )
     lines = _header(facts, job, run)
-    for name in _JOBS.get(job, _EVERYTHING):
-        plan = _STAGES[name](facts)
+    for row in stages_of_job(job):
+        plan = PLANS[row.name](facts)
         lines += _stage_lines(plan, facts, done=run.find(plan.artifact) is not None)
     return "\n".join(lines)
 

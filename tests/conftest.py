@@ -17,11 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nla_ray.artifacts import Run
-from nla_ray.config import BaseConfig, ComputeConfig, EvaluationConfig, GRPOSettings, RunConfig
-from nla_ray.manifest import Manifest
-from nla_ray.presets import nano
-from nla_ray.records import CHUNK_SCHEMA, split_of
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import split_of
+from nla_ray.run.manifest import Manifest
+from nla_ray.settings.config import (
+    BaseConfig,
+    ComputeConfig,
+    EvaluationConfig,
+    GRPOSettings,
+    RunConfig,
+)
+from nla_ray.settings.presets import nano
+from nla_ray.text.chunks import CHUNK_SCHEMA
 
 TEXTS = (
     "def read(path):\n    with open(path) as file:\n        return file.read()\n",
@@ -50,7 +57,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """An embedded Ray of at least two CPUs, started as every job starts it."""
-    from nla_ray.cluster import connect
+    from nla_ray.cluster.connect import connect
 
     with connect(ComputeConfig(threads=1)):
         yield

@@ -12,9 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nla_ray import vectors
-from nla_ray.artifacts import Run
-from nla_ray.config import (
+from nla_ray.activation import vectors
+from nla_ray.activation.bank import activation_id, activation_schema
+from nla_ray.base.adapters import add_lora, save_adapter
+from nla_ray.base.identity import base_info
+from nla_ray.base.load import load_backbone
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import Split, split_of
+from nla_ray.run.manifest import Manifest
+from nla_ray.score.reconstructor import Reconstructor
+from nla_ray.settings.config import (
     BaseConfig,
     ComputeConfig,
     GRPOSettings,
@@ -23,12 +30,7 @@ from nla_ray.config import (
     RunConfig,
     SFTConfig,
 )
-from nla_ray.manifest import Manifest
-from nla_ray.models.adapters import add_lora, save_adapter
-from nla_ray.models.backbone import base_info, load_backbone
-from nla_ray.models.reconstructor import Reconstructor
-from nla_ray.presets import nano
-from nla_ray.records import Split, activation_id, activation_schema, split_of
+from nla_ray.settings.presets import nano
 
 LORA = LoraSettings(rank=4, alpha=8)
 SETTINGS = GRPOSettings(

@@ -19,11 +19,11 @@ import psutil
 import pytest
 from grpo_run import grpo_config, prepare_run
 
-from nla_ray.activations import load_activations
-from nla_ray.artifacts import Run
-from nla_ray.config import BaseConfig
-from nla_ray.runlog import MetricsLog
-from nla_ray.training import grpo
+from nla_ray.activation.stage import load_activations
+from nla_ray.reinforce import grpo
+from nla_ray.run.artifact import Run
+from nla_ray.run.metrics import MetricsLog
+from nla_ray.settings.config import BaseConfig
 
 pytestmark = pytest.mark.slow  # processes are killed and runs restarted: minutes on two cores
 
@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
 DRIVER = """
 import pickle, sys
-from nla_ray.artifacts import Run
-from nla_ray.cluster import connect
-from nla_ray.training.grpo import train_grpo
+from nla_ray.cluster.connect import connect
+from nla_ray.reinforce.grpo import train_grpo
+from nla_ray.run.artifact import Run
 
 if __name__ == "__main__":
     run = Run(pickle.load(open(sys.argv[1], "rb")))

@@ -19,10 +19,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from nla_ray.artifacts import Run
-from nla_ray.presets import parse_arguments, preset
-from nla_ray.records import split_of
-from nla_ray.runlog import MetricsLog
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import split_of
+from nla_ray.run.metrics import MetricsLog
+from nla_ray.settings.command_line import parse_arguments
+from nla_ray.settings.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
@@ -251,7 +252,7 @@ SMOLLM2_IS_HERE = (
 def test_smollm2_goes_from_forty_texts_to_a_served_description(
     ray_cluster: None, tmp_path: Path
 ) -> None:
-    from nla_ray.serving import application
+    from nla_ray.serve import application
 
     wanted, test_share = (
         {"train": 16, "validation": 12, "test": 12},

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from nla_ray.config import BaseConfig
+from nla_ray.settings.config import BaseConfig
 
 MARKER = "\u320e"
 CHAT_TEMPLATE = (

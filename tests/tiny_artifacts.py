@@ -9,13 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nla_ray.activations import capture_activations, load_stats
-from nla_ray.artifacts import Run
-from nla_ray.config import LoraSettings
-from nla_ray.models.adapters import adapter_state, add_lora, save_adapter, set_adapter_state
-from nla_ray.models.backbone import base_info, load_backbone
-from nla_ray.models.reconstructor import Reconstructor
-from nla_ray.records import CHUNK_SCHEMA, LABEL_SCHEMA, SPLITS, document_half, split_of
+from nla_ray.activation.stage import capture_activations, load_stats
+from nla_ray.base.adapters import adapter_state, add_lora, save_adapter, set_adapter_state
+from nla_ray.base.identity import base_info
+from nla_ray.base.load import load_backbone
+from nla_ray.label.schema import LABEL_SCHEMA
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import SPLITS, document_half, split_of
+from nla_ray.score.reconstructor import Reconstructor
+from nla_ray.settings.config import LoraSettings
+from nla_ray.text.chunks import CHUNK_SCHEMA
 from nla_ray.training.linear import make_linear_scorer
 
 DOCUMENTS = {"train": 24, "validation": 8, "test": 14}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-from nla_ray.records import seed_of
+from nla_ray.run.identity import seed_of
 
 _POOL_BATCHES = 16
 """Batches sorted together: enough that a batch's lengths are alike, few enough that batches differ

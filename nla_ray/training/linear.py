@@ -11,20 +11,17 @@ import dataclasses
 
 import torch
 
-from nla_ray.activations import check_base, load_stats
-from nla_ray.artifacts import Run
-from nla_ray.cluster import run_placed
-from nla_ray.config import RunConfig
-from nla_ray.evaluation.metrics import derangement
-from nla_ray.manifest import Manifest
-from nla_ray.models.backbone import base_info, load_backbone, load_tokenizer
-from nla_ray.models.linear import DescriptionFeatures, LinearReconstructor, fit, predict
-from nla_ray.runlog import get_logger
+from nla_ray.activation.stage import load_stats
+from nla_ray.base.identity import base_info, check_base
+from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.cluster.resources import run_placed
+from nla_ray.run.artifact import Run, Stage
+from nla_ray.run.log import get_logger
+from nla_ray.run.manifest import Manifest
+from nla_ray.score.linear import PENALTIES, DescriptionFeatures, LinearReconstructor, fit, predict
+from nla_ray.score.metrics import derangement
+from nla_ray.settings.config import RunConfig
 from nla_ray.training.reconstruction import load_examples, validation_figures
-
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Shares of the mean squared feature; the one with the highest centred cosine on validation is
-kept."""
 
 logger = get_logger(__name__)
 
@@ -32,29 +29,20 @@ logger = get_logger(__name__)
 def fit_linear_scorer(run: Run) -> Manifest:
     """Artifact `linear_scorer`, unless it is complete; its manifest. Raises ValueError for too few
     labelled documents."""
-    stage = run.stage(
-        "linear_scorer", "base", "judge_scorer", "linear_scorer", parents=_parents(run)
-    )
-    if stage.manifest is None:
+    if _open_stage(run).manifest is None:
         run_placed(run.config, "scorer", make_linear_scorer)
-    return run.require("linear_scorer", "sft")
+    return run.require("linear_scorer")
 
 
-def _parents(run: Run) -> dict[str, Manifest]:
-    parents = {
-        "activations": run.require("activations", "capture"),
-        "labels": run.require("labels", "label"),
-    }
-    check_base(parents["activations"], base_info(run.config.base))
-    return parents
+def _open_stage(run: Run) -> Stage:
+    check_base(run.require("activations"), base_info(run.config.base))
+    return run.open("linear_scorer")
 
 
 def make_linear_scorer(config: RunConfig) -> None:
     """The whole of it, in this process."""
     run, settings = Run(config), config.linear_scorer
-    stage = run.stage(
-        "linear_scorer", "base", "judge_scorer", "linear_scorer", parents=_parents(run)
-    )
+    stage = _open_stage(run)
     layer = config.base.layer // 2 if settings.layer is None else settings.layer
     mean = torch.tensor(load_stats(run)["mean_direction"])
     features = DescriptionFeatures(

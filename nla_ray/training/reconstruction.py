@@ -16,26 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nla_ray import vectors
-from nla_ray.activations import load_activations, load_stats
-from nla_ray.artifacts import Run
-from nla_ray.config import ReconstructorConfig
-from nla_ray.evaluation.metrics import derangement
-from nla_ray.labels.stage import all_labels, drawn_labels, load_labels
-from nla_ray.manifest import Manifest
-from nla_ray.models.backbone import base_info
-from nla_ray.models.reconstructor import Reconstructor
-from nla_ray.records import document_half, seed_of
-from nla_ray.runlog import get_logger
+from nla_ray.activation import vectors
+from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.base.identity import base_info
+from nla_ray.label.stage import all_labels, drawn_labels, load_labels
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import document_half, seed_of
+from nla_ray.run.log import get_logger
+from nla_ray.run.manifest import Manifest
+from nla_ray.score.metrics import derangement
+from nla_ray.score.reconstructor import Reconstructor
+from nla_ray.settings.config import ReconstructorConfig
 from nla_ray.training.batches import LengthBatches
-from nla_ray.training.loop import (
-    Checkpoints,
-    checkpoint_trainable_only,
-    follow,
+from nla_ray.training.callbacks import follow
+from nla_ray.training.checkpoints import Checkpoints, checkpoint_trainable_only
+from nla_ray.training.precision import training_attention
+from nla_ray.training.workers import (
     prepare_worker,
     train_on_labels,
     trainer_arguments,
-    training_attention,
     worker_batch,
 )
 
@@ -53,6 +52,16 @@ logger = get_logger(__name__)
 def train_scorer(run: Run, name: ScorerName) -> Manifest:
     """Train one scorer from activations and labels, unless it is complete; return its manifest."""
     return train_on_labels(run, name, _train)
+
+
+def train_reward_scorer(run: Run) -> Manifest:
+    """The stage `reward_scorer`."""
+    return train_scorer(run, "reward_scorer")
+
+
+def train_judge_scorer(run: Run) -> Manifest:
+    """The stage `judge_scorer`."""
+    return train_scorer(run, "judge_scorer")
 
 
 # Examples -----------------------------------------------------------------------------------------

@@ -18,29 +18,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nla_ray.activations import load_activations
-from nla_ray.artifacts import Run
-from nla_ray.config import SFTConfig as SFTSettings
-from nla_ray.evaluation.metrics import derangement
-from nla_ray.injection import InjectionPrompt, attach_activations, build_injection_prompt
-from nla_ray.labels.stage import all_labels, drawn_labels
-from nla_ray.manifest import Manifest
-from nla_ray.models.adapters import add_lora, save_adapter
-from nla_ray.models.backbone import base_info, causal_model, load_backbone, load_tokenizer
-from nla_ray.models.prefix import share_prefix
-from nla_ray.prompts import wrap_description
-from nla_ray.records import seed_of
-from nla_ray.runlog import get_logger
+from nla_ray.activation.injection import attach_activations
+from nla_ray.activation.stage import load_activations
+from nla_ray.base.adapters import add_lora, save_adapter
+from nla_ray.base.identity import base_info
+from nla_ray.base.layers import causal_model
+from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt, wrap_description
+from nla_ray.cpu.log_probs import score_labels_only
+from nla_ray.cpu.shared_prefix import share_prefix
+from nla_ray.label.stage import all_labels, drawn_labels
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import seed_of
+from nla_ray.run.log import get_logger
+from nla_ray.run.manifest import Manifest
+from nla_ray.score.metrics import derangement
+from nla_ray.settings.config import SFTConfig as SFTSettings
 from nla_ray.training.batches import LengthBatches
-from nla_ray.training.logprobs import score_labels_only
-from nla_ray.training.loop import (
-    Checkpoints,
-    autocast_forward,
-    follow,
+from nla_ray.training.callbacks import follow
+from nla_ray.training.checkpoints import Checkpoints
+from nla_ray.training.precision import autocast_forward, training_attention
+from nla_ray.training.workers import (
     prepare_worker,
     train_on_labels,
     trainer_arguments,
-    training_attention,
     worker_batch,
 )
 
@@ -57,7 +58,7 @@ logger = get_logger(__name__)
 def train_sft(run: Run) -> Manifest:
     """Train the verbalizer on the drawn labels of train documents, unless it is complete; return
     its manifest."""
-    return train_on_labels(run, run.config.sft.artifact, _train, "sft")
+    return train_on_labels(run, "sft", _train)
 
 
 # Examples -----------------------------------------------------------------------------------------

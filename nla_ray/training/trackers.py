@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from nla_ray.artifacts import Run
-from nla_ray.config import RunConfig, to_dict
-from nla_ray.runlog import get_logger
+from nla_ray.run.artifact import Run
+from nla_ray.run.log import get_logger
+from nla_ray.settings.config import RunConfig, to_dict
 
 _WANDB_ID_NAME = "wandb_id"
 """File in a stage's scratch folder: the W&B run that a resumed stage goes on with, until its

@@ -1,0 +1,9 @@
+"""Activations: captured, kept, injected, and all arithmetic on them.
+
+Nouns: an activation (raw float32 residual-stream vector at a layer and position), a bank (many of
+them, by row).
+
+Read: vectors, positions, capture, injection, bank, shards, stage.
+
+An activation is never normalised on disk.
+"""

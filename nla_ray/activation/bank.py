@@ -1,0 +1,94 @@
+"""Activations in memory and on disk: the Arrow schema of a captured row, and the table of one split
+and layer.
+
+Protects the rule that row i of every field belongs together, in the order of activation_id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from nla_ray.text.chunks import TEXT_FIELDS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def activation_schema(d_model: int) -> pa.Schema:
+    """One residual-stream vector, raw float32, never normalised; `activation_id` =
+    `{text_id}@{layer}:{position}`.
+
+    `position` is the 0-based index of the token in the chat-formatted prompt, `token` its id.
+    """
+    return pa.schema(
+        [
+            pa.field("activation_id", pa.string(), nullable=False),
+            *TEXT_FIELDS,
+            pa.field("text", pa.string(), nullable=False),
+            pa.field("position", pa.int32(), nullable=False),
+            pa.field("token", pa.int32(), nullable=False),
+            pa.field("layer", pa.int32(), nullable=False),
+            pa.field("activation", pa.list_(pa.float32(), d_model), nullable=False),
+        ]
+    )
+
+
+def activation_id(text_id: str, layer: int, position: int) -> str:
+    """The identity of one captured vector."""
+    return f"{text_id}@{layer}:{position}"
+
+
+TEXT_COLUMNS = ["text_id", "doc_id", "split", "domain", "text"]
+
+
+# Reading them back --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationTable:
+    """Activations of one split and layer, sorted by activation_id; row i of every field belongs
+    together.
+
+    Example: ActivationTable(ids=["a#0@4:31"], text_ids=["a#0"], doc_ids=["a"], domains=["licence"],
+    texts=["..."], vectors=<float32 [1, d_model]>)
+    """
+
+    ids: list[str]
+    text_ids: list[str]
+    doc_ids: list[str]
+    domains: list[str]
+    texts: list[str]
+    vectors: Tensor
+    """[rows, d_model] float32, as captured."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, indices: Sequence[int]) -> ActivationTable:
+        """The rows at `indices`, in that order."""
+        import torch
+
+        chosen = [int(index) for index in indices]
+        lists = {
+            name: [getattr(self, name)[index] for index in chosen]
+            for name in ("ids", "text_ids", "doc_ids", "domains", "texts")
+        }
+        return ActivationTable(
+            **lists, vectors=self.vectors[torch.tensor(chosen, dtype=torch.int64)]
+        )
+
+
+def activation_matrix(
+    activations: pa.ChunkedArray | pa.FixedSizeListArray, d_model: int
+) -> np.ndarray:
+    """A fixed-size-list column as float32 [rows, d_model]; without a copy when it is one chunk."""
+    array = (
+        activations.combine_chunks() if isinstance(activations, pa.ChunkedArray) else activations
+    )
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, d_model)

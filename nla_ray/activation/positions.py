@@ -1,0 +1,118 @@
+"""From a text to token ids and the positions whose activations are wanted; texts in batches of like
+length."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nla_ray.base import prompts
+from nla_ray.run.identity import seed_of
+from nla_ray.settings.config import BaseConfig, CaptureConfig
+
+MAX_PADDING = 0.05
+"""Largest share of padding in one forward pass."""
+_SENTINEL = "nla-ray-text"
+
+
+# From text to token positions ---------------------------------------------------------------------
+
+
+class Skipped(ValueError):
+    """A text that has no activation. The message starts with the reason: `no_tokens`, `too_long` or
+    `non_finite`."""
+
+    @property
+    def reason(self) -> str:
+        return str(self).partition(":")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedText:
+    """A chat-formatted text and the positions whose activations are wanted.
+
+    Example: EncodedText(ids=[1, 40, 8, 2, 3], positions=[4])
+    """
+
+    ids: list[int]
+    positions: list[int]
+    """Ascending, 0-based."""
+
+
+class TextEncoder:
+    """Formats a text as one user turn with the generation prompt appended, and picks positions in
+    it."""
+
+    def __init__(self, tokenizer, base: BaseConfig, capture: CaptureConfig) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"tokenizer of {base.model}: got a slow one, expected one that reports character"
+                " offsets. Install its fast version (tokenizer.json)."
+            )
+        self._tokenizer, self._max_tokens = tokenizer, base.max_tokens
+        self._random_count = (
+            int(capture.positions[7:]) if capture.positions.startswith("random:") else None
+        )
+        around = prompts.chat_prompt(tokenizer, _SENTINEL).split(_SENTINEL)
+        if len(around) != 2:
+            raise ValueError(
+                f"chat template of {base.model}: got the user's text {len(around) - 1} times in the"
+                " prompt, expected once. Choose a base with an ordinary chat template."
+            )
+        self._before, self._after = len(around[0]), len(around[1])
+
+    def encode(self, text_id: str, text: str) -> EncodedText:
+        """Raises Skipped for a text without tokens or with more than base.max_tokens, template
+        included."""
+        prompt = prompts.chat_prompt(self._tokenizer, text)
+        encoding = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        ids, end = encoding["input_ids"], len(prompt) - self._after
+        inside = [
+            place
+            for place, (left, right) in enumerate(encoding["offset_mapping"])
+            if left < right and left < end and right > self._before
+        ]
+        if not inside:
+            raise Skipped("no_tokens: the text became no token, expected at least one")
+        if len(ids) > self._max_tokens:
+            raise Skipped(
+                f"too_long: the prompt has {len(ids)} tokens, expected at most {self._max_tokens} "
+                "(--base.max-tokens)"
+            )
+        if self._random_count is None:
+            return EncodedText(ids=ids, positions=[len(ids) - 1])
+        drawn = random.Random(seed_of(0, "positions", text_id)).sample(
+            inside, min(self._random_count, len(inside))
+        )
+        return EncodedText(ids=ids, positions=sorted(drawn))
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of texts in batches of like length: at most `batch_tokens` padded tokens and
+    MAX_PADDING padding in each.
+
+    A text longer than `batch_tokens` is a batch of its own. Example: plan_batches([10, 5, 10, 5],
+    20) == [[1, 3], [0, 2]].
+    """
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        length = lengths[index]
+        rows = len(batches[-1]) + 1 if batches else 1
+        fits = (
+            rows * length <= batch_tokens and tokens + length >= (1 - MAX_PADDING) * rows * length
+        )
+        if not batches or not fits:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += length
+    return batches
+
+
+def padded_tokens(lengths: Sequence[int], batch_tokens: int) -> int:
+    """Tokens that the forward passes of `plan_batches` compute, padding included."""
+    return sum(
+        len(batch) * max(lengths[i] for i in batch) for batch in plan_batches(lengths, batch_tokens)
+    )

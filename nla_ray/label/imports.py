@@ -1,0 +1,137 @@
+"""Reads labels made elsewhere and joins them to the corpus by the hash of the text.
+
+A label says something about one text. So a row is taken only when its text, or the hash it carries,
+is a text of the corpus; every other row is refused by line and reason, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nla_ray.run.identity import text_hash
+from nla_ray.settings.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedLabel:
+    """One teacher's raw description of the text with this hash.
+
+    Example:
+        ImportedLabel(line=17, text_hash="9f86d0...", teacher="teacher_a", raw="1. **Use
+        memoization** ...")
+    """
+
+    line: int
+    text_hash: str
+    teacher: str
+    raw: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """One row, or one label of a row, that is not taken.
+
+    Example:
+        Refusal(line=18, doc_id="A01_code_001", reason="text is not in the corpus")
+    """
+
+    line: int
+    doc_id: str
+    reason: str
+
+
+def read_labels(
+    path: Path, text_of_document: Mapping[str, set[str]]
+) -> Iterator[ImportedLabel | Refusal]:
+    """Every label of a JSONL file, or its refusal.
+
+    Rows hold `text` or `text_hash`, and `teacher` with `label`, or `labels` {teacher: label}.
+    `text_of_document`: the corpus' text hashes by doc_id; a row that names a document must carry a
+    text of that document.
+    """
+    require(
+        path.is_file(),
+        "label.import_path",
+        str(path),
+        "a JSONL file",
+        "Correct --label.import-path.",
+    )
+    in_corpus = set().union(*text_of_document.values())
+    seen: set[tuple[str, str]] = set()
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                row = _parse(raw)
+                digest = _matching_hash(row, in_corpus, text_of_document)
+                labels = _labels_of(row)
+            except ValueError as reason:
+                yield Refusal(line=line, doc_id=_doc_id(raw), reason=str(reason))
+                continue
+            for teacher, label in labels.items():
+                if (digest, teacher) in seen:
+                    yield Refusal(
+                        line=line, doc_id=str(row.get("doc_id", "")), reason="label is there twice"
+                    )
+                    continue
+                seen.add((digest, teacher))
+                yield ImportedLabel(line=line, text_hash=digest, teacher=teacher, raw=label)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError("not a JSON object in UTF-8") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object in UTF-8")
+    return row
+
+
+def _matching_hash(
+    row: dict[str, Any], in_corpus: set[str], text_of_document: Mapping[str, set[str]]
+) -> str:
+    text, digest = row.get("text"), row.get("text_hash")
+    if isinstance(text, str):
+        try:
+            own = text_hash(text)
+        except UnicodeEncodeError:
+            raise ValueError("text is not valid Unicode") from None
+        if digest is not None and digest != own:
+            raise ValueError("text_hash is not the hash of text")
+        digest = own
+    if not isinstance(digest, str):
+        raise ValueError("neither text nor text_hash")
+    document = row.get("doc_id")
+    if digest not in text_of_document.get(str(document), in_corpus):
+        raise ValueError(
+            "text differs from the document's in the corpus"
+            if str(document) in text_of_document
+            else "text is not in the corpus"
+        )
+    if digest not in in_corpus:
+        raise ValueError("text is not in the corpus")
+    return digest
+
+
+def _labels_of(row: dict[str, Any]) -> dict[str, str]:
+    labels = row.get("labels", {row.get("teacher"): row.get("label")})
+    if not isinstance(labels, dict) or not labels:
+        raise ValueError("neither labels nor teacher and label")
+    for teacher, label in labels.items():
+        if not isinstance(teacher, str) or not teacher or not isinstance(label, str):
+            raise ValueError("neither labels nor teacher and label")
+    return labels
+
+
+def _doc_id(raw: bytes) -> str:
+    try:
+        row = json.loads(raw)
+    except (ValueError, RecursionError):
+        return ""
+    return str(row.get("doc_id", "")) if isinstance(row, dict) else ""

@@ -1,0 +1,85 @@
+"""What every scorer reads in every text: one reconstruction a text and scorer, whichever verbalizer
+wrote it.
+
+The scorers share one loaded base. What a scorer has read is kept in the report's folder until the
+report is published, so that an interrupted evaluation reads nothing twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nla_ray.report.controls import SCORERS
+from nla_ray.run.artifact import Run
+from nla_ray.run.log import stage_progress
+from nla_ray.run.manifest import Manifest
+from nla_ray.score.linear import LinearReconstructor
+from nla_ray.score.reconstructor import Reconstructor
+
+_CHUNK_BATCHES = 8
+"""Between two words on progress."""
+
+
+class Readings:
+    """Reconstructions of texts by scorer."""
+
+    def __init__(self, texts: Sequence[str], by_scorer: Mapping[str, Tensor]) -> None:
+        """`texts`: each once; `by_scorer`: [texts, d_model] in their order."""
+        self._places = {text: place for place, text in enumerate(texts)}
+        self._by_scorer = dict(by_scorer)
+
+    def of(self, scorer: str, texts: Sequence[str]) -> Tensor:
+        """[len(texts), d_model], in the order given."""
+        return self._by_scorer[scorer][
+            torch.tensor([self._places[text] for text in texts], dtype=torch.int64)
+        ]
+
+
+def read_texts(
+    run: Run, manifests: Mapping[str, Manifest], texts: Iterable[str], scratch: Path
+) -> Readings:
+    """Every scorer's reconstruction of every text. `scratch`: a folder for what is read already."""
+    unique = sorted(set(texts))  # side by side what begins alike, which a reconstructor reads once
+    digest = hashlib.sha256("\0".join(unique).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    scratch.mkdir(parents=True, exist_ok=True)
+    by_scorer: dict[str, Tensor] = {}
+    model = None
+    with stage_progress("reconstruct", len(SCORERS) * len(unique)) as advance:
+        for scorer in SCORERS:
+            file = scratch / f"{scorer}-{digest}.safetensors"
+            if file.is_file():
+                by_scorer[scorer] = load_file(file)["read"]
+                advance(len(unique), scorer)
+                continue
+            reconstructor = _load(run, manifests, scorer, model)
+            model = reconstructor.model
+            parts = []
+            batch_size = run.config.evaluation.batch_size
+            for start in range(0, len(unique), _CHUNK_BATCHES * batch_size):
+                parts.append(
+                    reconstructor.reconstruct(
+                        unique[start : start + _CHUNK_BATCHES * batch_size], batch_size
+                    )
+                )
+                advance(len(parts[-1]), scorer)
+            by_scorer[scorer] = torch.cat(parts)
+            temporary = file.with_suffix(".tmp")
+            save_file({"read": by_scorer[scorer]}, temporary)
+            temporary.replace(file)
+    return Readings(unique, by_scorer)
+
+
+def _load(
+    run: Run, manifests: Mapping[str, Manifest], scorer: str, model
+) -> Reconstructor | LinearReconstructor:
+    artifact = f"{scorer}_scorer"
+    with run.local_copy(artifact, manifests[artifact]) as folder:
+        if scorer == "linear":
+            return LinearReconstructor.load(run.config.base, folder, model=model)
+        return Reconstructor.load(run.config.base, folder, adapter=scorer, model=model)

@@ -1,0 +1,279 @@
+"""Run directories: where artifacts lie, how they are published atomically, skipped when complete
+and resumed.
+
+A run is a folder (local, or any pyarrow filesystem URI) with one folder per artifact. A stage opens
+its artifact with `run.stage(...)`, writes files, and ends with `stage.publish(...)`, which writes
+the manifest last. Protects the rule: never a silent mix. What lies there was made with this
+configuration from these parents, or there is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nla_ray.run.location import Location, copied_while, copy_files
+from nla_ray.run.lock import Lease, LocalLock
+from nla_ray.run.manifest import MANIFEST_NAME, Manifest
+from nla_ray.run.stages import job_of, stage_row
+from nla_ray.settings.config import RunConfig, config_hash, to_dict
+
+_STARTED_NAME = "started.json"
+"""Configuration of an artifact that is being made; gone when its manifest is there."""
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "pyarrow")
+
+
+class Stage:
+    """One artifact while it is being made (or found complete)."""
+
+    def __init__(
+        self, run: Run, name: str, config: dict[str, Any], parents: Mapping[str, Manifest]
+    ) -> None:
+        self.run, self.name, self.config = run, name, config
+        self.location = run.root / name
+        self._parents = {parent: manifest.fingerprint for parent, manifest in parents.items()}
+        self._hash = config_hash({"config": config, "parents": self._parents})
+        self.manifest = self._existing()
+        if self.manifest is None:
+            self._mark_started()
+
+    @property
+    def complete(self) -> bool:
+        """True: the artifact lies there, made with this configuration from these parents; skip the
+        stage."""
+        return self.manifest is not None
+
+    def _existing(self) -> Manifest | None:
+        manifest = self.run.find(self.name)
+        if manifest is not None:
+            self._require_same(manifest.config_hash, manifest.config, manifest.parents)
+        return manifest
+
+    def _mark_started(self) -> None:
+        marker = self.location / _STARTED_NAME
+        if marker.exists():
+            started = json.loads(marker.read_text())
+            self._require_same(started["config_hash"], started["config"], started["parents"])
+        else:
+            marker.write_text(
+                json.dumps(
+                    {"config_hash": self._hash, "config": self.config, "parents": self._parents},
+                    indent=1,
+                )
+            )
+
+    def _require_same(
+        self, other_hash: str, other_config: dict[str, Any], other_parents: dict[str, str]
+    ) -> None:
+        if other_hash == self._hash:
+            return
+        changes = differences(other_config, self.config) or [
+            f"parent {name}: there {other_parents.get(name)}, here {self._parents.get(name)}"
+            for name in sorted({*other_parents, *self._parents})
+            if other_parents.get(name) != self._parents.get(name)
+        ]
+        raise ValueError(
+            f"artifact {self.name!r} in {self.location}: it was made with another configuration"
+            f" ({'; '.join(changes[:4])}), expected the same. Repeat the flags it was made with,"
+            f" use another --run-dir, or delete {self.location}."
+        )
+
+    def reopen(self) -> None:
+        """Make a complete artifact one that is being made, with all that lies in it; whoever goes
+        on from a file of it verifies it before."""
+        (self.location / MANIFEST_NAME).delete()
+        self.manifest = None
+        self._mark_started()
+
+    def publish(
+        self,
+        *,
+        documents: dict[str, list[str]] | None = None,
+        model: dict[str, Any] | None = None,
+        metrics: dict[str, Any] | None = None,
+    ) -> Manifest:
+        """Hash every file, write the manifest last, and return it."""
+        paths = [
+            path
+            for path in self.location.list_files()
+            if path not in (MANIFEST_NAME, _STARTED_NAME)
+            and not path.startswith(("scratch/",))
+            and not path.endswith(".tmp")
+        ]
+        manifest = Manifest(
+            name=self.name,
+            config=self.config,
+            config_hash=self._hash,
+            parents=self._parents,
+            files={path: (self.location / path).record() for path in paths},
+            documents={use: sorted(set(ids)) for use, ids in (documents or {}).items()},
+            model=model or {},
+            metrics=metrics or {},
+            environment=_environment(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        (self.location / MANIFEST_NAME).write_text(manifest.to_json())
+        (self.location / _STARTED_NAME).delete()
+        (self.location / "scratch").delete()
+        self.manifest = manifest
+        return manifest
+
+    @contextmanager
+    def local_folder(self) -> Iterator[Path]:
+        """A local folder to write into, for libraries that know only paths; its files land in the
+        artifact.
+
+        On a local run it is the artifact's own folder; else what is in it is copied every minute
+        and on exit, so that whoever is killed loses no more than that. What lies in `scratch/` is
+        removed when the artifact is published.
+        """
+        if self.location.is_local:
+            Path(self.location.path).mkdir(parents=True, exist_ok=True)
+            yield Path(self.location.path)
+            return
+        with tempfile.TemporaryDirectory(prefix="nla_ray_") as folder:
+            copy_files(self.location, Location.of(folder))
+            with copied_while(Path(folder), self.location):
+                yield Path(folder)
+
+
+class Run:
+    """A run directory and the configuration it is worked on with."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.root = Location.of(config.run_dir)
+
+    def stage(
+        self,
+        name: str,
+        *sections: str,
+        parents: Mapping[str, Manifest] | None = None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> Stage:
+        """Open artifact `name`, shaped by the named configuration sections and made from `parents`,
+        and from files outside the run (`inputs`: name -> digest).
+
+        Raises ValueError when what lies there has another configuration or other parents.
+        """
+        plain = to_dict(self.config)
+        config = {section: plain[section] for section in sections} | (
+            {"inputs": dict(inputs)} if inputs else {}
+        )
+        return Stage(self, name, config, parents or {})
+
+    def open(
+        self,
+        stage: str,
+        *,
+        parents: Mapping[str, Manifest] | None = None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> Stage:
+        """Open the artifact of a stage, with settings and parents as the table of stages says.
+
+        `parents` replaces the table's. Raises ValueError that names the job of a missing parent, or
+        the difference to what lies there.
+        """
+        row = stage_row(stage)
+        return self.stage(
+            row.artifact(self.config),
+            *row.sections,
+            parents=self.parents_of(stage) if parents is None else parents,
+            inputs=inputs,
+        )
+
+    def parents_of(self, stage: str) -> dict[str, Manifest]:
+        """Manifests of what a stage is made from, by artifact. Raises ValueError that names the job
+        of what is missing."""
+        parents = (stage_row(parent) for parent in stage_row(stage).parents)
+        artifacts = [parent.parent_artifact(self.config) for parent in parents]
+        return {name: self.require(name) for name in artifacts}
+
+    def find(self, name: str) -> Manifest | None:
+        """The manifest of a complete artifact, or None."""
+        path = self.root / name / MANIFEST_NAME
+        return Manifest.from_json(path.read_text(), str(path)) if path.exists() else None
+
+    def require(self, name: str) -> Manifest:
+        """The manifest of artifact `name`. Raises ValueError that names the job which makes it."""
+        manifest = self.find(name)
+        if manifest is None:
+            raise ValueError(
+                f"artifact {name!r}: got none in {self.root}, expected a complete one. Make it"
+                f" with: python jobs/{job_of(name)}.py --preset {self.config.preset} --run-dir"
+                f" {self.config.run_dir}"
+            )
+        return manifest
+
+    def verified(self, name: str, manifest: Manifest, path: str) -> Location:
+        """A file of an artifact, after its size and hash were compared with the manifest. Raises
+        ValueError if they differ."""
+        location = self.root / name / path
+        expected = manifest.files[path]
+        actual = location.record() if location.exists() else None
+        if actual != expected:
+            found = (
+                "no file" if actual is None else f"{actual.size} bytes, sha256 {actual.sha256[:12]}"
+            )
+            raise ValueError(
+                f"{location}: got {found}, expected {expected.size} bytes, sha256"
+                f" {expected.sha256[:12]}. The file is damaged; delete {self.root / name} and run"
+                " its job again."
+            )
+        return location
+
+    @contextmanager
+    def local_copy(self, name: str, manifest: Manifest, prefix: str = "") -> Iterator[Path]:
+        """A verified local folder with the artifact's files below `prefix`, for libraries that know
+        only paths."""
+        paths = [path for path in manifest.files if path.startswith(prefix)]
+        locations = {path: self.verified(name, manifest, path) for path in paths}
+        if self.root.is_local:
+            yield Path(self.root.path) / name / prefix
+            return
+        with tempfile.TemporaryDirectory(prefix="nla_ray_") as folder:
+            for path, location in locations.items():
+                target = Path(folder) / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(location.read_bytes())
+            yield Path(folder) / prefix
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises ValueError when another process works on the same
+        directory."""
+        holder = LocalLock(self.root) if self.root.is_local else Lease(self.root)
+        try:
+            yield
+        finally:
+            holder.release()
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Readable differences of two nested configurations: `grpo.steps: there 80, here 20`."""
+    lines = []
+    for key in sorted({*there, *here}):
+        if isinstance(there.get(key), dict) and isinstance(here.get(key), dict):
+            lines += differences(there[key], here[key], f"{prefix}{key}.")
+            continue
+        old, new = (repr(one[key]) if key in one else "nothing" for one in (there, here))
+        if old != new:
+            lines.append(f"{prefix}{key}: there {old}, here {new}")
+    return lines
+
+
+def _environment() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

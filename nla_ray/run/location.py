@@ -1,0 +1,173 @@
+"""A file or folder on a local disk or an object store; what is in it, and copies that follow
+changes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from nla_ray.run.log import get_logger
+from nla_ray.run.manifest import FileRecord
+
+logger = get_logger(__name__)
+
+
+_COPY_SECONDS = 60.0
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or file on a pyarrow filesystem. Local paths and URIs are handled alike."""
+
+    filesystem: pafs.FileSystem
+    path: str
+
+    @classmethod
+    def of(cls, where: str | Path) -> Location:
+        """From a local path or a URI (file://, s3://, gs://, hdfs://, or any fsspec scheme that is
+        installed)."""
+        text = str(where)
+        if "://" not in text:
+            return cls(pafs.LocalFileSystem(), str(Path(text).absolute()))
+        try:
+            filesystem, path = pafs.FileSystem.from_uri(text)
+        except (OSError, ValueError) as error:
+            filesystem, path = _fsspec(text, error)
+        return cls(filesystem, path)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.path if self.is_local else f"{self.filesystem.type_name}:{self.path}"
+
+    def exists(self) -> bool:
+        return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
+
+    def list_files(self) -> list[str]:
+        """Paths of all files below, relative, sorted."""
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        start = len(self.path.rstrip("/")) + 1
+        return sorted(
+            info.path[start:]
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        )
+
+    def read_bytes(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return stream.read()
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def write_bytes(self, content: bytes) -> None:
+        """Replace the file whole: readers see the old content or the new, never a part."""
+        self.filesystem.create_dir(self.path.rsplit("/", 1)[0], recursive=True)
+        if not self.is_local:  # an object appears when its upload completes
+            with self.filesystem.open_output_stream(self.path) as stream:
+                stream.write(content)
+            return
+        temporary = f"{self.path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def write_text(self, content: str) -> None:
+        self.write_bytes(content.encode())
+
+    def delete(self) -> None:
+        """Remove the file or the folder with everything in it; nothing happens when it is not
+        there."""
+        kind = self.filesystem.get_file_info(self.path).type
+        if kind == pafs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+        elif kind == pafs.FileType.File:
+            self.filesystem.delete_file(self.path)
+
+    def record(self) -> FileRecord:
+        """Size and SHA-256 of the file."""
+        digest, size = hashlib.sha256(), 0
+        with self.filesystem.open_input_stream(self.path) as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+                size += len(block)
+        return FileRecord(size=size, sha256=digest.hexdigest())
+
+
+def _fsspec(uri: str, reason: Exception) -> tuple[pafs.FileSystem, str]:
+    """A filesystem that pyarrow itself does not speak, through fsspec. Raises ValueError when there
+    is none."""
+    try:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"run directory: got {uri!r}, expected a local path or a URI pyarrow or fsspec can open"
+            f" ({reason}; {error}). Install the file system's package or use another path."
+        ) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def copy_files(source: Location, target: Location) -> None:
+    for path in source.list_files():
+        (target / path).write_bytes((source / path).read_bytes())
+
+
+@contextmanager
+def copied_while(folder: Path, target: Location) -> Iterator[None]:
+    """Copies what changes in a local folder every _COPY_SECONDS, and what is left on exit."""
+    copied = _state(folder)
+    stopped = threading.Event()
+
+    def copy() -> None:
+        for path, state in _state(folder).items():
+            if copied.get(path) != state:
+                (target / path).write_bytes((folder / path).read_bytes())
+                copied[path] = state
+
+    def keep() -> None:
+        while not stopped.wait(_COPY_SECONDS):
+            try:
+                copy()
+            except OSError as error:  # the next round or the last one tries again
+                logger.warning("%s: not copied this time: %s", target, error)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        copy()
+
+
+def _state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file, by its path below the folder; files on their way to
+    another name are left out."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".tmp")
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+    }

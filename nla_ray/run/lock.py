@@ -1,0 +1,88 @@
+"""One process works on a run directory at a time: a lock of the kernel's, or a lease on an object
+store."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from nla_ray.run.location import Location
+from nla_ray.run.log import get_logger
+
+logger = get_logger(__name__)
+
+
+_LOCK_NAME = ".lock"
+_LEASE_SECONDS = 90.0
+
+
+class LocalLock:
+    """An advisory lock that the kernel drops when its process dies, however it dies."""
+
+    def __init__(self, root: Location) -> None:
+        try:
+            Path(root.path).mkdir(parents=True, exist_ok=True)
+            self._file = open(f"{root.path}/{_LOCK_NAME}", "a+")
+        except OSError as error:
+            raise ValueError(
+                f"run directory {root}: got {error.strerror}, expected a folder that can be"
+                " written. Choose another with --run-dir."
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            raise ValueError(_busy(root, self._file.read().strip())) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class Lease:
+    """The same on an object store: a file renewed every third of its validity, stale when it is not
+    renewed."""
+
+    def __init__(self, root: Location) -> None:
+        self._file, self._owner = (
+            root / _LOCK_NAME,
+            f"process {os.getpid()} on {platform.node()} {uuid.uuid4().hex[:6]}",
+        )
+        if self._file.exists():
+            lease = json.loads(self._file.read_text())
+            if time.time() - lease["time"] < _LEASE_SECONDS:
+                raise ValueError(_busy(root, lease["owner"]))
+        self._renew()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        self._file.write_text(json.dumps({"owner": self._owner, "time": time.time()}))
+
+    def _keep(self) -> None:
+        while not self._stop.wait(_LEASE_SECONDS / 3):
+            try:
+                self._renew()
+            except OSError as error:  # a store that is away for a moment must not end the renewals
+                logger.warning("%s: not renewed this time: %s", self._file, error)
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._file.delete()
+
+
+def _busy(root: Location, owner: str) -> str:
+    return (
+        f"run directory {root}: got a lock held by {owner or 'another process'}, expected a free"
+        " one. Wait for that run, stop it, or use another --run-dir."
+    )

@@ -1,0 +1,128 @@
+"""The manifest: the file beside every artifact that says what it is and what it was made from.
+
+It is written last, so its presence means that the artifact is complete. It knows nothing of folders
+or file systems.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nla_ray.settings.config import config_hash
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file of an artifact."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Identity of one artifact."""
+
+    name: str
+    """Which artifact of the run: corpus, activations, labels, reward_scorer, judge_scorer, sft,
+    grpo, report."""
+    config: dict[str, Any]
+    """The resolved configuration it was made with (the sections that shape it)."""
+    config_hash: str
+    parents: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of every artifact it was made from, by name."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """Every file, by path inside the artifact."""
+    documents: dict[str, list[str]] = field(default_factory=dict)
+    """doc_ids by use: `train` (learned from), `validation` (chosen on), `test` (reported on)."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """The base: name, digest, tokenizer digest, layer, d_model, injection norm, marker and its
+    neighbours."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    """Versions of Python and of the libraries that shape the numbers."""
+    created: str = ""
+    """UTC, ISO 8601."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the artifact IS (name, configuration, parents, files), not of when it was
+        made."""
+        files = {path: record.sha256 for path, record in sorted(self.files.items())}
+        return config_hash(
+            {"name": self.name, "config": self.config_hash, "parents": self.parents, "files": files}
+        )
+
+    def to_json(self) -> str:
+        return (
+            json.dumps(
+                {**dataclasses.asdict(self), "fingerprint": self.fingerprint},
+                indent=1,
+                sort_keys=True,
+            )
+            + "\n"
+        )
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """Raises ValueError, naming `source`, when the text is not a manifest of this schema, or
+        when its fingerprint (of files, configuration and parents; not of documents, metrics and
+        model) is not its own.
+        """
+        try:
+            fields = json.loads(text)
+            fingerprint = fields.pop("fingerprint")
+            files = {path: FileRecord(**record) for path, record in fields.pop("files").items()}
+            manifest = cls(files=files, **fields)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{source}: not a manifest of schema {SCHEMA_VERSION} ({type(error).__name__}:"
+                f" {error}). Delete that artifact's folder and run its job again."
+            ) from None
+        if manifest.fingerprint != fingerprint:
+            raise ValueError(
+                f"{source}: got fingerprint {fingerprint}, expected {manifest.fingerprint} from its"
+                " own content. The file was edited; delete that artifact's folder and run its job"
+                " again."
+            )
+        return manifest
+
+
+def check_lineage(
+    report_documents: Iterable[str],
+    ancestors: Mapping[str, Manifest],
+    uses: Sequence[str] = ("train", "validation"),
+) -> None:
+    """Raise ValueError when a document of a report was learned from, or chosen on, by any
+    ancestor."""
+    reported = set(report_documents)
+    for name, manifest in ancestors.items():
+        for use in uses:
+            leaked = sorted(reported.intersection(manifest.documents.get(use, ())))
+            if leaked:
+                raise ValueError(
+                    f"lineage: {len(leaked)} documents of the report were in the {use} documents of"
+                    f" {name}: {leaked[:3]}, expected none. Build the corpus again; its split must"
+                    " come from the document id alone."
+                )
+
+
+def check_disjoint(first: Manifest, second: Manifest) -> None:
+    """Raise ValueError when two artifacts (the reward scorer and the judge) learned from a common
+    document."""
+    common = sorted(
+        set(first.documents.get("train", ())).intersection(second.documents.get("train", ()))
+    )
+    if common:
+        raise ValueError(
+            f"{first.name} and {second.name} share {len(common)} train documents: {common[:3]},"
+            " expected none. Train one of them again on the other half of the documents."
+        )

@@ -1,0 +1,66 @@
+"""A file of metrics, one JSON object a line, that can always be read, however its writer died."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+METRICS_NAME = "metrics.jsonl"
+"""What a training stage wrote down step by step, inside its artifact."""
+
+
+# Metrics ------------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """A file of metrics, one JSON object a line, that its writer may be killed on.
+
+    The first line appended cuts off a torn last one; reading skips it, and changes nothing.
+
+    Example: `log.append({"step": 3, "loss": 2.5})` writes `{"step": 3, "loss": 2.5}`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._is_whole = False
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """Write one object and hand it to the operating system."""
+        if not self._is_whole and self.path.exists():
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+        self._is_whole = True
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line, oldest first. Raises ValueError for a damaged one."""
+        if not self.path.exists():
+            return []
+        *lines, _torn = self.path.read_text().split(
+            "\n"
+        )  # what no line break ends is not there yet: the next append cuts it off
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                raise ValueError(
+                    f"{self.path}, line {number}: got {line[:40]!r}, expected one JSON object a"
+                    " line. The file is damaged; delete it, or the artifact it belongs to."
+                ) from None
+        return records
+
+    def rewind(self, key: str, last: float) -> None:
+        """Drop the records whose `key` is above `last`: a run that resumes from step `last` writes
+        them again.
+
+        Records without the key stay.
+        """
+        kept = [record for record in self.read() if record.get(key, last) <= last]
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, self.path)

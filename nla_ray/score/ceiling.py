@@ -1,0 +1,102 @@
+"""The gold ceiling of a layer: how well labels, through a ridge regression, tell its activations
+apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nla_ray.activation import vectors
+from nla_ray.activation.vectors import norm
+from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.linear import PENALTIES, fit, predict
+from nla_ray.score.metrics import Comparisons, Figure, figures
+
+PUBLIC_DEPTH = 20 / 28
+"""Share of the blocks below the layer that public verbalizers read (block 20 of 28)."""
+DEPTHS = (0.35, 0.5, 0.6, PUBLIC_DEPTH, 0.82)
+_CEILING = ("top1_2way", "top1_10way", "centred_cosine", "fve")
+
+
+def inspect_layer(
+    known: Tensor, unknown: Tensor, features: Tensor, held_out: Tensor, doc_ids: Sequence[str]
+) -> dict[str, Any]:
+    """One layer: norms of the train activations [n, d_model], and the gold ceiling on validation
+    activations [m, d_model].
+
+    `features`, `held_out`: of their labels, [n, d_model] and [m, d_model]. The ridge penalty with
+    the best centred cosine counts: it is chosen on the rows that the ceiling is told of, so the
+    ceiling serves to choose by and is no evidence. The 2-way choice is by centred cosine: raw, gold
+    labels fail it where activations differ in their distance to the mean.
+    """
+    norms, mean = norm(known)[:, 0], vectors.mean_direction(known)
+    comparisons, bootstrap = (
+        Comparisons.draw(unknown, doc_ids, mean, seed=0),
+        DocumentBootstrap(doc_ids),
+    )
+    tried: list[tuple[float, dict[str, Figure]]] = []
+    for penalty in PENALTIES:
+        read = mean + predict(held_out, fit(features, known, mean, penalty))
+        tried.append((penalty, figures(read, comparisons)))
+    penalty, best = max(tried, key=lambda one: one[1]["centred_cosine"].value)
+    return {
+        "mean_norm": norms.mean().item(),
+        "norm_quantiles": {str(share): norms.quantile(share).item() for share in (0.01, 0.5, 0.99)},
+        "injection_norm": round_up(norms.mean().item()),
+        "cosine_with_mean": vectors.cosine(known, mean).mean().item(),
+        "penalty": penalty,
+        "ceiling": {
+            name: interval.to_dict()
+            for name, interval in bootstrap.intervals(
+                {name: best[name] for name in _CEILING}
+            ).items()
+        },
+    }
+
+
+def round_up(value: float) -> float:
+    """The next number of two digits whose second one is 0 or 5: 472 -> 500, 43.2 -> 45."""
+    step = 5 * 10 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / step) * step
+
+
+def describe_inspection(results: dict[str, Any]) -> list[str]:
+    """For a terminal: what was found, and the flags that say so."""
+    marker = results["marker"]
+    lines = [
+        (
+            f"{results['base']}: {results['num_layers']} blocks, d_model {results['d_model']};"
+            f" ceiling of gold labels by ridge regression on {results['texts']['train']} train"
+            f" texts, of {results['texts']['validation']} validation texts"
+        ),
+        (
+            f"marker {marker['found']!r} (id {marker['id']}, between {marker['neighbours'][0]} and"
+            f" {marker['neighbours'][1]}); configured {marker['configured']!r}"
+        ),
+        (
+            "layer  depth  mean norm  1% to 99%        cos with mean  2-way  10-way  centred"
+            " cosine, 95%    FVE"
+        ),
+    ]
+    for layer, one in results["layers"].items():
+        ceiling, quantiles = (
+            {name: figure["value"] for name, figure in one["ceiling"].items()},
+            one["norm_quantiles"],
+        )
+        told = "{value:.3f} {low:.3f} to {high:.3f}".format(**one["ceiling"]["centred_cosine"])
+        lines.append(
+            f"{layer:>5}  {int(layer) / results['num_layers']:5.2f}  {one['mean_norm']:9.1f} "
+            f" {quantiles['0.01']:7.1f} {quantiles['0.99']:8.1f}  {one['cosine_with_mean']:13.3f} "
+            f" {ceiling['top1_2way']:5.3f}  {ceiling['top1_10way']:6.3f}  {told:>19} "
+            f" {ceiling['fve']:5.3f}"
+        )
+    best = results["proposed_layer"]
+    lines.append(
+        f"best ceiling (10-way): --base.layer {best} --base.injection-norm"
+        f" {results['layers'][str(best)]['injection_norm']:g} --base.marker {marker['found']};"
+        f" {PUBLIC_DEPTH:.0%} depth is layer {int(PUBLIC_DEPTH * results['num_layers'])}"
+    )
+    return lines

@@ -1,0 +1,179 @@
+"""Builds the Serve application of a run and keeps it up until it is told to stop. Nothing happens
+at import."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+from nla_ray.base.identity import base_info, check_base
+from nla_ray.base.load import load_model_config, load_tokenizer
+from nla_ray.base.prompts import build_injection_prompt
+from nla_ray.cluster.resources import demand, require_resources, worker_options
+from nla_ray.run.artifact import Run
+from nla_ray.run.log import get_logger
+from nla_ray.run.manifest import Manifest
+from nla_ray.serve.schema import CHOOSER, BaseBody, ModelBody, ModelsResponse
+from nla_ray.settings.config import RunConfig, ServeConfig
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+logger = get_logger(__name__)
+
+
+APPLICATION_NAME = "nla_ray"
+VERBALIZERS = ("grpo", "sft")
+"""Artifacts that can be served as verbalizers, the default first."""
+SCORERS = (CHOOSER, "judge")
+_ONGOING_REQUESTS = 64
+"""Requests a model replica takes in at once, health checks too; its lock runs the others one by
+one."""
+_OPEN_REQUESTS = 1_000
+"""HTTP requests that wait for their answer at once; a health check must not wait behind them."""
+_started = threading.Event()
+"""Set while this process answers for the cluster's Serve."""
+_LOGGING = {"log_level": "WARNING"}
+"""Serve writes a line for every request otherwise."""
+
+
+def find_models(run: Run) -> ModelsResponse:
+    """What can be served of a run. Raises ValueError that names the job of what is missing, or a
+    base that changed."""
+    verbalizers = {
+        name: manifest for name in VERBALIZERS if (manifest := run.find(name)) is not None
+    }
+    if not verbalizers:
+        run.require(VERBALIZERS[-1])
+    scorers = {name: run.require(f"{name}_scorer") for name in SCORERS}
+    tokenizer = load_tokenizer(run.config.base)
+    info = base_info(run.config.base, tokenizer)
+    for manifest in (*verbalizers.values(), *scorers.values()):
+        check_base(manifest, info)
+    prompt = build_injection_prompt(tokenizer, run.config.base.marker)
+    room = load_model_config(run.config.base).max_position_embeddings - len(prompt)
+    base = BaseBody(
+        name=info.name,
+        digest=info.digest,
+        layer=info.layer,
+        d_model=info.d_model,
+        max_new_tokens=room,
+        num_layers=info.num_layers,
+        max_tokens=run.config.base.max_tokens,
+        injection_norm=info.injection_norm,
+    )
+    return ModelsResponse(
+        base=base,
+        verbalizers=[_body(name, "verbalizer", one) for name, one in verbalizers.items()],
+        scorers=[_body(name, "scorer", one) for name, one in scorers.items()],
+    )
+
+
+def _body(name: str, kind: str, manifest: Manifest) -> ModelBody:
+    return ModelBody(
+        name=name, kind=kind, fingerprint=manifest.fingerprint, created=manifest.created
+    )
+
+
+def build_application(config: RunConfig) -> Application:
+    """The deployments of a run, bound together behind one HTTP endpoint."""
+    from ray import serve
+
+    from nla_ray.serve.deployments import CaptureService, Endpoint, ScorerService, VerbalizerService
+
+    models = find_models(Run(config))
+    options = {
+        "ray_actor_options": worker_options(config.compute, "serve"),
+        "max_ongoing_requests": _ONGOING_REQUESTS,
+    }
+    verbalizer = serve.deployment(VerbalizerService, name="verbalizer", **options)
+    scorer = serve.deployment(ScorerService, name="scorer", **options)
+    capture = serve.deployment(CaptureService, name="capture", **options)
+    endpoint = serve.deployment(
+        serve.ingress()(Endpoint),
+        name="endpoint",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_OPEN_REQUESTS,
+    )
+    return endpoint.bind(
+        config.serve,
+        models,
+        verbalizer.bind(config, [one.name for one in models.verbalizers]),
+        scorer.bind(config, [one.name for one in models.scorers]),
+        capture.bind(config),
+    )
+
+
+def start(config: RunConfig) -> str:
+    """Deploy the application on the connected cluster and return its address once every deployment
+    answers.
+
+    Raises ValueError for missing artifacts, missing resources, a cluster that serves something
+    already, or a port in use.
+    """
+    from ray import serve
+
+    require_resources([demand(config.compute, "serve", 3)])
+    application = build_application(config)
+    _require_no_serve(serve.status())
+    check_port(config.serve)
+    _started.set()
+    logging.getLogger("ray.serve").setLevel(
+        logging.WARNING
+    )  # Serve sets its own level when it is imported
+    serve.start(
+        proxy_location="HeadOnly",
+        logging_config=_LOGGING,
+        http_options={"host": config.serve.host, "port": config.serve.port},
+    )
+    serve.run(application, name=APPLICATION_NAME, route_prefix="/", logging_config=_LOGGING)
+    return f"http://{config.serve.host}:{config.serve.port}"
+
+
+def _require_no_serve(status) -> None:
+    """A second start would take neither this address nor this application's place without harm to
+    the first."""
+    if status.applications or status.proxies:
+        raise ValueError(
+            "Ray Serve: got one on this cluster that runs"
+            f" {', '.join(status.applications) or 'nothing'}, expected none. Take it down with"
+            " `serve shutdown`, or use another cluster."
+        )
+
+
+def check_port(settings: ServeConfig) -> None:
+    """Raise ValueError when the address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ValueError(
+                f"address {settings.host}:{settings.port}: got {error.strerror!r}, expected a free"
+                " port. Stop what listens there, or choose another with --serve.port."
+            ) from None
+
+
+def serve_run(run: Run) -> None:
+    """Serve for ever; whoever interrupts the job calls `stop`."""
+    address = start(run.config)
+    logger.info(
+        "serving %s at %s (POST /v1/describe /v1/score /v1/explain, GET /v1/models /healthz /docs);"
+        " stop with Ctrl-C",
+        run.config.run_dir,
+        address,
+    )
+    threading.Event().wait()
+
+
+def stop() -> None:
+    """Take down the Serve that `start` of this process brought up; nothing happens when there is
+    none."""
+    from ray import serve
+
+    if _started.is_set():
+        serve.shutdown()
+        _started.clear()

@@ -1,0 +1,471 @@
+"""The served classes: verbalizer, scorer, capture, and the HTTP endpoint in front of them.
+
+The first three are plain classes that hold models; `application.py` makes Serve deployments of
+them, whose methods run in threads, off the event loop. The endpoint holds no model: it checks a
+request, asks the others and answers. Protects the rule that nothing invalid reaches a model: every
+refusal is made before one runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+import nla_ray
+from nla_ray.activation import vectors
+from nla_ray.base import prompts
+from nla_ray.base.layers import ResidualReader
+from nla_ray.base.load import load_backbone, load_tokenizer, torch_device
+from nla_ray.description.verbalizer import Verbalizer
+from nla_ray.run.artifact import Run
+from nla_ray.score.choice import agreement, best_of
+from nla_ray.score.reconstructor import Reconstructor
+from nla_ray.serve import schema
+from nla_ray.serve.schema import (
+    BaseBody,
+    DescribeRequest,
+    DescribeResponse,
+    DescriptionBody,
+    ErrorBody,
+    ExplainRequest,
+    ExplainResponse,
+    Explanation,
+    HealthResponse,
+    ModelsResponse,
+    Refusal,
+    Sampling,
+    ScoreBody,
+    ScoreRequest,
+    ScoreResponse,
+)
+from nla_ray.settings.config import RunConfig, ServeConfig
+
+_PING_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """Activations of one text, or the length that was too much.
+
+    Example: Captured(num_tokens=12, positions=[11], tokens=["\\n"], activations=array of shape [1,
+    d_model])
+    """
+
+    num_tokens: int
+    positions: list[int]
+    tokens: list[str]
+    activations: np.ndarray
+    """[positions, d_model] float32; [0, d_model] when the text was refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which of one activation's samples is the best, and how far all of them agree.
+
+    Example: Choice(best=2, confidence=0.71)
+    """
+
+    best: int
+    """Place among the samples, from 0."""
+    confidence: float
+    """-1 to 1."""
+
+
+class VerbalizerService:
+    """Verbalizers of one run by name: activations in, descriptions out."""
+
+    def __init__(self, config: RunConfig, names: Sequence[str]) -> None:
+        torch.set_num_threads(config.compute.threads)
+        run = Run(config)
+        self._lock, self._verbalizers = threading.Lock(), {}
+        self._decoding: dict[str, tuple[int, float]] = {}
+        model = load_backbone(config.base)
+        for name in names:
+            manifest = run.require(name)
+            settings = manifest.config.get(
+                "grpo", vars(config.grpo)
+            )  # SFT samples nothing while it trains
+            self._decoding[name] = settings["max_new_tokens"], settings["temperature"]
+            with run.local_copy(name, manifest, "adapter") as folder:
+                self._verbalizers[name] = Verbalizer.load(
+                    config.base, folder, model=model, neighbours=manifest.model["neighbours"]
+                )
+
+    def describe(
+        self, name: str, activations: np.ndarray, sampling: Sampling
+    ) -> list[DescriptionBody]:
+        """`samples` descriptions of each row of [n, d_model], ordered by (row, sample)."""
+        longest, temperature = self._decoding[name]
+        if sampling.temperature is not None or sampling.samples == 1:
+            temperature = sampling.temperature or 0.0
+        with self._lock:
+            written = self._verbalizers[name].describe(
+                torch.from_numpy(activations),
+                max_new_tokens=sampling.max_new_tokens or longest,
+                temperature=temperature,
+                seed=sampling.seed,
+                group_size=sampling.samples,
+            )
+        return [
+            DescriptionBody(description=one.text, closed=one.closed, num_tokens=one.num_tokens)
+            for one in written
+        ]
+
+    async def ping(self) -> str:
+        """Answers when the replica does."""
+        return "ok"
+
+
+class ScorerService:
+    """Scorers of one run by name; they share one loaded base."""
+
+    def __init__(self, config: RunConfig, names: Sequence[str]) -> None:
+        torch.set_num_threads(config.compute.threads)
+        run = Run(config)
+        self._lock, self._reconstructors = threading.Lock(), {}
+        self._batch_size = config.evaluation.batch_size
+        model = None
+        for name in names:
+            artifact = f"{name}_scorer"
+            with run.local_copy(artifact, run.require(artifact)) as folder:
+                self._reconstructors[name] = Reconstructor.load(
+                    config.base, folder, adapter=name, model=model
+                )
+            model = self._reconstructors[name].model
+
+    def score(
+        self, names: Sequence[str], descriptions: Sequence[str], activations: np.ndarray
+    ) -> list[dict[str, ScoreBody]]:
+        """Scores of every description against its row of [n, d_model], by scorer; one
+        reconstruction each."""
+        original = torch.from_numpy(activations)
+        scores: list[dict[str, ScoreBody]] = [{} for _ in descriptions]
+        for name in names:
+            reconstruction, mean = self._reconstruct(name, descriptions)
+            columns = zip(
+                vectors.cosine(reconstruction, original).tolist(),
+                vectors.centred_cosine(reconstruction, original, mean).tolist(),
+                vectors.squared_error(reconstruction, original).tolist(),
+                strict=True,
+            )
+            for own, (cosine, centred, error) in zip(scores, columns, strict=True):
+                own[name] = ScoreBody(cosine=cosine, centred_cosine=centred, squared_error=error)
+        return scores
+
+    def choose(
+        self, name: str, descriptions: Sequence[str], activations: np.ndarray
+    ) -> list[Choice]:
+        """The best sample of each row of [n, d_model]. `descriptions`: N >= 2 a row, ordered by
+        (row, sample)."""
+        reconstruction, mean = self._reconstruct(name, descriptions)
+        grouped = reconstruction.unflatten(0, (len(activations), -1))
+        best = best_of(grouped, torch.from_numpy(activations), mean)
+        return [
+            Choice(best=place, confidence=confidence)
+            for place, confidence in zip(
+                best.tolist(), agreement(grouped, mean).tolist(), strict=True
+            )
+        ]
+
+    def _reconstruct(
+        self, name: str, descriptions: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstructions [n, d_model] by one scorer and its train mean direction [d_model], both
+        on CPU."""
+        reconstructor = self._reconstructors[name]
+        with self._lock:
+            return (
+                reconstructor.reconstruct(descriptions, self._batch_size),
+                reconstructor.mean.cpu(),
+            )
+
+    async def ping(self) -> str:
+        """Answers when the replica does."""
+        return "ok"
+
+
+class CaptureService:
+    """The base's first blocks, without adapters: text in, activations of chosen positions out."""
+
+    def __init__(self, config: RunConfig) -> None:
+        torch.set_num_threads(config.compute.threads)
+        self._base, self._lock = config.base, threading.Lock()
+        self._tokenizer = load_tokenizer(config.base)
+        self._reader = ResidualReader(
+            load_backbone(config.base, num_blocks=config.base.layer + 1), [config.base.layer]
+        )
+
+    @torch.no_grad()
+    def capture(self, text: str, positions: Sequence[int]) -> Captured:
+        """Activations at positions of the chat-formatted prompt; none when it is too long or a
+        position is outside."""
+        prompt = prompts.chat_prompt(self._tokenizer, text)
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        chosen = [position + len(ids) if position < 0 else position for position in positions]
+        if len(ids) > self._base.max_tokens or any(
+            not 0 <= position < len(ids) for position in chosen
+        ):
+            return Captured(
+                num_tokens=len(ids),
+                positions=[],
+                tokens=[],
+                activations=np.zeros((0, 0), np.float32),
+            )
+        last = max(chosen) + 1  # attention is causal: what comes later changes nothing
+        with self._lock:
+            stream = self._reader.read(torch.tensor([ids[:last]], device=torch_device(self._base)))[
+                self._base.layer
+            ][0]
+        tokens = [self._tokenizer.decode([ids[place]]) for place in chosen]
+        return Captured(
+            num_tokens=len(ids),
+            positions=chosen,
+            tokens=tokens,
+            activations=stream[chosen].float().cpu().numpy(),
+        )
+
+    async def ping(self) -> str:
+        """Answers when the replica does."""
+        return "ok"
+
+
+class Endpoint:
+    """The HTTP interface. `verbalizer`, `scorer`, `capture`: handles whose methods are called with
+    `.remote(...)`."""
+
+    def __init__(
+        self,
+        settings: ServeConfig,
+        models: ModelsResponse,
+        verbalizer: Any,
+        scorer: Any,
+        capture: Any,
+    ) -> None:
+        self._settings, self._models = settings, models
+        self._verbalizer, self._scorer, self._capture = verbalizer, scorer, capture
+        self._verbalizers = [one.name for one in models.verbalizers]
+        self._scorers = [one.name for one in models.scorers]
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve asks for the application once the handles are there."""
+        return build_api(self)
+
+    @property
+    def _base(self) -> BaseBody:
+        return self._models.base
+
+    async def describe(self, request: DescribeRequest) -> DescribeResponse:
+        """Describe activations, or the activations at the end of texts."""
+        name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
+        schema.check_layer(request.layer, self._base.layer)
+        self._check_sampling(request)
+        if (request.activations is None) == (request.texts is None):
+            given = "neither" if request.texts is None else "both"
+            raise Refusal("body", given, "exactly one of activations and texts")
+        if request.activations is not None:
+            activations = self._array("activations", request.activations)
+        else:
+            schema.check_batch("texts", len(request.texts), self._settings.max_batch)
+            named = {f"texts[{place}]": text for place, text in enumerate(request.texts)}
+            for what, text in named.items():
+                schema.check_text(what, text, self._settings.max_text_chars)
+            captured = await asyncio.gather(
+                *(self._captured(what, text, [-1]) for what, text in named.items())
+            )
+            activations = np.concatenate([one.activations for one in captured])
+        descriptions = await self._described(name, activations, request)
+        return DescribeResponse(verbalizer=name, layer=self._base.layer, descriptions=descriptions)
+
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """Reconstruct each description once and compare it with its activation."""
+        names = schema.choose_names("scorers", request.scorers, self._scorers)
+        schema.check_layer(request.layer, self._base.layer)
+        activations = self._array(
+            "items", [item.activation for item in request.items], "items[{}].activation"
+        )
+        for place, item in enumerate(request.items):
+            schema.check_description(
+                f"items[{place}].description", item.description, self._settings.max_text_chars
+            )
+        scores = await self._scorer.score.remote(
+            names, [item.description for item in request.items], activations
+        )
+        return ScoreResponse(layer=self._base.layer, scores=scores)
+
+    async def explain(self, request: ExplainRequest) -> ExplainResponse:
+        """Capture a text's activations at the chosen positions, describe them, and score what is
+        said."""
+        name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
+        scorers = schema.choose_names("scorers", request.scorers, self._scorers)
+        schema.check_layer(request.layer, self._base.layer)
+        self._check_sampling(request)
+        schema.check_text("text", request.text, self._settings.max_text_chars)
+        schema.check_batch("positions", len(request.positions), self._settings.max_batch)
+        captured = await self._captured("text", request.text, request.positions)
+        described = await self._described(name, captured.activations, request)
+        said = [place for place, one in enumerate(described) if not one.unsure]
+        scored = await self._scorer.score.remote(
+            scorers, [described[place].description for place in said], captured.activations[said]
+        )
+        scores = dict(zip(said, scored, strict=True))
+        explanations = [
+            Explanation(
+                **one.model_dump(),
+                position=captured.positions[place],
+                token=captured.tokens[place],
+                scores=scores.get(place, {}),
+            )
+            for place, one in enumerate(described)
+        ]
+        return ExplainResponse(
+            verbalizer=name,
+            layer=self._base.layer,
+            num_tokens=captured.num_tokens,
+            explanations=explanations,
+        )
+
+    async def models(self) -> ModelsResponse:
+        """What is served."""
+        return self._models
+
+    async def health(self) -> JSONResponse:
+        """200 when verbalizer, scorer and capture answer, 503 when one does not within ten
+        seconds."""
+        handles = {"verbalizer": self._verbalizer, "scorer": self._scorer, "capture": self._capture}
+        answers = await asyncio.gather(
+            *(_ping(handle.ping.remote()) for handle in handles.values())
+        )
+        deployments = dict(zip(handles, answers, strict=True))
+        healthy = all(answer == "ok" for answer in answers)
+        body = HealthResponse(status="ok" if healthy else "failing", deployments=deployments)
+        return JSONResponse(body.model_dump(), status_code=200 if healthy else 503)
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        schema.check_length(sampling.max_new_tokens, self._base.max_new_tokens)
+        schema.check_choice(sampling, self._scorers)
+
+    async def _described(
+        self, name: str, activations: np.ndarray, request: Sampling
+    ) -> list[DescriptionBody]:
+        """One answer for each row of [n, d_model]: its only sample, or the best of several by the
+        reward scorer."""
+        sampling = Sampling.model_validate(request.model_dump(include=set(Sampling.model_fields)))
+        written = await self._verbalizer.describe.remote(name, activations, sampling)
+        if sampling.samples == 1:
+            return written
+        choices = await self._scorer.choose.remote(
+            schema.CHOOSER, [one.description for one in written], activations
+        )
+        return [
+            _answer(written[row * sampling.samples + choice.best], choice.confidence, sampling)
+            for row, choice in enumerate(choices)
+        ]
+
+    def _array(
+        self, what: str, activations: Sequence[Sequence[float]], item: str | None = None
+    ) -> np.ndarray:
+        """Checked activations: [n, d_model] float32. `item`: how one of them is named in a
+        refusal."""
+        schema.check_batch(what, len(activations), self._settings.max_batch)
+        for place, activation in enumerate(activations):
+            schema.check_activation(
+                (item or f"{what}[{{}}]").format(place), activation, self._base.d_model
+            )
+        return np.asarray(activations, dtype=np.float32)
+
+    async def _captured(self, what: str, text: str, positions: list[int]) -> Captured:
+        captured = await self._capture.capture.remote(text, positions)
+        if captured.num_tokens > self._base.max_tokens:
+            raise Refusal(
+                what,
+                f"{captured.num_tokens} tokens with the chat template",
+                f"at most {self._base.max_tokens} tokens",
+            )
+        if not captured.positions:
+            raise Refusal(
+                "positions",
+                positions,
+                f"-{captured.num_tokens} to {captured.num_tokens - 1}, the prompt's tokens",
+            )
+        return captured
+
+
+def _answer(best: DescriptionBody, confidence: float, sampling: Sampling) -> DescriptionBody:
+    """The best sample, withheld where the samples agree less than was asked for."""
+    unsure = sampling.min_confidence is not None and confidence < sampling.min_confidence
+    return best.model_copy(
+        update={
+            "description": None if unsure else best.description,
+            "unsure": unsure,
+            "confidence": confidence,
+            "samples": sampling.samples,
+        }
+    )
+
+
+async def _ping(answer: Awaitable[str]) -> str:
+    """The deployment's answer, or why there is none. Whatever it is, health reports it and does not
+    raise."""
+    try:
+        return await asyncio.wait_for(_awaited(answer), _PING_SECONDS)
+    except Exception as error:
+        return schema.shorten(f"{type(error).__name__}: {error}")
+
+
+async def _awaited(answer: Awaitable[str]) -> str:
+    return await answer
+
+
+def build_api(endpoint: Endpoint) -> FastAPI:
+    """Routes, OpenAPI page and the form of refusals."""
+    api = FastAPI(
+        title="nla_ray",
+        version=nla_ray.__version__,
+        description="Descriptions of a language model's activations, and scores of them.",
+    )
+    refused: dict[int | str, dict[str, Any]] = {
+        422: {"model": ErrorBody, "description": "Refused: what, got, expected."}
+    }
+    for path, answer, body in (
+        ("/v1/describe", endpoint.describe, DescribeResponse),
+        ("/v1/score", endpoint.score, ScoreResponse),
+        ("/v1/explain", endpoint.explain, ExplainResponse),
+    ):
+        api.add_api_route(path, answer, methods=["POST"], response_model=body, responses=refused)
+    api.add_api_route("/v1/models", endpoint.models, methods=["GET"], response_model=ModelsResponse)
+    api.add_api_route(
+        "/healthz",
+        endpoint.health,
+        methods=["GET"],
+        response_model=HealthResponse,
+        responses={503: {"model": HealthResponse}},
+    )
+    api.add_exception_handler(Refusal, _answer_refusal)
+    api.add_exception_handler(RequestValidationError, _answer_validation)
+    return api
+
+
+async def _answer_refusal(request: Request, refusal: Refusal) -> JSONResponse:
+    return _refused(refusal)
+
+
+async def _answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:
+    """The first thing that is wrong with the body's form, in the form of every refusal."""
+    first: Mapping[str, Any] = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    missing = first["type"] == "missing"
+    return _refused(Refusal(place, "nothing" if missing else first.get("input"), first["msg"]))
+
+
+def _refused(refusal: Refusal) -> JSONResponse:
+    body = ErrorBody(what=refusal.what, got=refusal.got, expected=refusal.expected)
+    return JSONResponse(body.model_dump(), status_code=422)

@@ -1,0 +1,8 @@
+"""The corpus: documents of a user or of the embedded default, cut into chunks and split.
+
+Nouns: a document (with a stable doc_id, whose hash is its split), a chunk (one text of it).
+
+Read: documents, chunks, duplicates, words, domains, stage.
+
+No choice depends on order or time: on ids and the seed alone.
+"""

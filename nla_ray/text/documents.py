@@ -1,0 +1,289 @@
+"""Reads a user's texts: JSONL, Parquet, a folder of text files, or a Hugging Face dataset on disk.
+
+Yields one document or one reject for every row, in the order of the source, and holds one batch at
+a time. A bad row never stops a read: it comes back as a Reject with its line and its reason. Files
+that cannot be read at all raise ValueError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nla_ray.run.identity import text_hash
+from nla_ray.settings.config import CorpusConfig, require
+
+DEFAULT_DOMAIN = "text"
+BATCH_ROWS = 1_024
+MAX_BYTES_PER_CHAR = 6
+"""The longest JSON escape of a character. A longer line is over the limit before it is parsed."""
+JSON_LINE_SLACK_BYTES = 1 << 20
+"""Room for the other fields of a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text of the user's.
+
+    Example:
+        Document(doc_id="letters/17.txt", domain="text", text="Dear Anna, ...")
+    """
+
+    doc_id: str
+    domain: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """One row that is left out. `line` counts rows from 1; 0 stands for a whole file.
+
+    Example:
+        Reject(source="texts.jsonl", line=17, reason="missing field")
+    """
+
+    source: str
+    line: int
+    reason: str
+
+
+class BadRow(Exception):
+    """Raised within this module with a reject's reason as its one argument."""
+
+
+def read_documents(config: CorpusConfig) -> Iterator[Document | Reject]:
+    """Every row of `config.path` as a document or a reject.
+
+    Rows may carry `doc_id` and `domain`; without a doc_id the document is named after the hash of
+    its text, so that its split does not depend on its place in the file. A doc_id that came before
+    is a reject.
+    """
+    require(
+        config.path is not None,
+        "corpus.path",
+        config.path,
+        "a file or a folder",
+        "Set --corpus.path.",
+    )
+    path = Path(str(config.path)).expanduser()
+    require(
+        path.exists(),
+        "corpus.path",
+        str(path),
+        "a file or a folder that exists",
+        "Correct --corpus.path.",
+    )
+    seen: set[bytes] = set()
+    for item in _rows_of(path, config):
+        if isinstance(item, Document):
+            key = bytes.fromhex(text_hash(item.doc_id)[:24])
+            if key in seen:
+                item = Reject(
+                    source=path.name, line=0, reason=f"repeated doc_id {item.doc_id}"[:200]
+                )
+            seen.add(key)
+        yield item
+
+
+def _rows_of(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
+    if path.is_dir():
+        is_dataset = any(
+            (path / name).exists()
+            for name in ("dataset_info.json", "dataset_dict.json", "state.json")
+        )
+        return _read_dataset(path, config) if is_dataset else _read_folder(path, config)
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".parquet": _read_parquet,
+        ".txt": _read_one_file,
+    }
+    require(
+        path.suffix in readers,
+        "corpus.path",
+        str(path),
+        "a .jsonl, .parquet or .txt file, or a folder",
+        "Convert the file, or name it by its format.",
+    )
+    return readers[path.suffix](path, config)
+
+
+def _read_jsonl(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
+    limit = MAX_BYTES_PER_CHAR * config.max_document_chars + JSON_LINE_SLACK_BYTES
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(limit):
+            number += 1
+            whole = raw.endswith(b"\n") or len(raw) < limit
+            while not whole:  # skip the rest of the line without holding it
+                rest = file.readline(limit)
+                whole = not rest or rest.endswith(b"\n")
+                raw = b""
+            try:
+                if not raw:
+                    raise BadRow("over the length limit")
+                yield _document(_parse_line(raw), config)
+            except BadRow as bad:
+                yield Reject(source=path.name, line=number, reason=str(bad))
+
+
+def _parse_line(raw: bytes) -> dict[str, Any]:
+    if not raw.strip():
+        raise BadRow("empty")
+    if b"\0" in raw:
+        raise BadRow("NUL bytes")
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRow("not UTF-8") from None
+    except (ValueError, RecursionError):  # also a number of more digits than Python reads
+        raise BadRow("truncated or invalid JSON") from None
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
+    return row
+
+
+def _document(row: dict[str, Any], config: CorpusConfig, doc_id: str | None = None) -> Document:
+    """The row's document; raises BadRow with the reason why it is none."""
+    if row.get(config.text_field) is None:
+        raise BadRow("missing field")
+    text = _as_text(row[config.text_field], config.max_document_chars)
+    given = doc_id if doc_id is not None else row.get("doc_id")
+    domain = row.get("domain")
+    return Document(
+        doc_id=(
+            _as_text(str(given), 1_000)
+            if given is not None
+            else f"{DEFAULT_DOMAIN}/{text_hash(text)[:32]}"
+        ),
+        domain=_as_text(str(domain), 100) if domain else DEFAULT_DOMAIN,
+        text=text,
+    )
+
+
+def _as_text(value: Any, max_chars: int) -> str:
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadRow("not UTF-8") from None
+    if not isinstance(value, str):
+        raise BadRow("not a string")
+    if not value:
+        raise BadRow("empty")
+    if not value.strip():
+        raise BadRow("only white space")
+    if len(value) > max_chars:
+        raise BadRow("over the length limit")
+    if "\0" in value:
+        raise BadRow("NUL bytes")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow("lone surrogates") from None
+    return value
+
+
+def _read_parquet(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"corpus.path {path}: got a file that Parquet cannot open ({error}), expected a whole"
+            " Parquet file. Write it again."
+        ) from None
+    columns = _wanted_columns(file.schema_arrow.names, path, config)
+    number = 0
+    for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+        yield from _read_table(pa.Table.from_batches([batch]), path.name, number, config)
+        number += batch.num_rows
+
+
+def _wanted_columns(names: list[str], path: Path, config: CorpusConfig) -> list[str]:
+    require(
+        config.text_field in names,
+        f"corpus.text_field in {path}",
+        config.text_field,
+        f"one of its columns {', '.join(names)}",
+        "Set --corpus.text-field.",
+    )
+    return [
+        config.text_field,
+        *(name for name in ("doc_id", "domain") if name in names and name != config.text_field),
+    ]
+
+
+def _read_table(
+    table: Any, source: str, start: int, config: CorpusConfig
+) -> Iterator[Document | Reject]:
+    """Rows of an Arrow table. Strings are taken as bytes first: Arrow does not promise that they
+    are UTF-8."""
+    import pyarrow as pa
+
+    columns = {}
+    for name in table.column_names:
+        column = table.column(name)
+        is_string = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        columns[name] = (column.cast(pa.large_binary()) if is_string else column).to_pylist()
+    for index in range(table.num_rows):
+        row = {name: values[index] for name, values in columns.items()}
+        try:
+            for name in ("doc_id", "domain"):
+                if isinstance(row.get(name), bytes):
+                    row[name] = _as_text(row[name], 1_000)
+            yield _document(row, config)
+        except BadRow as bad:
+            yield Reject(source=source, line=start + index + 1, reason=str(bad))
+
+
+def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
+    from datasets import Dataset, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"corpus.path {path}: got a dataset that cannot be loaded ({error}), expected a folder"
+            " written by save_to_disk. Save it again."
+        ) from None
+    is_one = isinstance(loaded, Dataset)
+    parts = (
+        {path.name: loaded}
+        if is_one
+        else {f"{path.name}/{name}": part for name, part in loaded.items()}
+    )
+    for source, part in parts.items():
+        columns = _wanted_columns(part.column_names, path, config)
+        number = 0
+        for table in part.select_columns(columns).with_format("arrow").iter(batch_size=BATCH_ROWS):
+            yield from _read_table(table, source, number, config)
+            number += table.num_rows
+
+
+def _read_folder(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
+    """Every file below the folder is one document, named by its relative path; hidden files are
+    left out."""
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield from _read_one_file(file, config, relative.as_posix())
+
+
+def _read_one_file(
+    path: Path, config: CorpusConfig, name: str | None = None
+) -> Iterator[Document | Reject]:
+    name = name or path.name
+    try:
+        if path.stat().st_size > MAX_BYTES_PER_CHAR * config.max_document_chars:
+            raise BadRow("over the length limit")
+        yield _document({config.text_field: path.read_bytes()}, config, doc_id=name)
+    except BadRow as bad:
+        yield Reject(source=name, line=0, reason=str(bad))
+    except OSError as error:
+        yield Reject(source=name, line=0, reason=f"cannot be read: {error.strerror}")

@@ -1,0 +1,85 @@
+"""What every trainer tells while it runs: metrics, progress lines, complete checkpoints."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from transformers import PrinterCallback, TrainerCallback
+
+from nla_ray.cpu.memory import give_back_free_memory
+from nla_ray.run.log import get_logger
+from nla_ray.training.checkpoints import Checkpoints
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = get_logger(__name__)
+
+
+_LINE_SECONDS = 10.0
+_TRIM_STEPS = 20
+"""Batches of many lengths leave holes in a heap that gives nothing back by itself (see
+`cluster.worker_environment`)."""
+
+
+class StageCallback(TrainerCallback):
+    """Writes a trainer's logs to the metrics file and trackers, tells progress every ten seconds,
+    marks checkpoints complete."""
+
+    def __init__(self, checkpoints: Checkpoints, title: str) -> None:
+        self.checkpoints, self.title = checkpoints, title
+        self._log, self._trackers = checkpoints.metrics_log(), checkpoints.trackers()
+        self._last_line = time.monotonic()
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """One record of metrics, with its `step`, to all places."""
+        self._log.append(metrics)
+        self._trackers.write(metrics)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        self.record(
+            {"step": state.global_step, **{key: float(value) for key, value in logs.items()}}
+        )
+        if "loss" in logs and time.monotonic() - self._last_line >= _LINE_SECONDS:
+            self._last_line = time.monotonic()
+            logger.info(
+                "%s: step %d of %d, loss %.4f",
+                self.title,
+                state.global_step,
+                state.max_steps,
+                float(logs["loss"]),
+            )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % _TRIM_STEPS == 0:
+            give_back_free_memory()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        if state.is_world_process_zero and metrics:
+            figures = ", ".join(
+                f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()
+            )
+            logger.info(
+                "%s: validation at step %d of %d: %s",
+                self.title,
+                state.global_step,
+                state.max_steps,
+                figures,
+            )
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.checkpoints.mark_complete(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._trackers.close()
+
+
+def follow(trainer: Trainer, checkpoints: Checkpoints, title: str) -> Trainer:
+    """Give a trainer the stage's callback in place of the library's printing; returns the
+    trainer."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StageCallback(checkpoints, title))
+    return trainer

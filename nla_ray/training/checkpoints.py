@@ -1,0 +1,210 @@
+"""The scratch folder of a training stage: checkpoints, metrics, and the best files so far.
+
+Protects two rules: a stage that is cut off anywhere goes on from its newest complete checkpoint,
+and the best evaluation is what is published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_ray.run.artifact import Run
+from nla_ray.run.location import Location
+from nla_ray.run.log import get_logger
+from nla_ray.run.metrics import METRICS_NAME, MetricsLog
+from nla_ray.settings.config import RunConfig
+from nla_ray.training.trackers import Trackers
+from nla_ray.training.zero import gathered
+
+logger = get_logger(__name__)
+
+
+COMPLETE_NAME = "complete"
+"""Empty file inside a checkpoint, written last: a checkpoint without it is torn and ignored."""
+BEST_NAME = "best.json"
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+
+def last_checkpoint(folder: Path | str) -> Path | None:
+    """The newest complete `checkpoint-N` in a folder, by N; None when there is none."""
+    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE_NAME}")]
+    return max(complete, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+class Checkpoints:
+    """The scratch folder of one training stage, as a worker sees it: checkpoints, metrics.jsonl,
+    and the best files so far.
+
+    On a local run it is the run's own folder. On a remote one it is a temporary folder that is
+    filled from the run at the start and uploaded after every checkpoint, the files that declare
+    others whole last.
+    """
+
+    def __init__(self, run_config: RunConfig, name: str) -> None:
+        self.location = Run(run_config).root / name / "scratch"
+        self.name, self._config = name, run_config
+        self.is_writer = int(os.environ.get("RANK", "0")) == 0
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        if self.location.is_local:
+            self.folder = Path(self.location.path)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self.folder = Path(tempfile.mkdtemp(prefix=f"nla_ray_{name}_"))
+            self._download()
+        record = self.folder / BEST_NAME
+        self.best: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+        """Step, value and metrics of the best offer so far; empty before the first."""
+
+    def last(self) -> str | None:
+        """The checkpoint to resume from, as `Trainer.train(resume_from_checkpoint=...)` takes
+        it."""
+        found = last_checkpoint(self.folder)
+        if found is not None:
+            logger.info("going on from step %d", _step_of(found))
+        return str(found) if found else None
+
+    def metrics_log(self) -> MetricsLog:
+        """The stage's metrics, cut back to the checkpoint that training resumes from."""
+        log = MetricsLog(self.folder / METRICS_NAME)
+        if self.is_writer:
+            log.rewind("step", self._last_step())
+        return log
+
+    def trackers(self) -> Trackers:
+        """Where the stage's metrics are shown besides, cut back alike; nowhere for a process that
+        does not write."""
+        if not self.is_writer:
+            return Trackers()
+        return Trackers.of(
+            self._config, self.name, scratch=self.folder, first_step=self._last_step() + 1
+        )
+
+    def _last_step(self) -> int:
+        """The step that training resumes from; -1 where it begins."""
+        found = last_checkpoint(self.folder)
+        return _step_of(found) if found else -1
+
+    def offer(
+        self,
+        step: int,
+        value: float,
+        save: Callable[[Path], None],
+        *,
+        parameters: Iterable[nn.Parameter] = (),
+        metrics: dict[str, float] | None = None,
+    ) -> bool:
+        """Keep what `save(folder)` writes when `value` (lower is better) beats every earlier offer;
+        say whether it did.
+
+        All ranks call it with the same value; the first one saves, while `parameters` are gathered.
+        The artifact is made from the best offer: a kill at any moment leaves the one before or the
+        new one, whole.
+        """
+        if not value < self.best.get("value", float("inf")):
+            return False
+        # A name of its own: a resumed run may offer a step again, whose folder the record names
+        # until the new one is whole.
+        folder = self.folder / f"best-{step}-{uuid.uuid4().hex[:8]}"
+        with gathered(parameters):
+            if self.is_writer:
+                folder.mkdir()
+                save(folder)
+        before, self.best = (
+            self.best,
+            {
+                "step": step,
+                "value": value,
+                "folder": folder.name,
+                "metrics": metrics or {},
+            },
+        )
+        if self.is_writer:
+            Location.of(self.folder / BEST_NAME).write_text(json.dumps(self.best))
+            if before:
+                shutil.rmtree(self.folder / before["folder"], ignore_errors=True)
+        return True
+
+    def mark_complete(self, step: int) -> None:
+        """Declare `checkpoint-{step}` whole, on a remote run after every rank has uploaded its
+        part."""
+        self.upload()
+        _wait_for_all_ranks()
+        if self.is_writer:
+            (self.folder / f"checkpoint-{step}" / COMPLETE_NAME).touch()
+            self.upload()
+
+    def upload(self) -> None:
+        """On a remote run: copy new and changed files to the run, and remove there what was removed
+        here."""
+        if self.location.is_local:
+            return
+        files = {
+            str(path.relative_to(self.folder)): path
+            for path in self.folder.rglob("*")
+            if path.is_file()
+        }
+        for name in sorted(files, key=_declares):
+            status = files[name].stat()
+            state = (status.st_size, status.st_mtime_ns)
+            if self._uploaded.get(name) != state:
+                (self.location / name).write_bytes(files[name].read_bytes())
+                self._uploaded[name] = state
+        for name in sorted(set(self._uploaded) - set(files), key=_declares, reverse=True):
+            (self.location / name).delete()
+            del self._uploaded[name]
+
+    def _download(self) -> None:
+        for name in self.location.list_files():
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((self.location / name).read_bytes())
+            status = target.stat()
+            self._uploaded[name] = (status.st_size, status.st_mtime_ns)
+
+
+def _declares(name: str) -> bool:
+    """Whether a file says that others are whole: written after them, removed before them."""
+    return name.endswith(COMPLETE_NAME) or name == BEST_NAME
+
+
+def _wait_for_all_ranks() -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+
+
+def checkpoint_trainable_only(model: nn.Module) -> None:
+    """Leave a module's frozen parameters out of its `state_dict`, and do not miss them when one is
+    loaded."""
+    frozen = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+
+    def drop(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        for name in frozen:
+            state.pop(prefix + name, None)
+
+    def forgive(module: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [
+            key for key in incompatible.missing_keys if key not in frozen
+        ]
+
+    model.register_state_dict_post_hook(drop)
+    model.register_load_state_dict_post_hook(forgive)

@@ -1,0 +1,441 @@
+"""The generation engine against transformers' own `generate` and forward pass, and its sampler
+against probabilities."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import make_tiny_base
+from torch import Tensor
+
+from nla_ray.activation import vectors
+from nla_ray.activation.injection import activations_attached
+from nla_ray.base.adapters import adapter_active, adapter_state, add_lora, set_adapter_state
+from nla_ray.base.families import decoder_shape
+from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
+from nla_ray.cpu.projection import Projection, make_projection, packing_works
+from nla_ray.description.engines.compact import GenerationEngine
+from nla_ray.description.record import Rollout
+from nla_ray.description.sampling import Sampler, rollout_keys
+from nla_ray.settings.config import BaseConfig, LoraSettings
+
+LORA = LoraSettings(rank=4, alpha=8)
+VARIANTS = {
+    "qwen2 tied, one key-value head": {
+        "architecture": "qwen2",
+        "tied": True,
+        "heads": 2,
+        "key_value_heads": 1,
+    },
+    "qwen2 untied, full heads": {
+        "architecture": "qwen2",
+        "tied": False,
+        "heads": 4,
+        "key_value_heads": 4,
+    },
+    "llama tied, grouped heads": {
+        "architecture": "llama",
+        "tied": True,
+        "heads": 4,
+        "key_value_heads": 2,
+    },
+}
+NUM_ACTIVATIONS = 9
+NEW_TOKENS = 20
+
+
+class Scene(NamedTuple):
+    """A model with a random adapter, and activations to describe."""
+
+    base: BaseConfig
+    model: torch.nn.Module
+    tokenizer: object
+    prompt: InjectionPrompt
+    state: dict[str, Tensor]
+    activations: Tensor
+
+    def engine(self, max_slots: int = 4, model: torch.nn.Module | None = None) -> GenerationEngine:
+        engine = GenerationEngine(
+            model or self.model,
+            self.tokenizer,
+            self.prompt,
+            self.base.injection_norm,
+            max_slots,
+            LORA,
+        )
+        engine.load_weights(self.state, 7)
+        return engine
+
+
+def make_scene(folder: Path, dtype: str = "float32", **variant) -> Scene:
+    base = dataclasses.replace(make_tiny_base(folder, **variant), dtype=dtype)
+    tokenizer, model = load_tokenizer(base), add_lora(load_backbone(base), LORA, trainable=False)
+    generator = torch.Generator().manual_seed(3)
+    state = {
+        name: torch.randn(value.shape, generator=generator) * 0.3
+        for name, value in adapter_state(model).items()
+    }
+    set_adapter_state(model, state)
+    # A random model hardly ever ends a text by itself: every seventh id ends one here, so that rows
+    # end at all lengths.
+    model.generation_config.eos_token_id = list(range(2, 400, 7))  # 2 is the tokenizer's own
+    activations = torch.randn(NUM_ACTIVATIONS, 32, generator=generator)
+    return Scene(
+        base, model, tokenizer, build_injection_prompt(tokenizer, base.marker), state, activations
+    )
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("scene"), **VARIANTS[request.param])
+
+
+@pytest.fixture(scope="module")
+def one_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+def library_greedy(scene: Scene, max_new_tokens: int) -> list[list[int]]:
+    """New tokens of `model.generate` through the embedding wrapper, with the adapter as PEFT runs
+    it, up to the end of text."""
+    with activations_attached(
+        scene.model.get_base_model(), scene.activations, scene.base.injection_norm
+    ) as wrapper:
+        ids = torch.tensor(
+            [scene.prompt.encode(row, wrapper.vocab_size) for row in range(len(scene.activations))]
+        )
+        output = scene.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=scene.tokenizer.pad_token_id,
+        )
+    ends = set(scene.model.generation_config.eos_token_id)
+    rows = []
+    for row in output[:, ids.shape[1] :].tolist():
+        length = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:length])
+    return rows
+
+
+def trainer_log_probs(scene: Scene, rollout: Rollout, temperature: float) -> Tensor:
+    """Log-probabilities of a rollout's tokens by a forward pass of the library's model over prompt
+    and completion."""
+    with activations_attached(
+        scene.model.get_base_model(), scene.activations, scene.base.injection_norm
+    ) as wrapper:
+        ids = scene.prompt.encode(rollout.row, wrapper.vocab_size)
+        with torch.no_grad():
+            logits = scene.model(input_ids=torch.tensor([ids + rollout.token_ids])).logits[
+                0, len(ids) - 1 : -1
+            ]
+    return (
+        (logits / temperature)
+        .log_softmax(-1)
+        .gather(-1, torch.tensor(rollout.token_ids).unsqueeze(-1))
+        .squeeze(-1)
+    )
+
+
+def tokens(rollouts: list[Rollout]) -> list[list[int]]:
+    return [rollout.token_ids for rollout in rollouts]
+
+
+# against the library ------------------------------------------------------------------------------
+
+
+def test_greedy_output_equals_the_librarys_generate_token_for_token(scene: Scene) -> None:
+    expected = library_greedy(scene, NEW_TOKENS)
+    rollouts = scene.engine().generate(scene.activations, max_new_tokens=NEW_TOKENS)
+    assert tokens(rollouts) == expected
+    assert len({tuple(row) for row in expected}) > 2, (
+        "the activations have no influence; the test shows little"
+    )
+    assert len({len(row) for row in expected}) > 1
+    assert [rollout.finished for rollout in rollouts] == [
+        row[-1] in scene.engine().end_ids for row in expected
+    ]
+
+
+def test_a_plain_base_without_adapter_is_generated_from_as_well(one_scene: Scene) -> None:
+    engine = one_scene.engine()
+    engine.load_weights(None, 8)
+    with adapter_active(one_scene.model, None):
+        expected = library_greedy(one_scene, 8)
+    rollouts = engine.generate(one_scene.activations, max_new_tokens=8)
+    assert (
+        tokens(rollouts)
+        == expected
+        != tokens(one_scene.engine().generate(one_scene.activations, max_new_tokens=8))
+    )
+    assert {rollout.weight_version for rollout in rollouts} == {8}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_log_probs_of_sampled_tokens_equal_the_trainers_within_1e_4(
+    scene: Scene, temperature: float
+) -> None:
+    rollouts = scene.engine().generate(
+        scene.activations, group_size=2, temperature=temperature, max_new_tokens=NEW_TOKENS, seed=1
+    )
+    for rollout in rollouts:
+        expected = trainer_log_probs(scene, rollout, temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, atol=1e-4, rtol=0)
+
+
+def test_the_models_own_weights_are_left_as_they_were(one_scene: Scene) -> None:
+    before = {name: value.clone() for name, value in one_scene.model.state_dict().items()}
+    one_scene.engine().generate(one_scene.activations, max_new_tokens=3)
+    assert all(
+        torch.equal(value, before[name]) for name, value in one_scene.model.state_dict().items()
+    )
+
+
+def test_bfloat16_weights_give_log_probs_near_the_trainers(tmp_path: Path) -> None:
+    scene = make_scene(tmp_path, dtype="bfloat16")
+    for rollout in scene.engine().generate(
+        scene.activations, temperature=1.0, max_new_tokens=NEW_TOKENS
+    ):
+        expected = trainer_log_probs(scene, rollout, 1.0).float()
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, atol=0.15, rtol=0)
+
+
+# slots, order, seeds ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_slots", [1, 2, 5, 64])
+def test_samples_do_not_depend_on_the_number_of_slots(one_scene: Scene, max_slots: int) -> None:
+    arguments = {"group_size": 3, "temperature": 1.0, "max_new_tokens": NEW_TOKENS, "seed": 5}
+    expected = one_scene.engine(4).generate(one_scene.activations, **arguments)
+    actual = one_scene.engine(max_slots).generate(one_scene.activations, **arguments)
+    assert tokens(actual) == tokens(expected)
+    for first, second in zip(actual, expected):
+        assert first.log_probs == pytest.approx(second.log_probs, abs=1e-4)
+
+
+def test_samples_belong_to_seed_row_and_sample_and_not_to_the_order_of_rows(
+    one_scene: Scene,
+) -> None:
+    engine = one_scene.engine()
+    arguments = {"group_size": 2, "temperature": 1.0, "max_new_tokens": NEW_TOKENS, "seed": 5}
+    expected = tokens(engine.generate(one_scene.activations, **arguments))
+    order = [4, 1, 8, 0, 2, 7, 3, 6, 5]
+    shuffled = engine.generate(one_scene.activations[order], rows=order, **arguments)
+    assert [rollout.row for rollout in shuffled] == [row for row in order for _ in range(2)]
+    for place, row in enumerate(order):
+        assert tokens(shuffled[2 * place : 2 * place + 2]) == expected[2 * row : 2 * row + 2]
+    larger = engine.generate(one_scene.activations, **{**arguments, "group_size": 3})
+    assert [tokens(larger)[3 * row] for row in range(NUM_ACTIVATIONS)] == expected[::2]
+    assert tokens(engine.generate(one_scene.activations, **{**arguments, "seed": 6})) != expected
+
+
+def test_rollouts_come_ordered_by_activation_and_sample_with_text_and_version(
+    one_scene: Scene,
+) -> None:
+    rollouts = one_scene.engine().generate(
+        one_scene.activations[:2], group_size=2, rows=[30, 10], temperature=1.0, max_new_tokens=4
+    )
+    assert [rollout.row for rollout in rollouts] == [30, 30, 10, 10]
+    assert {rollout.weight_version for rollout in rollouts} == {7}
+    for rollout in rollouts:
+        assert rollout.text == one_scene.tokenizer.decode(
+            rollout.token_ids, skip_special_tokens=True
+        )
+
+
+def test_every_sampled_id_is_below_the_vocabulary_size(scene: Scene) -> None:
+    rollouts = scene.engine().generate(
+        scene.activations, group_size=4, temperature=5.0, max_new_tokens=NEW_TOKENS
+    )
+    ids = [token for rollout in rollouts for token in rollout.token_ids]
+    assert min(ids) >= 0 and max(ids) < scene.model.config.vocab_size
+
+
+def test_one_new_token_needs_no_decoding_step(one_scene: Scene) -> None:
+    assert tokens(one_scene.engine().generate(one_scene.activations, max_new_tokens=1)) == [
+        row[:1] for row in library_greedy(one_scene, 2)
+    ]
+
+
+def test_no_activations_give_no_rollouts(one_scene: Scene) -> None:
+    assert one_scene.engine().generate(torch.empty(0, 32)) == []
+
+
+# refusals -----------------------------------------------------------------------------------------
+
+
+def test_an_unsupported_architecture_is_refused_with_the_supported_ones_named(
+    one_scene: Scene,
+) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            vocab_size=50,
+        )
+    )
+    with pytest.raises(ValueError, match="'gpt_neox'.*llama or qwen2"):
+        one_scene.engine(model=model)
+
+
+def test_a_base_that_the_engine_cannot_run_is_told_from_its_configuration_alone() -> None:
+    from transformers import GemmaConfig, GPT2Config
+
+    for config in (GPT2Config(), GemmaConfig()):
+        with pytest.raises(ValueError, match=f"'{config.model_type}'.*llama or qwen2"):
+            decoder_shape(config)
+
+
+@pytest.mark.parametrize(
+    "activations, message",
+    [
+        (torch.ones(2, 16), r"expected \[n, 32\]"),
+        (torch.full((2, 32), torch.nan), "non-finite"),
+        (torch.ones(32), r"expected \[n, 32\]"),
+    ],
+)
+def test_activations_that_cannot_be_described_are_refused(
+    one_scene: Scene, activations: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        one_scene.engine().generate(activations)
+
+
+def test_more_tokens_than_the_context_holds_are_refused(one_scene: Scene) -> None:
+    with pytest.raises(ValueError, match="at most 512 positions"):
+        one_scene.engine().generate(one_scene.activations, max_new_tokens=500)
+
+
+def test_adapter_weights_that_do_not_fit_are_refused(one_scene: Scene) -> None:
+    engine = one_scene.engine()
+    with pytest.raises(ValueError, match="without a place"):
+        engine.load_weights(
+            {
+                **one_scene.state,
+                "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 32),
+            },
+            1,
+        )
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    with pytest.raises(ValueError, match="of another base"):
+        engine.load_weights({**one_scene.state, name: torch.ones(4, 16)}, 1)
+    bare = GenerationEngine(one_scene.model, one_scene.tokenizer, one_scene.prompt, 1.0)
+    with pytest.raises(ValueError, match="lora=LoraSettings"):
+        bare.load_weights(one_scene.state, 1)
+
+
+def test_a_diverged_adapter_is_a_broken_promise_and_names_its_version(one_scene: Scene) -> None:
+    engine = one_scene.engine()
+    engine.load_weights(
+        {name: torch.full_like(value, torch.nan) for name, value in one_scene.state.items()}, 12
+    )
+    with pytest.raises(RuntimeError, match="weight version 12"):
+        engine.generate(one_scene.activations)
+
+
+# the sampler --------------------------------------------------------------------------------------
+
+
+def test_sampled_frequencies_follow_the_probabilities() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
+    draws = 40_000
+    keys = rollout_keys(3, list(range(draws)), [0] * draws)
+    chosen, log_probs = Sampler(5, 1.0).choose(
+        probabilities.log().repeat(draws, 1), keys, torch.zeros(draws, dtype=torch.int64)
+    )
+    expected = draws * probabilities
+    chi_squared = ((torch.bincount(chosen, minlength=5) - expected).square() / expected).sum()
+    assert chi_squared < 18.5, "beyond the 0.1% point of chi-squared with 4 degrees of freedom"
+    torch.testing.assert_close(log_probs, probabilities[chosen].log())
+
+
+def test_noise_is_standard_exponential_and_unrelated_between_tokens_steps_and_rows() -> None:
+    sampler, keys = Sampler(4_096, 1.0), rollout_keys(0, list(range(64)), [1] * 64)
+    first = -sampler.negative_noise(keys, torch.zeros(64, dtype=torch.int64))
+    second = -sampler.negative_noise(keys, torch.ones(64, dtype=torch.int64))
+    assert first.min() > 0
+    count = first.numel()
+    assert abs(first.mean() - 1) < 4 / count**0.5
+    assert (
+        abs(first.var() - 1) < 4 * 8**0.5 / count**0.5
+    )  # the variance of a squared deviation is 8
+    for one, other in ((first, second), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
+        assert abs(((one - 1) * (other - 1)).mean()) < 4 / one.numel() ** 0.5
+
+
+def test_temperature_divides_logits_and_zero_takes_the_best() -> None:
+    logits, zeros = torch.tensor([[1.0, 2.0, 0.0]]), torch.zeros(1, dtype=torch.int64)
+    chosen, log_probs = Sampler(3, 0.0).choose(logits, zeros, zeros)
+    assert chosen.tolist() == [1]
+    assert log_probs.item() == pytest.approx(
+        2 - torch.tensor([1.0, 2.0, 0.0]).exp().sum().log().item()
+    )
+    chosen, log_probs = Sampler(3, 0.5).choose(logits, zeros, zeros)
+    assert log_probs.item() == pytest.approx(
+        (2 * logits).log_softmax(-1)[0, chosen.item()].item(), abs=1e-6
+    )
+
+
+def test_a_negative_temperature_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        Sampler(3, -1.0)
+
+
+def test_rollout_keys_differ_by_seed_row_and_sample_and_do_not_mix_them_up() -> None:
+    keys = [
+        rollout_keys(seed, [row], [sample]).item()
+        for seed in (0, 1, 2)
+        for row in (0, 1, 2)
+        for sample in (0, 1, 2)
+    ]
+    assert len(set(keys)) == 27
+
+
+# projections --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_packed_and_plain_projections_compute_the_same(rows: int, with_bias: bool) -> None:
+    weight, x, other = torch.randn(48, 32), torch.randn(rows, 32), torch.randn(rows, 48)
+    bias = torch.randn(48) if with_bias else None
+    fast, plain = make_projection(weight, bias), Projection(weight, bias)
+    expected = x @ weight.T + (bias if with_bias else 0)
+    for projection in (fast, plain):
+        torch.testing.assert_close(projection(x), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            projection.silu(x), expected * expected.sigmoid(), atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            projection.times(x, other), expected * other, atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            projection.plus(x, other), expected + other, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_the_engine_gives_the_same_with_plain_projections(
+    one_scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = one_scene.engine().generate(one_scene.activations, max_new_tokens=6)
+    monkeypatch.setattr("nla_ray.cpu.projection.packing_works", lambda weight: False)
+    assert tokens(one_scene.engine().generate(one_scene.activations, max_new_tokens=6)) == tokens(
+        expected
+    )
+    assert not packing_works(torch.empty(2, 2, dtype=torch.float64))
+
+
+def test_injection_uses_the_norm_and_not_the_length_of_the_activation(one_scene: Scene) -> None:
+    engine = one_scene.engine()
+    longer = engine.generate(one_scene.activations * 1000, max_new_tokens=5)
+    assert tokens(longer) == tokens(
+        engine.generate(vectors.direction(one_scene.activations), max_new_tokens=5)
+    )

@@ -1,0 +1,827 @@
+"""The report's page: one file that loads nothing, whose every number is the report's, as a browser
+shows it."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import html
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from nla_ray.report.rendering.page import to_html
+from nla_ray.report.rendering.tables import DEFINITIONS
+from nla_ray.report.summary import CLAIM_FIGURES
+from nla_ray.score.metrics import METRICS
+
+VERBALIZERS = (
+    "gold",
+    "nearest_train_label",
+    "sft",
+    "grpo",
+    "grpo_no_contrast",
+    "shuffled",
+    "read_by_a_human",
+)
+SCORERS = ("reward", "judge", "linear")
+DOMAINS = ("licence", "python_test", "type_stub")
+HOSTILE = (
+    "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 1'> <!--"
+    ' {{style}} **bold** \u2028 🙂 & "q"'
+)
+JSON_BLOCKS = ("report", "gallery", "training")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+# What is shown ------------------------------------------------------------------------------------
+
+
+def figure(random: Random, scale: float = 1.0) -> dict[str, float | int]:
+    value, width = random.uniform(-0.2, 1.0) * scale, random.uniform(0.001, 0.05) * scale
+    return {
+        "value": round(value, 6),
+        "low": round(value - width, 6),
+        "high": round(value + width, 6),
+        "n": 60,
+        "documents": 33,
+    }
+
+
+def by_verbalizer(draw: Callable[[], Any]) -> dict[str, Any]:
+    return {name: draw() for name in VERBALIZERS}
+
+
+def by_scorer(draw: Callable[[], Any]) -> dict[str, Any]:
+    return {name: draw() for name in SCORERS}
+
+
+def minimal_report() -> dict[str, Any]:
+    return {
+        "preset": "tiny",
+        "split": "test",
+        "n": 60,
+        "documents": 33,
+        "documents_left_out": 2,
+        "resamples": 300,
+        "gates": [],
+        "results": {},
+        "claims": {},
+        "base": {
+            "name": "b",
+            "digest": "d" * 32,
+            "layer": 1,
+            "num_layers": 3,
+            "d_model": 8,
+            "injection_norm": 4.0,
+        },
+    }
+
+
+def full_report() -> dict[str, Any]:
+    random = Random(0)
+    metrics = (*METRICS, "a_metric_without_a_title")
+    pairs = ("grpo-sft", "grpo-grpo_no_contrast")
+    return {
+        **minimal_report(),
+        "results": by_verbalizer(
+            lambda: by_scorer(lambda: {name: figure(random) for name in metrics})
+        ),
+        "claims": by_verbalizer(
+            lambda: {
+                name: figure(random, 30.0 if name == "tokens" else 1.0) for name in CLAIM_FIGURES
+            }
+        ),
+        "chance": {"top1": 0.5, "top1_10way": 0.1},
+        "paired": {
+            pair: {
+                scorer: {"top1": figure(random), "delta": {**figure(random), "low": -0.25}}
+                for scorer in (*SCORERS, "claims")
+            }
+            for pair in pairs
+        },
+        "agreement": by_verbalizer(lambda: {"top1": 0.9, "centred_cosine": None}),
+        "domains": {
+            domain: {
+                name: {"precision": figure(random), "judge.centred_cosine": figure(random)}
+                for name in ("gold", "grpo")
+            }
+            for domain in DOMAINS
+        },
+        "confusion": {
+            "grpo": {"licence": {"licence": 11, "none": 2}, "python_test": {"licence": 3}}
+        },
+        "prefix": by_verbalizer(
+            lambda: by_scorer(
+                lambda: [{"tokens": count, "top1": figure(random)} for count in (0, 4, 8)]
+            )
+        ),
+        "retrieval": by_verbalizer(
+            lambda: by_scorer(lambda: [{"k": k, "top1": figure(random)} for k in (2, 10, 100)])
+        ),
+        "best_of": [
+            {"samples": count, **by_scorer(lambda: {"top1": figure(random)})} for count in (1, 2, 4)
+        ],
+        "calibration": [
+            {
+                "confidence_low": low / 4,
+                "confidence_high": (low + 1) / 4,
+                "judge_top1": figure(random),
+            }
+            for low in range(4)
+        ],
+        "gates": [
+            {
+                "name": "grpo.judge.top1",
+                "relation": ">=",
+                "value": 0.987654,
+                "threshold": 0.93,
+                "passed": True,
+            },
+            {
+                "name": "sft.claims.repeats",
+                "relation": "<",
+                "value": None,
+                "threshold": 0.1,
+                "passed": False,
+            },
+        ],
+        "experiments": [
+            {
+                "changed": "no KL",
+                "kept": "no",
+                "n": 621,
+                "minus_sft": {
+                    "judge's centred cosine": {"value": -0.0123, "low": -0.02, "high": -0.004}
+                },
+            }
+        ],
+        "growth": {
+            "labels": by_scorer(
+                lambda: [{"at": count, "top1_2way": figure(random)} for count in (100, 200, 400)]
+            ),
+            "steps": {
+                "grpo": [{"at": step, "claim_precision": {"value": step / 100}} for step in (0, 20)]
+            },
+            "layers": {
+                "gold": [{"at": layer, "centred_cosine": figure(random)} for layer in (4, 8)]
+            },
+        },
+        "lineage": {
+            "sft": {
+                "fingerprint": "f",
+                "config_hash": "c",
+                "created": "t",
+                "documents": {"train": 5141},
+            }
+        },
+        "warnings": [HOSTILE],
+        "notes": ["Greedy decoding."],
+    }
+
+
+def make_gallery(rows: int = 40) -> list[dict[str, Any]]:
+    """Row i: domain by turns, judge's score of grpo i/100, one found and i missing words; row 7 is
+    hostile, row 9 empty."""
+    gallery = []
+    for row in range(rows):
+        lies = [part for place in range(row) for part in ([", ", ""], [f"lie{place}", "missing"])]
+        segments = [["- tokens: ", ""], [f"word{row}", "found"], *lies]
+        score = {
+            "centred_cosine": row / 100,
+            "cosine": 0.5,
+            "top1": row % 2 == 0,
+            "rank_10way": 1 + row % 10,
+        }
+        described = {
+            "segments": segments,
+            "closed": row != 3,
+            "tokens": 5 + row,
+            "scores": {scorer: score for scorer in SCORERS},
+        }
+        gallery.append(
+            {
+                "activation_id": f"doc{row}@4:{row}",
+                "doc_id": f"doc{row}",
+                "domain": DOMAINS[row % 3],
+                "text": HOSTILE if row == 7 else f"source of word{row}",
+                "descriptions": {
+                    name: {**described, "segments": [] if row == 9 else segments}
+                    for name in VERBALIZERS
+                },
+            }
+        )
+    gallery[7]["descriptions"]["grpo"] = {
+        **described,
+        "segments": [[HOSTILE, "missing"], [" x", ""]],
+        "scores": {},
+    }
+    return gallery
+
+
+def make_training() -> dict[str, list[dict[str, float]]]:
+    def records(warned: float) -> list[dict[str, float]]:
+        steps = [
+            {"step": step, "reward": step / 10, "kl": 0.1, "completions/mean_length": 20.0}
+            for step in range(1, 31)
+        ]
+        readings = [
+            {
+                "step": step,
+                "monitor/judge_centred_cosine": 0.6,
+                "monitor/judge_centred_cosine_low": 0.5,
+                "monitor/judge_centred_cosine_high": 0.7,
+                "monitor/rewarded": 0.4,
+                "monitor/distinct_share": 1.0,
+                "monitor/warned": warned if step == 20 else 0.0,
+            }
+            for step in (0, 10, 20)
+        ]
+        return steps + readings
+
+    return {
+        "grpo": records(0.0),
+        "grpo_no_contrast": records(1.0),
+        "sft": [{"step": 20, "loss": 1.5}, {"step": 40, "loss": 1.2}],
+    }
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return to_html(full_report(), make_gallery(), make_training())
+
+
+class Scripts(HTMLParser):
+    """The contents of script and style elements, by id or type, and how many scripts there are."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.contents: dict[str, str] = {}
+        self.attributes: list[tuple[str, str]] = []
+        self.count, self._open = 0, ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag in ("script", "style"):
+            self.count += tag == "script"
+            self._open = dict(attrs).get("id") or tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.contents[self._open] = self.contents.get(self._open, "") + data
+
+
+# The file -----------------------------------------------------------------------------------------
+
+
+def test_the_page_asks_for_nothing_from_anywhere(page: str) -> None:
+    parsed = Scripts(page)
+    assert not [
+        value for name, value in parsed.attributes if name in ("src", "srcset", "action", "data")
+    ]
+    assert {value for name, value in parsed.attributes if name == "href"} == {"data:,"}
+    code = parsed.contents["style"] + parsed.contents["script"]
+    assert not re.findall(
+        r"url\(|@import|\bimport\b|fetch\(|XMLHttpRequest|innerHTML|insertAdjacentHTML|document\.write|\beval\(",
+        code,
+    )
+    assert re.findall(r"\bhttps?://[^\"\s]+", code) == ["http://www.w3.org/2000/svg"]
+
+
+def test_the_policy_names_script_and_style_by_their_digests_and_allows_nothing_else(
+    page: str,
+) -> None:
+    parsed = Scripts(page)
+    digests = {
+        name: base64.b64encode(hashlib.sha256(parsed.contents[name].encode()).digest()).decode()
+        for name in ("style", "script")
+    }
+    policy = next(
+        value for name, value in parsed.attributes if name == "content" and "default-src" in value
+    )
+    assert (
+        policy
+        == f"default-src 'none'; img-src data:; style-src 'sha256-{digests['style']}'; script-src"
+        f" 'sha256-{digests['script']}'"
+    )
+
+
+def test_no_text_ends_a_script_or_fills_a_place_of_the_template(page: str) -> None:
+    parsed = Scripts(page)
+    assert parsed.count == 5 and "<" not in parsed.contents["gallery"]
+    assert (
+        not re.search(r"\{\{\w+\}\}", re.sub(re.escape("{{style}}"), "", page))
+        and page.count("{{style}}") > 0
+    )
+
+
+def test_what_went_in_can_be_read_back_out(page: str) -> None:
+    contents = Scripts(page).contents
+    assert [json.loads(contents[name]) for name in JSON_BLOCKS] == [
+        full_report(),
+        make_gallery(),
+        make_training(),
+    ]
+
+
+def test_values_that_json_does_not_have_are_null() -> None:
+    training = {"grpo": [{"step": 1, "reward": math.nan}, {"step": 2, "reward": -math.inf}]}
+    assert json.loads(Scripts(to_html(minimal_report(), [], training)).contents["training"]) == {
+        "grpo": [{"step": 1, "reward": None}, {"step": 2, "reward": None}]
+    }
+
+
+def test_a_preset_with_markup_in_its_name_is_a_name() -> None:
+    assert "<h1>Report of &lt;b&gt;{{style}}</h1>" in to_html(
+        {**minimal_report(), "preset": "<b>{{style}}"}, [], {}
+    )
+
+
+@pytest.mark.parametrize("name", [*METRICS, *CLAIM_FIGURES])
+def test_every_figure_of_the_report_has_a_definition(page: str, name: str) -> None:
+    assert f"<dd>{html.escape(DEFINITIONS[name])}</dd>" in page
+
+
+# In a browser -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="the page in a browser: the test extra is not installed"
+    )
+    if CHROMIUM is None:
+        pytest.skip("the page in a browser: no Chromium on this machine (apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield chromium
+        chromium.close()
+
+
+class Opened:
+    """A page in a tab, with everything it complained of and every address it asked for."""
+
+    def __init__(self, browser: Any, path: Path, **context: Any) -> None:
+        self.tab = browser.new_page(**{"viewport": {"width": 1400, "height": 900}, **context})
+        self.tab.set_default_timeout(10_000)
+        self.complaints: list[str] = []
+        self.addresses: list[str] = []
+        self.tab.on("console", lambda message: self.complaints.append(message.text))
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("request", lambda request: self.addresses.append(request.url))
+        self.tab.goto(path.as_uri())
+        self.wait_for_charts()
+
+    def wait_for_charts(self) -> None:
+        """Charts are drawn in the frame after the one that lays them out."""
+        self.tab.wait_for_function(
+            "() => [...document.querySelectorAll('.chart')].every((chart) =>"
+            " chart.querySelector('svg'))"
+        )
+
+    def texts(self, selector: str) -> list[str]:
+        return self.tab.locator(selector).all_text_contents()
+
+
+@pytest.fixture(scope="module")
+def page_path(page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def opened(browser: Any, page_path: Path) -> Iterator[Opened]:
+    one = Opened(browser, page_path)
+    yield one
+    one.tab.close()
+    assert one.complaints == []
+
+
+def shown(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 800, 1400])
+def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_sideways(
+    browser: Any, page_path: Path, width: int, scheme: str
+) -> None:
+    one = Opened(browser, page_path, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert (
+        one.complaints == []
+        and one.addresses == [page_path.as_uri(), "data:,"][: len(one.addresses)]
+    )
+    assert one.tab.evaluate("document.documentElement.scrollWidth") == width
+    assert one.texts("nav a") == [
+        "Warnings",
+        "Results",
+        "Gates",
+        "Differences",
+        "Claims",
+        "Agreement",
+        "Training",
+        "Growth",
+        "Domains",
+        "Confusion",
+        "Prefix",
+        "Retrieval",
+        "Best of N",
+        "Calibration",
+        "Gallery",
+        "Experiments",
+        "Lineage",
+        "Notes",
+        "Definitions",
+    ]
+    assert all(
+        "NaN" not in part and "undefined" not in part for part in one.texts("main > section")
+    )
+    assert one.tab.evaluate(
+        "[...document.querySelectorAll('.chart')].every((chart) =>"
+        " chart.querySelector('svg[aria-label]'))"
+    )
+    assert one.tab.evaluate(
+        "[...document.querySelectorAll('.chart svg')].every((svg) =>"
+        " svg.getBoundingClientRect().width <= innerWidth)"
+    )
+    one.tab.close()
+
+
+def test_a_report_without_optional_parts_is_drawn_without_complaint(
+    browser: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "minimal.html").write_text(to_html(minimal_report(), [], {}), encoding="utf-8")
+    one = Opened(browser, tmp_path / "minimal.html")
+    assert (
+        one.complaints == []
+        and one.texts("nav a") == ["Definitions"]
+        and "60 activations of 33" in one.texts("header")[0]
+    )
+    one.tab.close()
+
+
+def test_figures_that_are_missing_or_null_are_dashes(browser: Any, tmp_path: Path) -> None:
+    report = copy.deepcopy(full_report())
+    report["results"]["sft"]["judge"]["fve"] = {
+        "value": math.nan,
+        "low": math.nan,
+        "high": math.nan,
+        "n": 0,
+        "documents": 0,
+    }
+    del (
+        report["results"]["sft"]["judge"]["delta"],
+        report["results"]["grpo"]["judge"],
+        report["prefix"]["sft"]["judge"],
+    )
+    for by_verbalizer in report["domains"].values():
+        del by_verbalizer["gold"]["precision"]
+    report["best_of"][0]["judge"]["top1"] = None
+    (tmp_path / "holes.html").write_text(
+        to_html(report, make_gallery(), {"grpo": []}), encoding="utf-8"
+    )
+    one = Opened(browser, tmp_path / "holes.html")
+    assert one.complaints == [] and "Training" not in one.texts("nav a")
+    assert (
+        one.texts("#results tr[data-row=sft] td[data-column=fve], #results tr[data-row=grpo] td")
+        == ["–"] * 8
+    )
+    one.tab.close()
+
+
+def test_without_scripts_the_page_says_what_it_needs(browser: Any, page_path: Path) -> None:
+    one = Opened.__new__(Opened)
+    one.tab = browser.new_page(java_script_enabled=False)
+    one.tab.goto(page_path.as_uri())
+    assert (
+        "Allow JavaScript" in one.tab.locator("noscript").inner_text()
+        and one.tab.locator("dl").is_visible()
+    )
+    one.tab.close()
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_the_main_table_shows_every_figure_of_the_report(opened: Opened, scorer: str) -> None:
+    opened.tab.locator(f"#results input[value={scorer}]").check(force=True)
+    opened.tab.locator("#results input[value='all metrics']").check(force=True)
+    cells = opened.tab.evaluate(
+        """Object.fromEntries([...document.querySelectorAll("#results tbody tr")].map((row) => [row.dataset.row,
+        Object.fromEntries([...row.querySelectorAll("td")].map((cell) => [cell.dataset.column, cell.textContent]))]))"""
+    )
+    assert cells == {
+        name: {
+            metric: f"{shown(one['value'])} [{shown(one['low'])}, {shown(one['high'])}]"
+            for metric, one in by[scorer].items()
+        }
+        for name, by in full_report()["results"].items()
+    }
+    assert opened.texts("#results tbody tr.quiet > th") == ["nearest train label", "shuffled"]
+
+
+def test_the_judge_and_the_main_metrics_are_shown_first(opened: Opened) -> None:
+    assert opened.tab.locator("#results input:checked").first.get_attribute("value") == "judge"
+    assert opened.texts("#results thead button") == [
+        "2-way top-1",
+        "2-way centred",
+        "10-way top-1",
+        "10-way hard",
+        "centred cosine",
+        "delta",
+        "FVE",
+    ]
+    assert opened.tab.locator("#results td[data-column=top1] .chance").count() == len(VERBALIZERS)
+    assert opened.tab.locator("#results td[data-column=fve] .chance").count() == 0
+
+
+def test_the_claims_table_shows_every_figure_and_sorts_by_its_columns(opened: Opened) -> None:
+    claims = full_report()["claims"]
+    assert opened.texts("#claims td .value") == [
+        shown(one["value"]) for by in claims.values() for one in by.values()
+    ]
+    ascending = sorted(claims, key=lambda name: claims[name]["tokens"]["value"])
+    orders = []
+    for _ in range(3):
+        opened.tab.locator("#claims th[data-column=tokens] button").click()
+        orders.append(
+            opened.tab.evaluate(
+                "[...document.querySelectorAll('#claims tbody tr')].map((row) => row.dataset.row)"
+            )
+        )
+    assert orders == [ascending[::-1], ascending, list(VERBALIZERS)]
+
+
+def test_gates_are_shown_with_bound_and_threshold(opened: Opened) -> None:
+    assert opened.texts("#gates li") == [
+        "✓ PASSgrpo.judge.top10.9877 ≥ 0.93",
+        "✗ FAILsft.claims.repeats– < 0.1",
+    ]
+    assert "1 of 2 gates passed" in opened.texts("header .verdict")[0]
+
+
+def test_charts_show_the_figures_of_the_report(opened: Opened) -> None:
+    report = full_report()
+    opened.tab.locator("#paired input[value=claims]").check(force=True)
+    paired = [
+        report["paired"][pair]["claims"][metric]
+        for metric in ("top1", "delta")
+        for pair in report["paired"]
+    ]
+    opened.wait_for_charts()
+    assert opened.texts("#paired .note") == [
+        f"{shown(one['value'])} [{shown(one['low'])}, {shown(one['high'])}]" for one in paired
+    ]
+    precision = report["domains"]["licence"]["grpo"]["precision"]
+    assert (
+        f"licence, grpo: {shown(precision['value'])} [{shown(precision['low'])},"
+        f" {shown(precision['high'])}], n 60" in opened.texts("#domains title")
+    )
+    opened.tab.locator("#retrieval summary").click()
+    opened.tab.wait_for_selector("#retrieval details tbody tr")
+    rows = opened.texts("#retrieval details tbody tr")
+    assert (
+        len(rows) == 3
+        and shown(report["retrieval"]["grpo"]["judge"][2]["top1"]["value"]) in rows[2]
+    )
+    assert opened.texts("#confusion tbody td") == ["11", "·", "2", "3", "·", "·"]
+    assert set(opened.texts("#curves title")) == {"grpo no contrast: warning at step 20"}
+
+
+def test_growth_is_drawn_along_every_axis_with_its_numbers(opened: Opened) -> None:
+    opened.wait_for_charts()
+    axes = opened.tab.evaluate(
+        """[...document.querySelectorAll("#growth svg[role=img]")].map((svg) => svg.getAttribute("aria-label"))"""
+    )
+    assert axes == [
+        "2-way centred by labels that SFT learned from",
+        "claim precision by step of GRPO",
+        "centred cosine by layer",
+    ]
+    points = full_report()["growth"]["labels"]["judge"]
+    opened.tab.locator("#growth summary").first.click()
+    opened.tab.wait_for_selector("#growth details tbody tr")
+    rows = opened.texts("#growth details tbody tr")
+    assert len(rows) == 3 and all(
+        f"{shown(one['top1_2way']['value'])} [{shown(one['top1_2way']['low'])}" in row
+        for one, row in zip(points, rows)
+    )
+
+
+def test_what_was_tried_is_told_with_its_intervals(opened: Opened) -> None:
+    assert opened.texts("#experiments tbody :is(th, td)") == [
+        "no KL",
+        "-0.012 [-0.020, -0.004]",
+        "621",
+        "no",
+    ]
+
+
+def test_differences_stand_on_their_side_of_the_zero_line_and_are_hollow_where_the_interval_holds_zero(
+    opened: Opened,
+) -> None:
+    drawn = opened.tab.evaluate(
+        """[...document.querySelectorAll("#paired svg")].flatMap((svg) => [...svg.querySelectorAll("g")].map((one) => {
+        const [interval, mark] = [one.querySelector(".interval"), one.querySelector(".mark")], zero = svg.querySelector(".zero").x1.baseVal.value;
+        return [interval.x1.baseVal.value - zero, mark.transform.baseVal[0].matrix.e - zero, interval.x2.baseVal.value - zero,
+                mark.classList.contains("hollow")];
+    }))"""
+    )
+    paired = full_report()["paired"]
+    figures = [paired[pair]["judge"][metric] for metric in ("top1", "delta") for pair in paired]
+    for (low, value, high, hollow), one in zip(drawn, figures, strict=True):
+        pixels = value / one["value"]  # one unit of the axis of this plot
+        assert (low, high) == (
+            pytest.approx(one["low"] * pixels, abs=0.01),
+            pytest.approx(one["high"] * pixels, abs=0.01),
+        ) and pixels > 0
+        assert hollow == (one["low"] <= 0 <= one["high"])
+
+
+def test_a_readout_under_the_pointer_gives_the_values_at_the_nearest_point(opened: Opened) -> None:
+    box = opened.tab.locator("#best_of .chart svg")
+    box.scroll_into_view_if_needed()
+    box.hover(position={"x": 60, "y": 60})
+    first = full_report()["best_of"][0]["judge"]["top1"]
+    assert (
+        f"judge {shown(first['value'])} [{shown(first['low'])}, {shown(first['high'])}]"
+        in opened.texts("#tip div")
+    )
+
+
+# The gallery --------------------------------------------------------------------------------------
+
+
+def ids(opened: Opened) -> list[str]:
+    return opened.texts("#examples .card header code")
+
+
+def count(opened: Opened, expected: str) -> None:
+    opened.tab.wait_for_function(
+        "(expected) => document.querySelector('#examples .count').textContent === expected",
+        arg=expected,
+    )
+
+
+def test_the_gallery_draws_a_few_cards_and_more_when_its_end_comes_near(opened: Opened) -> None:
+    count(opened, "40 of 40 activations")
+    assert len(ids(opened)) == 12
+    for expected in (24, 36, 40):
+        opened.tab.locator("#examples .card").last.scroll_into_view_if_needed()
+        opened.tab.wait_for_function(
+            "(least) => document.querySelectorAll('#examples .card').length >= least", arg=expected
+        )
+    assert ids(opened) == [row["activation_id"] for row in make_gallery()]
+
+
+def test_the_gallery_fills_a_tall_window_with_short_cards(opened: Opened) -> None:
+    opened.tab.set_viewport_size({"width": 1400, "height": 3000})
+    for box in opened.tab.locator("#examples .checks input").all():
+        box.uncheck()
+    opened.tab.locator("#examples .toolbar").scroll_into_view_if_needed()
+    opened.tab.wait_for_function("() => document.querySelectorAll('#examples .card').length > 12")
+
+
+def test_texts_are_texts_and_marks_are_the_segments_that_were_marked(opened: Opened) -> None:
+    rows = make_gallery()[:12]
+    assert opened.texts("#examples .source") == [row["text"] for row in rows]
+    for place, row in enumerate(rows):
+        segments = row["descriptions"]["grpo"]["segments"]
+        said = (
+            opened.tab.locator("#examples .card")
+            .nth(place)
+            .locator(".said[data-verbalizer=grpo] pre")
+        )
+        assert said.text_content() == ("".join(content for content, _ in segments) or "(empty)")
+        for mark in ("found", "missing"):
+            assert said.locator(f"mark.{mark}").all_text_contents() == [
+                content for content, one in segments if one == mark
+            ]
+    assert (
+        opened.tab.evaluate("window.stolen") is None
+        and opened.tab.locator("#examples img, #warnings img").count() == 0
+    )
+    styles = [
+        opened.tab.locator(f"#examples .card mark.{mark}").first.evaluate(
+            "(mark) => getComputedStyle(mark).textDecorationStyle"
+        )
+        for mark in ("found", "missing")
+    ]
+    assert styles == ["solid", "wavy"]
+
+
+def test_the_gallery_is_searched_in_texts_and_descriptions_and_filtered_by_domain(
+    opened: Opened,
+) -> None:
+    search, domain = (
+        opened.tab.locator("#examples input[type=search]"),
+        opened.tab.locator("#examples select[name=domain]"),
+    )
+    search.fill("SOURCE word12")
+    count(opened, "1 of 40 activations")
+    assert ids(opened) == ["doc12@4:12"]
+    search.fill("lie37")
+    count(opened, "2 of 40 activations")
+    assert ids(opened) == ["doc38@4:38", "doc39@4:39"]
+    domain.select_option("type_stub")
+    count(opened, "1 of 40 activations")
+    search.fill("")
+    count(opened, "13 of 40 activations")
+    search.fill("nowhere")
+    count(opened, "0 of 40 activations")
+    opened.tab.keyboard.press("Escape")
+
+
+def test_the_gallery_is_sorted_by_scores_words_and_domain_with_missing_scores_last(
+    opened: Opened,
+) -> None:
+    def order(sort: str) -> list[str]:
+        opened.tab.locator("#examples select[name=sort]").select_option(sort)
+        return [one.split("@")[0] for one in ids(opened)]
+
+    opened.tab.locator("#examples select[name=of]").select_option("grpo")
+    opened.tab.locator("#examples select[name=under]").select_option("linear")
+    assert order("centred_cosine")[:3] == ["doc39", "doc38", "doc37"]
+    assert order("precision")[:3] == ["doc0", "doc1", "doc2"]
+    assert order("domain")[:3] == ["doc0", "doc3", "doc6"]
+    opened.tab.get_by_role("button", name="reverse").click()
+    assert order("centred_cosine")[:8] == [
+        "doc0",
+        "doc1",
+        "doc2",
+        "doc3",
+        "doc4",
+        "doc5",
+        "doc6",
+        "doc8",
+    ]
+    assert order("order")[0] == "doc39"
+
+
+def test_check_boxes_choose_whose_descriptions_are_shown(opened: Opened) -> None:
+    def names() -> list[str]:
+        return opened.tab.evaluate(
+            "[...document.querySelectorAll('#examples .card:first-child .said')].map((one) =>"
+            " one.dataset.verbalizer)"
+        )
+
+    assert names() == ["gold", "sft", "grpo", "grpo_no_contrast", "read_by_a_human"]
+    opened.tab.locator("#examples .checks input[value=shuffled]").check()
+    opened.tab.locator("#examples .checks input[value=gold]").uncheck()
+    assert names() == ["sft", "grpo", "grpo_no_contrast", "shuffled", "read_by_a_human"]
+    scores = opened.texts("#examples .card:first-child .said[data-verbalizer=sft] .scores tbody tr")
+    assert scores == ["reward0.0000.500✓1", "judge0.0000.500✓1", "linear0.0000.500✓1"]
+
+
+def test_the_gallery_is_walked_with_keys(opened: Opened) -> None:
+    def focused() -> str:
+        return opened.tab.evaluate(
+            "document.activeElement.querySelector('header code')?.textContent ??"
+            " document.activeElement.type"
+        )
+
+    keys = opened.tab.keyboard
+    keys.press("j")
+    assert focused() == "doc0@4:0"
+    assert opened.tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    for key, expected in (
+        ("ArrowDown", "doc1@4:1"),
+        ("j", "doc2@4:2"),
+        ("k", "doc1@4:1"),
+        ("ArrowUp", "doc0@4:0"),
+        ("k", "doc0@4:0"),
+    ):
+        keys.press(key)
+        assert focused() == expected
+    for _ in range(15):
+        keys.press("j")
+    assert focused() == "doc15@4:15"
+    keys.press("/")
+    assert focused() == "search"
+    keys.type("jk/")
+    assert opened.tab.locator("#examples input[type=search]").input_value() == "jk/"
+    count(opened, "0 of 40 activations")
+    keys.press("/")
+    opened.tab.locator("#examples input[type=search]").fill("word5")
+    count(opened, "1 of 40 activations")
+    keys.press("Escape")
+    assert focused() == "doc5@4:5"

@@ -1,0 +1,87 @@
+"""The look at a base before training: what it measures, on a model in which one layer's activations
+are known to tell labels apart."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from nla_ray.activation import vectors
+from nla_ray.run.artifact import Run
+from nla_ray.run.stages import INSPECTION_NAME
+from nla_ray.score.ceiling import describe_inspection, inspect_layer, round_up
+from nla_ray.score.stage import inspect_base
+from nla_ray.settings.config import CaptureConfig, CorpusConfig, RunConfig
+
+
+@pytest.mark.parametrize(
+    ("mean", "proposed"), [(472.0, 500.0), (43.2, 45.0), (50.0, 50.0), (1.01, 1.5), (154.0, 200.0)]
+)
+def test_the_proposed_norm_is_the_next_round_one(mean: float, proposed: float) -> None:
+    assert round_up(mean) == pytest.approx(proposed)
+
+
+def test_a_layer_that_labels_determine_has_a_ceiling_and_one_that_they_do_not_has_none() -> None:
+    draw = torch.Generator().manual_seed(0)
+    features, held_out, weight = (
+        torch.randn(*shape, generator=draw) for shape in ((300, 8), (60, 8), (8, 8))
+    )
+    shift, documents = torch.full((8,), 5.0), [f"doc{row}" for row in range(60)]
+    told = inspect_layer(
+        features @ weight + shift, held_out @ weight + shift, features, held_out, documents
+    )
+    untold = inspect_layer(
+        torch.randn(300, 8, generator=draw) + shift,
+        torch.randn(60, 8, generator=draw) + shift,
+        features,
+        held_out,
+        documents,
+    )
+    assert (
+        told["ceiling"]["top1_2way"]["low"] > 0.95
+        and told["ceiling"]["centred_cosine"]["value"] > 0.8
+    )
+    assert (
+        untold["ceiling"]["top1_2way"]["value"] < 0.75
+        and abs(untold["ceiling"]["centred_cosine"]["value"]) < 0.3
+    )
+    assert told["mean_norm"] == pytest.approx(vectors.norm(features @ weight + shift).mean().item())
+    assert (
+        told["norm_quantiles"]["0.01"] < told["mean_norm"] < told["norm_quantiles"]["0.99"]
+        and told["injection_norm"] >= told["mean_norm"]
+    )
+
+
+def test_a_base_is_inspected_from_texts_and_labels_alone(
+    published_run: RunConfig, tmp_path
+) -> None:
+    config = dataclasses.replace(
+        published_run,
+        run_dir=str(tmp_path / "run"),
+        capture=CaptureConfig(layers=(0,)),
+        corpus=CorpusConfig(max_chunks=400, test_share=0.1),
+    )
+    deeper = dataclasses.replace(
+        config, base=dataclasses.replace(config.base, layer=99)
+    )  # as of a preset for a base with more blocks
+    assert set(inspect_base(Run(deeper))["layers"]) == {"0"}
+    with pytest.raises(ValueError, match="got 99, expected 0 to"):
+        inspect_base(Run(dataclasses.replace(config, capture=CaptureConfig(layers=(0, 99)))))
+    results = inspect_base(Run(config))
+    assert set(results["layers"]) == {"0", str(config.base.layer)}
+    assert (
+        results["marker"]["configured"] == config.base.marker
+        and results["texts"]["validation"] >= 10
+    )
+    assert json.loads((tmp_path / "run" / INSPECTION_NAME).read_text()) == results
+    ceilings = {
+        int(layer): one["ceiling"]["top1_10way"]["value"]
+        for layer, one in results["layers"].items()
+    }
+    assert ceilings[results["proposed_layer"]] == max(ceilings.values())
+    lines = describe_inspection(results)
+    assert (
+        lines[-1].startswith(f"best ceiling (10-way): --base.layer {results['proposed_layer']} ")
+        and len(lines) == 3 + 2 + 1
+    )

@@ -1,0 +1,243 @@
+"""Presets, overrides and plans: what the command line becomes, and that it costs no heavy
+import."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nla_ray import plan
+from nla_ray.settings.command_line import parse_arguments
+from nla_ray.settings.config import LoraSettings, config_hash, to_dict
+from nla_ray.settings.presets import PRESETS, nano, override, preset
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+HEAVY = {"torch", "ray", "transformers", "datasets", "peft", "trl", "deepspeed"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_without_overrides_is_itself(name: str) -> None:
+    assert parse_arguments("test", ["--preset", name]) == PRESETS[name]() == preset(name)
+    assert parse_arguments("test", [f"--preset={name}"]) == PRESETS[name]()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json_and_its_hash_is_stable(name: str) -> None:
+    plain = to_dict(PRESETS[name]())
+    assert json.loads(json.dumps(plain)) == plain
+    assert (
+        config_hash(PRESETS[name]())
+        == config_hash(plain)
+        == config_hash(json.loads(json.dumps(plain)))
+    )
+    assert len({config_hash(make()) for make in PRESETS.values()}) == len(PRESETS)
+
+
+def test_nano_is_what_runs_without_a_preset() -> None:
+    assert parse_arguments("test", []) == nano()
+
+
+def test_an_override_changes_its_field_and_no_other() -> None:
+    config = parse_arguments(
+        "test",
+        [
+            "--preset",
+            "qwen2.5-7b",
+            "--grpo.group-size",
+            "4",
+            "--reward-scorer.lora.rank",
+            "16",
+            "--capture.layers",
+            "10",
+            "20",
+            "--run-dir",
+            "elsewhere",
+            "--grpo.contrast",
+            "none",
+        ],
+    )
+    expected = PRESETS["qwen2.5-7b"]()
+    lora = dataclasses.replace(expected.reward_scorer.lora, rank=16)
+    expected = dataclasses.replace(
+        override(
+            expected,
+            grpo={"group_size": 4, "contrast": "none"},
+            reward_scorer={"lora": lora},
+            capture={"layers": (10, 20)},
+        ),
+        run_dir="elsewhere",
+    )
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--preset", "nono"], ["unknown preset", "'nono'", "nano, smollm2-135m, qwen2.5-7b"]),
+        (["--grpo.group-sice", "4"], ["group-sice"]),
+        (["--grpo.group-size", "four"], ["four"]),
+        (["--grpo.group-size", "1"], ["grpo.group_size: got 1, expected at least 2"]),
+        (
+            ["--capture.positions", "first"],
+            ["capture.positions: got 'first', expected `last` or `random:N`"],
+        ),
+        (["--base.layer", "-1"], ["base.layer: got -1"]),
+        (["--judge-scorer.document-half", "even"], ["two different halves"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_message_and_status_2(
+    arguments: list[str], said: list[str], capsys
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments("test", arguments)
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    shown = " ".join((output.err + output.out).replace("│", " ").split())
+    for part in said:
+        assert part in shown
+    assert "Traceback" not in shown
+
+
+def run_job_in_subprocess(job: str, *arguments: str) -> tuple[str, set[str]]:
+    """Output of a job, and which heavy packages it had imported when it ended."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {[f'jobs/{job}.py', *arguments]!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        f"print('imported:', *sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    output, _, imported = done.stdout.rpartition("imported:")
+    return output, set(imported.split())
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_of_a_job_imports_nothing_heavy(job: str) -> None:
+    output, imported = run_job_in_subprocess(job, "--help")
+    assert "--preset" in output and "--run-dir" in output
+    assert imported == set()
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_dry_run_of_a_job_for_7b_needs_no_network_no_weights_and_no_torch(
+    job: str, tmp_path: Path
+) -> None:
+    output, imported = run_job_in_subprocess(
+        job, "--preset", "qwen2.5-7b", "--dry-run", "--run-dir", str(tmp_path / "run")
+    )
+    for part in (
+        "base Qwen/Qwen2.5-7B-Instruct: 7.62 billion parameters",
+        "processes",
+        "memory each",
+        "files",
+    ):
+        assert part in output
+    assert imported == set()
+    assert not (tmp_path / "run").exists(), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_planned(name: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(PRESETS[name](), run_dir=str(tmp_path))
+    text = plan.describe_plan(config, "pipeline")
+    for stage in (
+        "corpus",
+        "activations",
+        "labels",
+        "reward_scorer",
+        "judge_scorer",
+        "sft",
+        "grpo",
+        "report",
+    ):
+        assert f"\n{stage}\n" in text
+
+
+def test_a_plan_of_a_base_nobody_knows_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got no config.json .*Download the model first"):
+        plan.describe_plan(
+            dataclasses.replace(
+                override(nano(), base={"model": "nobody/knows"}), run_dir=str(tmp_path)
+            ),
+            "capture",
+        )
+
+
+@pytest.mark.parametrize(
+    "changed", [{"corpus": {"path": "nowhere.jsonl"}}, {"label": {"import_path": "nowhere.jsonl"}}]
+)
+def test_a_plan_refuses_a_file_that_is_not_there(changed: dict, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"--(corpus\.path|label\.import-path) nowhere\.jsonl: got nothing there"
+    ):
+        plan.describe_plan(
+            dataclasses.replace(override(nano(), **changed), run_dir=str(tmp_path)), "pipeline"
+        )
+
+
+def test_the_published_sizes_of_qwen_7b_come_out() -> None:
+    shape = plan.base_shape(PRESETS["qwen2.5-7b"]())
+    # By hand: block 2*3584^2 + 2*3584*512 + 3*3584*18944 = 25,690,112 + 3,670,016 + 203,685,888 =
+    # 233,046,016; 28 of them, and two tables of 152,064 x 3584 = 544,997,376. The card says 7.61
+    # billion (with norms and biases).
+    assert shape.block_parameters == 233_046_016
+    assert shape.parameters == 28 * 233_046_016 + 2 * 544_997_376 == 7_615_283_200
+    assert shape.parameters_up_to(20) == 21 * 233_046_016 + 544_997_376
+    # 28 * 32 * (2*(3584+3584) + 2*(3584+512) + 3*(3584+18944)) = 896 * 90,112
+    assert shape.lora_parameters(LoraSettings(rank=32, alpha=64), 28) == 896 * 90_112 == 80_740_352
+    # 2 (K and V) * 28 blocks * 10 tokens * 4 heads * 128 * 2 bytes
+    assert shape.kv_bytes(10, 2) == 573_440
+
+
+def test_shapes_agree_with_transformers_and_peft_on_a_real_model(tiny_base) -> None:
+    from nla_ray.base.adapters import add_lora
+    from nla_ray.base.load import load_backbone
+
+    shape, model = (
+        plan.base_shape(dataclasses.replace(nano(), base=tiny_base)),
+        load_backbone(tiny_base),
+    )
+    assert shape.tied
+    matrices = {
+        parameter.data_ptr(): parameter.numel()
+        for parameter in model.parameters()
+        if parameter.ndim == 2
+    }
+    assert shape.parameters == sum(matrices.values())
+    settings = LoraSettings(rank=4, alpha=8)
+    adapted = add_lora(model, settings)
+    assert shape.lora_parameters(settings, 3) == sum(
+        p.numel() for name, p in adapted.named_parameters() if "lora_" in name
+    )
+
+
+def test_what_was_tried_for_nano_is_told_with_intervals_and_a_preset_without_experiments_has_none() -> (
+    None
+):
+    from nla_ray.report.experiments import experiments
+
+    tried = experiments("nano")
+    assert {"yes", "no"} == {one["kept"] for one in tried} and len(
+        {one["changed"] for one in tried}
+    ) == len(tried)
+    assert all(
+        figure["low"] <= figure["value"] <= figure["high"]
+        for one in tried
+        for figure in one["minus_sft"].values()
+    )
+    assert experiments("qwen2.5-7b") == []
