@@ -31,7 +31,7 @@ PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "bos_token_id": 151_643,
         "eos_token_id": 151_645,
-    },
+    }
 }
 """Shapes of hub models that presets name, so that a plan needs no network. Source: the models' own
 config.json."""
@@ -107,10 +107,7 @@ def load_backbone(base: BaseConfig, *, num_blocks: int | None = None, attention:
 
     folder, options = (
         base_folder(base.model),
-        {
-            "dtype": getattr(torch, base.dtype),
-            "attn_implementation": attention,
-        },
+        {"dtype": getattr(torch, base.dtype), "attn_implementation": attention},
     )
     config = load_model_config(base)
     with quiet_loading():

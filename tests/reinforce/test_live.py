@@ -134,10 +134,7 @@ def test_the_time_left_counts_the_monitors_readings_and_its_share_leaves_out_the
 ):
     steps, readings = (
         [step(1), step(2, 4.0)],
-        [
-            reading(0, 0.5, 0.3, seconds=9.0),
-            reading(2, 0.5, 0.3, seconds=1.5),
-        ],
+        [reading(0, 0.5, 0.3, seconds=9.0), reading(2, 0.5, 0.3, seconds=1.5)],
     )
     assert seconds_left(steps, readings, 12) == pytest.approx((2.0 + 4.0 + 1.5) / 2 * 10)
     assert monitor_share(steps, readings) == pytest.approx(1.5 / 6.0)

@@ -1025,8 +1025,7 @@ def test_what_the_scorers_have_read_is_not_read_again(
     again = copied_run("again")
     # The readings of an interrupted report: as after a kill between reading and publishing.
     monkeypatch.setattr(
-        "nla_ray.report.stage.to_html",
-        lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt),
+        "nla_ray.report.stage.to_html", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         make_report(again.config)

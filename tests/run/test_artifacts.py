@@ -302,10 +302,9 @@ def test_a_full_disk_is_one_message_and_damages_nothing(small_disk) -> None:
     assert "no space left on device" in user_message(caught.value) and "make room" in user_message(
         caught.value
     )
-    assert stage.location.list_files() == [
-        "part-00000.parquet",
-        "started.json",
-    ], "no half-written file is left"
+    assert stage.location.list_files() == ["part-00000.parquet", "started.json"], (
+        "no half-written file is left"
+    )
     (stage.location / "part-00001.parquet").write_bytes(b"b" * 5_000)
     assert len(run_at(folder).stage("corpus", "corpus").publish().files) == 2
 
