@@ -21,27 +21,20 @@ GENERIC_DESCRIPTION = (
 """The fixed sentence of the generic control: true of every text, and so worth nothing."""
 
 
-@dataclass(frozen=True)
-class ParsedDescription:
-    """What a verbalizer wrote: `text` without tags and outer white space; `closed` False when the
-    tag never came."""
-
-    text: str
-    closed: bool
-
-
 def wrap_description(description: str) -> str:
     """The text a verbalizer is trained to write after the opening tag."""
     return f"{description.strip()}{CLOSING_TAG}"
 
 
-def parse_description(written: str) -> ParsedDescription:
-    """Everything up to the first closing tag; an opening tag that was repeated is dropped.
+def parse_description(written: str) -> tuple[str, bool]:
+    """The text of what a verbalizer wrote, and whether the closing tag came.
 
-    Text without a closing tag is kept as it is: a truncated description is scored, not dropped.
+    The text is everything up to the first closing tag, without outer white space; an opening tag
+    that was repeated is dropped. Text without a closing tag is kept as it is: a truncated
+    description is scored, not dropped.
     """
     body, tag, _ = written.partition(CLOSING_TAG)
-    return ParsedDescription(text=body.removeprefix(OPENING_TAG).strip(), closed=bool(tag))
+    return body.removeprefix(OPENING_TAG).strip(), bool(tag)
 
 
 def reconstructor_prompt(description: str, marker: str) -> str:

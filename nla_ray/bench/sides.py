@@ -201,7 +201,7 @@ def benchmark_generate(
         "longest": steps,
         "mean_length": tokens / len(own),
         "weight_load_seconds": load_seconds,
-        "sampled_tokens_per_second": sum(len(rollout.token_ids) for rollout in sampled) / seconds,
+        "sampled_tokens_per_second": sum(rollout.num_sampled for rollout in sampled) / seconds,
         "flop": 2 * weights * tokens,
         "bytes": steps * weights * engine.decoder.dtype.itemsize,
     }

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from nla_ray.base.adapters import read_adapter
 from nla_ray.base.load import load_backbone, load_tokenizer
-from nla_ray.base.prompts import build_injection_prompt, parse_description
+from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.description.engines.compact import GenerationEngine
+from nla_ray.description.record import Description
 from nla_ray.settings.config import BaseConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """What a verbalizer says of one activation.
-
-    Example: Description(text="- Python test of a file reader", closed=True, num_tokens=14)
-    """
-
-    text: str
-    """Without tags and outer white space."""
-    closed: bool
-    """False: the closing tag never came."""
-    num_tokens: int
-    """Sampled tokens, tag and end of sequence included."""
 
 
 class Verbalizer:
@@ -79,7 +64,7 @@ class Verbalizer:
         """`group_size` descriptions of each activation of [n, d_model], ordered by (activation,
         sample); `rows` seed the samples, as in the engine. A sample does not depend on how many are
         drawn."""
-        rollouts = self.engine.generate(
+        return self.engine.generate(
             activations,
             group_size=group_size,
             temperature=temperature,
@@ -87,10 +72,3 @@ class Verbalizer:
             seed=seed,
             rows=rows,
         )
-        parsed = [parse_description(rollout.text) for rollout in rollouts]
-        return [
-            Description(
-                text=description.text, closed=description.closed, num_tokens=len(rollout.token_ids)
-            )
-            for description, rollout in zip(parsed, rollouts)
-        ]

@@ -45,14 +45,14 @@ class Lines:
 
 def cut_lines(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> Lines:
     """The lines of sampled ids. Blank lines, and breaks after the last line, end nothing."""
-    whole = parse_description(decode(token_ids)).text
+    whole, _ = parse_description(decode(token_ids))
     beginnings: list[str] = []
     line_of_token: list[int] = []
     for end, token_id in enumerate(token_ids, start=1):
         line_of_token.append(len(beginnings))
         if "\n" not in decode([token_id]) or CLOSING_TAG in (written := decode(token_ids[:end])):
             continue
-        text = parse_description(written).text
+        text, _ = parse_description(written)
         if text and text != whole and text not in beginnings[-1:]:
             beginnings.append(text)
     return Lines(beginnings=beginnings, line_of_token=line_of_token)

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nla_ray.activation import vectors
-from nla_ray.base.prompts import parse_description
 from nla_ray.cluster.actors import ActorPool
-from nla_ray.description.record import Rollout
+from nla_ray.description.record import Description
 from nla_ray.reinforce.rollouts import PublishedWeights, RolloutRequest, generate
 from nla_ray.reinforce.scoring import reconstruct
 from nla_ray.score.bootstrap import DocumentBootstrap
@@ -67,7 +66,7 @@ class Monitor:
             seed=self.settings.seed,
         )
         written = generate(self._rollouts, request, weights).rollouts
-        descriptions = [parse_description(rollout.text).text for rollout in written]
+        descriptions = [description.text for description in written]
         judged = reconstruct(self._scorers, "judge_scorer", descriptions)
         rewarded = reconstruct(self._scorers, "reward_scorer", descriptions)
         return self._geometry(judged, rewarded) | text_figures(written, self.data.texts)
@@ -115,25 +114,24 @@ class Monitor:
         ).mean(1)
 
 
-def text_figures(written: Sequence[Rollout], texts: Sequence[str]) -> dict[str, float]:
+def text_figures(written: Sequence[Description], texts: Sequence[str]) -> dict[str, float]:
     """Shares over descriptions: distinct, unclosed, repeating an item, claims found in the source;
     and the mean length."""
-    parsed = [parse_description(rollout.text) for rollout in written]
-    count = len(parsed)
+    count = len(written)
     return {
-        PREFIX + "distinct_share": len({description.text for description in parsed}) / count,
-        PREFIX + "unclosed_share": sum(not description.closed for description in parsed) / count,
+        PREFIX + "distinct_share": len({description.text for description in written}) / count,
+        PREFIX + "unclosed_share": sum(not description.closed for description in written) / count,
         PREFIX + "repeating_share": (
-            sum(repeats_item(description.text) for description in parsed) / count
+            sum(repeats_item(description.text) for description in written) / count
         ),
         PREFIX + "claim_precision": (
             sum(
                 claim_precision(description.text, text)
-                for description, text in zip(parsed, texts, strict=True)
+                for description, text in zip(written, texts, strict=True)
             )
             / count
         ),
-        PREFIX + "mean_tokens": sum(len(rollout.token_ids) for rollout in written) / count,
+        PREFIX + "mean_tokens": sum(description.num_sampled for description in written) / count,
     }
 
 

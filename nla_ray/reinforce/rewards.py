@@ -56,13 +56,13 @@ def text_terms(
     claims found in `source`.
     Example: "- Python test: frame, frame" without a tag -> unclosed 1, empty 0, repeated 1.
     """
-    description = parse_description(written)
+    text, closed = parse_description(written)
     return {
-        "unclosed": float(not description.closed),
-        "empty": float(not description.text),
+        "unclosed": float(not closed),
+        "empty": float(not text),
         "over_length": float(max(0, num_tokens - soft_max_tokens)),
-        "repeated": float(repeats_item(description.text)),
-        "evidence": claim_precision(description.text, source),
+        "repeated": float(repeats_item(text)),
+        "evidence": claim_precision(text, source),
     }
 
 

@@ -22,7 +22,7 @@ from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.cluster.actors import ActorPool, SharedArray, shared_tensor, split_evenly
 from nla_ray.description.engines.compact import GenerationEngine
-from nla_ray.description.record import Rollout
+from nla_ray.description.record import Description
 from nla_ray.run.identity import seed_of
 from nla_ray.settings.config import BaseConfig, GRPOSettings, LoraSettings
 from nla_ray.training.zero import gathered
@@ -70,7 +70,7 @@ class PublishedWeights:
 class RolloutBatch:
     """The answer to one request, with the seconds that loading weights and generating took."""
 
-    rollouts: list[Rollout]
+    rollouts: list[Description]
     load_seconds: float
     generate_seconds: float
 
@@ -122,7 +122,7 @@ class RolloutWorker:
         """Replace the engine's adapter."""
         self.engine.load_weights(state, version)
 
-    def sample(self, request: RolloutRequest) -> list[Rollout]:
+    def sample(self, request: RolloutRequest) -> list[Description]:
         """The rollouts of a request under the weights that are loaded."""
         activations = self._banks[request.split][request.rows]
         return self.engine.generate(

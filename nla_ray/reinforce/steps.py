@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 
 from nla_ray.base.adapters import save_adapter
-from nla_ray.base.prompts import InjectionPrompt, parse_description
+from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.cluster.actors import ActorPool, SharedArray
-from nla_ray.description.record import Rollout
+from nla_ray.description.record import Description
 from nla_ray.reinforce.credit import Lines, cut_lines, share_out
 from nla_ray.reinforce.monitor import (
     JUDGE_COSINE,
@@ -163,14 +163,14 @@ class StepSampler:
         )
         return self._fields(batch.rollouts)
 
-    def _score_request(self, rollouts: Sequence[Rollout], step: int) -> ScoreRequest:
+    def _score_request(self, rollouts: Sequence[Description], step: int) -> ScoreRequest:
         """The descriptions, and behind them the beginnings that credit is shared out by, with the
         same wrong rows."""
         wrong = {
             row: self.data.wrong.draw(row, self.settings.seed, step) if self.data.wrong else []
             for row in {rollout.row for rollout in rollouts}
         }
-        read = [(parse_description(rollout.text).text, rollout.row) for rollout in rollouts]
+        read = [(rollout.text, rollout.row) for rollout in rollouts]
         read += [
             (text, rollout.row)
             for rollout, lines in zip(rollouts, self._lines)
@@ -182,12 +182,12 @@ class StepSampler:
             wrong_rows=[wrong[row] for _, row in read],
         )
 
-    def _fields(self, rollouts: Sequence[Rollout]) -> dict[str, list]:
+    def _fields(self, rollouts: Sequence[Description]) -> dict[str, list]:
         """What TRL wants back, and columns for the reward functions."""
         terms = [
             text_terms(
-                rollout.text,
-                len(rollout.token_ids),
+                rollout.written,
+                rollout.num_sampled,
                 self.data.sources[rollout.row],
                 self.settings.soft_max_tokens,
             )
@@ -199,7 +199,7 @@ class StepSampler:
             ],
             "completion_ids": [rollout.token_ids for rollout in rollouts],
             "logprobs": [rollout.log_probs for rollout in rollouts],
-            "text": [rollout.text for rollout in rollouts],
+            "text": [rollout.written for rollout in rollouts],
             "weight_version": [rollout.weight_version for rollout in rollouts],
             **{name: [one[name] for one in terms] for name in TEXT_TERMS},
         }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.label.stage import drawn_labels
 from nla_ray.report.compared import Compared, read_descriptions
@@ -45,15 +45,6 @@ _SLOT_BATCHES = 4
 with nano on two threads: 256 at once take 0.74 of the time that 64 take."""
 
 
-@dataclass(frozen=True)
-class Described:
-    """What one verbalizer said of one activation; `num_tokens` counts the description alone."""
-
-    text: str
-    closed: bool
-    num_tokens: int
-
-
 def describe_all(
     run: Run,
     manifests: Mapping[str, Manifest],
@@ -61,7 +52,7 @@ def describe_all(
     mean: Tensor,
     folder: Path,
     compared: Sequence[Compared],
-) -> tuple[dict[str, list[Described]], list[list[Described]]]:
+) -> tuple[dict[str, list[Description]], list[list[Description]]]:
     """Descriptions of every test activation by verbalizer; and the samples of the arm of GRPO, N of
     each activation.
 
@@ -74,7 +65,7 @@ def describe_all(
         name: describer.keep(name, texts)
         for name, texts in _label_controls(run, test, mean).items()
     }
-    samples: list[list[Described]] = []
+    samples: list[list[Description]] = []
     for artifact in trained_in(manifests):
         injected = {artifact: test.vectors}
         if artifact == "sft":
@@ -130,7 +121,7 @@ class Describer:
         self._tokenizer, self._model = load_tokenizer(config.base), None
         self._num_tokens: dict[str, int] = {}
 
-    def keep(self, name: str, texts: Sequence[str]) -> list[Described]:
+    def keep(self, name: str, texts: Sequence[str]) -> list[Description]:
         """Write descriptions that cost nothing to make, one for each activation."""
         described = [self._described(text, closed=True) for text in texts]
         rows = (
@@ -142,7 +133,7 @@ class Describer:
 
     def describe(
         self, adapter: Path, neighbours: Sequence[int] | None, injected: Mapping[str, Tensor]
-    ) -> dict[str, list[Described]]:
+    ) -> dict[str, list[Description]]:
         """What one adapter says, greedily, by name of what is injected: [rows, d_model], or [1,
         d_model] for all rows alike."""
         return {
@@ -152,7 +143,7 @@ class Describer:
 
     def sample(
         self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor
-    ) -> list[list[Described]]:
+    ) -> list[list[Description]]:
         """`evaluation.samples` seeded samples of every row, drawn as GRPO drew them."""
         count = self._config.evaluation.samples
         ids = [activation_id for activation_id in self._ids for _ in range(count)]
@@ -176,7 +167,7 @@ class Describer:
         ids: Sequence[str],
         samples: int = 1,
         temperature: float = 0.0,
-    ) -> list[Described]:
+    ) -> list[Description]:
         """All descriptions of a file, of which the missing ones are made and appended, chunk by
         chunk."""
         log = MetricsLog(self._folder / f"{name}.jsonl")
@@ -213,7 +204,7 @@ class Describer:
             self._config.base, adapter, neighbours=neighbours, model=self._model, max_slots=slots
         )
 
-    def _read(self, log: MetricsLog, ids: Sequence[str], samples: int) -> list[Described]:
+    def _read(self, log: MetricsLog, ids: Sequence[str], samples: int) -> list[Description]:
         """What is there already, in whole groups of samples. Raises ValueError when it describes
         other activations."""
         rows = log.read()
@@ -225,16 +216,21 @@ class Describer:
                 f"{log.path}: got descriptions of other activations than the report's, expected the"
                 " same in order. The file is damaged; delete it and evaluate again."
             )
-        return [Described(row["description"], row["closed"], row["num_tokens"]) for row in rows]
+        return [
+            Description.from_text(
+                row["description"], num_tokens=row["num_tokens"], closed=row["closed"]
+            )
+            for row in rows
+        ]
 
-    def _described(self, text: str, closed: bool) -> Described:
+    def _described(self, text: str, closed: bool) -> Description:
         """With its length in tokens; labels and controls repeat, so each text is counted once."""
         if text not in self._num_tokens:
             self._num_tokens[text] = len(self._tokenizer.encode(text, add_special_tokens=False))
-        return Described(text, closed, self._num_tokens[text])
+        return Description.from_text(text, num_tokens=self._num_tokens[text], closed=closed)
 
 
-def _row(activation_id: str, one: Described) -> dict[str, Any]:
+def _row(activation_id: str, one: Description) -> dict[str, Any]:
     return {
         "activation_id": activation_id,
         "description": one.text,

@@ -25,9 +25,10 @@ from nla_ray.base.load import load_tokenizer
 from nla_ray.base.pretrained import check_never_seen, never_nearly_seen
 from nla_ray.base.sources import base_folder
 from nla_ray.cluster.resources import run_placed
+from nla_ray.description.record import Description
 from nla_ray.report.compared import Compared, check_compared, find_compared, read_descriptions
 from nla_ray.report.controls import INJECTED, SCORERS, TRAINED, VERBALIZERS, trained_in
-from nla_ray.report.describing import Described, decoding, describe_all
+from nla_ray.report.describing import decoding, describe_all
 from nla_ray.report.experiments import experiments
 from nla_ray.report.gates import check_gates
 from nla_ray.report.growth import growth
@@ -250,7 +251,7 @@ def gather(
 
 
 def _prefixes(
-    config: RunConfig, descriptions: Mapping[str, Sequence[Described]]
+    config: RunConfig, descriptions: Mapping[str, Sequence[Description]]
 ) -> dict[str, dict[int, list[str]]]:
     """Every description cut to its first tokens, by verbalizer and number of tokens."""
     tokenizer = load_tokenizer(config.base)

@@ -26,7 +26,7 @@ from nla_ray.score.choice import agreement, best_of
 from nla_ray.score.metrics import Comparisons, Figure, figures, retrieval
 
 if TYPE_CHECKING:
-    from nla_ray.report.describing import Described
+    from nla_ray.description.record import Description
     from nla_ray.report.readings import Readings
 
 
@@ -76,13 +76,13 @@ class Evaluated:
     salient: Sequence[Sequence[str]]
     """The most salient words of each text."""
     comparisons: Comparisons
-    descriptions: Mapping[str, Sequence[Described]]
+    descriptions: Mapping[str, Sequence[Description]]
     """By verbalizer."""
     readings: Readings
     """Of all `texts_to_read`."""
     domain_names: Mapping[str, str]
     """Slug -> the name a description may use."""
-    samples: Sequence[Sequence[Described]] = ()
+    samples: Sequence[Sequence[Description]] = ()
     """N samples of the arm of GRPO for each row; empty when none were drawn."""
     prefix_rows: Sequence[int] = ()
     """The rows whose descriptions are also read in part."""
@@ -115,8 +115,8 @@ class Evaluated:
 
 
 def texts_to_read(
-    descriptions: Mapping[str, Sequence[Described]],
-    samples: Sequence[Sequence[Described]],
+    descriptions: Mapping[str, Sequence[Description]],
+    samples: Sequence[Sequence[Description]],
     prefixes: Mapping[str, Mapping[int, Sequence[str]]],
 ) -> set[str]:
     """Everything that the readings of an `Evaluated` must hold."""

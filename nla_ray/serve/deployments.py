@@ -116,7 +116,7 @@ class VerbalizerService:
                 group_size=sampling.samples,
             )
         return [
-            DescriptionBody(description=one.text, closed=one.closed, num_tokens=one.num_tokens)
+            DescriptionBody(description=one.text, closed=one.closed, num_tokens=one.num_sampled)
             for one in written
         ]
 

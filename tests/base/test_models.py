@@ -604,7 +604,7 @@ def test_a_verbalizer_describes_with_its_adapter_and_refuses_other_neighbours(
     loaded = Verbalizer.load(tiny_base, tmp_path, neighbours=info.neighbours)
     described = loaded.describe(activations, max_new_tokens=6)
     assert len(described) == 3 and all(
-        1 <= description.num_tokens <= 6 for description in described
+        1 <= description.num_sampled <= 6 for description in described
     )
     plain = Verbalizer.load(tiny_base, None).describe(activations, max_new_tokens=6)
     assert [description.text for description in plain] != [

@@ -4,13 +4,14 @@ import pytest
 from tiny import MARKER, build_tokenizer
 
 from nla_ray.base import prompts
-from nla_ray.base.prompts import ParsedDescription, parse_description, wrap_description
+from nla_ray.base.prompts import parse_description, wrap_description
 
 
 def test_a_wrapped_description_reads_back_as_it_was() -> None:
     assert wrap_description("  - a test\n- code \n") == "- a test\n- code</description>"
-    assert parse_description(wrap_description("- a test\n- code")) == ParsedDescription(
-        "- a test\n- code", True
+    assert parse_description(wrap_description("- a test\n- code")) == (
+        "- a test\n- code",
+        True,
     )
 
 
@@ -29,7 +30,7 @@ def test_a_wrapped_description_reads_back_as_it_was() -> None:
 def test_parsing_stops_at_the_first_closing_tag_and_keeps_what_has_none(
     written: str, text: str, closed: bool
 ) -> None:
-    assert parse_description(written) == ParsedDescription(text, closed)
+    assert parse_description(written) == (text, closed)
 
 
 def test_the_reconstructor_prompt_ends_in_the_only_marker_even_when_the_description_holds_one() -> (

@@ -18,7 +18,7 @@ from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.cpu.projection import Projection, make_projection, packing_works
 from nla_ray.description.engines.compact import GenerationEngine
-from nla_ray.description.record import Rollout
+from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys
 from nla_ray.settings.config import BaseConfig, LoraSettings
 
@@ -122,7 +122,7 @@ def library_greedy(scene: Scene, max_new_tokens: int) -> list[list[int]]:
     return rows
 
 
-def trainer_log_probs(scene: Scene, rollout: Rollout, temperature: float) -> Tensor:
+def trainer_log_probs(scene: Scene, rollout: Description, temperature: float) -> Tensor:
     """Log-probabilities of a rollout's tokens by a forward pass of the library's model over prompt
     and completion."""
     with activations_attached(
@@ -141,7 +141,7 @@ def trainer_log_probs(scene: Scene, rollout: Rollout, temperature: float) -> Ten
     )
 
 
-def tokens(rollouts: list[Rollout]) -> list[list[int]]:
+def tokens(rollouts: list[Description]) -> list[list[int]]:
     return [rollout.token_ids for rollout in rollouts]
 
 
@@ -242,7 +242,7 @@ def test_rollouts_come_ordered_by_activation_and_sample_with_text_and_version(
     assert [rollout.row for rollout in rollouts] == [30, 30, 10, 10]
     assert {rollout.weight_version for rollout in rollouts} == {7}
     for rollout in rollouts:
-        assert rollout.text == one_scene.tokenizer.decode(
+        assert rollout.written == one_scene.tokenizer.decode(
             rollout.token_ids, skip_special_tokens=True
         )
 

@@ -3,7 +3,7 @@
 import pytest
 
 from nla_ray.base.prompts import CLOSING_TAG
-from nla_ray.description.record import Rollout
+from nla_ray.description.record import Description
 from nla_ray.reinforce.monitor import (
     JUDGE_COSINE,
     PREFIX,
@@ -24,12 +24,12 @@ def reading(step: int, judge: float, rewarded: float) -> dict[str, float]:
     }
 
 
-def rollout(text: str, tokens: int = 4) -> Rollout:
-    return Rollout(
+def rollout(written: str, tokens: int = 4) -> Description:
+    return Description.from_sample(
         row=0,
         token_ids=[1] * tokens,
         log_probs=[0.0] * tokens,
-        text=text,
+        written=written,
         finished=True,
         weight_version=0,
     )

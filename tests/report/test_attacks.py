@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from nla_ray.description.record import Description
 from nla_ray.report.controls import SCORERS
-from nla_ray.report.describing import Described
 from nla_ray.report.readings import Readings
 from nla_ray.report.summary import Evaluated, summarise, texts_to_read
 from nla_ray.score import claims
@@ -100,7 +100,7 @@ class World:
             "grpo": say,
         }
         descriptions = {
-            name: [Described(own(row), True, 8) for row in range(ROWS)]
+            name: [Description.from_text(own(row), num_tokens=8) for row in range(ROWS)]
             for name, own in said.items()
         }
         doc_ids = [f"doc{row}" for row in range(ROWS)]

@@ -16,9 +16,9 @@ import torch
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.pretrained import digest
 from nla_ray.base.prompts import GENERIC_DESCRIPTION
+from nla_ray.description.record import Description
 from nla_ray.report import controls, describing
 from nla_ray.report.controls import VERBALIZERS
-from nla_ray.report.describing import Described
 from nla_ray.report.gates import check_gates, judge_gate
 from nla_ray.report.growth import growth
 from nla_ray.report.readings import Readings
@@ -48,8 +48,10 @@ SCORERS = ("reward", "judge", "linear")
 NAMES = {"python_test": "Python test", "licence": "licence"}
 
 
-def described(texts: list[str], closed: bool = True) -> list[Described]:
-    return [Described(text, closed, len(text.split())) for text in texts]
+def described(texts: list[str], closed: bool = True) -> list[Description]:
+    return [
+        Description.from_text(text, num_tokens=len(text.split()), closed=closed) for text in texts
+    ]
 
 
 def evaluated() -> Evaluated:
@@ -75,7 +77,10 @@ def evaluated() -> Evaluated:
         for name, own in descriptions.items()
     }
     samples = [
-        [Described(f"- Python test: sample{row}x{number}", True, 5) for number in range(2)]
+        [
+            Description.from_text(f"- Python test: sample{row}x{number}", num_tokens=5)
+            for number in range(2)
+        ]
         for row in range(ROWS)
     ]
     read: dict[str, torch.Tensor] = {"": mean}

@@ -32,7 +32,7 @@ from nla_ray.activation import vectors
 from nla_ray.base.layers import causal_model
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.decoder import Decoder, KeysValues
-from nla_ray.description.record import Rollout
+from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys
 from nla_ray.settings.config import LoraSettings
 
@@ -111,7 +111,7 @@ class GenerationEngine:
         max_new_tokens: int = 64,
         seed: int = 0,
         rows: Sequence[int] | None = None,
-    ) -> list[Rollout]:
+    ) -> list[Description]:
         """`group_size` rollouts for each activation of [n, d_model], ordered by (activation,
         sample).
 
@@ -144,15 +144,15 @@ class GenerationEngine:
             clean_up_tokenization_spaces=False,
         )
         return [
-            Rollout(
+            Description.from_sample(
                 row=rows[draft.index // group_size],
                 token_ids=draft.token_ids,
                 log_probs=draft.log_probs,
-                text=text,
+                written=written,
                 finished=draft.finished,
                 weight_version=self.weight_version,
             )
-            for draft, text in zip(drafts, texts)
+            for draft, written in zip(drafts, texts, strict=True)
         ]
 
     def _check(
