@@ -9,10 +9,7 @@ from nla_ray.base.prompts import parse_description, wrap_description
 
 def test_a_wrapped_description_reads_back_as_it_was() -> None:
     assert wrap_description("  - a test\n- code \n") == "- a test\n- code</description>"
-    assert parse_description(wrap_description("- a test\n- code")) == (
-        "- a test\n- code",
-        True,
-    )
+    assert parse_description(wrap_description("- a test\n- code")) == ("- a test\n- code", True)
 
 
 @pytest.mark.parametrize(
