@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse
 import nla_ray
 from nla_ray.activation import vectors
 from nla_ray.base import prompts
+from nla_ray.base.adapters import adapter_active
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_tokenizer, torch_device
 from nla_ray.description.verbalizer import Verbalizer
@@ -83,12 +84,13 @@ class Choice:
 class VerbalizerService:
     """Verbalizers of one run by name: activations in, descriptions out."""
 
-    def __init__(self, config: RunConfig, names: Sequence[str]) -> None:
+    def __init__(self, config: RunConfig, names: Sequence[str], model: Any = None) -> None:
+        """`model`: a loaded base to share, with or without adapters in it; None loads one."""
         torch.set_num_threads(config.compute.threads)
         run = Run(config)
         self._lock, self._verbalizers = threading.Lock(), {}
         self._decoding: dict[str, tuple[int, float]] = {}
-        model = load_backbone(config.base)
+        model = load_backbone(config.base) if model is None else model
         for name in names:
             manifest = run.require(name)
             settings = manifest.config.get(
@@ -128,12 +130,12 @@ class VerbalizerService:
 class ScorerService:
     """Scorers of one run by name; they share one loaded base."""
 
-    def __init__(self, config: RunConfig, names: Sequence[str]) -> None:
+    def __init__(self, config: RunConfig, names: Sequence[str], model: Any = None) -> None:
+        """`model`: a loaded base to share, which gets the scorers' adapters; None loads one."""
         torch.set_num_threads(config.compute.threads)
         run = Run(config)
         self._lock, self._reconstructors = threading.Lock(), {}
         self._batch_size = config.evaluation.batch_size
-        model = None
         for name in names:
             artifact = f"{name}_scorer"
             with run.local_copy(artifact, run.require(artifact)) as folder:
@@ -141,6 +143,11 @@ class ScorerService:
                     config.base, folder, adapter=name, model=model
                 )
             model = self._reconstructors[name].model
+
+    @property
+    def model(self) -> Any:
+        """The loaded base with the scorers' adapters in it, to be shared."""
+        return next(iter(self._reconstructors.values())).model
 
     def score(
         self, names: Sequence[str], descriptions: Sequence[str], activations: np.ndarray
@@ -196,13 +203,15 @@ class ScorerService:
 class CaptureService:
     """The base's first blocks, without adapters: text in, activations of chosen positions out."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, model: Any = None) -> None:
+        """`model`: a loaded base to share, with or without adapters in it; None loads the blocks
+        that are needed."""
         torch.set_num_threads(config.compute.threads)
         self._base, self._lock = config.base, threading.Lock()
         self._tokenizer = load_tokenizer(config.base)
-        self._reader = ResidualReader(
-            load_backbone(config.base, num_blocks=config.base.layer + 1), [config.base.layer]
-        )
+        blocks = config.base.layer + 1
+        self._model = load_backbone(config.base, num_blocks=blocks) if model is None else model
+        self._reader = ResidualReader(self._model, [config.base.layer])
 
     @torch.no_grad()
     def capture(self, text: str, positions: Sequence[int]) -> Captured:
@@ -221,10 +230,9 @@ class CaptureService:
                 activations=np.zeros((0, 0), np.float32),
             )
         last = max(chosen) + 1  # attention is causal: what comes later changes nothing
-        with self._lock:
-            stream = self._reader.read(torch.tensor([ids[:last]], device=torch_device(self._base)))[
-                self._base.layer
-            ][0]
+        with self._lock, adapter_active(self._model, None):
+            batch = torch.tensor([ids[:last]], device=torch_device(self._base))
+            stream = self._reader.read(batch)[self._base.layer][0]
         tokens = [self._tokenizer.decode([ids[place]]) for place in chosen]
         return Captured(
             num_tokens=len(ids),

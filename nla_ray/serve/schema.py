@@ -36,7 +36,7 @@ Activation = Annotated[
 ]
 
 
-class Refusal(Exception):
+class Refusal(ValueError):
     """A request that cannot be answered; `what`, `got` and `expected` are the response's body."""
 
     def __init__(self, what: str, got: object, expected: str) -> None:

@@ -12,11 +12,13 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_type_hints
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
+Section = TypeVar("Section")
 Relation = Literal[">=", ">", "<=", "<"]
 
 
@@ -471,6 +473,25 @@ class RunConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type[Section], values: Mapping[str, Any]) -> Section:
+    """The configuration that `to_dict` has written: lists become tuples, inner objects dataclasses.
+
+    Raises TypeError for a field that `kind` does not have.
+    """
+    types = get_type_hints(kind)
+
+    def restored(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(types.get(name)) and isinstance(value, dict):
+            return from_dict(types[name], value)
+        return _tuples(value) if isinstance(value, list) else value
+
+    return kind(**{name: restored(name, value) for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def config_hash(value: Any) -> str:

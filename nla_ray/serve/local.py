@@ -1,0 +1,177 @@
+"""A finished run in one process: describe, score and explain from Python, without HTTP or Ray.
+
+The checks, the choice among samples and the answers are the endpoint's own: its `Endpoint` is
+called with services that live here and share one loaded base. Knows no job and starts nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nla_ray.base.load import load_backbone
+from nla_ray.run.artifact import Run
+from nla_ray.run.stages import STAGES, artifacts_of_kind
+from nla_ray.serve.application import find_models
+from nla_ray.serve.deployments import CaptureService, Endpoint, ScorerService, VerbalizerService
+from nla_ray.serve.schema import (
+    DescribeRequest,
+    DescriptionBody,
+    ExplainRequest,
+    ExplainResponse,
+    ScoreBody,
+    ScoreItem,
+    ScoreRequest,
+)
+from nla_ray.settings.config import ComputeConfig, RunConfig, ServeConfig, from_dict
+from nla_ray.settings.presets import PRESETS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+_NO_LIMIT = 10**9
+"""Of texts in one call and of characters in a text: limits protect a server, not a caller."""
+
+
+def run_config(run_dir: str) -> RunConfig:
+    """The configuration that the artifacts of a run were made with, read from their manifests.
+
+    Sections that no artifact records are those of the preset with the same base, else of the first.
+    Raises ValueError for a run without a verbalizer.
+    """
+    presets = [make() for make in PRESETS.values()]
+    run = Run(dataclasses.replace(presets[0], run_dir=run_dir))
+    base = run.require(artifacts_of_kind("verbalizer")[0]).config["base"]
+    preset = next((config for config in presets if config.base.model == base["model"]), presets[0])
+    types = {
+        field.name: type(getattr(run.config, field.name)) for field in dataclasses.fields(RunConfig)
+    }
+    sections: dict[str, Any] = {}
+    for row in STAGES:
+        if manifest := run.find(row.name):
+            recorded = {name: manifest.config[name] for name in row.sections if name in types}
+            sections |= {name: from_dict(types[name], value) for name, value in recorded.items()}
+    compute = ComputeConfig(threads=torch.get_num_threads())
+    serve = ServeConfig(max_batch=_NO_LIMIT, max_text_chars=_NO_LIMIT)
+    return dataclasses.replace(preset, run_dir=run_dir, compute=compute, serve=serve, **sections)
+
+
+class LoadedRun:
+    """Verbalizers and scorers of one run, over one loaded base.
+
+    Example::
+
+        loaded = nla_ray.load("runs/nano")
+        [said] = loaded.describe(["def add(a, b): return a + b"])
+        said.description                                  # "- Python code: ..."
+        [said] = loaded.explain("def add(a, b): return a + b").explanations
+        said.scores["judge"].centred_cosine
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.models = find_models(Run(config))
+        """What there is: the base, `verbalizers` and `scorers` by name, as /v1/models tells it."""
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def describe(
+        self,
+        inputs: Sequence[str] | Tensor | np.ndarray,
+        *,
+        verbalizer: str | None = None,
+        **sampling: Any,
+    ) -> list[DescriptionBody]:
+        """Descriptions of texts (of the activation that ends each one's prompt) or of activations.
+
+        `inputs`: texts, or raw activations [n, d_model]. `sampling`: fields of `schema.Sampling`
+        (temperature, max_new_tokens, seed, samples, min_confidence); greedy without any. Raises
+        ValueError for what the endpoint refuses.
+        """
+        if isinstance(inputs, str):
+            raise ValueError("inputs: got one text, expected a list of texts. Put it into a list.")
+        is_texts = len(inputs) > 0 and isinstance(inputs[0], str)
+        named = {"texts": list(inputs)} if is_texts else {"activations": _rows(inputs)}
+        request = DescribeRequest(**named, verbalizer=verbalizer, **sampling)
+        return self._answer(self._endpoint.describe(request)).descriptions
+
+    def score(
+        self,
+        descriptions: Sequence[str],
+        activations: Tensor | np.ndarray,
+        *,
+        scorers: Sequence[str] | None = None,
+    ) -> list[dict[str, ScoreBody]]:
+        """Scores of each description against its row of [n, d_model], by scorer."""
+        pairs = zip(descriptions, _rows(activations), strict=True)
+        items = [ScoreItem(description=text, activation=row) for text, row in pairs]
+        request = ScoreRequest(items=items, scorers=None if scorers is None else list(scorers))
+        return self._answer(self._endpoint.score(request)).scores
+
+    def explain(
+        self,
+        text: str,
+        positions: Sequence[int] = (-1,),
+        *,
+        verbalizer: str | None = None,
+        scorers: Sequence[str] | None = None,
+        **sampling: Any,
+    ) -> ExplainResponse:
+        """Descriptions of a text's activations at `positions` of its chat-formatted prompt, scored.
+
+        Negative positions count from the prompt's end. `sampling` as in `describe`.
+        """
+        request = ExplainRequest(
+            text=text,
+            positions=list(positions),
+            verbalizer=verbalizer,
+            scorers=None if scorers is None else list(scorers),
+            **sampling,
+        )
+        return self._answer(self._endpoint.explain(request))
+
+    @cached_property
+    def _endpoint(self) -> Endpoint:
+        """The endpoint over services of this process; models are loaded when it is first asked."""
+        scorers = [scorer.name for scorer in self.models.scorers]
+        verbalizers = [verbalizer.name for verbalizer in self.models.verbalizers]
+        base = load_backbone(self.config.base)
+        scoring = ScorerService(self.config, scorers, base)
+        services = (
+            VerbalizerService(self.config, verbalizers, scoring.model),
+            scoring,
+            CaptureService(self.config, scoring.model),
+        )
+        return Endpoint(self.config.serve, self.models, *map(_Handle, services))
+
+    def _answer(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run the endpoint's coroutine in a thread of its own: a notebook's loop runs already."""
+        return self._thread.submit(asyncio.run, coroutine).result()
+
+
+class _Handle:
+    """A service of this process, called as a deployment's handle is."""
+
+    def __init__(self, service: Any) -> None:
+        self._service = service
+
+    def __getattr__(self, method: str) -> _Method:
+        return _Method(getattr(self._service, method))
+
+
+class _Method:
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    async def remote(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+def _rows(activations: Tensor | np.ndarray) -> list[list[float]]:
+    return torch.as_tensor(activations, dtype=torch.float32).tolist()

@@ -1,0 +1,91 @@
+"""A loaded run answers as the jobs and the endpoint do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import nla_ray
+from nla_ray.activation.stage import load_activations
+from nla_ray.activation.vectors import centred_cosine
+from nla_ray.description.verbalizer import Verbalizer
+from nla_ray.run.artifact import Run
+from nla_ray.score.reconstructor import Reconstructor
+from nla_ray.serve.local import LoadedRun
+from nla_ray.settings.config import RunConfig
+from nla_ray.settings.presets import PRESETS
+
+
+@pytest.fixture(scope="module")
+def loaded(published_run: RunConfig) -> LoadedRun:
+    return nla_ray.load(published_run.run_dir)
+
+
+def test_the_settings_are_those_the_artifacts_were_made_with(
+    loaded: LoadedRun, published_run: RunConfig
+) -> None:
+    for section in ("base", "capture", "sft", "grpo", "reward_scorer", "judge_scorer"):
+        assert getattr(loaded.config, section) == getattr(published_run, section)
+
+
+def test_it_describes_activations_and_texts_as_the_verbalizer_does(
+    loaded: LoadedRun, published_run: RunConfig
+) -> None:
+    test = load_activations(Run(published_run), "test")
+    verbalizer = Verbalizer.load(
+        published_run.base, Path(published_run.run_dir) / "grpo" / "adapter"
+    )
+    expected = [said.text for said in verbalizer.describe(test.vectors[:3], max_new_tokens=8)]
+    assert [said.description for said in loaded.describe(test.vectors[:3])] == expected
+    assert [said.description for said in loaded.describe(test.texts[:3])] == expected
+    assert [said.description for said in loaded.describe(test.vectors[:3].numpy())] == expected
+
+
+def test_it_scores_as_the_judge_does_whatever_was_asked_before(
+    loaded: LoadedRun, published_run: RunConfig
+) -> None:
+    test = load_activations(Run(published_run), "test")
+    described = [said.description for said in loaded.describe(test.texts[:3])]
+    scores = loaded.score(described, test.vectors[:3])
+    assert [set(score) for score in scores] == [{"reward", "judge"}] * 3
+    judge = Reconstructor.load(published_run.base, Path(published_run.run_dir) / "judge_scorer")
+    expected = centred_cosine(judge.reconstruct(described), test.vectors[:3], judge.mean)
+    found = torch.tensor([score["judge"].centred_cosine for score in scores])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_it_explains_positions_and_chooses_among_samples(
+    loaded: LoadedRun, published_run: RunConfig
+) -> None:
+    text = load_activations(Run(published_run), "test").texts[0]
+    explained = loaded.explain(text, (-1, -2), samples=3, scorers=["judge"])
+    assert [one.position for one in explained.explanations] == [
+        explained.num_tokens - 1,
+        explained.num_tokens - 2,
+    ]
+    assert all(one.samples == 3 and set(one.scores) == {"judge"} for one in explained.explanations)
+
+
+def test_what_the_endpoint_refuses_is_a_value_error(loaded: LoadedRun) -> None:
+    with pytest.raises(ValueError, match="expected a list of texts"):
+        loaded.describe("one text")
+    with pytest.raises(ValueError, match="verbalizer: got other, expected one of"):
+        loaded.describe(["a text"], verbalizer="other")
+    with pytest.raises(ValueError, match=r"activations\[0\]: got 3 numbers, expected 32 numbers"):
+        loaded.describe(torch.ones(1, 3))
+
+
+def test_a_run_without_a_verbalizer_names_the_job_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Make it with: python jobs/sft\.py"):
+        nla_ray.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_survives_its_plain_form(name: str) -> None:
+    from nla_ray.settings.config import from_dict, to_dict
+
+    config = PRESETS[name]()
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
