@@ -1,4 +1,4 @@
-"""The frozen base model: where it comes from, how it is loaded, what layer K means, what it is told.
+"""The frozen base: where it comes from, where its parts are, what layer K means, what it is told.
 
 Nouns: a base (model and tokenizer), an adapter (LoRA weights over it), a prompt.
 

@@ -18,10 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from nla_ray.base.families import family_of
 from nla_ray.settings.config import LoraSettings
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven projections of every block. Source: the public recipe."""
 _CONFIG_NAME = "adapter_config.json"
 
 
@@ -45,7 +44,7 @@ def add_lora(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(PROJECTIONS),
+        target_modules=list(family_of(model).projections),
         layers_to_transform=None if num_blocks is None else list(range(num_blocks)),
         task_type=TaskType.CAUSAL_LM,
         inference_mode=not trainable,

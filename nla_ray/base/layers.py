@@ -1,5 +1,6 @@
 """What "layer K" means when a model is run: the output of block K, never the final norm's.
 
+Knows the parts of a decoder by the table of families; knows nothing of files, adapters or prompts.
 Protects the rule that nothing above the wanted blocks is run.
 """
 
@@ -8,9 +9,12 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from nla_ray.base.families import blocks_of, decoder_of, family_of
 
 
 def check_layer(layer: int, num_layers: int) -> None:
@@ -22,8 +26,8 @@ def check_layer(layer: int, num_layers: int) -> None:
         )
 
 
-def keep_blocks(config, num_blocks: int):
-    """A copy of a model configuration that has the first `num_blocks` blocks only."""
+def keep_blocks(config: Any, num_blocks: int) -> Any:
+    """A copy of a transformers configuration that has the first `num_blocks` blocks only."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_blocks
     if getattr(config, "layer_types", None):
@@ -31,17 +35,8 @@ def keep_blocks(config, num_blocks: int):
     return config
 
 
-# layer K ------------------------------------------------------------------------------------------
-
-
-def causal_model(model: nn.Module) -> nn.Module:
-    """The transformers causal model inside a model that may be wrapped by adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 class ResidualReader:
-    """Runs blocks 0..max(layers) of a model and returns the residual stream after each wanted
-    block.
+    """Runs blocks 0..max(layers) of a model; returns the residual stream after each wanted block.
 
     It shares the model's weights (and whatever adapter is active in them) and runs nothing above
     the highest wanted block. This is the one definition of layer K: the output of block K = Hugging
@@ -49,11 +44,13 @@ class ResidualReader:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
-        decoder = causal_model(model).model
+        """`model`: a causal model, wrapped by adapters or not. Raises ValueError for a layer that
+        it lacks."""
+        num_blocks = len(blocks_of(model))
         for layer in layers:
-            check_layer(layer, len(decoder.layers))
+            check_layer(layer, num_blocks)
         self.layers = tuple(sorted(set(layers)))
-        self._decoder = _first_blocks(decoder, self.layers[-1] + 1)
+        self._decoder, self._blocks = _first_blocks(model, self.layers[-1] + 1)
 
     def read(
         self,
@@ -65,19 +62,12 @@ class ResidualReader:
 
         Rows are padded on the RIGHT, with any id: attention is causal, so no padding mask is needed
         for the real tokens, and the output at padding means nothing. Rows of several sequences
-        (`models.prefix.pack`) come with their positions and with the mask that is added to
+        (`cpu.shared_prefix.pack`) come with their positions and with the mask that is added to
         attention's weights, [batch, 1, seq, seq].
         """
         outputs: dict[int, Tensor] = {}
-
-        def keep(layer: int):
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
         hooks = [
-            self._decoder.layers[layer].register_forward_hook(keep(layer))
+            self._blocks[layer].register_forward_hook(partial(_keep_output, outputs, layer))
             for layer in self.layers[:-1]
         ]
         try:
@@ -93,16 +83,26 @@ class ResidualReader:
         return outputs
 
 
-def _first_blocks(decoder: nn.Module, num_blocks: int) -> nn.Module:
-    """A decoder of the first blocks, without final norm, that shares every weight with
-    `decoder`."""
+def _keep_output(
+    outputs: dict[int, Tensor], layer: int, block: nn.Module, inputs: Any, output: Any
+) -> None:
+    """A block's forward hook: put its stream into `outputs`."""
+    outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+
+def _first_blocks(model: nn.Module, num_blocks: int) -> tuple[nn.Module, nn.ModuleList]:
+    """A decoder of the first blocks, without final norm, and its blocks.
+
+    It shares every weight with the model's decoder, which keeps its other blocks and its norm.
+    """
+    family, decoder = family_of(model), decoder_of(model)
+    blocks = nn.ModuleList(list(blocks_of(model))[:num_blocks])
     view = copy.copy(decoder)
-    # copy.copy shares the registry, and the original must keep its blocks and norm
-    view._modules = dict(decoder._modules)
-    view.layers = nn.ModuleList(list(decoder.layers)[:num_blocks])
-    view.norm = nn.Identity()
-    # DeepSpeed's, put on the decoder, know only it
+    view._modules = dict(decoder._modules)  # copy.copy shares the registry
+    view.set_submodule(family.blocks, blocks)
+    view.set_submodule(family.final_norm, nn.Identity())
+    # Hooks that DeepSpeed has put on the decoder know only that decoder.
     for name in [name for name in vars(view) if name.endswith("_hooks")]:
         setattr(view, name, OrderedDict())
     view.config = keep_blocks(decoder.config, num_blocks)
-    return view
+    return view, blocks

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nla_ray.base.families import family_of
 from nla_ray.base.layers import check_layer, keep_blocks
 from nla_ray.base.sources import base_folder, quiet_loading
 from nla_ray.settings.config import BaseConfig
@@ -128,8 +129,10 @@ def _headless(config, decoder: nn.Module):
     config.tie_word_embeddings = False
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
-    shell.model, shell.lm_head = decoder, nn.Identity()
-    shell.model.norm = nn.Identity()
+    family = family_of(config)
+    shell.set_submodule(family.decoder, decoder)
+    shell.set_submodule(family.head, nn.Identity())
+    decoder.set_submodule(family.final_norm, nn.Identity())
     return shell
 
 

@@ -83,7 +83,11 @@ def benchmark_capture(
             )
         return torch.cat(found)
 
-    error = _relative_error(ours(), library()) if base.layer + 1 < len(whole.model.layers) else None
+    error = (
+        _relative_error(ours(), library())
+        if base.layer + 1 < whole.config.num_hidden_layers
+        else None
+    )
     if error is not None and error > (1e-4 if base.dtype == "float32" else 5e-2):
         raise RuntimeError(
             f"capture benchmark: got activations that differ by {error:.1e} of their size, expected"
@@ -126,10 +130,13 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 def _block_parameters(model: nn.Module) -> int:
     """Parameters that multiply every token: matrices of the blocks and an output head, not the
     embedding table."""
+    from nla_ray.base.families import family_of
+
+    embedding = family_of(model).embedding
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and "embed_tokens" not in name and ".lora_" not in name
+        if parameter.ndim == 2 and embedding not in name and ".lora_" not in name
     )
 
 

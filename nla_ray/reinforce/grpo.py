@@ -26,8 +26,8 @@ from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.injection import attach_activations
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.adapters import load_adapter
+from nla_ray.base.families import causal_model
 from nla_ray.base.identity import base_info, check_base
-from nla_ray.base.layers import causal_model
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.cluster.actors import ActorPool, SharedArray, shared_tensor

@@ -53,7 +53,7 @@ class WordStatistics:
     document_frequency: dict[str, int]
 
     @classmethod
-    def fit(cls, texts: Iterable[str]) -> "WordStatistics":
+    def fit(cls, texts: Iterable[str]) -> WordStatistics:
         """Count in how many of the texts each word occurs. The caller passes train texts only."""
         counts: Counter[str] = Counter()
         num_documents = 0

@@ -21,8 +21,8 @@ from torch import Tensor
 from nla_ray.activation.injection import attach_activations
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.adapters import add_lora, save_adapter
+from nla_ray.base.families import causal_model
 from nla_ray.base.identity import base_info
-from nla_ray.base.layers import causal_model
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt, wrap_description
 from nla_ray.cpu.log_probs import score_labels_only

@@ -16,7 +16,6 @@ from torch import Tensor
 from nla_ray.activation import vectors
 from nla_ray.base import layers, sources
 from nla_ray.base.adapters import (
-    PROJECTIONS,
     adapter_active,
     adapter_settings,
     adapter_state,
@@ -26,7 +25,7 @@ from nla_ray.base.adapters import (
     save_adapter,
     set_adapter_state,
 )
-from nla_ray.base.families import decoder_shape
+from nla_ray.base.families import decoder_shape, family_of
 from nla_ray.base.identity import base_info
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer, random_backbone
@@ -327,7 +326,9 @@ def test_a_fresh_adapter_changes_nothing_and_trains_seven_projections_of_every_b
     assert torch.equal(model(ids).logits, plain)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trainable) == 3 * 7 * 2
-    assert {name.split(".lora_")[0].split(".")[-1] for name in trainable} == set(PROJECTIONS)
+    assert {name.split(".lora_")[0].split(".")[-1] for name in trainable} == set(
+        family_of(model).projections
+    )
 
 
 def test_an_attached_but_disabled_adapter_leaves_captured_activations_unchanged(
@@ -369,9 +370,10 @@ def test_a_saved_adapter_holds_only_lora_tensors_and_loads_under_another_name(
 def test_a_saved_adapter_is_the_same_file_whatever_process_wrote_it(
     tiny_base: BaseConfig, tmp_path: Path
 ) -> None:
-    save_adapter(add_lora(load_backbone(tiny_base), LORA), tmp_path)
+    model = add_lora(load_backbone(tiny_base), LORA)
+    save_adapter(model, tmp_path)
     modules = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert modules == sorted(PROJECTIONS)
+    assert modules == sorted(family_of(model).projections)
 
 
 def test_two_adapters_share_one_base_and_switching_restores_what_was_trainable(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nla_ray.base.adapters import add_lora
-from nla_ray.base.layers import ResidualReader, causal_model
+from nla_ray.base.families import blocks_of, causal_model
+from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone
 from nla_ray.cpu.shared_prefix import Row, pack, share_beginnings, share_prefix
 from nla_ray.settings.config import BaseConfig, LoraSettings
@@ -42,12 +43,8 @@ def batch(rows: int = 3) -> dict[str, Tensor]:
 def computed_tokens(model, inputs: dict[str, Tensor]) -> list[tuple[int, int]]:
     """Shapes of what goes through the first block in one forward."""
     shapes: list[tuple[int, int]] = []
-    hook = (
-        causal_model(model)
-        .model.layers[0]
-        .register_forward_pre_hook(
-            lambda module, arguments: shapes.append(tuple(arguments[0].shape[:2]))
-        )
+    hook = blocks_of(model)[0].register_forward_pre_hook(
+        lambda module, arguments: shapes.append(tuple(arguments[0].shape[:2]))
     )
     model(**inputs, use_cache=False)
     hook.remove()

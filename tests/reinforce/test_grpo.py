@@ -15,7 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from nla_ray.activation.injection import attach_activations
 from nla_ray.activation.stage import load_activations
-from nla_ray.base.layers import causal_model
+from nla_ray.base.families import causal_model
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.cpu.shared_prefix import share_prefix

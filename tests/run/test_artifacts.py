@@ -136,18 +136,17 @@ def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(
 ) -> None:
     monkeypatch.setattr(location, "_COPY_SECONDS", 0.05)
     stage = run_at(where).stage("sft", "sft")
-    with pytest.raises(RuntimeError, match="cut off"):
-        with stage.local_folder() as folder:
-            (folder / "half.tmp").write_text("on its way")
-            (folder / "first").write_text("1")
-            deadline = time.monotonic() + 30
-            while not (
-                stage.location / "first"
-            ).exists():  # there while the work goes on: a kill would leave it
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            (folder / "second").write_text("2")
-            raise RuntimeError("cut off")
+    with pytest.raises(RuntimeError, match="cut off"), stage.local_folder() as folder:
+        (folder / "half.tmp").write_text("on its way")
+        (folder / "first").write_text("1")
+        deadline = time.monotonic() + 30
+        while not (
+            stage.location / "first"
+        ).exists():  # there while the work goes on: a kill would leave it
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (folder / "second").write_text("2")
+        raise RuntimeError("cut off")
     with stage.local_folder() as folder:
         assert [(folder / name).read_text() for name in ("first", "second")] == ["1", "2"]
 
@@ -216,15 +215,14 @@ def test_two_runs_on_one_directory_are_refused(kind: str, tmp_path: Path, reques
         "memory": lambda: f"memory://{uuid.uuid4().hex}",
         "s3": lambda: request.getfixturevalue("s3_uri")(uuid.uuid4().hex),
     }[kind]()
-    with run_at(where).locked():
-        with (
-            pytest.raises(
-                ValueError,
-                match=f"got a lock held by process {os.getpid()} on .*expected a free one",
-            ),
-            run_at(where).locked(),
-        ):
-            pass
+    with (
+        run_at(where).locked(),
+        pytest.raises(
+            ValueError, match=f"got a lock held by process {os.getpid()} on .*expected a free one"
+        ),
+        run_at(where).locked(),
+    ):
+        pass
     with run_at(where).locked():
         pass
 
@@ -313,12 +311,14 @@ def test_a_read_only_run_directory_is_one_message(small_disk) -> None:
     folder, make_read_only = small_disk
     run_at(folder).stage("corpus", "corpus").publish()
     make_read_only()
-    with pytest.raises(
-        ValueError,
-        match=r"got Read-only file system, expected a folder that can be written.*--run-dir",
+    with (
+        pytest.raises(
+            ValueError,
+            match=r"got Read-only file system, expected a folder that can be written.*--run-dir",
+        ),
+        run_at(folder).locked(),
     ):
-        with run_at(folder).locked():
-            pass
+        pass
     assert run_at(folder).stage("corpus", "corpus").complete, "what is complete can still be read"
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from nla_ray.activation import vectors
 from nla_ray.activation.injection import attach_activations
 from nla_ray.base.adapters import adapter_state, add_lora
-from nla_ray.base.layers import causal_model
+from nla_ray.base.families import causal_model
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import CLOSING_TAG, InjectionPrompt, build_injection_prompt
 from nla_ray.cpu.log_probs import TokenLogProbs, score_labels_only

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_ray.activation import vectors
-from nla_ray.base.layers import causal_model
+from nla_ray.base.families import causal_model
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.decoder import Decoder, KeysValues
 from nla_ray.description.record import Description

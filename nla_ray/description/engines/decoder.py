@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nla_ray.base.adapters import PROJECTIONS, plain_linear
-from nla_ray.base.families import decoder_shape
-from nla_ray.base.layers import causal_model
+from nla_ray.base.adapters import plain_linear
+from nla_ray.base.families import blocks_of, causal_model, decoder_of, decoder_shape, family_of
 from nla_ray.cpu.projection import Projection, make_projection
 
 _ADAPTER_PREFIX = "base_model.model."
@@ -53,12 +52,16 @@ class Decoder:
         """`rows`: how many sequences a step usually has; the weights are packed for that."""
         self.shape = decoder_shape(causal_model(model).config)
         self._model, self._rows = causal_model(model), rows
-        embedding = self._model.get_input_embeddings().weight.detach()
+        self._family = family = family_of(model)
+        decoder = decoder_of(model)
+        embedding = decoder.get_submodule(family.embedding).weight.detach()
         self.dtype, self.device = embedding.dtype, embedding.device
         self._embedding, self.d_model = embedding, embedding.shape[1]
-        final_norm = self._model.model.norm.weight.detach()
-        self._head = self._projection(_fold(self._model.lm_head.weight, final_norm))
-        rotary = self._model.model.rotary_emb
+        final_norm = decoder.get_submodule(family.final_norm).weight.detach()
+        self._head = self._projection(
+            _fold(self._model.get_submodule(family.head).weight, final_norm)
+        )
+        rotary = decoder.get_submodule(family.rotary)
         self._frequencies, self._rotary_scale = (
             rotary.inv_freq.detach().float(),
             float(rotary.attention_scaling),
@@ -79,43 +82,41 @@ class Decoder:
         ]
         if remaining:
             raise ValueError(
-                f"adapter weights: got {len(remaining)} tensors without a place, first "
-                f"{sorted(remaining)[0]!r}, expected LoRA factors of {', '.join(PROJECTIONS)} in "
-                f"{self.shape.layers} blocks. They are of another base."
+                f"adapter weights: got {len(remaining)} tensors without a place, first"
+                f" {sorted(remaining)[0]!r}, expected LoRA factors of"
+                f" {', '.join(self._family.projections)} in {self.shape.layers} blocks. They are of"
+                " another base."
             )
 
     def _build_block(self, index: int, state: dict[str, Tensor], scaling: float) -> Block:
-        layer, shape = self._model.model.layers[index], self.shape
+        family, shape = self._family, self.shape
+        block = blocks_of(self._model)[index]
+        block_name = f"{_ADAPTER_PREFIX}{family.decoder}.{family.blocks}.{index}"
 
-        def merged(part: str, name: str) -> Tensor:
-            linear = plain_linear(getattr(getattr(layer, part), name))
-            return _merge(
-                linear.weight,
-                state,
-                f"{_ADAPTER_PREFIX}model.layers.{index}.{part}.{name}",
-                scaling,
-            )
+        def merged(path: str) -> Tensor:
+            weight = plain_linear(block.get_submodule(path)).weight
+            return _merge(weight, state, f"{block_name}.{path}", scaling)
 
-        attention = layer.self_attn
-        biases = [
-            plain_linear(getattr(attention, name)).bias for name in ("q_proj", "k_proj", "v_proj")
-        ]
-        query, key, value = (merged("self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
+        paths = (family.query, family.key, family.value)
+        query, key, value = (merged(path) for path in paths)
         scale = shape.head_dim**-0.5
         joined = torch.cat([_pair(query, shape.heads) * scale, _pair(key, shape.groups), value])
         bias = None
-        if biases[0] is not None:
-            first, second, third = (part.detach().float() for part in biases)
+        if family.has_qkv_biases:
+            query, key, value = (
+                plain_linear(block.get_submodule(path)).bias.detach().float() for path in paths
+            )
             bias = torch.cat(
-                [_pair(first, shape.heads) * scale, _pair(second, shape.groups), third]
+                [_pair(query, shape.heads) * scale, _pair(key, shape.groups), value]
             ).to(self.dtype)
-        before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        before = block.get_submodule(family.attention_norm).weight
+        after = block.get_submodule(family.mlp_norm).weight
         return Block(
             query_key_value=self._projection(_fold(joined, before), bias),
-            output=self._projection(merged("self_attn", "o_proj")),
-            gate=self._projection(_fold(merged("mlp", "gate_proj"), after)),
-            up=self._projection(_fold(merged("mlp", "up_proj"), after)),
-            down=self._projection(merged("mlp", "down_proj")),
+            output=self._projection(merged(family.output)),
+            gate=self._projection(_fold(merged(family.gate), after)),
+            up=self._projection(_fold(merged(family.up), after)),
+            down=self._projection(merged(family.down)),
         )
 
     def _projection(self, weight: Tensor, bias: Tensor | None = None) -> Projection:
