@@ -1,5 +1,4 @@
-"""Measure capture, generation and a step of GRPO side by side with plain transformers: python
-jobs/benchmark.py --preset nano."""
+"""Capture, generation and a step of GRPO, measured side by side with plain transformers."""
 
 from nla_ray.cluster.job import run_job
 

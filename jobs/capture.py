@@ -1,4 +1,4 @@
-"""The activations of a run's texts, captured with Ray Data; before them the corpus, if it is missing."""
+"""The activations of a run's texts, captured with Ray Data, and before them the corpus."""
 
 from nla_ray.cluster.job import run_job
 

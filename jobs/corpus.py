@@ -1,4 +1,4 @@
-"""The corpus: embedded texts, or yours with `--corpus.path`; cut, without duplicates, split."""
+"""The corpus: embedded texts, or yours with `--corpus.path`; cut, split and without duplicates."""
 
 from nla_ray.cluster.job import run_job
 

@@ -1,4 +1,4 @@
-"""The report on test documents: figures with intervals, controls, gates; `--gate`: exit status 1."""
+"""The report on test documents, and whatever it is made from: figures, controls and gates."""
 
 from nla_ray.cluster.job import run_job
 

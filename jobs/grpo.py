@@ -1,4 +1,4 @@
-"""Contrastive GRPO of the verbalizer, and before it whatever it is made from and that is missing.
+"""Contrastive GRPO of the verbalizer, and before it whatever it is made from.
 
 python jobs/grpo.py                          # preset nano, in runs/nano
 python jobs/grpo.py --grpo.contrast none     # the ablation: plain cosine to the right activation

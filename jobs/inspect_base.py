@@ -1,5 +1,4 @@
-"""Look at a base model before training on it: its marker, its norms, and how well labels can tell
-the activations of several layers."""
+"""A look at a base before training: its marker, its norms, and the ceiling of each layer."""
 
 from nla_ray.cluster.job import run_job
 

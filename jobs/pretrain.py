@@ -1,19 +1,18 @@
-"""The small base model of preset nano, trained from the embedded corpus' train documents; about an
-hour on two cores.
+"""The small base model of preset nano, from the embedded corpus: about an hour on two cores.
 
-python jobs/pretrain.py --run-dir runs/base                      # the model is then in
-                                                                 runs/base/base
-python jobs/pretrain.py --run-dir runs/base --pretrain.install   # and copied into the package
+python jobs/pretrain.py --run-dir runs/base                     # makes runs/base/base
+python jobs/pretrain.py --run-dir runs/base --pretrain.install  # copies it into the package
 """
 
 from nla_ray.cluster.job import run_job
+from nla_ray.settings.config import PretrainRunConfig
 
 
 def body(run) -> None:
-    from nla_ray.nano.pretrain.stage import pretrain
+    from nla_ray.run.stages import make
 
-    pretrain(run)
+    list(make(run, "pretrain"))
 
 
 if __name__ == "__main__":
-    run_job(__doc__, body, ray=False)
+    run_job(__doc__, body, config_class=PretrainRunConfig, ray=False)

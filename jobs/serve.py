@@ -1,5 +1,4 @@
-"""Serves a trained run over HTTP (Ray Serve): descriptions of activations and texts, and scores.
-Ctrl-C stops it."""
+"""An HTTP endpoint on a trained run: it describes activations and texts, and scores them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Reward, judge and linear scorer and the verbalizer's SFT; before them what they are made from."""
+"""The verbalizer's SFT and the three scorers, and before them whatever they are made from."""
 
 from nla_ray.cluster.job import run_job
 

@@ -20,6 +20,7 @@ from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME, stages_of_job
 from nla_ray.settings.config import (
     LoraSettings,
     PretrainConfig,
+    PretrainRunConfig,
     ReconstructorConfig,
     RunConfig,
     SFTConfig,
@@ -142,7 +143,7 @@ def base_shape(config: RunConfig) -> Shape:
     path: Path | None = folder / "config.json"
     if not path.is_file():
         if is_embedded:
-            return _pretrain_shape(config.pretrain)
+            return _pretrain_shape(_pretrain_config(config))
         path = _cached_config(base.model)
     if path is None:
         raise ValueError(
@@ -160,6 +161,10 @@ def _cached_config(model: str) -> Path | None:
 
     found = try_to_load_from_cache(model, "config.json")
     return Path(found) if isinstance(found, str) else None
+
+
+def _pretrain_config(config: RunConfig) -> PretrainConfig:
+    return config.pretrain if isinstance(config, PretrainRunConfig) else PretrainConfig()
 
 
 def _pretrain_shape(pretrain: PretrainConfig) -> Shape:
@@ -286,7 +291,7 @@ _DRIVER = Processes(kind="driver", count=1, resources={}, bytes=0.4e9)
 
 
 def _plan_pretrain(facts: Facts) -> StagePlan:
-    pretrain = facts.config.pretrain
+    pretrain = _pretrain_config(facts.config)
     shape = _pretrain_shape(pretrain)
     tokens = pretrain.steps * pretrain.rows_per_step * pretrain.row_tokens
     work = pretrain.rows_per_step * pretrain.row_tokens / pretrain.num_processes * 12 * shape.vocab

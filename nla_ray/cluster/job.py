@@ -47,6 +47,7 @@ def run_job(
     description: str,
     body: Callable[[Run], None],
     *,
+    config_class: type[RunConfig] = RunConfig,
     ray: bool = True,
     lock: bool = True,
     cleanup: Callable[[], None] | None = None,
@@ -60,7 +61,7 @@ def run_job(
     """
     from nla_ray.settings.command_line import parse_arguments
 
-    config = _with_lasting_run_dir(parse_arguments(description))
+    config = _with_lasting_run_dir(parse_arguments(description, config_class=config_class))
     try:
         if config.dry_run:
             from nla_ray.plan import describe_plan

@@ -21,8 +21,8 @@ from typing import Any
 
 from nla_ray.report.controls import SCORERS, VERBALIZERS
 from nla_ray.score.metrics import METRICS
+from nla_ray.settings.config import Gate
 
-Gate = tuple[str, str, float]
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     ">": operator.gt,

@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
 from nla_ray.settings.config import RunConfig
 from nla_ray.settings.presets import preset
 
-_LONG_NAMES = {"--run": "--run-dir"}
+_LONG_NAMES = {"--run": "--run-dir", "--import": "--label.import-path"}
+"""Short names of flags that are typed often."""
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
-def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> RunConfig:
-    """The command line as a RunConfig: `--preset NAME` chooses the start, every other flag
-    overrides one field.
+def parse_arguments(
+    description: str,
+    arguments: Sequence[str] | None = None,
+    config_class: type[Config] = RunConfig,
+) -> Config:
+    """The configuration that a command line asks for; None: the process's own command line.
 
-    Exits with status 2 and one message on an unknown preset, flag or value (as argparse does).
+    `--preset NAME` chooses the start, every other flag overrides one field. Exits with status 2 and
+    one message on an unknown preset, flag or value (as argparse does).
     """
     import tyro
 
-    arguments = [
-        _LONG_NAMES.get(argument, argument)
-        for argument in (sys.argv[1:] if arguments is None else arguments)
-    ]
+    given = sys.argv[1:] if arguments is None else arguments
+    named = [_LONG_NAMES.get(argument, argument) for argument in given]
+    try:
+        default = config_class.of(preset(_preset_name(named)))
+        return tyro.cli(config_class, default=default, args=named, description=description)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _preset_name(arguments: Sequence[str]) -> str:
+    """The last preset that is named, as flags are read: `nano` where none is."""
     name = "nano"
     for index, argument in enumerate(arguments):
         if argument == "--preset" and index + 1 < len(arguments):
             name = arguments[index + 1]
         elif argument.startswith("--preset="):
             name = argument.removeprefix("--preset=")
-    try:
-        default = preset(name)
-        return tyro.cli(RunConfig, default=default, args=arguments, description=description)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    return name

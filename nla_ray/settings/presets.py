@@ -1,4 +1,8 @@
-"""Named complete configurations, and the command line that overrides them field by field."""
+"""Named complete configurations: nano, smollm2-135m and qwen2.5-7b.
+
+It decides the values of settings; which settings exist is decided in `config`. What a value was
+chosen by stands beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,18 @@ from nla_ray.settings.config import (
     ComputeConfig,
     CorpusConfig,
     EvaluationConfig,
+    Gate,
     GRPOSettings,
     LabelConfig,
     LoraSettings,
     ReconstructorConfig,
-    Relation,
     RunConfig,
     SFTConfig,
 )
 
 
 def nano() -> RunConfig:
-    """The embedded default: a model of 5 million parameters that ships with the package; minutes on
-    two CPU cores."""
+    """The embedded default: a base of 5 million parameters; minutes on two CPU cores."""
     return RunConfig(
         preset="nano",
         run_dir="runs/nano",
@@ -36,7 +39,7 @@ def nano() -> RunConfig:
         # Whole processes of one thread share the two cores: at this size two threads are hardly
         # faster than one.
         capture=CaptureConfig(batch_tokens=2_048, num_actors=2),
-        # Chosen on validation: see `experiments`.
+        # Chosen on validation: see `report.experiments`.
         grpo=GRPOSettings(
             num_rollout_actors=2,
             prompts_per_step=32,
@@ -54,9 +57,8 @@ def nano() -> RunConfig:
     )
 
 
-def _nano_gates() -> tuple[tuple[str, Relation, float], ...]:
-    """What the embedded default must show on test documents. Thresholds were set before any of
-    these figures was seen."""
+def _nano_gates() -> tuple[Gate, ...]:
+    """What the embedded default must show on test documents; set before any figure was seen."""
     scorers = ("reward", "judge", "linear")
     by_scorer = {
         "sft.{}.top1": 0.90,
@@ -95,13 +97,21 @@ def _nano_gates() -> tuple[tuple[str, Relation, float], ...]:
 
 
 def smollm2_135m() -> RunConfig:
-    """A real instruction-tuned model on one machine. Layer, norm and marker:
-    `jobs/inspect_base.py`.
+    """A real instruction-tuned model on one machine.
 
-    Mean norm at layer 24 is 472, its gold ceiling in the 10-way choice the best of five layers;
-    U+320E is three tokens there.
+    Layer, norm and marker come from `jobs/inspect_base.py`: the mean norm at layer 24 is 472, its
+    gold ceiling in the 10-way choice is the best of five layers, and U+320E is three tokens there.
     """
     lora = LoraSettings(rank=32, alpha=64, dropout=0.0)
+    reward_scorer = ReconstructorConfig(
+        lora=lora,
+        labels="all",
+        document_half="even",
+        max_tokens=128,
+        batch_size=32,
+        learning_rate=3e-4,
+        seed=1,
+    )
     return RunConfig(
         preset="smollm2-135m",
         run_dir="runs/smollm2-135m",
@@ -120,23 +130,9 @@ def smollm2_135m() -> RunConfig:
             dtype="bfloat16",
         ),
         label=LabelConfig(max_words=70),
-        reward_scorer=ReconstructorConfig(
-            lora=lora,
-            labels="all",
-            document_half="even",
-            max_tokens=128,
-            batch_size=32,
-            learning_rate=3e-4,
-            seed=1,
-        ),
-        judge_scorer=ReconstructorConfig(
-            lora=LoraSettings(rank=24, alpha=48),
-            labels="all",
-            document_half="odd",
-            max_tokens=128,
-            batch_size=32,
-            learning_rate=3e-4,
-            seed=2,
+        reward_scorer=reward_scorer,
+        judge_scorer=dataclasses.replace(
+            reward_scorer, lora=LoraSettings(rank=24, alpha=48), document_half="odd", seed=2
         ),
         sft=SFTConfig(lora=lora, labels="all", epochs=2, batch_size=16, learning_rate=3e-3),
         grpo=GRPOSettings(
@@ -151,22 +147,21 @@ def smollm2_135m() -> RunConfig:
             max_new_tokens=100,
             soft_max_tokens=90,
         ),
-        evaluation=EvaluationConfig(
-            max_activations=600,
-            samples=4,
-            gates=(
-                ("gold.judge.top1_2way", ">=", 0.93),
-                ("gold.judge.top1_10way", ">=", 0.72),
-                ("sft.judge.top1_2way", ">=", 0.85),
-                ("sft.judge.top1_10way", ">=", 0.45),
-                ("grpo.judge.top1_2way", ">=", 0.90),
-                ("grpo.judge.top1_10way", ">=", 0.60),
-                ("grpo-sft.judge.centred_cosine", ">", 0.0),
-                ("grpo-sft.claims.precision", ">", 0.0),
-                ("grpo-nearest_train_label.judge.centred_cosine", ">", 0.0),
-            ),
-        ),
+        evaluation=EvaluationConfig(max_activations=600, samples=4, gates=_SMOLLM2_GATES),
     )
+
+
+_SMOLLM2_GATES: tuple[Gate, ...] = (
+    ("gold.judge.top1_2way", ">=", 0.93),
+    ("gold.judge.top1_10way", ">=", 0.72),
+    ("sft.judge.top1_2way", ">=", 0.85),
+    ("sft.judge.top1_10way", ">=", 0.45),
+    ("grpo.judge.top1_2way", ">=", 0.90),
+    ("grpo.judge.top1_10way", ">=", 0.60),
+    ("grpo-sft.judge.centred_cosine", ">", 0.0),
+    ("grpo-sft.claims.precision", ">", 0.0),
+    ("grpo-nearest_train_label.judge.centred_cosine", ">", 0.0),
+)
 
 
 def qwen2_5_7b() -> RunConfig:
@@ -177,6 +172,15 @@ def qwen2_5_7b() -> RunConfig:
     group 4-8, temperature 0.7, 6 epochs.
     """
     lora = LoraSettings(rank=32, alpha=64, dropout=0.05)
+    reward_scorer = ReconstructorConfig(
+        lora=lora,
+        document_half="even",
+        epochs=10,
+        learning_rate=7e-5,
+        batch_size=32,
+        max_tokens=256,
+        seed=1,
+    )
     return RunConfig(
         preset="qwen2.5-7b",
         run_dir="runs/qwen2.5-7b",
@@ -189,24 +193,9 @@ def qwen2_5_7b() -> RunConfig:
             dtype="bfloat16",
         ),
         capture=CaptureConfig(batch_tokens=65_536, num_actors=4),
-        reward_scorer=ReconstructorConfig(
-            lora=lora,
-            document_half="even",
-            epochs=10,
-            learning_rate=7e-5,
-            batch_size=32,
-            max_tokens=256,
-            seed=1,
-        ),
-        judge_scorer=ReconstructorConfig(
-            lora=lora,
-            document_half="odd",
-            teacher_share=0.3,
-            epochs=10,
-            learning_rate=7e-5,
-            batch_size=32,
-            max_tokens=256,
-            seed=2,
+        reward_scorer=reward_scorer,
+        judge_scorer=dataclasses.replace(
+            reward_scorer, document_half="odd", teacher_share=0.3, seed=2
         ),
         sft=SFTConfig(lora=lora, epochs=2, batch_size=16, learning_rate=1.4e-5),
         grpo=GRPOSettings(
@@ -222,26 +211,30 @@ def qwen2_5_7b() -> RunConfig:
             num_rollout_actors=4,
             num_scorer_actors=2,
         ),
-        compute=ComputeConfig(
-            trainer_workers=4,
-            trainer_cpus=8,
-            trainer_gpus=1,
-            rollout_cpus=4,
-            rollout_gpus=1,
-            scorer_cpus=4,
-            scorer_gpus=1,
-            capture_cpus=4,
-            capture_gpus=1,
-            serve_cpus=4,
-            serve_gpus=1,
-            trainer_resource="trainer_node",
-            rollout_resource="rollout_node",
-            scorer_resource="rollout_node",
-            capture_resource="capture_node",
-            threads=8,
-            zero_stage=2,
-        ),
+        compute=_QWEN_COMPUTE,
     )
+
+
+_QWEN_COMPUTE = ComputeConfig(
+    trainer_workers=4,
+    trainer_cpus=8,
+    trainer_gpus=1,
+    rollout_cpus=4,
+    rollout_gpus=1,
+    scorer_cpus=4,
+    scorer_gpus=1,
+    capture_cpus=4,
+    capture_gpus=1,
+    serve_cpus=4,
+    serve_gpus=1,
+    trainer_resource="trainer_node",
+    rollout_resource="rollout_node",
+    scorer_resource="rollout_node",
+    capture_resource="capture_node",
+    threads=8,
+    zero_stage=2,
+)
+"""Nodes of cluster.yaml: GRPO trains on one kind, and samples and scores on another."""
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

@@ -9,14 +9,13 @@ from nla_ray.settings.config import ComputeConfig
 Kind = Literal["trainer", "rollout", "scorer", "capture", "serve"]
 
 
-# What a process asks for --------------------------------------------------------------------------
-
-
 def resources_of(compute: ComputeConfig, kind: Kind) -> dict[str, float]:
     """Resources of one process, as Ray Train's `resources_per_worker` takes them.
 
-    Example: `{"CPU": 8.0, "GPU": 1.0, "trainer_node": 1.0}`; a resource that is not asked for is
-    left out.
+    What is not asked for is left out.
+
+    >>> resources_of(ComputeConfig(trainer_cpus=8, trainer_gpus=1), "trainer")
+    {'CPU': 8.0, 'GPU': 1.0}
     """
     cpus, gpus, custom = {
         "trainer": (compute.trainer_cpus, compute.trainer_gpus, compute.trainer_resource),

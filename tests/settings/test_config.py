@@ -1,11 +1,13 @@
-"""Presets, overrides and plans: what the command line becomes, and that it costs no heavy
-import."""
+"""Presets, overrides and plans: what a command line becomes, without a heavy import."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,53 @@ import pytest
 
 from nla_ray import plan
 from nla_ray.settings.command_line import parse_arguments
-from nla_ray.settings.config import LoraSettings, config_hash, to_dict
+from nla_ray.settings.config import LoraSettings, PretrainRunConfig, RunConfig, config_hash, to_dict
 from nla_ray.settings.presets import PRESETS, nano, override, preset
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+SECTION_HASHES = {
+    "nano": {
+        "base": "a90b28da01d72213",
+        "corpus": "59288c496e5daf17",
+        "capture": "990e147474b936e9",
+        "label": "d1dd932ccacc59ef",
+        "reward_scorer": "7a8c35a7bebcb8c1",
+        "judge_scorer": "855261d965ab0f0a",
+        "linear_scorer": "14806fc15dad7f25",
+        "sft": "2a6cd057a8df1268",
+        "grpo": "77d7c41e39e94d1d",
+        "evaluation": "f245b1d306ddae9d",
+        "pretrain": "c4736ee3c95dc2d6",
+    },
+    "smollm2-135m": {
+        "base": "bce10c19d630b9c9",
+        "corpus": "9bf194118f32eb9a",
+        "capture": "9d4c327ad714cea2",
+        "label": "d1dd932ccacc59ef",
+        "reward_scorer": "2abe889b9faa1ceb",
+        "judge_scorer": "73b1b55d54274da5",
+        "linear_scorer": "14806fc15dad7f25",
+        "sft": "a991d3a637ef6ae3",
+        "grpo": "87828f7892bc80b0",
+        "evaluation": "d109eedcf99b5a49",
+        "pretrain": "c4736ee3c95dc2d6",
+    },
+    "qwen2.5-7b": {
+        "base": "33900bd237efe164",
+        "corpus": "b13632e546754046",
+        "capture": "9fc569bff6eb7f69",
+        "label": "d1dd932ccacc59ef",
+        "reward_scorer": "35d605e11baac72f",
+        "judge_scorer": "651ba2cf561ac94a",
+        "linear_scorer": "14806fc15dad7f25",
+        "sft": "0b0de8e8ee03e1cf",
+        "grpo": "533b18c802d7407d",
+        "evaluation": "402f3163ad54da1a",
+        "pretrain": "c4736ee3c95dc2d6",
+    },
+}
+"""Hashes of the presets' sections: a change would make every artifact on disk another one."""
 HEAVY = {"torch", "ray", "transformers", "datasets", "peft", "trl", "deepspeed"}
 
 
@@ -103,6 +147,47 @@ def test_a_wrong_command_line_is_one_message_and_status_2(
     for part in said:
         assert part in shown
     assert "Traceback" not in shown
+
+
+def test_every_field_of_the_configuration_is_described() -> None:
+    tree = ast.parse((ROOT / "nla_ray" / "settings" / "config.py").read_text())
+    checked = 0
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        assert ast.get_docstring(node), f"{node.name} is described"
+        for statement, following in itertools.pairwise([*node.body, None]):
+            if isinstance(statement, ast.AnnAssign) and not is_section(statement):
+                described = isinstance(following, ast.Expr)
+                assert described, f"{node.name}.{ast.unparse(statement.target)} has no docstring"
+                checked += 1
+    assert checked > 100
+
+
+def is_section(statement: ast.AnnAssign) -> bool:
+    """Whether a field is a section, which its own class describes."""
+    return re.search(r"\b\w+(Config|Settings)$", ast.unparse(statement.annotation)) is not None
+
+
+def test_sections_stand_in_the_order_of_the_pipeline_and_pretraining_has_its_own_job() -> None:
+    fields = [field.name for field in dataclasses.fields(RunConfig)]
+    assert fields == [
+        *("preset", "run_dir", "dry_run", "gate", "compare"),
+        *("base", "corpus", "capture", "label", "reward_scorer", "judge_scorer", "linear_scorer"),
+        *("sft", "grpo", "evaluation", "serve", "compute"),
+    ]
+    extended = [field.name for field in dataclasses.fields(PretrainRunConfig)]
+    assert extended == [*fields, "pretrain"]
+    for job in JOBS:
+        output, _ = run_job_in_subprocess(job, "--help")
+        assert ("--pretrain.steps" in output) == (job == "pretrain")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_sections_of_a_preset_hash_to_what_artifacts_on_disk_were_made_with(name: str) -> None:
+    plain = to_dict(PretrainRunConfig.of(PRESETS[name]()))
+    hashes = {section: config_hash(plain[section]) for section in SECTION_HASHES[name]}
+    assert hashes == SECTION_HASHES[name]
 
 
 def run_job_in_subprocess(job: str, *arguments: str) -> tuple[str, set[str]]:
@@ -226,18 +311,13 @@ def test_shapes_agree_with_transformers_and_peft_on_a_real_model(tiny_base) -> N
     )
 
 
-def test_what_was_tried_for_nano_is_told_with_intervals_and_a_preset_without_experiments_has_none() -> (
-    None
-):
+def test_what_was_tried_for_nano_has_intervals_and_other_presets_tried_nothing() -> None:
     from nla_ray.report.experiments import experiments
 
     tried = experiments("nano")
-    assert {"yes", "no"} == {one["kept"] for one in tried} and len(
-        {one["changed"] for one in tried}
-    ) == len(tried)
-    assert all(
-        figure["low"] <= figure["value"] <= figure["high"]
-        for one in tried
-        for figure in one["minus_sft"].values()
-    )
+    assert {experiment["kept"] for experiment in tried} == {"yes", "no"}
+    assert len({experiment["changed"] for experiment in tried}) == len(tried)
+    for experiment in tried:
+        for figure in experiment["minus_sft"].values():
+            assert figure["low"] <= figure["value"] <= figure["high"]
     assert experiments("qwen2.5-7b") == []

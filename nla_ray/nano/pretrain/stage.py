@@ -51,7 +51,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of, split_of
 from nla_ray.run.log import configure_worker, get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.settings.config import PretrainConfig, require
+from nla_ray.settings.config import PretrainConfig, PretrainRunConfig, require
 
 logger = get_logger(__name__)
 
@@ -83,11 +83,11 @@ def pretrain(run: Run) -> Manifest:
     share a step: a thread that loses its core stalls every operation of the others, a process only
     the end of the step.
     """
-    install = run.config.pretrain.install
-    config = dataclasses.replace(
-        run.config.pretrain, install=False
-    )  # a copy in the package is no other model
-    run = Run(dataclasses.replace(run.config, pretrain=config))
+    run_config = PretrainRunConfig.of(run.config)
+    install = run_config.pretrain.install
+    # A copy in the package is no other model.
+    config = dataclasses.replace(run_config.pretrain, install=False)
+    run = Run(dataclasses.replace(run_config, pretrain=config))
     stage = run.open("base")
     _check_shape(config, run.config.base.layer)
     if stage.manifest is None:
