@@ -16,9 +16,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def parse_arguments(
-    description: str,
-    arguments: Sequence[str] | None = None,
-    config_class: type[Config] = RunConfig,
+    description: str, arguments: Sequence[str] | None = None, config_class: type[Config] = RunConfig
 ) -> Config:
     """The configuration that a command line asks for; None: the process's own command line.
 
