@@ -2,7 +2,9 @@
 
 Nouns: a deployment (verbalizer, scorer, capture), the endpoint in front of them, a refusal.
 
-Read: schema, deployments, application.
+Read: schema (requests, responses and what is refused), deployments (who answers them),
+application (starts the deployments of a run, stops them).
 
-It never imports training.
+The run is known to application and to the services, which load its adapters. The room never
+imports training, and nothing invalid reaches a model.
 """

@@ -1,5 +1,9 @@
-"""Builds the Serve application of a run and keeps it up until it is told to stop. Nothing happens
-at import."""
+"""Starts the Serve application of a run, and stops it.
+
+Knows which artifacts are served and with what resources; what a request does is in
+`deployments.py`. Protects two rules: importing this module starts nothing, and a Serve that this
+process did not start is left alone.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from nla_ray.cluster.resources import demand, require_resources, worker_options
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
+from nla_ray.run.stages import artifacts_of_kind
 from nla_ray.serve.schema import CHOOSER, BaseBody, ModelBody, ModelsResponse
 from nla_ray.settings.config import RunConfig, ServeConfig
 
@@ -25,53 +30,61 @@ logger = get_logger(__name__)
 
 
 APPLICATION_NAME = "nla_ray"
-VERBALIZERS = ("grpo", "sft")
-"""Artifacts that can be served as verbalizers, the default first."""
-SCORERS = (CHOOSER, "judge")
+SERVED_VERBALIZERS = artifacts_of_kind("verbalizer")[::-1]
+"""Artifacts that can be served as verbalizers. The default comes first: it is trained last."""
+SERVED_SCORERS = (CHOOSER, "judge")
+"""Scorers that are served; the artifact of each is `{scorer}_scorer`."""
 _ONGOING_REQUESTS = 64
-"""Requests a model replica takes in at once, health checks too; its lock runs the others one by
-one."""
+"""Requests that a model replica takes in at once, health checks among them.
+
+The replica's lock runs its model for one request at a time.
+"""
 _OPEN_REQUESTS = 1_000
-"""HTTP requests that wait for their answer at once; a health check must not wait behind them."""
+"""HTTP requests that wait for their answer at once; no health check waits behind them."""
 _started = threading.Event()
-"""Set while this process answers for the cluster's Serve."""
+"""Set while the cluster's Serve is one that this process started."""
 _LOGGING = {"log_level": "WARNING"}
-"""Serve writes a line for every request otherwise."""
+"""At a lower level Serve writes a line for every request."""
 
 
 def find_models(run: Run) -> ModelsResponse:
-    """What can be served of a run. Raises ValueError that names the job of what is missing, or a
-    base that changed."""
+    """What can be served of a run.
+
+    Raises ValueError when an artifact is missing (the message names its job), and when the base
+    differs from the one that an artifact was made with.
+    """
     verbalizers = {
-        name: manifest for name in VERBALIZERS if (manifest := run.find(name)) is not None
+        name: manifest for name in SERVED_VERBALIZERS if (manifest := run.find(name)) is not None
     }
     if not verbalizers:
-        run.require(VERBALIZERS[-1])
-    scorers = {name: run.require(f"{name}_scorer") for name in SCORERS}
+        run.require(SERVED_VERBALIZERS[-1])
+    scorers = {name: run.require(f"{name}_scorer") for name in SERVED_SCORERS}
     tokenizer = load_tokenizer(run.config.base)
     info = base_info(run.config.base, tokenizer)
     for manifest in (*verbalizers.values(), *scorers.values()):
         check_base(manifest, info)
     prompt = build_injection_prompt(tokenizer, run.config.base.marker)
-    room = load_model_config(run.config.base).max_position_embeddings - len(prompt)
+    context = load_model_config(run.config.base).max_position_embeddings
     base = BaseBody(
         name=info.name,
         digest=info.digest,
         layer=info.layer,
         d_model=info.d_model,
-        max_new_tokens=room,
+        max_new_tokens=context - len(prompt),
         num_layers=info.num_layers,
         max_tokens=run.config.base.max_tokens,
         injection_norm=info.injection_norm,
     )
     return ModelsResponse(
         base=base,
-        verbalizers=[_body(name, "verbalizer", one) for name, one in verbalizers.items()],
-        scorers=[_body(name, "scorer", one) for name, one in scorers.items()],
+        verbalizers=[
+            _model_body(name, "verbalizer", manifest) for name, manifest in verbalizers.items()
+        ],
+        scorers=[_model_body(name, "scorer", manifest) for name, manifest in scorers.items()],
     )
 
 
-def _body(name: str, kind: str, manifest: Manifest) -> ModelBody:
+def _model_body(name: str, kind: str, manifest: Manifest) -> ModelBody:
     return ModelBody(
         name=name, kind=kind, fingerprint=manifest.fingerprint, created=manifest.created
     )
@@ -100,15 +113,14 @@ def build_application(config: RunConfig) -> Application:
     return endpoint.bind(
         config.serve,
         models,
-        verbalizer.bind(config, [one.name for one in models.verbalizers]),
-        scorer.bind(config, [one.name for one in models.scorers]),
+        verbalizer.bind(config, [served.name for served in models.verbalizers]),
+        scorer.bind(config, [served.name for served in models.scorers]),
         capture.bind(config),
     )
 
 
 def start(config: RunConfig) -> str:
-    """Deploy the application on the connected cluster and return its address once every deployment
-    answers.
+    """Deploy the application on the connected cluster; returns its address once it answers.
 
     Raises ValueError for missing artifacts, missing resources, a cluster that serves something
     already, or a port in use.
@@ -120,9 +132,8 @@ def start(config: RunConfig) -> str:
     _require_no_serve(serve.status())
     check_port(config.serve)
     _started.set()
-    logging.getLogger("ray.serve").setLevel(
-        logging.WARNING
-    )  # Serve sets its own level when it is imported
+    # Importing Serve has set the level of its logger.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         logging_config=_LOGGING,
@@ -133,8 +144,7 @@ def start(config: RunConfig) -> str:
 
 
 def _require_no_serve(status) -> None:
-    """A second start would take neither this address nor this application's place without harm to
-    the first."""
+    """Raise ValueError when the cluster serves already: a second start would harm the first."""
     if status.applications or status.proxies:
         raise ValueError(
             "Ray Serve: got one on this cluster that runs"
@@ -158,7 +168,7 @@ def check_port(settings: ServeConfig) -> None:
 
 
 def serve_run(run: Run) -> None:
-    """Serve for ever; whoever interrupts the job calls `stop`."""
+    """Serve until the process is interrupted; the job then calls `stop`."""
     address = start(run.config)
     logger.info(
         "serving %s at %s (POST /v1/describe /v1/score /v1/explain, GET /v1/models /healthz /docs);"
@@ -170,8 +180,7 @@ def serve_run(run: Run) -> None:
 
 
 def stop() -> None:
-    """Take down the Serve that `start` of this process brought up; nothing happens when there is
-    none."""
+    """Take down the Serve that this process started, if it started one."""
     from ray import serve
 
     if _started.is_set():

@@ -1,9 +1,9 @@
 """The served classes: verbalizer, scorer, capture, and the HTTP endpoint in front of them.
 
-The first three are plain classes that hold models; `application.py` makes Serve deployments of
-them, whose methods run in threads, off the event loop. The endpoint holds no model: it checks a
-request, asks the others and answers. Protects the rule that nothing invalid reaches a model: every
-refusal is made before one runs.
+The first three are plain classes that hold models. `application.py` makes Serve deployments of
+them: their methods run in threads, off the event loop. The endpoint holds no model. It checks a
+request, calls the three services and answers. Protects the rule that nothing invalid reaches a
+model: the endpoint refuses a request before any model runs.
 """
 
 from __future__ import annotations
@@ -55,28 +55,31 @@ _PING_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """Activations of one text, or the length that was too much.
+    """Activations of one text; no positions when the text is refused.
 
-    Example: Captured(num_tokens=12, positions=[11], tokens=["\\n"], activations=array of shape [1,
-    d_model])
+    Example: Captured(num_tokens=12, positions=[11], tokens=["\\n"],
+    activations=array of shape [1, d_model])
     """
 
     num_tokens: int
     positions: list[int]
     tokens: list[str]
     activations: np.ndarray
-    """[positions, d_model] float32; [0, d_model] when the text was refused."""
+    """[positions, d_model] float32; [0, 0] when the text is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """Which of one activation's samples is the best, and how far all of them agree.
 
-    Example: Choice(best=2, confidence=0.71)
+    Example: the third sample is the best, and all agree well.
+
+    >>> Choice(best=2, confidence=0.71)
+    Choice(best=2, confidence=0.71)
     """
 
     best: int
-    """Place among the samples, from 0."""
+    """Index of the sample, from 0."""
     confidence: float
     """-1 to 1."""
 
@@ -93,9 +96,8 @@ class VerbalizerService:
         model = load_backbone(config.base) if model is None else model
         for name in names:
             manifest = run.require(name)
-            settings = manifest.config.get(
-                "grpo", vars(config.grpo)
-            )  # SFT samples nothing while it trains
+            # SFT samples nothing while it trains: it is decoded as this configuration's GRPO is.
+            settings = manifest.config.get("grpo", vars(config.grpo))
             self._decoding[name] = settings["max_new_tokens"], settings["temperature"]
             with run.local_copy(name, manifest, "adapter") as folder:
                 self._verbalizers[name] = Verbalizer.load(
@@ -118,12 +120,14 @@ class VerbalizerService:
                 group_size=sampling.samples,
             )
         return [
-            DescriptionBody(description=one.text, closed=one.closed, num_tokens=one.num_sampled)
-            for one in written
+            DescriptionBody(
+                description=sample.text, closed=sample.closed, num_tokens=sample.num_sampled
+            )
+            for sample in written
         ]
 
     async def ping(self) -> str:
-        """Answers when the replica does."""
+        """Answer when the replica can."""
         return "ok"
 
 
@@ -152,8 +156,10 @@ class ScorerService:
     def score(
         self, names: Sequence[str], descriptions: Sequence[str], activations: np.ndarray
     ) -> list[dict[str, ScoreBody]]:
-        """Scores of every description against its row of [n, d_model], by scorer; one
-        reconstruction each."""
+        """Scores of n descriptions by scorer name, each against its row of [n, d_model].
+
+        A scorer reconstructs every description once.
+        """
         original = torch.from_numpy(activations)
         scores: list[dict[str, ScoreBody]] = [{} for _ in descriptions]
         for name in names:
@@ -164,30 +170,32 @@ class ScorerService:
                 vectors.squared_error(reconstruction, original).tolist(),
                 strict=True,
             )
-            for own, (cosine, centred, error) in zip(scores, columns, strict=True):
-                own[name] = ScoreBody(cosine=cosine, centred_cosine=centred, squared_error=error)
+            for by_scorer, (cosine, centred, error) in zip(scores, columns, strict=True):
+                by_scorer[name] = ScoreBody(
+                    cosine=cosine, centred_cosine=centred, squared_error=error
+                )
         return scores
 
     def choose(
         self, name: str, descriptions: Sequence[str], activations: np.ndarray
     ) -> list[Choice]:
-        """The best sample of each row of [n, d_model]. `descriptions`: N >= 2 a row, ordered by
-        (row, sample)."""
+        """The best sample of each row of [n, d_model].
+
+        `descriptions`: at least two samples a row, ordered by (row, sample).
+        """
         reconstruction, mean = self._reconstruct(name, descriptions)
         grouped = reconstruction.unflatten(0, (len(activations), -1))
-        best = best_of(grouped, torch.from_numpy(activations), mean)
+        best = best_of(grouped, torch.from_numpy(activations), mean).tolist()
+        confidences = agreement(grouped, mean).tolist()
         return [
-            Choice(best=place, confidence=confidence)
-            for place, confidence in zip(
-                best.tolist(), agreement(grouped, mean).tolist(), strict=True
-            )
+            Choice(best=sample, confidence=confidence)
+            for sample, confidence in zip(best, confidences, strict=True)
         ]
 
     def _reconstruct(
         self, name: str, descriptions: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstructions [n, d_model] by one scorer and its train mean direction [d_model], both
-        on CPU."""
+        """One scorer's reconstructions [n, d_model] and train mean direction [d_model], on CPU."""
         reconstructor = self._reconstructors[name]
         with self._lock:
             return (
@@ -196,7 +204,7 @@ class ScorerService:
             )
 
     async def ping(self) -> str:
-        """Answers when the replica does."""
+        """Answer when the replica can."""
         return "ok"
 
 
@@ -215,25 +223,26 @@ class CaptureService:
 
     @torch.no_grad()
     def capture(self, text: str, positions: Sequence[int]) -> Captured:
-        """Activations at positions of the chat-formatted prompt; none when it is too long or a
-        position is outside."""
+        """Activations at positions of the chat-formatted prompt.
+
+        No activation when the prompt is too long or a position is outside it.
+        """
         prompt = prompts.chat_prompt(self._tokenizer, text)
         ids = self._tokenizer.encode(prompt, add_special_tokens=False)
         chosen = [position + len(ids) if position < 0 else position for position in positions]
-        if len(ids) > self._base.max_tokens or any(
-            not 0 <= position < len(ids) for position in chosen
-        ):
+        outside = any(not 0 <= position < len(ids) for position in chosen)
+        if len(ids) > self._base.max_tokens or outside:
             return Captured(
                 num_tokens=len(ids),
                 positions=[],
                 tokens=[],
                 activations=np.zeros((0, 0), np.float32),
             )
-        last = max(chosen) + 1  # attention is causal: what comes later changes nothing
+        # Attention is causal: what comes after the last position changes nothing.
+        needed = torch.tensor([ids[: max(chosen) + 1]], device=torch_device(self._base))
         with self._lock, adapter_active(self._model, None):
-            batch = torch.tensor([ids[:last]], device=torch_device(self._base))
-            stream = self._reader.read(batch)[self._base.layer][0]
-        tokens = [self._tokenizer.decode([ids[place]]) for place in chosen]
+            stream = self._reader.read(needed)[self._base.layer][0]
+        tokens = [self._tokenizer.decode([ids[position]]) for position in chosen]
         return Captured(
             num_tokens=len(ids),
             positions=chosen,
@@ -242,13 +251,15 @@ class CaptureService:
         )
 
     async def ping(self) -> str:
-        """Answers when the replica does."""
+        """Answer when the replica can."""
         return "ok"
 
 
 class Endpoint:
-    """The HTTP interface. `verbalizer`, `scorer`, `capture`: handles whose methods are called with
-    `.remote(...)`."""
+    """The HTTP interface: checks a request, calls the services, answers.
+
+    `verbalizer`, `scorer`, `capture`: handles whose methods are called with `.remote(...)`.
+    """
 
     def __init__(
         self,
@@ -260,11 +271,11 @@ class Endpoint:
     ) -> None:
         self._settings, self._models = settings, models
         self._verbalizer, self._scorer, self._capture = verbalizer, scorer, capture
-        self._verbalizers = [one.name for one in models.verbalizers]
-        self._scorers = [one.name for one in models.scorers]
+        self._verbalizers = [model.name for model in models.verbalizers]
+        self._scorers = [model.name for model in models.scorers]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve asks for the application once the handles are there."""
+        """Called by Serve once the replica has its handles."""
         return build_api(self)
 
     @property
@@ -274,7 +285,7 @@ class Endpoint:
     async def describe(self, request: DescribeRequest) -> DescribeResponse:
         """Describe activations, or the activations at the end of texts."""
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
-        schema.check_layer(request.layer, self._base.layer)
+        schema.require_served_layer(request.layer, self._base.layer)
         self._check_sampling(request)
         if (request.activations is None) == (request.texts is None):
             given = "neither" if request.texts is None else "both"
@@ -283,26 +294,26 @@ class Endpoint:
             activations = self._array("activations", request.activations)
         else:
             schema.check_batch("texts", len(request.texts), self._settings.max_batch)
-            named = {f"texts[{place}]": text for place, text in enumerate(request.texts)}
+            named = {f"texts[{index}]": text for index, text in enumerate(request.texts)}
             for what, text in named.items():
                 schema.check_text(what, text, self._settings.max_text_chars)
             captured = await asyncio.gather(
                 *(self._captured(what, text, [-1]) for what, text in named.items())
             )
-            activations = np.concatenate([one.activations for one in captured])
-        descriptions = await self._described(name, activations, request)
+            activations = np.concatenate([capture.activations for capture in captured])
+        descriptions = await self._describe_rows(name, activations, request)
         return DescribeResponse(verbalizer=name, layer=self._base.layer, descriptions=descriptions)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Reconstruct each description once and compare it with its activation."""
         names = schema.choose_names("scorers", request.scorers, self._scorers)
-        schema.check_layer(request.layer, self._base.layer)
+        schema.require_served_layer(request.layer, self._base.layer)
         activations = self._array(
             "items", [item.activation for item in request.items], "items[{}].activation"
         )
-        for place, item in enumerate(request.items):
+        for index, item in enumerate(request.items):
             schema.check_description(
-                f"items[{place}].description", item.description, self._settings.max_text_chars
+                f"items[{index}].description", item.description, self._settings.max_text_chars
             )
         scores = await self._scorer.score.remote(
             names, [item.description for item in request.items], activations
@@ -310,29 +321,28 @@ class Endpoint:
         return ScoreResponse(layer=self._base.layer, scores=scores)
 
     async def explain(self, request: ExplainRequest) -> ExplainResponse:
-        """Capture a text's activations at the chosen positions, describe them, and score what is
-        said."""
+        """Capture a text's activations at the chosen positions; describe and score each."""
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         scorers = schema.choose_names("scorers", request.scorers, self._scorers)
-        schema.check_layer(request.layer, self._base.layer)
+        schema.require_served_layer(request.layer, self._base.layer)
         self._check_sampling(request)
         schema.check_text("text", request.text, self._settings.max_text_chars)
         schema.check_batch("positions", len(request.positions), self._settings.max_batch)
         captured = await self._captured("text", request.text, request.positions)
-        described = await self._described(name, captured.activations, request)
-        said = [place for place, one in enumerate(described) if not one.unsure]
+        described = await self._describe_rows(name, captured.activations, request)
+        sure = [row for row, description in enumerate(described) if not description.unsure]
         scored = await self._scorer.score.remote(
-            scorers, [described[place].description for place in said], captured.activations[said]
+            scorers, [described[row].description for row in sure], captured.activations[sure]
         )
-        scores = dict(zip(said, scored, strict=True))
+        scores = dict(zip(sure, scored, strict=True))
         explanations = [
             Explanation(
-                **one.model_dump(),
-                position=captured.positions[place],
-                token=captured.tokens[place],
-                scores=scores.get(place, {}),
+                **description.model_dump(),
+                position=captured.positions[row],
+                token=captured.tokens[row],
+                scores=scores.get(row, {}),
             )
-            for place, one in enumerate(described)
+            for row, description in enumerate(described)
         ]
         return ExplainResponse(
             verbalizer=name,
@@ -346,11 +356,10 @@ class Endpoint:
         return self._models
 
     async def health(self) -> JSONResponse:
-        """200 when verbalizer, scorer and capture answer, 503 when one does not within ten
-        seconds."""
+        """200 when verbalizer, scorer and capture answer within ten seconds; else 503."""
         handles = {"verbalizer": self._verbalizer, "scorer": self._scorer, "capture": self._capture}
         answers = await asyncio.gather(
-            *(_ping(handle.ping.remote()) for handle in handles.values())
+            *(_ping_answer(handle.ping.remote()) for handle in handles.values())
         )
         deployments = dict(zip(handles, answers, strict=True))
         healthy = all(answer == "ok" for answer in answers)
@@ -361,17 +370,19 @@ class Endpoint:
         schema.check_length(sampling.max_new_tokens, self._base.max_new_tokens)
         schema.check_choice(sampling, self._scorers)
 
-    async def _described(
+    async def _describe_rows(
         self, name: str, activations: np.ndarray, request: Sampling
     ) -> list[DescriptionBody]:
-        """One answer for each row of [n, d_model]: its only sample, or the best of several by the
-        reward scorer."""
+        """One answer for each row of [n, d_model].
+
+        It is the row's only sample, or the best of several by the reward scorer.
+        """
         sampling = Sampling.model_validate(request.model_dump(include=set(Sampling.model_fields)))
         written = await self._verbalizer.describe.remote(name, activations, sampling)
         if sampling.samples == 1:
             return written
         choices = await self._scorer.choose.remote(
-            schema.CHOOSER, [one.description for one in written], activations
+            schema.CHOOSER, [sample.description for sample in written], activations
         )
         return [
             _answer(written[row * sampling.samples + choice.best], choice.confidence, sampling)
@@ -381,13 +392,14 @@ class Endpoint:
     def _array(
         self, what: str, activations: Sequence[Sequence[float]], item: str | None = None
     ) -> np.ndarray:
-        """Checked activations: [n, d_model] float32. `item`: how one of them is named in a
-        refusal."""
+        """Checked activations: [n, d_model] float32.
+
+        `item`: the name of an activation in a refusal, with {} for its index.
+        """
         schema.check_batch(what, len(activations), self._settings.max_batch)
-        for place, activation in enumerate(activations):
-            schema.check_activation(
-                (item or f"{what}[{{}}]").format(place), activation, self._base.d_model
-            )
+        item = item or f"{what}[{{}}]"
+        for index, activation in enumerate(activations):
+            schema.check_activation(item.format(index), activation, self._base.d_model)
         return np.asarray(activations, dtype=np.float32)
 
     async def _captured(self, what: str, text: str, positions: list[int]) -> Captured:
@@ -420,9 +432,8 @@ def _answer(best: DescriptionBody, confidence: float, sampling: Sampling) -> Des
     )
 
 
-async def _ping(answer: Awaitable[str]) -> str:
-    """The deployment's answer, or why there is none. Whatever it is, health reports it and does not
-    raise."""
+async def _ping_answer(answer: Awaitable[str]) -> str:
+    """The deployment's answer, or the error in its stead: health reports and never raises."""
     try:
         return await asyncio.wait_for(_awaited(answer), _PING_SECONDS)
     except Exception as error:
@@ -430,6 +441,7 @@ async def _ping(answer: Awaitable[str]) -> str:
 
 
 async def _awaited(answer: Awaitable[str]) -> str:
+    """A coroutine, which `asyncio.wait_for` asks for, of Serve's awaitable response."""
     return await answer
 
 
@@ -467,11 +479,11 @@ async def _answer_refusal(request: Request, refusal: Refusal) -> JSONResponse:
 
 
 async def _answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-    """The first thing that is wrong with the body's form, in the form of every refusal."""
+    """The first error in the body's form, answered as every refusal is."""
     first: Mapping[str, Any] = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
     missing = first["type"] == "missing"
-    return _refused(Refusal(place, "nothing" if missing else first.get("input"), first["msg"]))
+    return _refused(Refusal(field, "nothing" if missing else first.get("input"), first["msg"]))
 
 
 def _refused(refusal: Refusal) -> JSONResponse:

@@ -1,8 +1,8 @@
 """The HTTP interface as types: requests, responses, and the one form of a refusal.
 
-Knows neither Serve nor models. Checks that need only the served base's facts (width, layer, limits)
-are functions here; each raises `Refusal`, which the endpoint answers with status 422 and `{what,
-got, expected}`.
+Knows neither Serve nor models. Checks that need only facts of the served base (width, layer,
+limits) are functions here. Each raises `Refusal`, which the endpoint answers with status 422 and
+`{what, got, expected}`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field
 MIN_NORM = 1e-6
 """An activation shorter than this has no direction."""
 MAX_NORM = 1e18
-"""The square of a longer one's norm leaves float32."""
+"""Of a longer activation the squared norm leaves float32."""
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_SAMPLES = 16
-"""Descriptions drawn of one activation; a full batch of them is still some seconds' work on a
-CPU."""
+"""Most descriptions drawn of one activation: a CPU writes a full batch of them in seconds."""
 CHOOSER = "reward"
-"""Name of the scorer that chooses among samples: never the judge, which stays independent of what
-it scores."""
+"""The scorer that chooses among samples. The judge never does: it stays independent."""
 _SHOWN_CHARS = 120
 
 Activation = Annotated[
@@ -47,9 +45,8 @@ class Refusal(ValueError):
 def shorten(value: object) -> str:
     """A value as text of bounded length."""
     text = value if isinstance(value, str) else repr(value)
-    text = text.encode(
-        "utf-8", "backslashreplace"
-    ).decode()  # a lone surrogate would break the answer itself
+    # A lone surrogate would break the answer itself.
+    text = text.encode("utf-8", "backslashreplace").decode()
     return (
         text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"
     )
@@ -291,7 +288,7 @@ def check_batch(what: str, size: int, largest: int) -> None:
         raise Refusal(what, f"{size} items", f"1 to {largest} items")
 
 
-def check_layer(layer: int | None, served: int) -> None:
+def require_served_layer(layer: int | None, served: int) -> None:
     """Refuse a layer other than the served one; None is the served one."""
     if layer is not None and layer != served:
         raise Refusal("layer", layer, f"{served}, the layer that this endpoint serves")
@@ -308,21 +305,20 @@ def check_length(max_new_tokens: int | None, longest: int) -> None:
 
 
 def check_choice(sampling: Sampling, scorers: Sequence[str]) -> None:
-    """Refuse several samples that would be one, or that nobody can choose among, and confidence
-    without samples."""
+    """Refuse several samples without a chooser or without a temperature, and confidence in one."""
     if sampling.samples > 1 and CHOOSER not in scorers:
         raise Refusal(
             "samples",
             sampling.samples,
-            f"1: the scorer {CHOOSER!r}, which chooses among "
-            "several, is not served; train it with jobs/sft.py",
+            f"1: the scorer {CHOOSER!r}, which chooses among several, is not served; train it with"
+            " jobs/sft.py",
         )
     if sampling.samples > 1 and sampling.temperature == 0:
         raise Refusal(
             "temperature",
             sampling.temperature,
-            "a temperature above 0, or none for the default: greedy "
-            "samples of one activation are all the same; for greedy decoding ask for samples 1",
+            "a temperature above 0, or none for the default: greedy samples of one activation are"
+            " all the same; for greedy decoding ask for samples 1",
         )
     if sampling.samples == 1 and sampling.min_confidence is not None:
         raise Refusal(
@@ -333,12 +329,12 @@ def check_choice(sampling: Sampling, scorers: Sequence[str]) -> None:
 
 
 def check_activation(what: str, activation: Sequence[float], d_model: int) -> None:
-    """Refuse another width, values that float32 cannot hold, and a vector whose direction it cannot
-    compute."""
+    """Refuse a width or a value that the base cannot have, and a vector without a direction."""
     if len(activation) != d_model:
         raise Refusal(what, f"{len(activation)} numbers", f"{d_model} numbers, the base's d_model")
+    # NaN is not below the limit either.
     bad = next(
-        (place for place, value in enumerate(activation) if not abs(value) <= MAX_FLOAT32), None
+        (index for index, value in enumerate(activation) if not abs(value) <= MAX_FLOAT32), None
     )
     if bad is not None:
         raise Refusal(f"{what}[{bad}]", str(activation[bad]), "a finite float32 number")
@@ -358,16 +354,14 @@ def check_activation(what: str, activation: Sequence[float], d_model: int) -> No
 
 
 def check_text(what: str, text: str, max_chars: int) -> None:
-    """Refuse a text without a visible character, one that UTF-8 cannot hold, and one above the
-    limit."""
+    """Refuse a text with no visible character, outside UTF-8, or above the limit."""
     if not text.strip():
         raise Refusal(what, repr(text[:20]), "a text with at least one visible character")
     check_description(what, text, max_chars)
 
 
 def check_description(what: str, text: str, max_chars: int) -> None:
-    """Refuse one that UTF-8 cannot hold and one above the limit; an empty description is a
-    description."""
+    """Refuse a description outside UTF-8 or above the limit; the empty string is a description."""
     if len(text) > max_chars:
         raise Refusal(what, f"{len(text)} characters", f"at most {max_chars} characters")
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -375,7 +369,7 @@ def check_description(what: str, text: str, max_chars: int) -> None:
 
 
 def choose_name(what: str, name: str | None, served: Sequence[str]) -> str:
-    """The named one of what is served, the first when none is named. Refuses another name."""
+    """A served name: the one that is asked for, by default the first. Refuses any other name."""
     if name is None:
         return served[0]
     if name not in served:
@@ -384,7 +378,7 @@ def choose_name(what: str, name: str | None, served: Sequence[str]) -> str:
 
 
 def choose_names(what: str, names: Sequence[str] | None, served: Sequence[str]) -> list[str]:
-    """The named ones of what is served, all when none is named."""
+    """Served names: those that are asked for, by default all. Refuses any other name."""
     if names is None:
         return list(served)
     check_batch(what, len(names), len(served))

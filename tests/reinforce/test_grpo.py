@@ -250,7 +250,7 @@ def test_settings_under_which_a_group_or_a_batch_would_be_cut_are_refused(
     config = grpo_config(tiny_base, "unused", prompts_per_step=3)
     with pytest.raises(
         ValueError,
-        match="grpo.prompts_per_step: got 3, expected a multiple of compute.trainer_workers = 2",
+        match=r"grpo.prompts_per_step: got 3, expected a multiple of compute.trainer_workers = 2",
     ):
         grpo.check_settings(
             dataclasses.replace(
@@ -258,7 +258,7 @@ def test_settings_under_which_a_group_or_a_batch_would_be_cut_are_refused(
             )
         )
     with pytest.raises(
-        ValueError, match="grpo.save_steps: got 3, expected a multiple of grpo.iterations = 2"
+        ValueError, match=r"grpo.save_steps: got 3, expected a multiple of grpo.iterations = 2"
     ):
         grpo.check_settings(grpo_config(tiny_base, "unused", iterations=2, save_steps=3))
 
@@ -267,7 +267,7 @@ def test_a_missing_artifact_is_named_with_the_job_that_makes_it(
     tiny_base: BaseConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ValueError, match="artifact 'activations': got none.*python jobs/capture.py"
+        ValueError, match=r"artifact 'activations': got none.*python jobs/capture.py"
     ):
         grpo.train_grpo(Run(grpo_config(tiny_base, tmp_path)))
 

@@ -110,7 +110,7 @@ def test_every_row_of_the_other_documents_can_be_drawn() -> None:
 
 def test_too_few_other_documents_is_one_clear_error() -> None:
     with pytest.raises(
-        ValueError, match="got 2 rows from other documents.*expected at least 3.*num-wrong"
+        ValueError, match=r"got 2 rows from other documents.*expected at least 3.*num-wrong"
     ):
         rewards.WrongActivations(["a", "a", "b", "c", "a"], count=3)
 
@@ -129,7 +129,7 @@ def test_a_longer_schedule_begins_with_the_shorter_one() -> None:
 
 
 def test_a_bank_smaller_than_one_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 2, expected at least 3.*prompts-per-step"):
+    with pytest.raises(ValueError, match=r"got 2, expected at least 3.*prompts-per-step"):
         rewards.schedule_rows(2, 3, 1, seed=0)
 
 

@@ -710,7 +710,7 @@ def test_a_test_document_that_the_base_was_pretrained_on_stops_the_report(
         with pytest.raises(ValueError, match="the base model was pretrained on"):
             make_report(run.config)
         with pytest.raises(
-            ValueError, match="Leave --corpus.test-share"
+            ValueError, match=r"Leave --corpus.test-share"
         ):  # and before anything is trained
             check_corpus(run)
     finally:
@@ -740,7 +740,7 @@ def evaluated_documents(run: Run) -> list[str]:
 def test_scorers_that_share_a_document_stop_the_report(copied_run: Callable[..., Run]) -> None:
     run = copied_run()
     change_documents(run, "judge_scorer", run.find("reward_scorer").documents)
-    with pytest.raises(ValueError, match="share .* train documents"):
+    with pytest.raises(ValueError, match=r"share .* train documents"):
         make_report(run.config)
 
 
@@ -848,7 +848,7 @@ def test_a_failed_gate_ends_with_a_status_only_when_asked(
     show_report(run)
     shown = capsys.readouterr().out
     assert "report.md" in shown and "PASS" in shown and "FAIL" in shown
-    with pytest.raises(SystemExit, match="1 of 2 gates failed: grpo.claims.precision"):
+    with pytest.raises(SystemExit, match=r"1 of 2 gates failed: grpo.claims.precision"):
         show_report(Run(dataclasses.replace(run.config, gate=True)))
 
 
@@ -900,7 +900,7 @@ def test_named_descriptions_and_adapters_stand_beside_the_runs_own(
     file.write_text(
         file.read_text(encoding="utf-8").replace("a licence", "another licence"), encoding="utf-8"
     )
-    with pytest.raises(ValueError, match="made with another configuration .*inputs.other"):
+    with pytest.raises(ValueError, match=r"made with another configuration .*inputs.other"):
         evaluate(run)
 
 
@@ -946,7 +946,7 @@ def test_an_adapter_that_learned_from_test_documents_or_for_another_layer_is_ref
     elsewhere = dataclasses.replace(manifest, model={**manifest.model, "layer": 0})
     (theirs.root / "sft" / "manifest.json").write_text(elsewhere.to_json())
     (run.root / "report_theirs").delete()
-    with pytest.raises(ValueError, match="got layer 1 of .*, expected 0"):
+    with pytest.raises(ValueError, match=r"got layer 1 of .*, expected 0"):
         make_report(run.config)
 
 

@@ -76,11 +76,15 @@ def test_descriptions_are_those_of_the_verbalizer_itself(
         assert response.status_code == 200, response.text
         body = response.json()
         assert (body["verbalizer"], body["layer"]) == (name, 1)
-        own = Verbalizer.load(config.base, Path(config.run_dir) / name / "adapter").describe(
+        direct = Verbalizer.load(config.base, Path(config.run_dir) / name / "adapter").describe(
             activations, max_new_tokens=8
         )
-        assert [one["description"] for one in body["descriptions"]] == [one.text for one in own]
-        assert [one["closed"] for one in body["descriptions"]] == [one.closed for one in own]
+        assert [answer["description"] for answer in body["descriptions"]] == [
+            answer.text for answer in direct
+        ]
+        assert [answer["closed"] for answer in body["descriptions"]] == [
+            answer.closed for answer in direct
+        ]
 
 
 def test_the_default_verbalizer_is_the_one_after_grpo(
@@ -125,17 +129,17 @@ def test_scores_are_cosines_of_one_reconstruction(
         reconstruction = reconstructor.reconstruct(descriptions)
         expected = vectors.centred_cosine(reconstruction, activations, reconstructor.mean)
         torch.testing.assert_close(
-            torch.tensor([one[name]["centred_cosine"] for one in scores]),
+            torch.tensor([by_scorer[name]["centred_cosine"] for by_scorer in scores]),
             expected,
             atol=1e-5,
             rtol=0,
         )
-        cosine = torch.tensor([one[name]["cosine"] for one in scores])
+        cosine = torch.tensor([by_scorer[name]["cosine"] for by_scorer in scores])
         torch.testing.assert_close(
             cosine, vectors.cosine(reconstruction, activations), atol=1e-5, rtol=0
         )
         torch.testing.assert_close(
-            torch.tensor([one[name]["squared_error"] for one in scores]),
+            torch.tensor([by_scorer[name]["squared_error"] for by_scorer in scores]),
             2 - 2 * cosine,
             atol=1e-4,
             rtol=0,
@@ -143,7 +147,7 @@ def test_scores_are_cosines_of_one_reconstruction(
     only = client.post("/v1/score", json={"items": items[:1], "scorers": ["judge"]}).json()[
         "scores"
     ]
-    assert [set(one) for one in only] == [{"judge"}]
+    assert [set(by_scorer) for by_scorer in only] == [{"judge"}]
 
 
 def test_a_text_is_explained_at_every_position_asked_for(
@@ -152,8 +156,10 @@ def test_a_text_is_explained_at_every_position_asked_for(
     text = "def frame(): index rows"
     body = client.post("/v1/explain", json={"text": text, "positions": [-1, 4, -2]}).json()
     last = body["num_tokens"] - 1
-    assert [one["position"] for one in body["explanations"]] == [last, 4, last - 1]
-    assert all(set(one["scores"]) == {"reward", "judge"} for one in body["explanations"])
+    assert [explanation["position"] for explanation in body["explanations"]] == [last, 4, last - 1]
+    assert all(
+        set(explanation["scores"]) == {"reward", "judge"} for explanation in body["explanations"]
+    )
     described = client.post("/v1/describe", json={"texts": [text]}).json()["descriptions"][0]
     assert body["explanations"][0]["description"] == described["description"]
 
@@ -168,15 +174,15 @@ def test_several_samples_are_answered_by_the_best_of_them(
     )
     reward = Reconstructor.load(config.base, Path(config.run_dir) / "reward_scorer")
     for row, answer in enumerate(answers):
-        own = [one.text for one in written[5 * row : 5 * row + 5]]
-        reconstruction = reward.reconstruct(own)
+        drawn = [sample.text for sample in written[5 * row : 5 * row + 5]]
+        reconstruction = reward.reconstruct(drawn)
         fits = vectors.centred_cosine(reconstruction, activations[row], reward.mean)
         pairs = [
             vectors.centred_cosine(reconstruction[i], reconstruction[j], reward.mean)
             for i in range(5)
             for j in range(i)
         ]
-        assert answer["description"] == own[fits.argmax()]
+        assert answer["description"] == drawn[fits.argmax()]
         assert answer["confidence"] == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
         assert (answer["samples"], answer["unsure"]) == (5, False)
 
@@ -215,13 +221,15 @@ def test_below_the_wanted_confidence_nothing_is_described(
 
     free = ask()
     assert ask(min_confidence=-1.0) == free
-    assert all(one["description"] is None and one["unsure"] for one in ask(min_confidence=1.0))
-    middle = sorted(one["confidence"] for one in free)[1]  # of itself it is not below
-    assert [one["unsure"] for one in ask(min_confidence=middle)] == [
-        one["confidence"] < middle for one in free
+    assert all(
+        answer["description"] is None and answer["unsure"] for answer in ask(min_confidence=1.0)
+    )
+    middle = sorted(answer["confidence"] for answer in free)[1]  # of itself it is not below
+    assert [answer["unsure"] for answer in ask(min_confidence=middle)] == [
+        answer["confidence"] < middle for answer in free
     ]
-    assert [one["confidence"] for one in ask(min_confidence=1.0)] == [
-        one["confidence"] for one in free
+    assert [answer["confidence"] for answer in ask(min_confidence=1.0)] == [
+        answer["confidence"] for answer in free
     ]
 
 
@@ -242,17 +250,19 @@ def test_explain_scores_the_chosen_description_and_nothing_where_it_is_unsure(
         described["description"],
         pytest.approx(described["confidence"], abs=1e-5),
     )
-    assert all(set(one["scores"]) == {"reward", "judge"} for one in free)
-    middle = sorted(one["confidence"] for one in free)[1]
+    assert all(set(explanation["scores"]) == {"reward", "judge"} for explanation in free)
+    middle = sorted(explanation["confidence"] for explanation in free)[1]
     some = client.post("/v1/explain", json=body | {"min_confidence": middle}).json()["explanations"]
-    for sure, one in zip(free, some, strict=True):
+    for sure, explanation in zip(free, some, strict=True):
         unsure = sure["confidence"] < middle
-        assert one == (
+        assert explanation == (
             sure | {"description": None, "unsure": True, "scores": {}} if unsure else sure
         )
-    assert sum(one["unsure"] for one in some) == 1
+    assert sum(explanation["unsure"] for explanation in some) == 1
     none = client.post("/v1/explain", json=body | {"min_confidence": 1.0}).json()["explanations"]
-    assert [(one["description"], one["scores"]) for one in none] == [(None, {})] * 3
+    assert [(explanation["description"], explanation["scores"]) for explanation in none] == [
+        (None, {})
+    ] * 3
 
 
 def test_models_names_base_adapters_and_fingerprints(
@@ -264,8 +274,8 @@ def test_models_names_base_adapters_and_fingerprints(
         1,
         3,
     )
-    assert [one["name"] for one in body["verbalizers"]] == ["grpo", "sft"]
-    assert [one["name"] for one in body["scorers"]] == ["reward", "judge"]
+    assert [model["name"] for model in body["verbalizers"]] == ["grpo", "sft"]
+    assert [model["name"] for model in body["scorers"]] == ["reward", "judge"]
     assert body["verbalizers"][1]["fingerprint"] == Run(config).find("sft").fingerprint
 
 
@@ -311,33 +321,33 @@ ONES = [1.0] * D_MODEL
         ),
         (
             "describe",
-            {"activations": [ONES[:-1] + [float("nan")]]},
+            {"activations": [[*ONES[:-1], float("nan")]]},
             "activations[0][31]",
             "nan",
             "finite float32",
         ),
         (
             "describe",
-            {"activations": [[float("inf")] + ONES[1:]]},
+            {"activations": [[float("inf"), *ONES[1:]]]},
             "activations[0][0]",
             "inf",
             "finite float32",
         ),
         (
             "describe",
-            {"activations": [[1e39] + ONES[1:]]},
+            {"activations": [[1e39, *ONES[1:]]]},
             "activations[0][0]",
             "1e+39",
             "finite float32",
         ),
         (
             "describe",
-            {"activations": [[1e30] + ONES[1:]]},
+            {"activations": [[1e30, *ONES[1:]]]},
             "activations[0]",
             "1e+30",
             "at most 1e+18",
         ),
-        ("describe", {"activations": [["x"] + ONES[1:]]}, "activations.0.0", "x", "valid number"),
+        ("describe", {"activations": [["x", *ONES[1:]]]}, "activations.0.0", "x", "valid number"),
         ("describe", {"activations": []}, "activations", "0 items", "1 to 3 items"),
         ("describe", {"activations": [ONES] * 4}, "activations", "4 items", "1 to 3 items"),
         ("describe", {}, "body", "neither", "exactly one of activations and texts"),
@@ -552,7 +562,7 @@ def test_a_lone_surrogate_is_refused_in_an_answer_that_can_be_read(
 def test_without_the_scorer_that_chooses_one_sample_is_all_there_is() -> None:
     schema.check_choice(Sampling(samples=1), ["judge"])
     with pytest.raises(
-        Refusal, match="samples: got 2, expected 1: the scorer 'reward'.*not served"
+        Refusal, match=r"samples: got 2, expected 1: the scorer 'reward'.*not served"
     ):
         schema.check_choice(Sampling(samples=2), ["judge"])
 
@@ -572,13 +582,13 @@ def test_the_openapi_page_says_what_unsure_means(client: httpx.Client) -> None:
 
 
 def test_a_port_in_use_is_one_clear_message(client: httpx.Client, config: RunConfig) -> None:
-    with pytest.raises(ValueError, match="expected a free port.*--serve.port"):
+    with pytest.raises(ValueError, match=r"expected a free port.*--serve.port"):
         application.check_port(config.serve)
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         with pytest.raises(ValueError, match="in use"):
-            application.check_port(ServeConfig(port=other.getsockname()[1]))
+            application.check_port(ServeConfig(port=listener.getsockname()[1]))
 
 
 def test_a_second_start_is_refused_and_the_first_goes_on_serving(
@@ -592,16 +602,16 @@ def test_a_second_start_is_refused_and_the_first_goes_on_serving(
 def test_descriptions_are_decoded_as_training_did_not_as_this_command_says(
     config: RunConfig, activations: torch.Tensor
 ) -> None:
-    other = dataclasses.replace(
+    changed = dataclasses.replace(
         config, grpo=dataclasses.replace(config.grpo, max_new_tokens=1, temperature=0.01)
     )
     ours, theirs = (
-        VerbalizerService(one, ["grpo"]).describe(
+        VerbalizerService(settings, ["grpo"]).describe(
             "grpo", activations.numpy(), Sampling(samples=4, seed=1)
         )
-        for one in (config, other)
+        for settings in (config, changed)
     )
-    assert ours == theirs and any(one.num_tokens > 1 for one in ours)
+    assert ours == theirs and any(answer.num_tokens > 1 for answer in ours)
 
 
 def test_missing_artifacts_name_the_job_that_makes_them(
@@ -616,6 +626,6 @@ def test_missing_artifacts_name_the_job_that_makes_them(
 def test_a_run_of_another_base_is_not_served(config: RunConfig, tmp_path: Path) -> None:
     from tiny import make_tiny_base
 
-    other = make_tiny_base(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="expected .* with which it was made"):
-        application.find_models(Run(dataclasses.replace(config, base=other)))
+    another_base = make_tiny_base(tmp_path / "another_base", seed=1)
+    with pytest.raises(ValueError, match=r"expected .* with which it was made"):
+        application.find_models(Run(dataclasses.replace(config, base=another_base)))
