@@ -2,7 +2,12 @@
 
 Nouns: a verbalizer's row, a control, a gate, a figure with its interval.
 
-Read: stage, controls, describing, readings, summary, gates, growth, compared, experiments, rendering.
+Read: stage (the steps), lineage, controls, describing, readings, gathering, evaluated,
+claim_figures, samples, summary, gates, then what stands beside the figures (gallery, growth, notes,
+compared, reuse, experiments) and rendering.
 
-No description is dropped, and nothing is computed before lineage is proved.
+A figure is added in one place: a scorer's in score/metrics, a claim's in claim_figures, a section
+in summary. A run is known to stage and to the files that read artifacts of it: lineage, gathering,
+describing, readings, reuse, growth and notes. No description is dropped, and nothing is computed
+before lineage is proved.
 """

@@ -1,5 +1,4 @@
-"""Who describes the test activations: the trained verbalizers, the gold labels, and the controls
-they must beat.
+"""Who describes the test activations: trained verbalizers, gold labels, controls to be beaten.
 
     gold                 the label drawn for the same text: the ceiling
     nearest_train_label  the label of the nearest train activation: what a verbalizer must beat to
@@ -9,59 +8,85 @@ they must beat.
     mean_activation      the SFT verbalizer, given the train mean
     random_vector        the SFT verbalizer, given a random vector of the same norm
 
-It decides what is described and what is injected; models, files and figures are elsewhere. No
-description is dropped: a text without a label is described by the empty string.
+It decides what is described, what is injected and what is compared; models, files and figures are
+elsewhere. No description is dropped: a text without a label is described by the empty string.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from nla_ray.base.prompts import GENERIC_DESCRIPTION
 from nla_ray.run.identity import seed_of
+from nla_ray.run.stages import artifacts_of_kind
 from nla_ray.score.metrics import derangement, nearest_rows
 
-SCORERS = ("reward", "judge", "linear")
-"""Who scores; the artifact of each is `{scorer}_scorer`."""
-TRAINED = ("sft", "grpo", "grpo_no_contrast")
-"""Artifacts that are verbalizers. The last is the ablation arm; it is in the table when its
-artifact exists."""
+SCORERS = tuple(name.removesuffix("_scorer") for name in artifacts_of_kind("scorer"))
+"""Who scores: reward, judge, linear. The artifact of each is `{scorer}_scorer`."""
+TRAINED = (*artifacts_of_kind("verbalizer"), "grpo_no_contrast")
+"""Artifacts that are verbalizers: sft, grpo, and the ablation arm, shown where it was trained."""
 INJECTED = ("mean_activation", "random_vector")
+"""Controls that inject something other than the activation."""
 VERBALIZERS = ("gold", "nearest_train_label", *TRAINED, "shuffled", "generic", *INJECTED)
 """In the order of the report's tables."""
 CONTROLS = tuple(name for name in VERBALIZERS if name not in ("gold", *TRAINED))
 _SHUFFLE_SEED = 7_919
-"""Keeps the shuffled labels' derangement apart from the one that chooses the wrong row: else the
-two would match."""
+"""Keeps the shuffled labels apart from the choice of the wrong row: else the two would match."""
+_PAIRS = (
+    ("grpo", "sft"),
+    ("grpo", "nearest_train_label"),
+    ("sft", "nearest_train_label"),
+    ("grpo", "grpo_no_contrast"),
+    ("grpo_no_contrast", "sft"),
+)
+"""Verbalizers of the run itself that are compared row by row."""
+_REFERENCES = ("grpo", "sft", "nearest_train_label")
+"""What every verbalizer from elsewhere is compared with."""
 
 
 def trained_in(artifacts: Collection[str]) -> list[str]:
-    """Which artifacts of a run are verbalizers, SFT first: also arms of GRPO that have a name of
-    their own."""
-    return [
-        *(name for name in TRAINED if name in artifacts),
-        *sorted(name for name in artifacts if name.startswith("grpo") and name not in TRAINED),
-    ]
+    """Which artifacts of a run are verbalizers, SFT first, named arms of GRPO last.
+
+    >>> trained_in(["grpo_kl0", "labels", "grpo", "sft"])
+    ['sft', 'grpo', 'grpo_kl0']
+    """
+    named_arms = [name for name in artifacts if name.startswith("grpo") and name not in TRAINED]
+    return [*(name for name in TRAINED if name in artifacts), *sorted(named_arms)]
+
+
+def pairs_of(verbalizers: Sequence[str]) -> list[tuple[str, str]]:
+    """Which of these verbalizers are compared row by row.
+
+    Both arms with SFT and with the nearest label; every verbalizer from elsewhere with those, and
+    with the others from elsewhere.
+
+    >>> pairs_of(["gold", "sft", "grpo", "theirs"])
+    [('grpo', 'sft'), ('theirs', 'grpo'), ('theirs', 'sft')]
+    """
+    added = [name for name in verbalizers if name not in VERBALIZERS]
+    with_references = [(name, reference) for name in added for reference in _REFERENCES]
+    pairs = [*_PAIRS, *with_references, *combinations(added, 2)]
+    return [pair for pair in pairs if set(pair) <= set(verbalizers)]
 
 
 def label_descriptions(
     name: str, text_ids: Sequence[str], doc_ids: Sequence[str], gold: Mapping[str, str], seed: int
 ) -> list[str]:
-    """One description for every test row from labels alone: control `gold`, `shuffled` or
-    `generic`.
+    """What `gold`, `shuffled` or `generic` says of every test row, from labels alone.
 
-    `gold`: the drawn label by text_id.
+    `gold`: the drawn label by text_id. Raises ValueError for another name.
     """
-    own = [gold.get(text_id, "") for text_id in text_ids]
+    labels = [gold.get(text_id, "") for text_id in text_ids]
     if name == "gold":
-        return own
+        return labels
     if name == "generic":
-        return [GENERIC_DESCRIPTION] * len(own)
+        return [GENERIC_DESCRIPTION] * len(labels)
     if name == "shuffled":
-        return [own[row] for row in derangement(doc_ids, seed + _SHUFFLE_SEED).tolist()]
+        return [labels[row] for row in derangement(doc_ids, seed + _SHUFFLE_SEED).tolist()]
     raise ValueError(
         f"label control: got {name!r}, expected gold, shuffled or generic. Choose one of them."
     )
@@ -74,10 +99,10 @@ def nearest_train_labels(
     labels: Mapping[str, str],
     mean: Tensor,
 ) -> list[str]:
-    """For every test activation the label of the nearest labelled train activation by centred
-    cosine.
+    """For every test activation the label of the nearest labelled train activation.
 
-    Raises ValueError when no train text has a label.
+    Nearest by centred cosine. `test`, `train`: [rows, d_model]. `labels`: by text_id. Raises
+    ValueError when no train text has a label.
     """
     labelled = [row for row, text_id in enumerate(train_text_ids) if text_id in labels]
     if not labelled:
@@ -85,26 +110,23 @@ def nearest_train_labels(
             f"train labels: got none for {len(train_text_ids)} captured texts, expected some. "
             "Make them with: python jobs/label.py"
         )
-    known = train if len(labelled) == len(train) else train[torch.tensor(labelled)]
-    return [
-        labels[train_text_ids[labelled[row]]] for row in nearest_rows(test, known, mean).tolist()
-    ]
+    candidates = train if len(labelled) == len(train) else train[torch.tensor(labelled)]
+    nearest = nearest_rows(test, candidates, mean).tolist()
+    return [labels[train_text_ids[labelled[row]]] for row in nearest]
 
 
 def injected_vectors(
     name: str, activation_ids: Sequence[str], activations: Tensor, mean: Tensor, seed: int
 ) -> Tensor:
-    """What is injected instead of the activations: [rows, d_model]; one row for `mean_activation`,
-    the same for all.
+    """What is injected instead of the activations: [rows, d_model].
 
-    Injection makes its norm the activation's own, as it does with every vector.
+    For `mean_activation` it is one row, the same for all activations. Injection gives it the norm
+    that every injected vector has.
     """
     if name == "mean_activation":
         return mean.float()[None]
-    generators = (
-        torch.Generator().manual_seed(seed_of(seed, name, activation_id))
-        for activation_id in activation_ids
-    )
-    return torch.stack(
-        [torch.randn(activations.shape[1], generator=generator) for generator in generators]
-    )
+    vectors = []
+    for activation_id in activation_ids:
+        generator = torch.Generator().manual_seed(seed_of(seed, name, activation_id))
+        vectors.append(torch.randn(activations.shape[1], generator=generator))
+    return torch.stack(vectors)

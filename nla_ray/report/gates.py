@@ -1,12 +1,11 @@
-"""Gates: what a report must show to pass. They belong to the preset and are computed from test
-documents, once.
+"""Gates: what a report must show to pass. A preset names them.
 
 A gate is (figure, relation, threshold). Figures are named by where they stand in the report:
 
     grpo.judge.top1                       of a verbalizer under a scorer
     sft.claims.domain                     of what a verbalizer claims
-    grpo-sft.judge.centred_cosine         a paired difference; `grpo-sft.claims.precision_excess`
-                                          likewise
+    grpo-sft.judge.centred_cosine         a paired difference under a scorer
+    grpo-sft.claims.precision_excess      a paired difference of what is claimed
     grpo/sft.judge.delta                  a paired ratio
     confidence.judge.top1                 the more confident half's less the rest's
 
@@ -19,7 +18,9 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.controls import SCORERS, VERBALIZERS
+from nla_ray.report.claim_figures import CLAIM_FIGURES
+from nla_ray.report.controls import SCORERS, VERBALIZERS, pairs_of
+from nla_ray.report.samples import CONFIDENCE_METRICS
 from nla_ray.score.metrics import METRICS
 from nla_ray.settings.config import Gate
 
@@ -31,64 +32,55 @@ _RELATIONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def check_gates(
-    gates: Sequence[Gate],
-    claim_figures: Sequence[str],
-    confidence_metrics: Sequence[str],
-    pairs: Sequence[tuple[str, str]],
-) -> None:
-    """Raise ValueError for a gate that names a figure no report has, before hours are spent on
-    computing figures."""
+def check_gates(gates: Sequence[Gate]) -> None:
+    """Raise ValueError for a gate that names a figure no report has."""
     for name, relation, _ in gates:
-        if relation not in _RELATIONS or not _names_figure(
-            name, claim_figures, confidence_metrics, pairs
-        ):
+        if relation not in _RELATIONS or not _names_figure(name):
+            pairs = ", ".join("-".join(pair) for pair in pairs_of(VERBALIZERS))
             raise ValueError(
                 f"gate: got {name!r} {relation!r}, expected VERBALIZER.SCORER.METRIC,"
                 " VERBALIZER.claims.FIGURE, FIRST-SECOND in place of the verbalizer"
-                f" ({', '.join(map('-'.join, pairs))}), FIRST/SECOND.SCORER.delta or"
-                f" confidence.SCORER.{'|'.join(confidence_metrics)}, with a relation of >=, >, <=,"
+                f" ({pairs}), FIRST/SECOND.SCORER.delta or"
+                f" confidence.SCORER.{'|'.join(CONFIDENCE_METRICS)}, with a relation of >=, >, <=,"
                 " <. Correct --evaluation.gates."
             )
 
 
-def _names_figure(
-    name: str,
-    claim_figures: Sequence[str],
-    confidence_metrics: Sequence[str],
-    pairs: Sequence[tuple[str, str]],
-) -> bool:
+def _names_figure(name: str) -> bool:
     if name.count(".") != 2:
         return False
     subject, scorer, metric = name.split(".")
+    pairs = pairs_of(VERBALIZERS)
     if subject == "confidence":
-        return scorer in SCORERS and metric in confidence_metrics
+        return scorer in SCORERS and metric in CONFIDENCE_METRICS
     if "/" in subject:
         return tuple(subject.split("/")) in pairs and scorer in SCORERS and metric == "delta"
-    known = tuple(subject.split("-")) in pairs if "-" in subject else subject in VERBALIZERS
-    return known and (
-        metric in claim_figures if scorer == "claims" else scorer in SCORERS and metric in METRICS
-    )
+    if not (tuple(subject.split("-")) in pairs if "-" in subject else subject in VERBALIZERS):
+        return False
+    if scorer == "claims":
+        return metric in CLAIM_FIGURES
+    return scorer in SCORERS and metric in METRICS
 
 
 def judge_gate(summary: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
-    """`{name, relation, value, threshold, passed}`; `value` is the interval's bound that is worse
-    for the claim.
+    """`{name, relation, value, threshold, passed}` of one gate.
 
-    A figure that this report does not have (the ablation arm, when it was not trained) has value
-    None and fails.
+    `value` is the interval's bound that is worse for the claim. A figure that this report does not
+    have (the ablation arm, when it was not trained) has value None and fails.
     """
     name, relation, threshold = gate
     subject, scorer, metric = name.split(".")
     if subject == "confidence":
-        place = summary.get("confidence", {}).get(scorer, {})
-    elif "-" in subject or "/" in subject:
-        place = summary["paired" if "-" in subject else "ratios"].get(subject, {}).get(scorer, {})
+        by_metric = summary.get("confidence", {}).get(scorer, {})
+    elif "-" in subject:
+        by_metric = summary["paired"].get(subject, {}).get(scorer, {})
+    elif "/" in subject:
+        by_metric = summary["ratios"].get(subject, {}).get(scorer, {})
     elif scorer == "claims":
-        place = summary["claims"].get(subject, {})
+        by_metric = summary["claims"].get(subject, {})
     else:
-        place = summary["results"].get(subject, {}).get(scorer, {})
-    figure = place.get(metric)
+        by_metric = summary["results"].get(subject, {}).get(scorer, {})
+    figure = by_metric.get(metric)
     value = None if figure is None else figure["low" if relation.startswith(">") else "high"]
     passed = value is not None and _RELATIONS[relation](value, threshold)
     return {

@@ -1,8 +1,8 @@
-"""What every scorer reads in every text: one reconstruction a text and scorer, whichever verbalizer
-wrote it.
+"""What every scorer reads in every text: one reconstruction a text and scorer.
 
-The scorers share one loaded base. What a scorer has read is kept in the report's folder until the
-report is published, so that an interrupted evaluation reads nothing twice.
+It does not know which verbalizer wrote a text. The scorers share one loaded base. What a scorer has
+read is kept in the report's folder until the report is published, so that an interrupted evaluation
+reads nothing twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nla_ray.score.linear import LinearReconstructor
 from nla_ray.score.reconstructor import Reconstructor
 
 _CHUNK_BATCHES = 8
-"""Between two words on progress."""
+"""Texts that are read between two updates of progress, in batches."""
 
 
 class Readings:
@@ -31,21 +31,21 @@ class Readings:
 
     def __init__(self, texts: Sequence[str], by_scorer: Mapping[str, Tensor]) -> None:
         """`texts`: each once; `by_scorer`: [texts, d_model] in their order."""
-        self._places = {text: place for place, text in enumerate(texts)}
+        self._row_of_text = {text: row for row, text in enumerate(texts)}
         self._by_scorer = dict(by_scorer)
 
     def of(self, scorer: str, texts: Sequence[str]) -> Tensor:
         """[len(texts), d_model], in the order given."""
-        return self._by_scorer[scorer][
-            torch.tensor([self._places[text] for text in texts], dtype=torch.int64)
-        ]
+        rows = torch.tensor([self._row_of_text[text] for text in texts], dtype=torch.int64)
+        return self._by_scorer[scorer][rows]
 
 
-def read_texts(
+def reconstruct_texts(
     run: Run, manifests: Mapping[str, Manifest], texts: Iterable[str], scratch: Path
 ) -> Readings:
     """Every scorer's reconstruction of every text. `scratch`: a folder for what is read already."""
-    unique = sorted(set(texts))  # side by side what begins alike, which a reconstructor reads once
+    # Sorted: texts that begin alike stand together, and a reconstructor reads their beginning once.
+    unique = sorted(set(texts))
     digest = hashlib.sha256("\0".join(unique).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     scratch.mkdir(parents=True, exist_ok=True)
     by_scorer: dict[str, Tensor] = {}
@@ -61,12 +61,9 @@ def read_texts(
             model = reconstructor.model
             parts = []
             batch_size = run.config.evaluation.batch_size
-            for start in range(0, len(unique), _CHUNK_BATCHES * batch_size):
-                parts.append(
-                    reconstructor.reconstruct(
-                        unique[start : start + _CHUNK_BATCHES * batch_size], batch_size
-                    )
-                )
+            chunk = _CHUNK_BATCHES * batch_size
+            for start in range(0, len(unique), chunk):
+                parts.append(reconstructor.reconstruct(unique[start : start + chunk], batch_size))
                 advance(len(parts[-1]), scorer)
             by_scorer[scorer] = torch.cat(parts)
             temporary = file.with_suffix(".tmp")

@@ -14,8 +14,9 @@ import torch
 
 from nla_ray.description.record import Description
 from nla_ray.report.controls import SCORERS
+from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.readings import Readings
-from nla_ray.report.summary import Evaluated, summarise, texts_to_read
+from nla_ray.report.summary import summarise
 from nla_ray.score import claims
 from nla_ray.score.metrics import Comparisons
 from nla_ray.settings.presets import nano

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
+from nla_ray.report.claim_figures import CLAIM_FIGURES
 from nla_ray.report.rendering.page import to_html
 from nla_ray.report.rendering.tables import DEFINITIONS
-from nla_ray.report.summary import CLAIM_FIGURES
 from nla_ray.score.metrics import METRICS
 
 VERBALIZERS = (

@@ -18,21 +18,16 @@ from nla_ray.base.pretrained import digest
 from nla_ray.base.prompts import GENERIC_DESCRIPTION
 from nla_ray.description.record import Description
 from nla_ray.report import controls, describing
-from nla_ray.report.controls import VERBALIZERS
+from nla_ray.report.claim_figures import CLAIM_FIGURES
+from nla_ray.report.controls import pairs_of
+from nla_ray.report.evaluated import Evaluated, forms_of
 from nla_ray.report.gates import check_gates, judge_gate
 from nla_ray.report.growth import growth
 from nla_ray.report.readings import Readings
 from nla_ray.report.rendering import tables
+from nla_ray.report.samples import rank_correlation
 from nla_ray.report.stage import check_corpus, evaluate, make_report, read_report, show_report
-from nla_ray.report.summary import (
-    CLAIM_FIGURES,
-    CONFIDENCE_METRICS,
-    Evaluated,
-    forms_of,
-    pairs_of,
-    rank_correlation,
-    summarise,
-)
+from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Run
 from nla_ray.run.location import Location
 from nla_ray.run.manifest import Manifest
@@ -214,7 +209,7 @@ def test_claims_are_counted_over_all_descriptions_empty_ones_too(summary: dict) 
         name: {figure: value["value"] for figure, value in named.items()}
         for name, named in summary["claims"].items()
     }
-    assert tuple(said["gold"]) == CLAIM_FIGURES
+    assert tuple(said["gold"]) == tuple(CLAIM_FIGURES)
     assert (
         "hallucinated" not in said["sft"]
         and said["gold"]["hallucinated"] == 0.0
@@ -377,14 +372,12 @@ def test_the_rank_correlation_gives_equal_values_the_mean_of_their_ranks() -> No
 )
 def test_a_gate_that_names_no_figure_is_refused_before_any_work(gate: tuple) -> None:
     with pytest.raises(ValueError, match="gate: got"):
-        check_gates([gate], CLAIM_FIGURES, CONFIDENCE_METRICS, pairs_of(VERBALIZERS))
+        check_gates([gate])
 
 
 def test_the_gates_of_every_preset_name_figures() -> None:
     for make in PRESETS.values():
-        check_gates(
-            make().evaluation.gates, CLAIM_FIGURES, CONFIDENCE_METRICS, pairs_of(VERBALIZERS)
-        )
+        check_gates(make().evaluation.gates)
 
 
 # Tables -------------------------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""`Evaluated`: the test activations, everything that was said of them, and what scorers read in it.
+
+Pure: it knows neither models nor files. `gathering.py` fills it, `summary.py` and `gallery.py` read
+it. Protects the rule that a text is read once: `texts_to_read` names every text whose
+reconstruction any figure asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from nla_ray.report.claim_figures import claim_figures
+from nla_ray.report.controls import SCORERS
+from nla_ray.score import claims
+from nla_ray.score.metrics import Comparisons, Figure, figures
+
+if TYPE_CHECKING:
+    from nla_ray.description.record import Description
+    from nla_ray.report.readings import Readings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """The test rows and everything that was said of them; every list has one entry a row."""
+
+    doc_ids: Sequence[str]
+    domains: Sequence[str]
+    texts: Sequence[str]
+    salient: Sequence[Sequence[str]]
+    """The most salient words of each text."""
+    comparisons: Comparisons
+    descriptions: Mapping[str, Sequence[Description]]
+    """By verbalizer."""
+    readings: Readings
+    """Of all `texts_to_read`."""
+    domain_names: Mapping[str, str]
+    """Slug -> the name a description may use."""
+    samples: Sequence[Sequence[Description]] = ()
+    """N samples of the arm of GRPO for each row; empty when none were drawn."""
+    prefix_rows: Sequence[int] = ()
+    """The rows whose descriptions are also read in part."""
+    prefixes: Mapping[str, Mapping[int, Sequence[str]]]
+    """Verbalizer -> number of tokens -> the descriptions of those rows cut to them."""
+    sampled: str
+    """The verbalizer that the samples are of."""
+
+    @cached_property
+    def geometry(self) -> dict[str, dict[str, dict[str, Figure]]]:
+        """verbalizer -> scorer -> metric."""
+        geometry: dict[str, dict[str, dict[str, Figure]]] = {}
+        for name in self.descriptions:
+            texts = self.texts_of(name)
+            geometry[name] = {
+                scorer: figures(self.read(scorer, texts), self.comparisons) for scorer in SCORERS
+            }
+        return geometry
+
+    @cached_property
+    def claims(self) -> dict[str, dict[str, Figure]]:
+        """verbalizer -> figure of CLAIM_FIGURES."""
+        return {name: claim_figures(self, name) for name in self.descriptions}
+
+    def texts_of(self, verbalizer: str) -> list[str]:
+        """What a verbalizer says, row by row."""
+        return [description.text for description in self.descriptions[verbalizer]]
+
+    def read(self, scorer: str, texts: Sequence[str]) -> Tensor:
+        """Reconstructions [texts, d_model]."""
+        return self.readings.of(scorer, texts)
+
+
+def texts_to_read(
+    descriptions: Mapping[str, Sequence[Description]],
+    samples: Sequence[Sequence[Description]],
+    prefixes: Mapping[str, Mapping[int, Sequence[str]]],
+) -> set[str]:
+    """Everything that the readings of an `Evaluated` must hold."""
+    wanted: set[str] = set()
+    for described in descriptions.values():
+        for description in described:
+            wanted.update(forms_of(description.text))
+    for by_length in prefixes.values():
+        for texts in by_length.values():
+            wanted.update(texts)
+    for drawn in samples:
+        wanted.update(sample.text for sample in drawn)
+    return wanted
+
+
+def forms_of(text: str) -> tuple[str, str]:
+    """A description whole, and with its quoted strings stripped.
+
+    >>> forms_of('- licence: "as is", copy')
+    ('- licence: "as is", copy', '- licence: , copy')
+    """
+    return text, claims.strip_quotes(text)

@@ -1,0 +1,110 @@
+"""Fills an `Evaluated`: who says what of the test activations, and what every scorer reads in it.
+
+Knows the run and its artifacts; computes no figure. Protects the rule that nothing is dropped:
+every verbalizer has one description a row, in the rows' order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.base.load import load_tokenizer
+from nla_ray.description.record import Description
+from nla_ray.report.compared import Compared
+from nla_ray.report.controls import VERBALIZERS, trained_in
+from nla_ray.report.describing import describe_all
+from nla_ray.report.evaluated import Evaluated, texts_to_read
+from nla_ray.report.readings import reconstruct_texts
+from nla_ray.report.summary import PREFIX_TOKENS
+from nla_ray.run.artifact import Run
+from nla_ray.run.manifest import Manifest
+from nla_ray.score.metrics import Comparisons
+from nla_ray.settings.config import BaseConfig
+from nla_ray.text.domains import DOMAIN_NAMES
+from nla_ray.text.words import WordStatistics, salient_words
+
+PREFIX_ROWS = 400
+"""Activations, chosen by seed, whose descriptions are also read in part."""
+SALIENT_WORDS = 12
+"""Words of a text that its description might be expected to name."""
+
+
+def gather_evaluated(
+    run: Run,
+    manifests: Mapping[str, Manifest],
+    test: ActivationTable,
+    compared: Sequence[Compared],
+    folder: Path,
+) -> Evaluated:
+    """All descriptions of the test activations, and what the scorers read in them.
+
+    `folder`: the report's, where descriptions and readings are kept as they come.
+    """
+    config, seed = run.config, run.config.evaluation.seed
+    mean = torch.tensor(load_stats(run)["mean_direction"])
+    written, samples = describe_all(run, manifests, test, mean, folder / "descriptions", compared)
+    # In the order of the tables; what was named on the command line comes last.
+    names = [name for name in dict.fromkeys([*VERBALIZERS, *written]) if name in written]
+    descriptions = {name: written[name] for name in names}
+    prefix_rows = _prefix_rows(len(test.ids), seed)
+    described_rows = {
+        name: [descriptions[name][row] for row in prefix_rows]
+        for name in names
+        if name in ("gold", *trained_in(manifests))
+    }
+    prefixes = _prefixes(config.base, described_rows)
+    wanted = texts_to_read(descriptions, samples, prefixes)
+    return Evaluated(
+        doc_ids=test.doc_ids,
+        domains=test.domains,
+        texts=test.texts,
+        salient=_salient(run, test.texts),
+        comparisons=Comparisons.draw(test.vectors, test.doc_ids, mean, seed, test.domains),
+        descriptions=descriptions,
+        samples=samples,
+        sampled=config.grpo.artifact,
+        prefix_rows=prefix_rows,
+        prefixes=prefixes,
+        readings=reconstruct_texts(run, manifests, wanted, folder / "scratch"),
+        domain_names=_domain_names(test.domains),
+    )
+
+
+def _prefix_rows(rows: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(rows, generator=generator)[:PREFIX_ROWS].tolist())
+
+
+def _prefixes(
+    base: BaseConfig, descriptions: Mapping[str, Sequence[Description]]
+) -> dict[str, dict[int, list[str]]]:
+    """Every description cut to its first tokens, by verbalizer and number of tokens."""
+    tokenizer = load_tokenizer(base)
+    prefixes: dict[str, dict[int, list[str]]] = {}
+    for name, described in descriptions.items():
+        texts = [description.text for description in described]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prefixes[name] = {}
+        for length in PREFIX_TOKENS:
+            cut = [tokenizer.decode(ids[:length], skip_special_tokens=True) for ids in encoded]
+            # The cut may go through a character.
+            prefixes[name][length] = [text.rstrip("\ufffd") for text in cut]
+    return prefixes
+
+
+def _salient(run: Run, texts: Sequence[str]) -> list[list[str]]:
+    """The most salient words of each text, by their frequency in the train texts."""
+    train = load_activations(run, "train")
+    text_of_id = dict(zip(train.text_ids, train.texts, strict=True))
+    statistics = WordStatistics.fit(list(text_of_id.values()))
+    return [[word for word, _ in salient_words(text, statistics, SALIENT_WORDS)] for text in texts]
+
+
+def _domain_names(domains: Sequence[str]) -> dict[str, str]:
+    """The human name of every domain of the rows and of every domain that a teacher may name."""
+    return {**{domain: domain.replace("_", " ") for domain in domains}, **DOMAIN_NAMES}
