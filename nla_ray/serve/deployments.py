@@ -212,8 +212,7 @@ class CaptureService:
     """The base's first blocks, without adapters: text in, activations of chosen positions out."""
 
     def __init__(self, config: RunConfig, model: Any = None) -> None:
-        """`model`: a loaded base to share, with or without adapters in it; None loads the blocks
-        that are needed."""
+        """`model`: a loaded base to share, adapters or not; None loads the blocks it needs."""
         torch.set_num_threads(config.compute.threads)
         self._base, self._lock = config.base, threading.Lock()
         self._tokenizer = load_tokenizer(config.base)

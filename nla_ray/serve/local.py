@@ -69,10 +69,10 @@ class LoadedRun:
     Example::
 
         loaded = nla_ray.load("runs/nano")
-        [said] = loaded.describe(["def add(a, b): return a + b"])
-        said.description                                  # "- Python code: ..."
-        [said] = loaded.explain("def add(a, b): return a + b").explanations
-        said.scores["judge"].centred_cosine
+        [answer] = loaded.describe(["def add(a, b): return a + b"])
+        answer.description                                # "- Python code: ..."
+        [answer] = loaded.explain("def add(a, b): return a + b").explanations
+        answer.scores["judge"].centred_cosine
     """
 
     def __init__(self, config: RunConfig) -> None:

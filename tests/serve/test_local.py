@@ -38,17 +38,17 @@ def test_it_describes_activations_and_texts_as_the_verbalizer_does(
     verbalizer = Verbalizer.load(
         published_run.base, Path(published_run.run_dir) / "grpo" / "adapter"
     )
-    expected = [said.text for said in verbalizer.describe(test.vectors[:3], max_new_tokens=8)]
-    assert [said.description for said in loaded.describe(test.vectors[:3])] == expected
-    assert [said.description for said in loaded.describe(test.texts[:3])] == expected
-    assert [said.description for said in loaded.describe(test.vectors[:3].numpy())] == expected
+    expected = [answer.text for answer in verbalizer.describe(test.vectors[:3], max_new_tokens=8)]
+    assert [answer.description for answer in loaded.describe(test.vectors[:3])] == expected
+    assert [answer.description for answer in loaded.describe(test.texts[:3])] == expected
+    assert [answer.description for answer in loaded.describe(test.vectors[:3].numpy())] == expected
 
 
 def test_it_scores_as_the_judge_does_whatever_was_asked_before(
     loaded: LoadedRun, published_run: RunConfig
 ) -> None:
     test = load_activations(Run(published_run), "test")
-    described = [said.description for said in loaded.describe(test.texts[:3])]
+    described = [answer.description for answer in loaded.describe(test.texts[:3])]
     scores = loaded.score(described, test.vectors[:3])
     assert [set(score) for score in scores] == [{"reward", "judge"}] * 3
     judge = Reconstructor.load(published_run.base, Path(published_run.run_dir) / "judge_scorer")
@@ -62,11 +62,14 @@ def test_it_explains_positions_and_chooses_among_samples(
 ) -> None:
     text = load_activations(Run(published_run), "test").texts[0]
     explained = loaded.explain(text, (-1, -2), samples=3, scorers=["judge"])
-    assert [one.position for one in explained.explanations] == [
+    assert [explanation.position for explanation in explained.explanations] == [
         explained.num_tokens - 1,
         explained.num_tokens - 2,
     ]
-    assert all(one.samples == 3 and set(one.scores) == {"judge"} for one in explained.explanations)
+    assert all(
+        explanation.samples == 3 and set(explanation.scores) == {"judge"}
+        for explanation in explained.explanations
+    )
 
 
 def test_what_the_endpoint_refuses_is_a_value_error(loaded: LoadedRun) -> None:
