@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nla_ray.bench.timing import REPETITIONS, STEP_REPETITIONS, compare, side_by_side
+from nla_ray.bench.timing import REPETITIONS, STEP_REPETITIONS, side_by_side, timed_ratio
 from nla_ray.run.artifact import Run
 from nla_ray.settings.config import RunConfig
 
@@ -94,7 +94,7 @@ def benchmark_capture(
             " the same vectors."
         )
     tokens = sum(len(text.ids) for text in encoded)
-    result = compare(*side_by_side(ours, library, repetitions), tokens)
+    result = timed_ratio(*side_by_side(ours, library, repetitions), tokens)
     return {
         **result,
         "tokens": tokens,
@@ -194,7 +194,7 @@ def benchmark_generate(
 
     own, theirs = ours(), library()
     tokens, steps = sum(map(len, own)), max(map(len, own))
-    result = compare(*side_by_side(ours, library, repetitions), tokens)
+    result = timed_ratio(*side_by_side(ours, library, repetitions), tokens)
     started = time.perf_counter()
     sampled = engine.generate(activations, temperature=1.0, max_new_tokens=limit)
     seconds = time.perf_counter() - started
@@ -303,7 +303,7 @@ def benchmark_step(
     ours = _our_trainer(config, activations[rows], adapter_folder, folder / "ours", prompt)
     library = _library_trainer(config, adapter_folder, folder / "library", prompt)
     rollouts = settings.prompts_per_step * settings.group_size
-    result = compare(*side_by_side(ours.train, library.train, repetitions), rollouts)
+    result = timed_ratio(*side_by_side(ours.train, library.train, repetitions), rollouts)
     tokens = rollouts * settings.max_new_tokens
     # sampled once, read once by the frozen adapter for the KL, once by the policy, and once back
     passes = 4 if settings.beta else 3

@@ -1,4 +1,7 @@
-"""The benchmark of a run: every comparison, written to one file, and its lines for a terminal."""
+"""The benchmark of a run: every comparison, written to one file, and its lines for a terminal.
+
+What is timed is in the sides' modules; this one reads what the stages of the run recorded as well.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import json
 import statistics
 import tempfile
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from nla_ray.bench.sides import (
     benchmark_capture,
@@ -18,36 +22,47 @@ from nla_ray.bench.sides import (
 from nla_ray.bench.timing import REPETITIONS, STEP_REPETITIONS, describe_machine, distance_to_limits
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
+from nla_ray.run.manifest import MANIFEST_NAME
+from nla_ray.run.metrics import METRICS_NAME
 from nla_ray.run.stages import BENCHMARK_NAME, read_timings
 
-if TYPE_CHECKING:
-    pass
-
 logger = get_logger(__name__)
+
+
+_SECONDS = "seconds/"
+"""What the names of a step's timings in a stage's metrics begin with."""
+_TRIED_FIGURES = {
+    "judge.centred_cosine": ("judge", "centred_cosine"),
+    "linear.centred_cosine": ("linear", "centred_cosine"),
+    "judge.top1_10way_hard": ("judge", "top1_10way_hard"),
+    "claims.precision": ("claims", "precision"),
+    "claims.distinct": ("claims", "distinct"),
+}
+"""Paired differences with SFT that are reported of a tried verbalizer."""
 
 
 # what the stages have recorded --------------------------------------------------------------------
 
 
 def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
-    """Where a training step's seconds go: the median of every `seconds/...` figure in the stage's
-    metrics; None without any."""
-    place = run.root / stage / "metrics.jsonl"
-    if not place.exists():
+    """Where a training step's seconds go; None where the stage recorded none.
+
+    Medians of every `seconds/...` figure in the stage's metrics.
+    """
+    file = run.root / stage / METRICS_NAME
+    if not file.exists():
         return None
-    records = [json.loads(line) for line in place.read_text().splitlines() if line.strip()]
-    named = {name for record in records for name in record if name.startswith("seconds/")}
+    records = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    named = {name for record in records for name in record if name.startswith(_SECONDS)}
     if not named:
         return None
-    medians = {
-        name.removeprefix("seconds/"): statistics.median(
-            record[name] for record in records if name in record
-        )
-        for name in sorted(named)
-    }
+    medians = {}
+    for name in sorted(named):
+        seconds = [record[name] for record in records if name in record]
+        medians[name.removeprefix(_SECONDS)] = statistics.median(seconds)
     step = medians.get("step")
     return {
-        "steps": sum("seconds/step" in record for record in records),
+        "steps": sum(_SECONDS + "step" in record for record in records),
         "median_seconds": medians,
         "share_of_step": (
             {name: seconds / step for name, seconds in medians.items()} if step else None
@@ -56,71 +71,59 @@ def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
 
 
 def pipeline_seconds(run: Run) -> dict[str, Any] | None:
-    """Seconds of every stage of the run's pipeline and their sum; None when no pipeline has been
-    run here."""
+    """Seconds of every stage that a job completed in the run, and their sum; None without any."""
     stages = read_timings(run)
     if not stages:
         return None
     return {"stages": stages, "seconds": sum(stages.values())}
 
 
-TRIED = {
-    "judge.centred_cosine": ("judge", "centred_cosine"),
-    "linear.centred_cosine": ("linear", "centred_cosine"),
-    "judge.top1_10way_hard": ("judge", "top1_10way_hard"),
-    "claims.precision": ("claims", "precision"),
-    "claims.distinct": ("claims", "distinct"),
-}
-"""What an experiment is told by: paired differences with SFT on the same validation activations."""
+def tried_verbalizers(run: Run) -> list[dict[str, Any]]:
+    """What was tried on validation: settings of a verbalizer, and its differences with SFT.
 
-
-def experiments(run: Run) -> list[dict[str, Any]]:
-    """Every verbalizer that a report on validation shows beside the run's own: its settings, and
-    its paired differences with SFT.
-
-    Such a report is made by `jobs/evaluate.py --evaluation.split validation --compare NAME=PATH
-    ...`.
+    Every verbalizer of every report on validation, which is made by `jobs/evaluate.py
+    --evaluation.split validation --compare NAME=PATH ...`. Differences are paired.
     """
     tried = []
     for path in run.root.list_files():
-        folder, _, file = path.partition("/")
-        if not (
-            folder.startswith("report_")
-            and file == "report.json"
-            and (run.root / folder / "manifest.json").exists()
-        ):
+        artifact, _, file = path.partition("/")
+        is_report = artifact.startswith("report_") and file == "report.json"
+        if not (is_report and (run.root / artifact / MANIFEST_NAME).exists()):
             continue
         report = json.loads((run.root / path).read_text())
-        if report["split"] != "validation":
-            continue
-        named = {"grpo": []} | {name: one["settings"] for name, one in report["compared"].items()}
-        for name, settings in named.items():
-            if paired := report["paired"].get(
-                f"{name}-sft"
-            ):  # a report may be of another arm than grpo
-                tried.append(
-                    {
-                        "name": name,
-                        "settings": settings,
-                        "n": report["n"],
-                        "report": folder,
-                        "minus_sft": {
-                            figure: paired[scorer][metric]
-                            for figure, (scorer, metric) in TRIED.items()
-                        },
-                    }
-                )
+        if report["split"] == "validation":
+            tried += _tried_in(report, artifact)
     return tried
+
+
+def _tried_in(report: dict[str, Any], artifact: str) -> list[dict[str, Any]]:
+    """The entries of one report. It has none of `grpo` when it is on another arm."""
+    settings_of = {name: compared["settings"] for name, compared in report["compared"].items()}
+    entries = []
+    for name, settings in {"grpo": [], **settings_of}.items():
+        paired = report["paired"].get(f"{name}-sft")
+        if paired is None:
+            continue
+        entries.append(
+            {
+                "name": name,
+                "settings": settings,
+                "n": report["n"],
+                "report": artifact,
+                "minus_sft": {
+                    figure: paired[scorer][metric]
+                    for figure, (scorer, metric) in _TRIED_FIGURES.items()
+                },
+            }
+        )
+    return entries
 
 
 # the job ------------------------------------------------------------------------------------------
 
 
 def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """All sections, written to `benchmark.json` of the run, which makes the corpus first when it
-    has none."""
-    from pathlib import Path
-
+    """All sections, written to `benchmark.json` of the run; makes the corpus when it is missing."""
     import torch
 
     from nla_ray.base.load import torch_device
@@ -156,7 +159,7 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
         "step": distance_to_limits(step, machine),
         "train": {"grpo": train_breakdown(run, "grpo")},
         "pipeline": pipeline_seconds(run),
-        "experiments": experiments(run),
+        "experiments": tried_verbalizers(run),
     }
     (run.root / BENCHMARK_NAME).write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -190,13 +193,14 @@ def describe_results(results: dict[str, Any]) -> list[str]:
             lines.append(f"{stage}: median seconds of a step: {parts}")
     if results["pipeline"]:
         lines.append(f"pipeline: {results['pipeline']['seconds']:.0f} s in all stages together")
-    for one in results["experiments"]:
+    for tried in results["experiments"]:
         figures = ", ".join(
             f"{name} {figure['value']:+.4f} [{figure['low']:+.4f}, {figure['high']:+.4f}]"
-            for name, figure in one["minus_sft"].items()
+            for name, figure in tried["minus_sft"].items()
         )
+        settings = "; ".join(tried["settings"]) or "the preset"
         lines.append(
-            f"experiment {one['name']} ({'; '.join(one['settings']) or 'the preset'}), less SFT on"
-            f" {one['n']} validation activations: {figures}"
+            f"experiment {tried['name']} ({settings}), less SFT on {tried['n']} validation"
+            f" activations: {figures}"
         )
     return lines

@@ -1,4 +1,9 @@
-"""Commands timed side by side in one run, and what the machine could do at most."""
+"""Commands timed side by side in one run, and what the machine could do at most.
+
+Knows functions without arguments and seconds; what is timed is in the sides' modules. Protects two
+rules: the sides take turns, so that whatever else the machine does falls on both; both limits of
+the machine are measured in the same run.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,7 @@ class Timing:
 
     wall: list[float]
     cpu: list[float]
-    """Processor seconds of all threads: what remains comparable on a machine that does other things
-    as well."""
+    """Processor seconds of all threads: comparable also where the machine does other things."""
 
     def to_dict(self, count: int) -> dict[str, Any]:
         wall = statistics.median(self.wall)
@@ -38,7 +42,7 @@ class Timing:
 def side_by_side(
     ours: Callable[[], object], library: Callable[[], object], repetitions: int
 ) -> tuple[Timing, Timing]:
-    """Time both by turns, after one unmeasured run of each; who begins changes with every turn."""
+    """Time both by turns, after one unmeasured run of each; the side that begins alternates."""
     ours()
     library()
     timings = {ours: Timing(wall=[], cpu=[]), library: Timing(wall=[], cpu=[])}
@@ -51,10 +55,16 @@ def side_by_side(
     return timings[ours], timings[library]
 
 
-def compare(ours: Timing, library: Timing, count: int) -> dict[str, Any]:
-    """Both timings of `count` tokens or rollouts, and the ratio library / ours: of medians, with
-    the extremes over neighbouring repetitions."""
-    ratios = [theirs / own for own, theirs in zip(ours.wall, library.wall)]
+def timed_ratio(ours: Timing, library: Timing, count: int) -> dict[str, Any]:
+    """Both timings of `count` tokens or rollouts, and the ratio library / ours.
+
+    The ratio is that of the medians; its range is over pairs of neighbouring repetitions.
+
+    >>> timed_ratio(Timing(wall=[1, 2, 3], cpu=[1]), Timing(wall=[4, 6, 9], cpu=[1]), 60)["ratio"]
+    3.0
+    """
+    pairs = zip(ours.wall, library.wall, strict=True)
+    ratios = [library_seconds / our_seconds for our_seconds, library_seconds in pairs]
     return {
         "ratio": statistics.median(library.wall) / statistics.median(ours.wall),
         "ratio_low": min(ratios),
@@ -69,8 +79,10 @@ def compare(ours: Timing, library: Timing, count: int) -> dict[str, Any]:
 
 
 def describe_machine(dtype: str, device: str) -> dict[str, Any]:
-    """Processor, threads, versions, and two measured limits: matrix product (FLOP/s) and copying
-    (bytes/s)."""
+    """Processor, threads, versions, and two measured limits.
+
+    The limits are matrix products (FLOP/s) and copying (bytes/s).
+    """
     import importlib.metadata
 
     import torch
@@ -92,25 +104,25 @@ def describe_machine(dtype: str, device: str) -> dict[str, Any]:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            names = [
-                line.partition(":")[2].strip() for line in file if line.startswith("model name")
-            ]
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        pass
+    return platform.processor() or platform.machine()
 
 
 def _best_seconds(work: Callable[[], object], device: str, repetitions: int = 10) -> float:
     import torch
 
-    def timed() -> float:
+    best = float("inf")
+    for _ in range(repetitions):
         started = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    return min(timed() for _ in range(repetitions))
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def _matmul_rate(dtype, device: str) -> float:
@@ -130,8 +142,10 @@ def _copy_rate(device: str) -> float:
 
 
 def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """The result with the time that its arithmetic or its weights' way through memory would take at
-    the measured limits."""
+    """The result, and the seconds that it would take at the measured limits of the machine.
+
+    `roofline_seconds` is the longer of its arithmetic and of its weights' way through memory.
+    """
     ideal = max(
         result["flop"] / machine["matmul_flop_per_second"],
         result.get("bytes", 0) / machine["copy_bytes_per_second"],

@@ -12,12 +12,12 @@ import tiny_artifacts
 
 from nla_ray.bench.stage import (
     describe_results,
-    experiments,
     pipeline_seconds,
     run_benchmarks,
     train_breakdown,
+    tried_verbalizers,
 )
-from nla_ray.bench.timing import Timing, compare, distance_to_limits, side_by_side
+from nla_ray.bench.timing import Timing, distance_to_limits, side_by_side, timed_ratio
 from nla_ray.report.stage import make_report, read_report
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import BENCHMARK_NAME
@@ -37,7 +37,7 @@ def test_the_two_sides_take_turns_and_who_begins_changes() -> None:
 
 
 def test_a_ratio_is_that_of_the_medians_and_its_range_that_of_neighbours() -> None:
-    result = compare(
+    result = timed_ratio(
         Timing(wall=[1, 2, 3], cpu=[1, 1, 1]), Timing(wall=[4, 6, 20], cpu=[2, 2, 2]), count=60
     )
     assert result["ratio"] == 3
@@ -91,7 +91,7 @@ def test_experiments_are_what_reports_on_validation_show_beside_the_runs_own(
 ) -> None:
     shutil.copytree(published_run.run_dir, tmp_path / "run")
     run = Run(dataclasses.replace(published_run, run_dir=str(tmp_path / "run")))
-    assert experiments(run) == []
+    assert tried_verbalizers(run) == []
     hotter = dataclasses.replace(published_run.grpo, temperature=1.5, name="hotter")
     tiny_artifacts.publish_verbalizer(
         Run(dataclasses.replace(run.config, grpo=hotter)), "grpo_hotter", seed=9
@@ -105,15 +105,15 @@ def test_experiments_are_what_reports_on_validation_show_beside_the_runs_own(
         )
     )
     make_report(tried.config)
-    own, other = experiments(run)
-    assert own["name"] == "grpo" and own["settings"] == [] and other["name"] == "hotter"
-    assert other["settings"] == [
+    grpo, hotter_grpo = tried_verbalizers(run)
+    assert grpo["name"] == "grpo" and grpo["settings"] == [] and hotter_grpo["name"] == "hotter"
+    assert hotter_grpo["settings"] == [
         "grpo.name: there 'hotter', here None",
         "grpo.temperature: there 1.5, here 1.0",
     ]
     report = read_report(tried)
     assert (
-        other["minus_sft"]["judge.centred_cosine"]
+        hotter_grpo["minus_sft"]["judge.centred_cosine"]
         == report["paired"]["hotter-sft"]["judge"]["centred_cosine"]
     )
 
