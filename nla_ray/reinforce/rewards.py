@@ -1,9 +1,10 @@
-"""What a description is paid for: pure functions from scores and texts to named reward terms.
+"""The reward: pure functions from scores and texts to named terms, and the rows they are about.
 
     reward = score(right) - mean score(wrong) - unclosed - empty - over-long - repeated (+ evidence)
 
-Every term has a name under which it is logged and a weight that comes from the configuration. It
-knows neither models nor Ray nor TRL. Two rules it protects: wrong activations come from OTHER
+Every term has a name, under which it is logged, and a weight, which comes from the configuration.
+To add a term, compute it in `text_terms`, name it in TEXT_TERMS and weigh it in `reward_weights`.
+Knows neither models nor Ray nor TRL. Protects two rules: wrong activations come from OTHER
 documents and are the same for the whole group of an activation, so that the draw cancels in the
 advantage; no description is left out, however bad it is.
 """
@@ -21,15 +22,20 @@ from nla_ray.score.claims import claim_precision, repeats_item
 from nla_ray.settings.config import GRPOSettings
 
 SCORE = "score"
+"""The term that the reward scorer decides."""
 TEXT_TERMS = ("unclosed", "empty", "over_length", "repeated", "evidence")
+"""The terms that the description's text alone decides."""
 
 
 def contrast(right: Tensor, wrong: Tensor) -> Tensor:
     """score(right) - mean_k score(wrong_k): [n], [n, k] -> [n].
 
     A description that fits every activation earns nothing, whatever its cosine with the right one.
-    Example: right 0.6, wrong 0.1 and 0.3 -> 0.4.
     Source: the contrastive reward of the public recipe, with k wrong activations instead of one.
+
+    >>> import torch
+    >>> contrast(torch.tensor([0.75]), torch.tensor([[0.25, 0.5]]))
+    tensor([0.3750])
     """
     return right - wrong.mean(dim=1)
 
@@ -52,9 +58,11 @@ def text_terms(
     """The terms that the description's text alone decides, unweighted, by the names in TEXT_TERMS.
 
     `written`: as sampled, closing tag included when it came. `source`: the train text behind the
-    activation. `over_length` is in tokens, the others are 0 or 1, `evidence` is the share of the
-    claims found in `source`.
-    Example: "- Python test: frame, frame" without a tag -> unclosed 1, empty 0, repeated 1.
+    activation. `over_length` is in tokens, `evidence` is the share of the claims that `source`
+    bears out, the others are 0 or 1.
+
+    >>> text_terms("- Python test: frame, frame", 9, "the frame", soft_max_tokens=8)
+    {'unclosed': 1.0, 'empty': 0.0, 'over_length': 1.0, 'repeated': 1.0, 'evidence': 1.0}
     """
     text, closed = parse_description(written)
     return {
@@ -67,24 +75,21 @@ def text_terms(
 
 
 def beginning_worth(text: str, source: str, settings: GRPOSettings) -> float:
-    """What the text of a description's beginning earns beside its score: the evidence in it, less
-    what it lists twice.
+    """What a description's beginning earns beside its score: its evidence, less its repeats.
 
     Example: "- tokens: frame, index" with `index` in the source, weight .1 -> .05.
     """
-    return settings.evidence_weight * claim_precision(
-        text, source
-    ) - settings.repeat_penalty * repeats_item(text)
+    evidence = settings.evidence_weight * claim_precision(text, source)
+    return evidence - settings.repeat_penalty * repeats_item(text)
 
 
 class WrongActivations:
-    """Draws, for one row of the activation bank, rows of other documents to compare its
-    descriptions with.
+    """Draws wrong rows of the activation bank: rows of other documents than a given row's.
 
-    `documents`: the doc_id of every row of the bank; `near`: for every row the rows that are
-    hardest to tell from it, of which `count_near` are drawn beside `count` of any. Raises
-    ValueError when there are fewer than `count` rows outside the largest document, or fewer near
-    rows than are to be drawn.
+    `documents`: the doc_id of every row of the bank. `near`: for every row the rows that are
+    hardest to tell from it; `count_near` of them are drawn beside `count` of any. Raises ValueError
+    when the bank has fewer than `count` rows outside its largest document, or fewer near rows than
+    are to be drawn.
     """
 
     def __init__(
@@ -106,34 +111,35 @@ class WrongActivations:
         self._count, self._near, self._count_near = count, near, count_near
 
     def draw(self, row: int, seed: int, step: int) -> list[int]:
-        """Different rows, those of any document first; a function of (seed, step, row) alone, and
-        every step draws anew."""
+        """Different wrong rows of `row`: those of any other document first, then the near ones.
+
+        A function of (seed, step, row) alone; every step draws anew.
+        """
         generator = np.random.default_rng(seed_of(seed, "wrong", str(step), str(row)))
         drawn: list[int] = []
         while len(drawn) < self._count:
             candidates = generator.integers(len(self._document), size=2 * self._count)
-            drawn += [
-                int(other)
-                for other in dict.fromkeys(candidates.tolist())
-                if self._document[other] != self._document[row] and other not in drawn
-            ]
-        near = (
-            generator.choice(self._near[row], self._count_near, replace=False).tolist()
-            if self._count_near
-            else []
-        )
-        return drawn[: self._count] + near
+            for candidate in dict.fromkeys(candidates.tolist()):
+                if self._document[candidate] != self._document[row] and candidate not in drawn:
+                    drawn.append(candidate)
+        del drawn[self._count :]
+        if not self._count_near:
+            return drawn
+        near = generator.choice(self._near[row], self._count_near, replace=False)
+        return drawn + near.tolist()
 
 
 def schedule_rows(
     num_rows: int, prompts_per_step: int, num_batches: int, seed: int
 ) -> list[list[int]]:
-    """Which rows of the bank each batch of prompts describes: seeded passes over all rows, never
-    one row twice in a batch.
+    """Which rows of the bank each batch of prompts describes: seeded passes over all rows.
 
-    The schedule is written down before training, so that a resumed run meets the same batches in
-    the same order.
-    Raises ValueError when the bank is smaller than one batch.
+    No batch has a row twice. The schedule is written down before training, so that a resumed run
+    meets the same batches in the same order. Raises ValueError when the bank is smaller than a
+    batch.
+
+    >>> schedule_rows(4, prompts_per_step=2, num_batches=3, seed=0)
+    [[2, 3], [1, 0], [1, 3]]
     """
     if num_rows < prompts_per_step:
         raise ValueError(
@@ -142,13 +148,9 @@ def schedule_rows(
         )
     batches: list[list[int]] = []
     while len(batches) < num_batches:
-        order = (
-            np.random.default_rng(seed_of(seed, "schedule", str(len(batches))))
-            .permutation(num_rows)
-            .tolist()
-        )
-        last = num_rows - num_rows % prompts_per_step
-        batches += [
-            order[start : start + prompts_per_step] for start in range(0, last, prompts_per_step)
-        ]
+        generator = np.random.default_rng(seed_of(seed, "schedule", str(len(batches))))
+        order = generator.permutation(num_rows).tolist()
+        whole = num_rows - num_rows % prompts_per_step
+        for start in range(0, whole, prompts_per_step):
+            batches.append(order[start : start + prompts_per_step])
     return batches[:num_batches]
