@@ -166,7 +166,7 @@ def benchmark_generate(
     from nla_ray.base.adapters import adapter_settings, adapter_state, load_adapter
     from nla_ray.base.load import load_backbone, load_tokenizer
     from nla_ray.base.prompts import build_injection_prompt
-    from nla_ray.description.engines.compact import GenerationEngine
+    from nla_ray.description.engines.interface import make_engine
 
     base, limit = config.base, config.grpo.max_new_tokens
     model, tokenizer = load_backbone(base), load_tokenizer(base)
@@ -177,7 +177,7 @@ def benchmark_generate(
         else load_adapter(model, adapter_folder)
     )
     model.eval()
-    engine = GenerationEngine(
+    engine = make_engine(
         model, tokenizer, prompt, base.injection_norm, len(activations), adapter_settings(model)
     )
     started = time.perf_counter()
@@ -354,7 +354,7 @@ def _our_trainer(
     from nla_ray.base.adapters import adapter_settings, adapter_state
     from nla_ray.base.load import load_backbone, load_tokenizer
     from nla_ray.cpu.shared_prefix import share_prefix
-    from nla_ray.description.engines.compact import GenerationEngine
+    from nla_ray.description.engines.interface import make_engine
     from nla_ray.reinforce.grpo import VerbalizerTrainer, grpo_arguments, schedule_dataset
     from nla_ray.reinforce.rollouts import MAX_SLOTS, group_rows
     from nla_ray.reinforce.steps import StepClock
@@ -364,7 +364,7 @@ def _our_trainer(
     model = _policy(config, adapter_folder, training_attention(config.base))
     attach_activations(model.get_base_model(), activations, config.base.injection_norm)
     share_prefix(model.get_base_model(), prompt.prefix_ids)
-    engine = GenerationEngine(
+    engine = make_engine(
         load_backbone(config.base),
         tokenizer,
         prompt,

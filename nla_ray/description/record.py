@@ -39,7 +39,7 @@ class Description:
     num_tokens: int | None = None
     """Tokens of `text` alone, as the tokenizer encodes it; None: not counted."""
     written: str | None = field(default=None, repr=False)
-    """As decoded from `token_ids` without special tokens: text and closing tag; None: not sampled."""
+    """`token_ids` decoded without special tokens, tags included; None: not sampled."""
     row: int | None = field(default=None, repr=False)
     """Row of the activation bank it describes."""
     token_ids: list[int] = field(default_factory=list, repr=False)

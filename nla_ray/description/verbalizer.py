@@ -10,7 +10,7 @@ from torch import Tensor
 from nla_ray.base.adapters import read_adapter
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
-from nla_ray.description.engines.compact import GenerationEngine
+from nla_ray.description.engines.interface import GenerationEngine, make_engine
 from nla_ray.description.record import Description
 from nla_ray.settings.config import BaseConfig
 
@@ -39,7 +39,7 @@ class Verbalizer:
         tokenizer = load_tokenizer(base)
         prompt = build_injection_prompt(tokenizer, base.marker, neighbours)
         state, lora = (None, None) if folder is None else read_adapter(folder)
-        engine = GenerationEngine(
+        engine = make_engine(
             load_backbone(base) if model is None else model,
             tokenizer,
             prompt,

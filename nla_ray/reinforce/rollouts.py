@@ -21,7 +21,7 @@ from nla_ray.base.adapters import adapter_state
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.cluster.actors import ActorPool, SharedArray, shared_tensor, split_evenly
-from nla_ray.description.engines.compact import GenerationEngine
+from nla_ray.description.engines.interface import make_engine
 from nla_ray.description.record import Description
 from nla_ray.run.identity import seed_of
 from nla_ray.settings.config import BaseConfig, GRPOSettings, LoraSettings
@@ -90,7 +90,7 @@ class RolloutWorker:
         """`train`, `validation`: activation banks [rows, d_model] float32, only ever read."""
         torch.set_num_threads(threads)
         tokenizer = load_tokenizer(base)
-        self.engine = GenerationEngine(
+        self.engine = make_engine(
             load_backbone(base),
             tokenizer,
             build_injection_prompt(tokenizer, base.marker),

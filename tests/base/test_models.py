@@ -31,7 +31,7 @@ from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer, random_backbone
 from nla_ray.base.prompts import build_injection_prompt, find_marker
 from nla_ray.cpu.shared_prefix import share_beginnings
-from nla_ray.description.engines.compact import GenerationEngine
+from nla_ray.description.engines.interface import make_engine
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.score.scorer import Scorer, compare
@@ -260,7 +260,7 @@ def test_the_7b_architecture_at_reduced_width_reads_layer_20_and_generates(tmp_p
         112,
     )
     prompt = build_injection_prompt(tokenizer, base.marker)
-    rollouts = GenerationEngine(model, tokenizer, prompt, base.injection_norm).generate(
+    rollouts = make_engine(model, tokenizer, prompt, base.injection_norm).generate(
         torch.randn(3, 112), max_new_tokens=4
     )
     assert [len(rollout.token_ids) for rollout in rollouts] == [4, 4, 4]

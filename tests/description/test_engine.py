@@ -16,8 +16,9 @@ from nla_ray.base.adapters import adapter_active, adapter_state, add_lora, set_a
 from nla_ray.base.families import decoder_shape
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
-from nla_ray.cpu.projection import Projection, make_projection, packing_works
-from nla_ray.description.engines.compact import GenerationEngine
+from nla_ray.cpu.projection import packing_works
+from nla_ray.description.engines.interface import GenerationEngine, make_engine
+from nla_ray.description.engines.projection import PlainProjection, make_projection
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys
 from nla_ray.settings.config import BaseConfig, LoraSettings
@@ -58,7 +59,7 @@ class Scene(NamedTuple):
     activations: Tensor
 
     def engine(self, max_slots: int = 4, model: torch.nn.Module | None = None) -> GenerationEngine:
-        engine = GenerationEngine(
+        engine = make_engine(
             model or self.model,
             self.tokenizer,
             self.prompt,
@@ -327,7 +328,7 @@ def test_adapter_weights_that_do_not_fit_are_refused(one_scene: Scene) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     with pytest.raises(ValueError, match="of another base"):
         engine.load_weights({**one_scene.state, name: torch.ones(4, 16)}, 1)
-    bare = GenerationEngine(one_scene.model, one_scene.tokenizer, one_scene.prompt, 1.0)
+    bare = make_engine(one_scene.model, one_scene.tokenizer, one_scene.prompt, 1.0)
     with pytest.raises(ValueError, match="lora=LoraSettings"):
         bare.load_weights(one_scene.state, 1)
 
@@ -407,7 +408,7 @@ def test_rollout_keys_differ_by_seed_row_and_sample_and_do_not_mix_them_up() -> 
 def test_packed_and_plain_projections_compute_the_same(rows: int, with_bias: bool) -> None:
     weight, x, other = torch.randn(48, 32), torch.randn(rows, 32), torch.randn(rows, 48)
     bias = torch.randn(48) if with_bias else None
-    fast, plain = make_projection(weight, bias), Projection(weight, bias)
+    fast, plain = make_projection(weight, bias), PlainProjection(weight, bias)
     expected = x @ weight.T + (bias if with_bias else 0)
     for projection in (fast, plain):
         torch.testing.assert_close(projection(x), expected, atol=1e-4, rtol=1e-4)
@@ -426,7 +427,9 @@ def test_the_engine_gives_the_same_with_plain_projections(
     one_scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = one_scene.engine().generate(one_scene.activations, max_new_tokens=6)
-    monkeypatch.setattr("nla_ray.cpu.projection.packing_works", lambda weight: False)
+    monkeypatch.setattr(
+        "nla_ray.description.engines.projection.packing_works", lambda weight: False
+    )
     assert tokens(one_scene.engine().generate(one_scene.activations, max_new_tokens=6)) == tokens(
         expected
     )

@@ -49,7 +49,7 @@ class _Draft:
     finished: bool = False
 
 
-class GenerationEngine:
+class CompactEngine:
     """Generates descriptions with one model under one version of an adapter at a time."""
 
     def __init__(
@@ -264,7 +264,7 @@ class _Generation:
 
     def __init__(
         self,
-        engine: GenerationEngine,
+        engine: CompactEngine,
         activations: Tensor,
         drafts: list[_Draft],
         group_size: int,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from nla_ray.base.adapters import plain_linear
 from nla_ray.base.families import blocks_of, causal_model, decoder_of, decoder_shape, family_of
-from nla_ray.cpu.projection import Projection, make_projection
+from nla_ray.description.engines.projection import Projection, make_projection
 
 _ADAPTER_PREFIX = "base_model.model."
 

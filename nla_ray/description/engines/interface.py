@@ -1,0 +1,78 @@
+"""What a generation engine is, and which one generates.
+
+Rollouts, the report, serving and the benchmark ask `make_engine` and know no engine by name. An
+engine knows nothing of Ray. To add an engine: write a class with the members of
+`GenerationEngine` in a file beside compact.py, choose it in `make_engine`, and run
+tests/description/test_engine.py, which holds its promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.description.engines.compact import CompactEngine
+from nla_ray.description.record import Description
+from nla_ray.settings.config import LoraSettings
+
+
+class GenerationEngine(Protocol):
+    """Activations -> sampled descriptions, under one version of an adapter at a time.
+
+    What every engine promises:
+    - Greedy output equals the model's own `generate`, token for token (float32).
+    - Log-probabilities equal the trainer's within 1e-4 (float32).
+    - A description is a function of weights, activation, seed, row and sample alone: neither slots
+      nor the order and number of the other descriptions change it.
+    """
+
+    weight_version: int
+    """Version of the weights that were loaded last."""
+    end_ids: frozenset[int]
+    """Sampled ids that end a description."""
+
+    def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
+        """Use these adapter weights (names as in `adapters.adapter_state`) from now on.
+
+        None: the plain base. Raises ValueError for weights of another base, and for an engine that
+        was made without the adapter's settings.
+        """
+        ...
+
+    def generate(
+        self,
+        activations: Tensor,
+        *,
+        group_size: int = 1,
+        temperature: float = 0.0,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> list[Description]:
+        """`group_size` descriptions of each activation of [n, d_model], by (activation, sample).
+
+        `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the
+        activations' rows in their bank, which name them in the descriptions and seed their
+        samples; default 0 to n - 1. Raises ValueError for activations of another width or with
+        non-finite values, and for more tokens than the model's context holds.
+        """
+        ...
+
+
+def make_engine(
+    model: nn.Module,
+    tokenizer,
+    prompt: InjectionPrompt,
+    injection_norm: float,
+    max_slots: int = 64,
+    lora: LoraSettings | None = None,
+) -> GenerationEngine:
+    """The engine for a frozen base, which may have adapters in it; the base is never changed.
+
+    `max_slots`: descriptions decoded at once. `lora`: settings of the adapters that `load_weights`
+    will get. Raises ValueError for an unsupported architecture.
+    """
+    return CompactEngine(model, tokenizer, prompt, injection_norm, max_slots, lora)
