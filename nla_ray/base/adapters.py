@@ -8,12 +8,12 @@ never the base, its embedding or its vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from nla_ray.base.families import family_of
 from nla_ray.settings.config import LoraSettings
 
 _CONFIG_NAME = "adapter_config.json"
+
+AdaptedModel = PeftModelForCausalLM
+"""A causal model with adapters; a subclass is one with a forward of its own."""
+Wrap = Callable[[nn.Module, LoraConfig, str], AdaptedModel]
+"""Makes an adapted model: (causal model, settings in peft's words, name of the first adapter)."""
 
 
 def add_lora(
@@ -32,9 +37,10 @@ def add_lora(
     trainable: bool = True,
     num_blocks: int | None = None,
     seed: int = 0,
+    wrap: Wrap = AdaptedModel,
 ) -> PeftModel:
     """Add a fresh adapter to the seven projections of every block (of the first `num_blocks`), make
-    it the active one, and return the wrapped model.
+    it the active one, and return the wrapped model (by `wrap` where it is not wrapped yet).
 
     A new adapter changes nothing yet (its second factor is zero); the first factor is drawn from
     `seed`. Its weights are float32 whatever the base's type. Raises ValueError when an adapter of
@@ -52,7 +58,8 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if not isinstance(model, PeftModel):
-            model = get_peft_model(model, config, adapter_name=name)
+            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+            model = wrap(model, config, name)
         else:
             _require_new(model, name)
             model.add_adapter(name, config)
@@ -61,9 +68,14 @@ def add_lora(
 
 
 def load_adapter(
-    model: nn.Module, folder: Path | str, name: str = "default", *, trainable: bool = False
+    model: nn.Module,
+    folder: Path | str,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    wrap: Wrap = AdaptedModel,
 ) -> PeftModel:
-    """Load a saved adapter, make it the active one, and return the wrapped model.
+    """Load a saved adapter, make it the active one, and return the model wrapped (by `wrap`).
 
     Adapters of a model with more blocks load into one with fewer (a verbalizer's into a
     reconstructor's base): weights of blocks that are not there are left out. Raises ValueError when
@@ -73,11 +85,11 @@ def load_adapter(
     try:
         if isinstance(model, PeftModel):
             _require_new(model, name)
-            model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
         else:
-            model = PeftModel.from_pretrained(
-                model, str(folder), adapter_name=name, is_trainable=trainable
-            )
+            config = LoraConfig.from_pretrained(str(folder))
+            config.inference_mode = not trainable
+            model = wrap(model, config, name)
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(

@@ -13,6 +13,7 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nla_ray.bench.timing import REPETITIONS, STEP_REPETITIONS, side_by_side, timed_ratio
@@ -214,13 +215,13 @@ def benchmark_generate(
     }
 
 
-def _with_random_adapter(model, config: RunConfig, *, trainable: bool = False):
+def _with_random_adapter(model, config: RunConfig):
     """The model with an adapter of the configured rank that changes what it says."""
     import torch
 
     from nla_ray.base.adapters import adapter_state, add_lora, set_adapter_state
 
-    model = add_lora(model, config.sft.lora, trainable=trainable)
+    model = add_lora(model, config.sft.lora, trainable=False)
     generator = torch.Generator().manual_seed(0)
     set_adapter_state(
         model,
@@ -299,9 +300,10 @@ def benchmark_step(
     )
     config = dataclasses.replace(config, grpo=settings, compute=compute)
     prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
+    adapter = adapter_folder or _save_random_adapter(config, folder / "adapter")
     rows = [number % len(activations) for number in range(settings.prompts_per_step)]
-    ours = _our_trainer(config, activations[rows], adapter_folder, folder / "ours", prompt)
-    library = _library_trainer(config, adapter_folder, folder / "library", prompt)
+    ours = _our_trainer(config, activations[rows], adapter, folder / "ours", prompt)
+    library = _library_trainer(config, adapter, folder / "library", prompt)
     rollouts = settings.prompts_per_step * settings.group_size
     result = timed_ratio(*side_by_side(ours.train, library.train, repetitions), rollouts)
     tokens = rollouts * settings.max_new_tokens
@@ -327,43 +329,37 @@ def _distinct_tokens(completion_ids: Sequence[Sequence[int]], **_: object) -> li
     return [float(len(set(ids))) for ids in completion_ids]
 
 
-def _policy(
-    config: RunConfig, adapter_folder: str | None, attention: str | None = None
-) -> nn.Module:
-    """The base with the adapter, trainable."""
-    from nla_ray.base.adapters import load_adapter
+def _save_random_adapter(config: RunConfig, folder: Path) -> str:
+    """A folder with a random adapter of the base."""
+    from nla_ray.base.adapters import save_adapter
     from nla_ray.base.load import load_backbone
 
-    model = load_backbone(config.base, attention=attention)
-    if adapter_folder is None:
-        return _with_random_adapter(model, config, trainable=True)
-    return load_adapter(model, adapter_folder, trainable=True)
+    save_adapter(_with_random_adapter(load_backbone(config.base), config), folder)
+    return str(folder)
 
 
 def _our_trainer(
     config: RunConfig,
     activations: Tensor,
-    adapter_folder: str | None,
+    adapter_folder: str,
     folder: Path,
     prompt: InjectionPrompt,
 ) -> Trainer:
     """The stage's trainer, with an engine of its own in place of rollout actors."""
     from transformers import PrinterCallback
 
-    from nla_ray.activation.injection import attach_activations
     from nla_ray.base.adapters import adapter_settings, adapter_state
     from nla_ray.base.load import load_backbone, load_tokenizer
-    from nla_ray.cpu.shared_prefix import share_prefix
     from nla_ray.description.engines.interface import make_engine
     from nla_ray.reinforce.grpo import VerbalizerTrainer, grpo_arguments, schedule_dataset
     from nla_ray.reinforce.rollouts import MAX_SLOTS, group_rows
     from nla_ray.reinforce.steps import StepClock
-    from nla_ray.training.precision import autocast_forward, training_attention
+    from nla_ray.training.verbalizer import TrainableVerbalizer
 
     settings, tokenizer = config.grpo, load_tokenizer(config.base)
-    model = _policy(config, adapter_folder, training_attention(config.base))
-    attach_activations(model.get_base_model(), activations, config.base.injection_norm)
-    share_prefix(model.get_base_model(), prompt.prefix_ids)
+    model = TrainableVerbalizer.load(
+        config.base, adapter_folder, activations, prompt, temperature=settings.temperature
+    )
     engine = make_engine(
         load_backbone(config.base),
         tokenizer,
@@ -399,7 +395,7 @@ def _our_trainer(
     trainer = VerbalizerTrainer(
         clock=StepClock(),
         credit="description",
-        model=autocast_forward(model, config.base),
+        model=model,
         rollout_func=sample,
         reward_funcs=[_distinct_tokens],
         args=grpo_arguments(config, folder, [1.0], **_ONE_STEP),
@@ -411,21 +407,25 @@ def _our_trainer(
 
 
 def _library_trainer(
-    config: RunConfig, adapter_folder: str | None, folder: Path, prompt: InjectionPrompt
+    config: RunConfig, adapter_folder: str, folder: Path, prompt: InjectionPrompt
 ) -> Trainer:
-    """TRL's trainer as anyone would write it."""
+    """TRL's trainer as anyone would write it, with our precision."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import GRPOTrainer
 
-    from nla_ray.base.load import load_tokenizer
+    from nla_ray.base.adapters import load_adapter
+    from nla_ray.base.load import computes_in_bf16, load_backbone, load_tokenizer
     from nla_ray.reinforce.grpo import grpo_arguments
-    from nla_ray.training.precision import autocast_forward
+    from nla_ray.training.verbalizer import TrainableVerbalizer
 
     tokenizer, limit = load_tokenizer(config.base), config.grpo.max_new_tokens
     text = tokenizer.decode([*prompt.prefix_ids, prompt.marker_id, *prompt.suffix_ids])
+    wrap = partial(TrainableVerbalizer, in_bf16=computes_in_bf16(config.base))
+    model = load_adapter(load_backbone(config.base), adapter_folder, trainable=True, wrap=wrap)
+    model.scores_labels = False
     trainer = GRPOTrainer(
-        model=autocast_forward(_policy(config, adapter_folder), config.base),
+        model=model,
         reward_funcs=[_distinct_tokens],
         args=grpo_arguments(
             config, folder, [1.0], **_ONE_STEP, generation_kwargs={"min_new_tokens": limit}

@@ -1,11 +1,11 @@
 """What sequences share at their beginning is computed once.
 
-In training every verbalizer prompt begins with the same tokens, a third of a row: `share_prefix`
-computes their keys and values once a batch, gradients included. In reading, a description is scored
-after each of its lines, and cut short by the report: `pack` puts the longest of such sequences into
-one row with the ends of the others, each of which sees its own beginning and nothing else. What
-comes out is what the plain forward would give. (The generation engine shares its prefix in its own
-way, without gradients.)
+In training every verbalizer prompt begins with the same tokens, a third of a row:
+`decode_sharing_prefix` computes their keys and values once a batch, gradients included. In reading,
+a description is scored after each of its lines, and cut short by the report: `pack` puts the
+longest of such sequences into one row with the ends of the others, each of which sees its own
+beginning and nothing else. What comes out is what the plain forward would give. (The generation
+engine shares its prefix in its own way, without gradients.)
 """
 
 from __future__ import annotations
@@ -17,67 +17,54 @@ import torch
 from torch import Tensor, nn
 
 
-def share_prefix(model: nn.Module, prefix_ids: Sequence[int]) -> nn.Module:
-    """Let the model compute `prefix_ids` once for a batch in which every row begins with them;
-    returns the model.
+def decode_sharing_prefix(
+    decoder: nn.Module,
+    prefix_ids: Sequence[int],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """The decoder's output [batch, seq, d_model] for ids [batch, seq], with `prefix_ids` computed
+    once where every row begins with them.
 
-    A call with another batch, with a cache, with embeddings instead of ids, or under gradient
-    checkpointing (which has no caches) is computed as before.
+    Another batch, or one under gradient checkpointing (which has no caches), is computed as it is.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = causal.model
-    plain, prefix = decoder.forward, torch.tensor([list(prefix_ids)])
-    length = len(prefix_ids)
+    prefix = torch.tensor([list(prefix_ids)], dtype=torch.long, device=input_ids.device)
+    checkpoints = getattr(decoder, "gradient_checkpointing", False) and decoder.training
+    if checkpoints or not _all_begin_with(prefix, input_ids, attention_mask):
+        return decoder(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+    rows, length = len(input_ids), prefix.shape[1]
+    shared = decoder(input_ids=input_ids[:1, :length], use_cache=True)
+    cache = shared.past_key_values
+    cache.batch_repeat_interleave(rows)
+    ends = decoder(
+        input_ids=input_ids[:, length:],
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([shared.last_hidden_state.expand(rows, -1, -1), ends.last_hidden_state], dim=1)
 
-    def applies(input_ids: Tensor | None, attention_mask: Tensor | None, others: dict) -> bool:
-        if (
-            input_ids is None
-            or input_ids.shape[0] < 2
-            or input_ids.shape[1] <= length
-            or not length
-        ):
-            return False
-        if (
-            others.get("past_key_values") is not None
-            or others.get("position_ids") is not None
-            or others.get("use_cache")
-        ):
-            return False
-        if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
-            return False
-        if attention_mask is not None and (
-            attention_mask.ndim != 2 or not bool(attention_mask[:, :length].all())
-        ):
-            return False
-        return bool((input_ids[:, :length] == prefix.to(input_ids.device)).all())
 
-    def forward(input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **others):
-        if not applies(input_ids, attention_mask, others):
-            return plain(input_ids=input_ids, attention_mask=attention_mask, **others)
-        others = {**others, "use_cache": True}
-        shared = plain(input_ids=input_ids[:1, :length], **others)
-        cache = shared.past_key_values
-        cache.batch_repeat_interleave(len(input_ids))
-        own = plain(
-            input_ids=input_ids[:, length:],
-            attention_mask=attention_mask,
-            **{**others, "past_key_values": cache},
-        )
-        own.last_hidden_state = torch.cat(
-            [shared.last_hidden_state.expand(len(input_ids), -1, -1), own.last_hidden_state], 1
-        )
-        own.past_key_values = None
-        return own
-
-    decoder.forward = forward
-    return model
+def _all_begin_with(prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether several rows [batch, seq] begin with prefix [1, length], go on after it, and see all
+    of it."""
+    rows, length = len(input_ids), prefix.shape[1]
+    if not length or rows < 2 or input_ids.shape[1] <= length:
+        return False
+    if attention_mask is not None and (
+        attention_mask.ndim != 2 or not bool(attention_mask[:, :length].all())
+    ):
+        return False
+    return bool((input_ids[:, :length] == prefix).all())
 
 
 # Sequences that begin alike in one row ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """One sequence whole, and what others add to a beginning of it.
 
     Example: of [7, 8, 9, 1] (number 0) and [7, 8, 1] (number 1): whole=0, ends=((1, 2),), length=5:
@@ -95,7 +82,7 @@ _LONGEST_ROW = 2
 longest of them."""
 
 
-def share_beginnings(sequences: Sequence[Sequence[int]]) -> list[Row]:
+def share_beginnings(sequences: Sequence[Sequence[int]]) -> list[PackedRow]:
     """Rows that hold every sequence once; one joins a row when it shares at least half of itself
     with the row's longest, and there is room."""
     groups: list[list[int]] = []
@@ -109,10 +96,10 @@ def share_beginnings(sequences: Sequence[Sequence[int]]) -> list[Row]:
     return [row for group in groups for row in _rows_of(sequences, group)]
 
 
-def _rows_of(sequences: Sequence[Sequence[int]], group: Sequence[int]) -> list[Row]:
+def _rows_of(sequences: Sequence[Sequence[int]], group: Sequence[int]) -> list[PackedRow]:
     """The longest with what shares half of itself with it, then the longest of what is left, until
     nothing is."""
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     left = sorted(group, key=lambda number: len(sequences[number]), reverse=True)
     while left:
         whole, rest, ends = left[0], [], []
@@ -125,7 +112,7 @@ def _rows_of(sequences: Sequence[Sequence[int]], group: Sequence[int]) -> list[R
                 length += size - same
             else:
                 rest.append(number)
-        rows.append(Row(whole, tuple(ends), length))
+        rows.append(PackedRow(whole, tuple(ends), length))
         left = rest
     return rows
 
@@ -139,7 +126,7 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def pack(
-    sequences: Sequence[Sequence[int]], rows: Sequence[Row], pad_id: int, dtype: torch.dtype
+    sequences: Sequence[Sequence[int]], rows: Sequence[PackedRow], pad_id: int, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[int, tuple[int, int]]]:
     """A batch of rows as a decoder takes it, and where the last token of each sequence stands:
     number -> (row, place).

@@ -23,17 +23,12 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from nla_ray.activation.bank import ActivationTable
-from nla_ray.activation.injection import attach_activations
 from nla_ray.activation.stage import load_activations, load_stats
-from nla_ray.base.adapters import load_adapter
-from nla_ray.base.families import causal_model
 from nla_ray.base.identity import base_info, check_base
-from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.load import load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.cluster.actors import ActorPool, SharedArray, shared_tensor
 from nla_ray.cluster.resources import demand, require_resources
-from nla_ray.cpu.log_probs import score_labels_only
-from nla_ray.cpu.shared_prefix import share_prefix
 from nla_ray.reinforce.live import live_view
 from nla_ray.reinforce.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
 from nla_ray.reinforce.rewards import WrongActivations, reward_weights, schedule_rows
@@ -55,7 +50,7 @@ from nla_ray.run.metrics import METRICS_NAME
 from nla_ray.score.metrics import Comparisons, hard_rows
 from nla_ray.settings.config import GRPOSettings, RunConfig, require
 from nla_ray.training.checkpoints import Checkpoints
-from nla_ray.training.precision import autocast_forward, training_attention
+from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import prepare_worker, run_training, trainer_arguments
 
 if TYPE_CHECKING:
@@ -316,21 +311,28 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return {"published_step": checkpoints.best["step"]}
 
 
-def load_policy(run_config: RunConfig, data: TrainingData, prompt: InjectionPrompt) -> nn.Module:
+def load_policy(
+    run_config: RunConfig, data: TrainingData, prompt: InjectionPrompt
+) -> TrainableVerbalizer:
     """The base with the SFT adapter, trainable, and an embedding that knows the train
     activations."""
     run = Run(run_config)
-    model = load_backbone(run_config.base, attention=training_attention(run_config.base))
-    attach_activations(model, shared_tensor(data.bank), run_config.base.injection_norm)
-    share_prefix(model, prompt.prefix_ids)
     with run.local_copy("sft", run.require("sft")) as folder:
-        return autocast_forward(
-            load_adapter(model, folder / "adapter", trainable=True), run_config.base
+        return TrainableVerbalizer.load(
+            run_config.base,
+            folder / "adapter",
+            shared_tensor(data.bank),
+            prompt,
+            temperature=run_config.grpo.temperature,
         )
 
 
 def build_trainer(
-    run_config: RunConfig, folder: Path, model: nn.Module, sampler: StepSampler, clock: StepClock
+    run_config: RunConfig,
+    folder: Path,
+    model: TrainableVerbalizer,
+    sampler: StepSampler,
+    clock: StepClock,
 ) -> VerbalizerTrainer:
     """TRL's trainer with our rollouts and rewards. Positional batches: the schedule is the data
     set, unshuffled."""
@@ -401,15 +403,13 @@ def schedule_dataset(schedule: Sequence[Sequence[int]]) -> Dataset:
 
 
 class VerbalizerTrainer(GRPOTrainer):
-    """TRL's trainer with two measurements and credit by line added, and on a CPU with log-probs
-    computed faster; its algorithm is left as it is."""
+    """TRL's trainer with two measurements and credit by line added; its algorithm is left as it
+    is."""
 
     def __init__(self, *, clock: StepClock, credit: str, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._clock, self._credit = clock, credit
         self._policy_log_probs: Tensor | None = None
-        if self.args.use_cpu:
-            score_labels_only(causal_model(self.model), self.temperature, with_entropy=True)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch; where credit goes to lines, with an advantage a token, which its loss takes

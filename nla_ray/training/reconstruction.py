@@ -27,10 +27,10 @@ from nla_ray.run.manifest import Manifest
 from nla_ray.score.metrics import derangement
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.settings.config import ReconstructorConfig
+from nla_ray.training.attention import training_attention
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints, checkpoint_trainable_only
-from nla_ray.training.precision import training_attention
 from nla_ray.training.workers import (
     prepare_worker,
     train_on_labels,

@@ -16,28 +16,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from trl import SFTConfig, SFTTrainer
 
-from nla_ray.activation.injection import attach_activations
 from nla_ray.activation.stage import load_activations
-from nla_ray.base.adapters import add_lora, save_adapter
-from nla_ray.base.families import causal_model
+from nla_ray.base.adapters import save_adapter
 from nla_ray.base.identity import base_info
-from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.load import load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt, wrap_description
-from nla_ray.cpu.log_probs import score_labels_only
-from nla_ray.cpu.shared_prefix import share_prefix
 from nla_ray.label.stage import all_labels, drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.metrics import derangement
-from nla_ray.settings.config import SFTConfig as SFTSettings
+from nla_ray.settings.config import RunConfig
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints
-from nla_ray.training.precision import autocast_forward, training_attention
+from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import (
     prepare_worker,
     train_on_labels,
@@ -155,8 +153,8 @@ def encode_pairs(
 
 
 def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of the labelled tokens, and their number. `model` is TRL's trainer's, or
-    one that scores labels only.
+    """Summed cross entropy of the labelled tokens, and their number. `model`: one that knows
+    `fused_lm_head`.
 
     `inputs`: input_ids, attention_mask and labels, all [batch, seq], labels -100 where there is no
     loss.
@@ -209,11 +207,12 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     )
     tokenizer = load_tokenizer(run_config.base)
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
-    model = build_verbalizer(
-        run_config.base, settings, torch.cat([train.vectors, validation.vectors]), prompt
+    bank = torch.cat([train.vectors, validation.vectors])
+    model = TrainableVerbalizer.build(
+        run_config.base, settings.lora, bank, prompt, seed=settings.seed
     )
     checkpoints = Checkpoints(run_config, config["name"])
-    trainer = make_trainer(model, tokenizer, train, validation, settings, run_config, checkpoints)
+    trainer = make_sft_trainer(model, tokenizer, train, validation, run_config, checkpoints)
     logger.info("sft: %d labels, %d for validation", len(train.rows), len(validation.rows))
     trainer.train(resume_from_checkpoint=checkpoints.last())
     checkpoints.upload()
@@ -231,85 +230,84 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_verbalizer(base, settings: SFTSettings, bank: Tensor, prompt: InjectionPrompt):
-    """The base with a fresh adapter to train, fed with virtual tokens of `bank` [rows, d_model]."""
-    model = load_backbone(base, attention=training_attention(base))
-    attach_activations(model, bank, base.injection_norm)
-    share_prefix(model, prompt.prefix_ids)
-    return autocast_forward(add_lora(model, settings.lora, seed=settings.seed), base)
+# The trainer --------------------------------------------------------------------------------------
 
 
-def make_trainer(
-    model,
+class SupervisedTrainer(SFTTrainer):
+    """TRL's trainer with our order of batches, our loss (the same one, without its side figures)
+    and our validation; the rest is TRL's."""
+
+    def __init__(
+        self,
+        *,
+        batches: LengthBatches,
+        held_out: Mapping[str, Sequence[Mapping[str, list[int]]]],
+        checkpoints: Checkpoints,
+        **arguments: Any,
+    ) -> None:
+        """`held_out`: the examples of each validation loss, by its name; `arguments` are TRL's."""
+        super().__init__(**arguments)
+        self._batches, self._held_out, self._checkpoints = batches, held_out, checkpoints
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthBatches:
+        return self._batches
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        summed, count = completion_loss(model, inputs)
+        if num_items_in_batch is None:
+            return summed / count
+        # a count over all workers, whose gradients are averaged
+        return summed / num_items_in_batch * self.accelerator.num_processes
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The losses of what was held out, and the adapter offered by the first of them."""
+        self.model.eval()
+        figures = {
+            name: validation_loss(
+                self.model_wrapped, examples, self.data_collator, self.args.device
+            )
+            for name, examples in self._held_out.items()
+        }
+        figures["eval_information"] = figures["eval_loss_shuffled"] - figures["eval_loss"]
+        self.log(dict(figures))
+        self._checkpoints.offer(
+            self.state.global_step,
+            figures["eval_loss"],
+            self._save_adapter,
+            parameters=[each for each in self.model.parameters() if each.requires_grad],
+            metrics=figures,
+        )
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, figures
+        )
+        return figures
+
+    def _save_adapter(self, folder: Path) -> None:
+        save_adapter(self.model, folder / "adapter")
+
+
+def make_sft_trainer(
+    model: TrainableVerbalizer,
     tokenizer,
     train: Pairs,
     validation: Pairs,
-    settings: SFTSettings,
-    run_config,
-    checkpoints,
-):
-    """TRL's SFTTrainer for this verbalizer, whose best validated adapter goes to `checkpoints`."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
+    run_config: RunConfig,
+    checkpoints: Checkpoints,
+) -> SupervisedTrainer:
+    """The trainer of this verbalizer, whose best validated adapter goes to `checkpoints`."""
+    settings = run_config.sft
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
     vocab_size = model.get_input_embeddings().num_embeddings
-    shuffled = [
-        validation.rows[place] for place in derangement(validation.doc_ids, settings.seed).tolist()
-    ]
+    wrong = derangement(validation.doc_ids, settings.seed).tolist()
+    shuffled = [validation.rows[number] for number in wrong]
     examples = encode_pairs(train, tokenizer, prompt, vocab_size)
+    lengths = [len(example["input_ids"]) for example in examples]
     held_out = {
         "eval_loss": encode_pairs(validation, tokenizer, prompt, vocab_size),
         "eval_loss_shuffled": encode_pairs(validation, tokenizer, prompt, vocab_size, shuffled),
     }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    class VerbalizerTrainer(SFTTrainer):
-        """The order of batches, logits only where labels are, and the validation figures; the rest
-        is TRL's."""
-
-        def _get_train_sampler(self, train_dataset=None) -> LengthBatches:
-            return LengthBatches(
-                [len(example["input_ids"]) for example in examples],
-                settings.batch_size,
-                settings.seed,
-            )
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            summed, count = completion_loss(model, inputs)
-            if num_items_in_batch is None:
-                return summed / count
-            return (
-                summed / num_items_in_batch * self.accelerator.num_processes
-            )  # a count over all workers, whose gradients are averaged
-
-        def evaluate(
-            self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
-        ) -> dict[str, float]:
-            self.model.eval()
-            figures = {
-                name: validation_loss(
-                    self.model_wrapped, part, self.data_collator, self.args.device
-                )
-                for name, part in held_out.items()
-            }
-            figures["eval_information"] = figures["eval_loss_shuffled"] - figures["eval_loss"]
-            self.log(dict(figures))
-            checkpoints.offer(
-                self.state.global_step,
-                figures["eval_loss"],
-                save,
-                parameters=trained,
-                metrics=figures,
-            )
-            self.control = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, figures
-            )
-            return figures
-
-    def save(folder: Path) -> None:
-        save_adapter(model, folder / "adapter")
-
     arguments = SFTConfig(
         **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed),
         num_train_epochs=settings.epochs,
@@ -324,13 +322,14 @@ def make_trainer(
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer = VerbalizerTrainer(
+    trainer = SupervisedTrainer(
+        batches=LengthBatches(lengths, settings.batch_size, settings.seed),
+        held_out=held_out,
+        checkpoints=checkpoints,
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(examples),
         eval_dataset=Dataset.from_list(held_out["eval_loss"]),
         processing_class=tokenizer,
     )
-    if arguments.use_cpu:  # the trainer has just given the model TRL's own answer
-        score_labels_only(causal_model(model), with_entropy=False)
     return follow(trainer, checkpoints, "sft")

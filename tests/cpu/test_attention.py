@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nla_ray.cpu.attention import register_grouped
-from nla_ray.cpu.shared_prefix import share_prefix
+from nla_ray.cpu.shared_prefix import decode_sharing_prefix
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
@@ -29,9 +29,8 @@ def test_it_gives_the_librarys_logits_and_gradients(key_heads: int, with_prefix:
     for attention in ("eager", register_grouped()):
         torch.manual_seed(0)
         model = LlamaForCausalLM._from_config(config, attn_implementation=attention)
-        if with_prefix:
-            share_prefix(model, [0, 1, 2, 3, 4])
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        prefix = [0, 1, 2, 3, 4] if with_prefix else []
+        logits = model.lm_head(decode_sharing_prefix(model.model, prefix, ids, mask))
         (logits * mask[..., None]).square().sum().backward()
         answers.append(
             (

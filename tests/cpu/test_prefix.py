@@ -4,6 +4,7 @@ where it does not apply."""
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -13,21 +14,25 @@ from nla_ray.base.adapters import add_lora
 from nla_ray.base.families import blocks_of, causal_model
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone
-from nla_ray.cpu.shared_prefix import Row, pack, share_beginnings, share_prefix
+from nla_ray.cpu.shared_prefix import PackedRow, decode_sharing_prefix, pack, share_beginnings
 from nla_ray.settings.config import BaseConfig, LoraSettings
+from nla_ray.training.verbalizer import TrainableVerbalizer
 
 PREFIX = (5, 9, 11, 7, 30, 31)
 
 
-def build(base: BaseConfig, *, shared: bool, attention: str | None = None):
-    model = add_lora(load_backbone(base, attention=attention), LoraSettings(rank=4, alpha=8))
+def build(base: BaseConfig, attention: str | None = None) -> TrainableVerbalizer:
+    """The tiny base with an adapter that changes it, whose prompts begin with PREFIX."""
+    wrap = partial(TrainableVerbalizer, prefix_ids=PREFIX)
+    lora = LoraSettings(rank=4, alpha=8)
+    model = add_lora(load_backbone(base, attention=attention), lora, wrap=wrap)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(
                     0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
                 )
-    return share_prefix(model, PREFIX) if shared else model
+    return model
 
 
 def batch(rows: int = 3) -> dict[str, Tensor]:
@@ -40,13 +45,20 @@ def batch(rows: int = 3) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def computed_tokens(model, inputs: dict[str, Tensor]) -> list[tuple[int, int]]:
+def read(model: TrainableVerbalizer, inputs: dict[str, Tensor], *, shared: bool) -> Tensor:
+    """The decoder's output [batch, seq, d_model]."""
+    return decode_sharing_prefix(causal_model(model).model, PREFIX if shared else (), **inputs)
+
+
+def computed_tokens(
+    model: TrainableVerbalizer, inputs: dict[str, Tensor], *, shared: bool = True
+) -> list[tuple[int, int]]:
     """Shapes of what goes through the first block in one forward."""
     shapes: list[tuple[int, int]] = []
     hook = blocks_of(model)[0].register_forward_pre_hook(
         lambda module, arguments: shapes.append(tuple(arguments[0].shape[:2]))
     )
-    model(**inputs, use_cache=False)
+    read(model, inputs, shared=shared)
     hook.remove()
     return shapes
 
@@ -57,8 +69,8 @@ def test_logits_and_gradients_are_those_of_the_plain_forward(
 ) -> None:
     inputs, results = batch(), []
     for shared in (False, True):
-        model = build(tiny_base, shared=shared, attention=attention)
-        logits = model(**inputs, use_cache=False).logits
+        model = build(tiny_base, attention)
+        logits = causal_model(model).lm_head(read(model, inputs, shared=shared))
         (logits.log_softmax(-1)[..., 7] * inputs["attention_mask"]).sum().backward()
         results.append(
             (
@@ -79,12 +91,13 @@ def test_logits_and_gradients_are_those_of_the_plain_forward(
 
 
 def test_the_prefix_is_computed_once_and_only_the_rest_for_every_row(tiny_base: BaseConfig) -> None:
-    assert computed_tokens(build(tiny_base, shared=True), batch()) == [(1, 6), (3, 9)]
-    assert computed_tokens(build(tiny_base, shared=False), batch()) == [(3, 15)]
+    model = build(tiny_base)
+    assert computed_tokens(model, batch()) == [(1, 6), (3, 9)]
+    assert computed_tokens(model, batch(), shared=False) == [(3, 15)]
 
 
 def test_other_batches_are_computed_as_before(tiny_base: BaseConfig) -> None:
-    model = build(tiny_base, shared=True)
+    model = build(tiny_base)
     other = batch()
     other["input_ids"][1, 2] = 200
     left_padded = batch()
@@ -101,7 +114,8 @@ def test_other_batches_are_computed_as_before(tiny_base: BaseConfig) -> None:
 def test_generation_and_logits_to_keep_work_on_a_model_that_shares(tiny_base: BaseConfig) -> None:
     inputs = batch(2)
     inputs["attention_mask"][:] = 1
-    plain, shared = build(tiny_base, shared=False), build(tiny_base, shared=True)
+    shared = build(tiny_base)
+    plain = causal_model(shared)
     torch.testing.assert_close(
         shared(**inputs, use_cache=False, logits_to_keep=4).logits,
         plain(**inputs, use_cache=False, logits_to_keep=4).logits,
@@ -118,12 +132,12 @@ def test_generation_and_logits_to_keep_work_on_a_model_that_shares(tiny_base: Ba
 
 
 def test_sequences_that_begin_alike_share_a_row_and_every_sequence_is_there_once() -> None:
-    assert share_beginnings([[7, 8, 9, 1], [7, 8, 1]]) == [Row(0, ((1, 2),), 5)]
+    assert share_beginnings([[7, 8, 9, 1], [7, 8, 1]]) == [PackedRow(0, ((1, 2),), 5)]
     first, second = [1, 2, 3, 4, 5, 6, 7, 8, 50], [1, 2, 3, 60, 61, 62, 63, 64, 65, 50]
     both = share_beginnings(
         [first, first[:6] + [50], first[:3] + [50], second, second[:7] + [50]]
     )  # a short one stands between two families
-    assert both == [Row(3, ((4, 7), (2, 3)), 12), Row(0, ((1, 6),), 10)]
+    assert both == [PackedRow(3, ((4, 7), (2, 3)), 12), PackedRow(0, ((1, 6),), 10)]
     alike = share_beginnings([[*range(50), 50 + number, *range(50)] for number in range(30)])
     assert (
         max(row.length for row in alike) <= 2 * 101
@@ -157,7 +171,7 @@ def test_packed_sequences_are_read_as_if_alone(tiny_base: BaseConfig, attention:
         [50, 51, 52],
         [*long[:20], 41],
     ]
-    model = build(tiny_base, shared=False, attention=attention)
+    model = build(tiny_base, attention)
     rows = share_beginnings(sequences)
     assert [len(row.ends) for row in sorted(rows, key=lambda row: row.length)] == [0, 3]
     inputs, last = pack(sequences, rows, 0, model.dtype)

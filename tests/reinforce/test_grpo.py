@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from grpo_run import LORA, SETTINGS, grpo_config, prepare_run, random_adapter
-from trl.trainer.utils import add_fused_lm_head
 
 from nla_ray.activation.injection import attach_activations
 from nla_ray.activation.stage import load_activations
+from nla_ray.base.adapters import save_adapter
 from nla_ray.base.families import causal_model
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
-from nla_ray.cpu.shared_prefix import share_prefix
 from nla_ray.reinforce import grpo
 from nla_ray.reinforce.monitor import JUDGE_COSINE, WARNED
 from nla_ray.reinforce.rewards import schedule_rows
@@ -27,6 +26,7 @@ from nla_ray.reinforce.steps import StepClock
 from nla_ray.run.artifact import Run
 from nla_ray.run.metrics import MetricsLog
 from nla_ray.settings.config import BaseConfig, RunConfig
+from nla_ray.training.verbalizer import TrainableVerbalizer
 
 BANK_ROWS = 24
 
@@ -78,10 +78,10 @@ def scored_batch(tiny_base: BaseConfig, tmp_path: Path):
     policy away from SFT."""
     config = grpo_config(tiny_base, tmp_path)
     bank = torch.randn(BANK_ROWS, 32, generator=torch.Generator().manual_seed(1))
-    model = random_adapter(tiny_base)
-    attach_activations(model, bank, tiny_base.injection_norm)
-    share_prefix(
-        model, build_injection_prompt(load_tokenizer(tiny_base), tiny_base.marker).prefix_ids
+    save_adapter(random_adapter(tiny_base), tmp_path / "adapter")
+    prompt = build_injection_prompt(load_tokenizer(tiny_base), tiny_base.marker)
+    model = TrainableVerbalizer.load(
+        tiny_base, tmp_path / "adapter", bank, prompt, temperature=config.grpo.temperature
     )
     sampler = InProcessSampler(tiny_base, bank)
     sampler.data = grpo.TrainingData(
@@ -155,13 +155,7 @@ def test_computing_only_what_is_needed_changes_neither_log_probs_nor_entropies_n
     weights = batch["completion_mask"] * torch.linspace(-1, 1, batch["completion_mask"].shape[1])
     answers = []
     for own in (True, False):
-        if not own:  # back to TRL's own forward
-            del causal_model(trainer.model).forward, causal_model(trainer.model).model.forward
-            add_fused_lm_head(
-                causal_model(trainer.model),
-                temperature=trainer.temperature,
-                outputs=("log_probs", "entropy"),
-            )
+        trainer.model.scores_labels = own  # or TRL's own, as on a GPU
         trainer.model.zero_grad()
         log_probs, entropy, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, attention, batch["completion_ids"].shape[1], compute_entropy=True

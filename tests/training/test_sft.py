@@ -16,22 +16,21 @@ from transformers import TrainerCallback
 from nla_ray.activation import vectors
 from nla_ray.activation.injection import attach_activations
 from nla_ray.base.adapters import adapter_state, add_lora
-from nla_ray.base.families import causal_model
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import CLOSING_TAG, InjectionPrompt, build_injection_prompt
-from nla_ray.cpu.log_probs import TokenLogProbs, score_labels_only
+from nla_ray.cpu.log_probs import TokenLogProbs
 from nla_ray.settings.config import BaseConfig, ComputeConfig, LoraSettings, RunConfig, SFTConfig
 from nla_ray.settings.presets import nano
 from nla_ray.training.checkpoints import Checkpoints
 from nla_ray.training.sft import (
     IGNORED,
     Pairs,
-    build_verbalizer,
     completion_loss,
     encode_pairs,
-    make_trainer,
+    make_sft_trainer,
     validation_loss,
 )
+from nla_ray.training.verbalizer import TrainableVerbalizer
 
 LABELS = (
     "- A Python test: file, rows",
@@ -74,12 +73,11 @@ def prepare(base: BaseConfig, folder: Path, settings: SFTConfig = SETTINGS):
     train, validation = make_pairs(32), make_pairs(12, first_row=32, seed=5)
     tokenizer = load_tokenizer(base)
     prompt = build_injection_prompt(tokenizer, base.marker)
-    model = build_verbalizer(base, settings, torch.cat([train.vectors, validation.vectors]), prompt)
+    bank = torch.cat([train.vectors, validation.vectors])
+    model = TrainableVerbalizer.build(base, settings.lora, bank, prompt, seed=settings.seed)
     checkpoints = Checkpoints(config, "sft")
-    return (
-        make_trainer(model, tokenizer, train, validation, settings, config, checkpoints),
-        checkpoints,
-    )
+    trainer = make_sft_trainer(model, tokenizer, train, validation, config, checkpoints)
+    return trainer, checkpoints
 
 
 def encoded_batch(base: BaseConfig, count: int = 6):
@@ -88,8 +86,7 @@ def encoded_batch(base: BaseConfig, count: int = 6):
     pairs = make_pairs(count)
     model = load_backbone(base)
     attach_activations(model, pairs.vectors, base.injection_norm)
-    score_labels_only(model, with_entropy=False)
-    model = add_lora(model, SETTINGS.lora)
+    model = add_lora(model, SETTINGS.lora, wrap=TrainableVerbalizer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -165,7 +162,6 @@ def test_the_loss_equals_a_loop_over_tokens_with_input_embeddings_made_by_hand(
 
 def test_the_loss_is_the_one_that_trl_computes(tiny_base: BaseConfig, tmp_path: Path) -> None:
     from trl import SFTTrainer
-    from trl.trainer.utils import add_fused_lm_head
 
     trainer, _ = prepare(dataclasses.replace(tiny_base, dtype="float32"), tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -176,8 +172,7 @@ def test_the_loss_is_the_one_that_trl_computes(tiny_base: BaseConfig, tmp_path: 
             trainer.model(**batch, fused_lm_head=True), TokenLogProbs
         )  # labels only, not what TRL has put there
         own = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens)
-        del causal_model(trainer.model).forward  # back to TRL's own
-        add_fused_lm_head(causal_model(trainer.model), outputs=("log_probs", "entropy", "is_top1"))
+        trainer.model.scores_labels = False  # TRL's own, as on a GPU
         library = SFTTrainer.compute_loss(
             trainer, trainer.model, dict(batch), num_items_in_batch=tokens
         )
