@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_ray.activation.injection import attach_activations
-from nla_ray.base.adapters import AdaptedModel, add_lora, load_adapter
+from nla_ray.base.adapters import AdaptedModel, LoraConfig, add_lora, load_adapter
 from nla_ray.base.families import decoder_of
 from nla_ray.base.load import computes_in_bf16, load_backbone
 from nla_ray.base.prompts import InjectionPrompt
@@ -26,7 +26,6 @@ from nla_ray.settings.config import BaseConfig, LoraSettings
 from nla_ray.training.attention import training_attention
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from transformers.utils import ModelOutput
 
 
