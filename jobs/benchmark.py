@@ -4,10 +4,11 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.bench.stage import describe_results, run_benchmarks
-    from nla_ray.run.stages import BENCHMARK_NAME
+    from nla_ray.bench.stage import describe_results
+    from nla_ray.run.stages import BENCHMARK_NAME, make_stages
 
-    for line in describe_results(run_benchmarks(run)):
+    *_, (_, results) = make_stages(run, "benchmark", strict=True)
+    for line in describe_results(results):
         print(line)
     print(f"written to {run.root / BENCHMARK_NAME}")
 

@@ -4,9 +4,9 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.run.stages import make
+    from nla_ray.run.stages import make_stages
 
-    *_, (_, manifest) = make(run, "capture")
+    *_, (_, manifest) = make_stages(run, "capture")
     metrics = manifest.metrics
     print(
         f"{metrics['activations']} activations of {metrics['texts']} texts in"

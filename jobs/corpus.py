@@ -4,9 +4,9 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.run.stages import make
+    from nla_ray.run.stages import make_stages
 
-    list(make(run, "corpus"))
+    list(make_stages(run, "corpus"))
 
 
 if __name__ == "__main__":

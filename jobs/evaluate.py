@@ -5,9 +5,9 @@ from nla_ray.cluster.job import run_job
 
 def body(run) -> None:
     from nla_ray.report.stage import show_report
-    from nla_ray.run.stages import make
+    from nla_ray.run.stages import make_stages
 
-    list(make(run, "evaluate"))
+    list(make_stages(run, "evaluate"))
     show_report(run)
 
 

@@ -9,9 +9,9 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.run.stages import make
+    from nla_ray.run.stages import make_stages
 
-    list(make(run, "grpo", strict=True))
+    list(make_stages(run, "grpo", strict=True))
 
 
 if __name__ == "__main__":

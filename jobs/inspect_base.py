@@ -4,11 +4,15 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.run.stages import INSPECTION_NAME
+    from nla_ray.base.families import decoder_shape
+    from nla_ray.base.load import load_model_config
+    from nla_ray.run.stages import INSPECTION_NAME, make_stages
     from nla_ray.score.ceiling import describe_inspection
-    from nla_ray.score.stage import inspect_base
 
-    for line in describe_inspection(inspect_base(run)):
+    # What the engine cannot run is not worth an inspection.
+    decoder_shape(load_model_config(run.config.base))
+    *_, (_, results) = make_stages(run, "inspect_base", strict=True)
+    for line in describe_inspection(results):
         print(line)
     print(f"written to {run.root / INSPECTION_NAME}")
 

@@ -8,9 +8,9 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.run.stages import make
+    from nla_ray.run.stages import make_stages
 
-    list(make(run, "label"))
+    list(make_stages(run, "label"))
 
 
 if __name__ == "__main__":

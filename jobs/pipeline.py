@@ -9,7 +9,7 @@ def body(run) -> None:
     from nla_ray.base.load import load_model_config
     from nla_ray.report.stage import check_corpus, show_report
     from nla_ray.run.log import get_logger
-    from nla_ray.run.stages import PIPELINE_JOB, TIMINGS_NAME, make, read_timings
+    from nla_ray.run.stages import TIMINGS_NAME, make_stages, read_timings
 
     logger = get_logger("pipeline")
     info = base_info(run.config.base)
@@ -23,7 +23,7 @@ def body(run) -> None:
         info.d_model,
         info.marker,
     )
-    for stage, _ in make(run, PIPELINE_JOB, strict=True):
+    for stage, _ in make_stages(run, "pipeline", strict=True):
         if stage.name == "corpus":
             check_corpus(run)
     show_report(run)

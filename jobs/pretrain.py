@@ -9,9 +9,9 @@ from nla_ray.settings.config import PretrainRunConfig
 
 
 def body(run) -> None:
-    from nla_ray.run.stages import make
+    from nla_ray.run.stages import make_stages
 
-    list(make(run, "pretrain"))
+    list(make_stages(run, "pretrain"))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.serve.application import serve_run
+    from nla_ray.run.stages import make_stages
 
-    serve_run(run)
+    list(make_stages(run, "serve"))
 
 
 def cleanup() -> None:

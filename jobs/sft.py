@@ -4,9 +4,9 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.run.stages import make
+    from nla_ray.run.stages import make_stages
 
-    for stage, manifest in make(run, "sft"):
+    for stage, manifest in make_stages(run, "sft"):
         if stage.job == "sft":
             metrics = sorted(manifest.metrics.items())
             figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics)

@@ -580,8 +580,8 @@ def describe_plan(config: RunConfig, job: str) -> str:
         labels_per_text=_labels_per_text(run),
     )
     lines = _header(facts, job, run)
-    for row in stages_of_job(job):
-        plan = PLANS[row.name](facts)
+    for stage in stages_of_job(job):
+        plan = PLANS[stage.name](facts)
         lines += _stage_lines(plan, facts, done=run.find(plan.artifact) is not None)
     return "\n".join(lines)
 

@@ -111,7 +111,7 @@ def publish_corpus() -> Callable[..., Manifest]:
     chunks a document."""
 
     def publish(run: Run, shards: Sequence[Sequence[str]] = (TEXTS, TEXTS[::-1])) -> Manifest:
-        stage = run.stage("corpus", "corpus")
+        stage = run.open_artifact("corpus", "corpus")
         for number, texts in enumerate(shards):
             sink = pa.BufferOutputStream()
             pq.write_table(corpus_table(number, texts), sink)

@@ -77,11 +77,11 @@ def grpo_config(
 def prepare_run(config: RunConfig) -> Run:
     """Publish activations, sft, reward_scorer and judge_scorer into the run's folder."""
     run = Run(config)
-    corpus = run.stage("corpus", "corpus").publish()
+    corpus = run.open_artifact("corpus", "corpus").publish()
     activations = _publish_activations(run, corpus)
     parents = {
         "activations": activations,
-        "labels": run.stage("labels", "label", parents={"corpus": corpus}).publish(),
+        "labels": run.open_artifact("labels", "label", parents={"corpus": corpus}).publish(),
     }
     _publish_sft(run, parents)
     for seed, name in enumerate(("reward_scorer", "judge_scorer")):
@@ -96,7 +96,7 @@ def documents(split: Split, count: int) -> list[str]:
 
 
 def _publish_activations(run: Run, corpus: Manifest) -> Manifest:
-    stage = run.stage("activations", "base", "capture", parents={"corpus": corpus})
+    stage = run.open_artifact("activations", "base", "capture", parents={"corpus": corpus})
     info = base_info(run.config.base)
     generator = torch.Generator().manual_seed(0)
     mean = 3.0 * torch.randn(info.d_model, generator=generator)
@@ -142,7 +142,7 @@ def random_adapter(base: BaseConfig, seed: int = 7):
 
 
 def _publish_sft(run: Run, parents: dict[str, Manifest]) -> Manifest:
-    stage = run.stage("sft", "base", "sft", parents=parents)
+    stage = run.open_artifact("sft", "base", "sft", parents=parents)
     with stage.local_folder() as folder:
         save_adapter(random_adapter(run.config.base), folder / "adapter")
     return stage.publish(
@@ -151,7 +151,7 @@ def _publish_sft(run: Run, parents: dict[str, Manifest]) -> Manifest:
 
 
 def _publish_scorer(run: Run, name: str, parents: dict[str, Manifest], seed: int) -> Manifest:
-    stage = run.stage(name, "base", name, parents=parents)
+    stage = run.open_artifact(name, "base", name, parents=parents)
     stats = json.loads((run.root / "activations" / "stats.json").read_text())
     mean = torch.tensor(stats["layers"][str(run.config.base.layer)]["mean_direction"])
     reconstructor = Reconstructor.build(run.config.base, LORA, mean, max_tokens=24, seed=seed)

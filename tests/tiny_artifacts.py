@@ -111,7 +111,9 @@ def _label(row: dict) -> str:
 def _publish_table(
     run: Run, name: str, sections: tuple[str, ...], parents: list[str], table: pa.Table
 ) -> None:
-    stage = run.stage(name, *sections, parents={parent: run.find(parent) for parent in parents})
+    stage = run.open_artifact(
+        name, *sections, parents={parent: run.find(parent) for parent in parents}
+    )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     (stage.location / "part-00000.parquet").write_bytes(buffer.getvalue())
@@ -124,7 +126,7 @@ def _publish_table(
 
 
 def _publish_scorer(run: Run, name: str, seed: int, documents: list[str]) -> None:
-    stage = run.stage(
+    stage = run.open_artifact(
         name,
         "base",
         name,
@@ -148,7 +150,7 @@ def publish_verbalizer(run: Run, name: str, seed: int) -> None:
         if name == "sft"
         else ("activations", "sft", "reward_scorer", "judge_scorer")
     )
-    stage = run.stage(
+    stage = run.open_artifact(
         name,
         "base",
         "sft" if name == "sft" else "grpo",

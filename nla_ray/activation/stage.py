@@ -33,7 +33,7 @@ from nla_ray.activation.shards import ShardRecord, write_shard
 from nla_ray.base.identity import check_base
 from nla_ray.cluster.errors import user_message
 from nla_ray.cluster.resources import Demand, demand, require_resources, worker_options
-from nla_ray.run.artifact import Run, Stage
+from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.identity import Split
 from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
@@ -128,7 +128,7 @@ def capture_activations(run: Run) -> Manifest:
 
 
 def _capture_shards(
-    run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str
+    run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
 ) -> None:
     """Capture the shards that have no record yet; when an actor or node was lost, go on with those
     that are left."""
@@ -162,7 +162,7 @@ def _capture_shards(
 
 
 def _stream_shards(
-    run: Run, stage: Stage, corpus: Manifest, shards: list[str], digest: str
+    run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
 ) -> None:
     """Stream shards through read -> tokenise -> capture -> write."""
     import ray.data
@@ -245,7 +245,7 @@ def _quiet_ray_data() -> Iterator[None]:
         context.enable_progress_bars, context.target_max_block_size = before
 
 
-def _publish(stage: Stage, shards: list[str], digest: str, info: BaseInfo) -> Manifest:
+def _publish(stage: Artifact, shards: list[str], digest: str, info: BaseInfo) -> Manifest:
     """Gather the shards' records into stats.json and skipped.jsonl, and write the manifest."""
     records = [
         ShardRecord.load(stage.location, shard, digest, check_file=False) for shard in shards

@@ -438,11 +438,9 @@ def _library_trainer(
 
 
 def test_texts(run: Run) -> list[str]:
-    """Texts of the test split, in the corpus's order; the corpus is made first when there is
-    none."""
-    from nla_ray.text.stage import build_corpus, read_chunks
+    """Texts of the test split, in the corpus's order."""
+    from nla_ray.text.stage import read_chunks
 
-    build_corpus(run)
     texts = [
         row["text"]
         for row in read_chunks(run, ("split", "text")).to_pylist()

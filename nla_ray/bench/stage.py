@@ -123,7 +123,7 @@ def _tried_in(report: dict[str, Any], artifact: str) -> list[dict[str, Any]]:
 
 
 def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """All sections, written to `benchmark.json` of the run; makes the corpus when it is missing."""
+    """All sections, written to `benchmark.json` of the run."""
     import torch
 
     from nla_ray.base.load import torch_device

@@ -22,7 +22,7 @@ from nla_ray.label.cleaner import clean_label
 from nla_ray.label.imports import ImportedLabel, Refusal, read_labels
 from nla_ray.label.schema import LABEL_SCHEMA
 from nla_ray.label.teacher import make_teachers
-from nla_ray.run.artifact import Run, Stage
+from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.identity import SPLITS, Split, seed_of, text_hash
 from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger
@@ -210,7 +210,7 @@ def _file_hash(path: str | None) -> str | None:
     return Location.of(place).record().sha256 if place.is_file() else "missing"
 
 
-def _remember_import(stage: Stage, imported: str | None, config: LabelConfig) -> None:
+def _remember_import(stage: Artifact, imported: str | None, config: LabelConfig) -> None:
     """Write down which content labels are made from before the first is made: what goes on later
     must meet the same."""
     note = stage.location / "scratch" / "import_sha256"
@@ -230,7 +230,7 @@ def _require_same_import(there: str | None, imported: str | None, config: LabelC
         )
 
 
-def _require_labels(stage: Stage, counts: LabelCounts, reasons: dict[str, int]) -> None:
+def _require_labels(stage: Artifact, counts: LabelCounts, reasons: dict[str, int]) -> None:
     if counts.labels == 0:
         raise ValueError(
             f"labels in {stage.location}: got no label for any of {counts.texts} texts (refused:"

@@ -21,7 +21,7 @@ from nla_ray.base.pretrained import check_never_seen, never_nearly_seen
 from nla_ray.base.sources import base_folder
 from nla_ray.report.compared import Compared, check_compared
 from nla_ray.report.controls import SCORERS, trained_in
-from nla_ray.run.artifact import Run, differences
+from nla_ray.run.artifact import Run, config_differences
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest, check_disjoint, check_lineage
 from nla_ray.settings.config import EvaluationConfig, RunConfig, to_dict
@@ -163,6 +163,6 @@ def _settings(config: RunConfig, verbalizer: Compared) -> list[str]:
         return ["unknown"]
     theirs, ours = verbalizer.manifest.config, to_dict(config)
     sections = [name for name in ("sft", "grpo") if name in theirs]
-    return differences(
+    return config_differences(
         {name: theirs[name] for name in sections}, {name: ours[name] for name in sections}
     )

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from nla_ray.report.controls import INJECTED
 from nla_ray.report.describing import decoding
-from nla_ray.run.artifact import Run, Stage
+from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import RunConfig
 
 
 def reuse_descriptions(
-    run: Run, stage: Stage, manifests: Mapping[str, Manifest], folder: Path
+    run: Run, stage: Artifact, manifests: Mapping[str, Manifest], folder: Path
 ) -> None:
     """Copy files of descriptions into `folder` from the run's own report, where it is complete."""
     name = _own_report_name(run.config)

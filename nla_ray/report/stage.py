@@ -36,7 +36,7 @@ from nla_ray.report.rendering.page import to_html
 from nla_ray.report.rendering.tables import print_report, to_markdown
 from nla_ray.report.reuse import reuse_descriptions
 from nla_ray.report.summary import summarise
-from nla_ray.run.artifact import Run, Stage
+from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import RunConfig
@@ -120,7 +120,7 @@ def make_report(config: RunConfig) -> None:
     )
 
 
-def _open_stage(run: Run) -> Stage:
+def _open_stage(run: Run) -> Artifact:
     digests = {verbalizer.name: verbalizer.digest for verbalizer in _compared(run.config)}
     return run.open("report", parents=ancestors(run), inputs=digests)
 

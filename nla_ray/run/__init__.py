@@ -1,7 +1,7 @@
 """A run directory: its stages, its artifacts, their identity, its log and metrics.
 
 Nouns: a stage (one row of the table in `stages`), an artifact (a folder that a stage publishes), a
-manifest (the file beside it that says what it is and what it was made from).
+manifest (the file in it that says what the artifact is and what it was made from).
 
 Read: stages, artifact, manifest, location, lock, identity, log, metrics.
 

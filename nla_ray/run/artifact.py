@@ -1,10 +1,11 @@
-"""Run directories: where artifacts lie, how they are published atomically, skipped when complete
-and resumed.
+"""A run and its artifacts: published atomically, skipped when complete, resumed when not.
 
-A run is a folder (local, or any pyarrow filesystem URI) with one folder per artifact. A stage opens
-its artifact with `run.stage(...)`, writes files, and ends with `stage.publish(...)`, which writes
-the manifest last. Protects the rule: never a silent mix. What lies there was made with this
-configuration from these parents, or there is an error.
+A run is a folder (local, or any pyarrow filesystem URI) with a folder for each artifact. A stage
+opens its artifact with `run.open(...)`, writes files, and ends with `artifact.publish(...)`, which
+writes the manifest last. It knows no stage but by its row in the table.
+
+It protects the rule: never a silent mix. An artifact was made with the run's configuration and from
+the run's parents, or there is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from nla_ray.run.location import Location, copied_while, copy_files
 from nla_ray.run.lock import Lease, LocalLock
 from nla_ray.run.manifest import MANIFEST_NAME, Manifest
-from nla_ray.run.stages import job_of, stage_row
+from nla_ray.run.stages import job_of, stage_named
 from nla_ray.settings.config import RunConfig, config_hash, to_dict
 
 _STARTED_NAME = "started.json"
@@ -30,27 +31,31 @@ _STARTED_NAME = "started.json"
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "pyarrow")
 
 
-class Stage:
-    """One artifact while it is being made (or found complete)."""
+class Artifact:
+    """An artifact of a run: found complete, or open to be made.
+
+    Raises ValueError when the folder holds one of another configuration or of other parents.
+    """
 
     def __init__(
         self, run: Run, name: str, config: dict[str, Any], parents: Mapping[str, Manifest]
     ) -> None:
         self.run, self.name, self.config = run, name, config
         self.location = run.root / name
+        """The artifact's folder."""
         self._parents = {parent: manifest.fingerprint for parent, manifest in parents.items()}
         self._hash = config_hash({"config": config, "parents": self._parents})
-        self.manifest = self._existing()
+        self.manifest = self._find_manifest()
+        """None: the artifact is not complete."""
         if self.manifest is None:
             self._mark_started()
 
     @property
     def complete(self) -> bool:
-        """True: the artifact lies there, made with this configuration from these parents; skip the
-        stage."""
+        """Whether the artifact was made, with this configuration from these parents."""
         return self.manifest is not None
 
-    def _existing(self) -> Manifest | None:
+    def _find_manifest(self) -> Manifest | None:
         manifest = self.run.find(self.name)
         if manifest is not None:
             self._require_same(manifest.config_hash, manifest.config, manifest.parents)
@@ -70,14 +75,14 @@ class Stage:
             )
 
     def _require_same(
-        self, other_hash: str, other_config: dict[str, Any], other_parents: dict[str, str]
+        self, stored_hash: str, stored_config: dict[str, Any], stored_parents: dict[str, str]
     ) -> None:
-        if other_hash == self._hash:
+        if stored_hash == self._hash:
             return
-        changes = differences(other_config, self.config) or [
-            f"parent {name}: there {other_parents.get(name)}, here {self._parents.get(name)}"
-            for name in sorted({*other_parents, *self._parents})
-            if other_parents.get(name) != self._parents.get(name)
+        changes = config_differences(stored_config, self.config) or [
+            f"parent {name}: there {stored_parents.get(name)}, here {self._parents.get(name)}"
+            for name in sorted({*stored_parents, *self._parents})
+            if stored_parents.get(name) != self._parents.get(name)
         ]
         raise ValueError(
             f"artifact {self.name!r} in {self.location}: it was made with another configuration"
@@ -86,8 +91,10 @@ class Stage:
         )
 
     def reopen(self) -> None:
-        """Make a complete artifact one that is being made, with all that lies in it; whoever goes
-        on from a file of it verifies it before."""
+        """Turn a complete artifact into one that is being made, and keep its files.
+
+        A stage that goes on from one of the files verifies that file before.
+        """
         (self.location / MANIFEST_NAME).delete()
         self.manifest = None
         self._mark_started()
@@ -104,7 +111,7 @@ class Stage:
             path
             for path in self.location.list_files()
             if path not in (MANIFEST_NAME, _STARTED_NAME)
-            and not path.startswith(("scratch/",))
+            and not path.startswith("scratch/")
             and not path.endswith(".tmp")
         ]
         manifest = Manifest(
@@ -127,12 +134,10 @@ class Stage:
 
     @contextmanager
     def local_folder(self) -> Iterator[Path]:
-        """A local folder to write into, for libraries that know only paths; its files land in the
-        artifact.
+        """A local folder for libraries that know only paths; its files land in the artifact.
 
-        On a local run it is the artifact's own folder; else what is in it is copied every minute
-        and on exit, so that whoever is killed loses no more than that. What lies in `scratch/` is
-        removed when the artifact is published.
+        On a local run it is the artifact's own folder. Else its files are copied every minute and
+        on exit, so that a process that is killed loses a minute. Publishing removes `scratch/`.
         """
         if self.location.is_local:
             Path(self.location.path).mkdir(parents=True, exist_ok=True)
@@ -151,23 +156,24 @@ class Run:
         self.config = config
         self.root = Location.of(config.run_dir)
 
-    def stage(
+    def open_artifact(
         self,
         name: str,
         *sections: str,
         parents: Mapping[str, Manifest] | None = None,
         inputs: Mapping[str, str] | None = None,
-    ) -> Stage:
-        """Open artifact `name`, shaped by the named configuration sections and made from `parents`,
-        and from files outside the run (`inputs`: name -> digest).
+    ) -> Artifact:
+        """Open artifact `name`, shaped by these sections of the configuration.
 
-        Raises ValueError when what lies there has another configuration or other parents.
+        `parents`: the manifests it is made from, by artifact. `inputs`: digests of files outside
+        the run, by name. Raises ValueError when the folder holds one of another configuration or
+        of other parents.
         """
         plain = to_dict(self.config)
-        config = {section: plain[section] for section in sections} | (
-            {"inputs": dict(inputs)} if inputs else {}
-        )
-        return Stage(self, name, config, parents or {})
+        config = {section: plain[section] for section in sections}
+        if inputs:
+            config["inputs"] = dict(inputs)
+        return Artifact(self, name, config, parents or {})
 
     def open(
         self,
@@ -175,14 +181,14 @@ class Run:
         *,
         parents: Mapping[str, Manifest] | None = None,
         inputs: Mapping[str, str] | None = None,
-    ) -> Stage:
-        """Open the artifact of a stage, with settings and parents as the table of stages says.
+    ) -> Artifact:
+        """Open the artifact of a stage, with sections and parents as the table of stages says.
 
         `parents` replaces the table's. Raises ValueError that names the job of a missing parent, or
-        the difference to what lies there.
+        the difference to the artifact in the folder.
         """
-        row = stage_row(stage)
-        return self.stage(
+        row = stage_named(stage)
+        return self.open_artifact(
             row.artifact(self.config),
             *row.sections,
             parents=self.parents_of(stage) if parents is None else parents,
@@ -190,11 +196,13 @@ class Run:
         )
 
     def parents_of(self, stage: str) -> dict[str, Manifest]:
-        """Manifests of what a stage is made from, by artifact. Raises ValueError that names the job
-        of what is missing."""
-        parents = (stage_row(parent) for parent in stage_row(stage).parents)
-        artifacts = [parent.parent_artifact(self.config) for parent in parents]
-        return {name: self.require(name) for name in artifacts}
+        """Manifests of a stage's parents, by artifact.
+
+        Raises ValueError that names the job of a missing one.
+        """
+        parents = [stage_named(parent) for parent in stage_named(stage).parents]
+        names = [parent.parent_artifact(self.config) for parent in parents]
+        return {name: self.require(name) for name in names}
 
     def find(self, name: str) -> Manifest | None:
         """The manifest of a complete artifact, or None."""
@@ -213,8 +221,10 @@ class Run:
         return manifest
 
     def verified(self, name: str, manifest: Manifest, path: str) -> Location:
-        """A file of an artifact, after its size and hash were compared with the manifest. Raises
-        ValueError if they differ."""
+        """A file of an artifact, whose size and hash are those of the manifest.
+
+        Raises ValueError if they differ.
+        """
         location = self.root / name / path
         expected = manifest.files[path]
         actual = location.record() if location.exists() else None
@@ -231,8 +241,7 @@ class Run:
 
     @contextmanager
     def local_copy(self, name: str, manifest: Manifest, prefix: str = "") -> Iterator[Path]:
-        """A verified local folder with the artifact's files below `prefix`, for libraries that know
-        only paths."""
+        """A local folder with an artifact's files below `prefix`, all verified."""
         paths = [path for path in manifest.files if path.startswith(prefix)]
         locations = {path: self.verified(name, manifest, path) for path in paths}
         if self.root.is_local:
@@ -247,25 +256,35 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process. Raises ValueError when another process works on the same
-        directory."""
-        holder = LocalLock(self.root) if self.root.is_local else Lease(self.root)
+        """Hold the run for this process.
+
+        Raises ValueError when another process works on the same directory.
+        """
+        lock = LocalLock(self.root) if self.root.is_local else Lease(self.root)
         try:
             yield
         finally:
-            holder.release()
+            lock.release()
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Readable differences of two nested configurations: `grpo.steps: there 80, here 20`."""
+def config_differences(
+    stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """Readable differences of two nested configurations, a line each.
+
+    >>> config_differences({"grpo": {"steps": 80, "seed": 0}}, {"grpo": {"steps": 20, "seed": 0}})
+    ['grpo.steps: there 80, here 20']
+    """
     lines = []
-    for key in sorted({*there, *here}):
-        if isinstance(there.get(key), dict) and isinstance(here.get(key), dict):
-            lines += differences(there[key], here[key], f"{prefix}{key}.")
+    for key in sorted({*stored, *current}):
+        old, new = stored.get(key), current.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += config_differences(old, new, f"{prefix}{key}.")
             continue
-        old, new = (repr(one[key]) if key in one else "nothing" for one in (there, here))
-        if old != new:
-            lines.append(f"{prefix}{key}: there {old}, here {new}")
+        shown_old = repr(old) if key in stored else "nothing"
+        shown_new = repr(new) if key in current else "nothing"
+        if shown_old != shown_new:
+            lines.append(f"{prefix}{key}: there {shown_old}, here {shown_new}")
     return lines
 
 

@@ -1,7 +1,7 @@
 """The stages of a run: what each makes, from what, under which settings, and by which job.
 
-The one place that lists them. Jobs, `--dry-run`, error messages that say "make it with", the
-report's ancestors and serving all read this table. A new stage is one row and one function.
+This table is the one place that lists them. Jobs, `--dry-run`, error messages that say "make it
+with", the report's ancestors and serving all read it. A new stage is one row and one function.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import pkgutil
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nla_ray.run.log import get_logger
 
 if TYPE_CHECKING:
     from nla_ray.run.artifact import Run
-    from nla_ray.run.manifest import Manifest
     from nla_ray.settings.config import RunConfig
 
 INSPECTION_NAME = "inspection.json"
@@ -28,17 +27,21 @@ INSPECTION_FORMAT = 2
 BENCHMARK_NAME = "benchmark.json"
 """What `jobs/benchmark.py` measured, inside the run."""
 TIMINGS_NAME = "timings.json"
-"""Seconds of every stage that a job has completed in the run, by artifact."""
+"""Seconds of every artifact that a job has completed in the run."""
+PIPELINE_TARGET = "report"
+"""`jobs/pipeline.py` makes the report, and so everything before it."""
+
+Kind = Literal["data", "scorer", "verbalizer", "report"]
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageRow:
+class Stage:
     """One row of the table.
 
-    Example: StageRow(name="activations", job="capture", sections=("base", "capture"),
-    parents=("corpus",), function="nla_ray.activation.stage:capture_activations")
+    Example: Stage(name="activations", job="capture", kind="data", parents=("corpus",),
+    sections=("base", "capture"), function="nla_ray.activation.stage:capture_activations")
     """
 
     name: str
@@ -46,19 +49,20 @@ class StageRow:
     job: str
     """`jobs/{job}.py` makes it."""
     function: str
-    """`module:function` of a Run. It skips an artifact that is complete and raises ValueError when
-    that artifact was made under other settings."""
+    """`module:function` of a Run, which returns the artifact's manifest. It skips an artifact that
+    is complete and raises ValueError when that artifact was made under other settings."""
+    kind: Kind | None = None
+    """What the artifact is. None: the stage publishes no artifact, and its function returns what
+    it found."""
     parents: tuple[str, ...] = ()
     """Stages whose artifacts it is made from."""
     sections: tuple[str, ...] = ()
     """Configuration sections that shape the artifact: its identity, with its parents."""
     named_by: str | None = None
     """Property of RunConfig that names the artifact, where one run may hold several of them."""
-    is_arm: bool = False
-    """Whether what is made from the stage is made from the artifact that `named_by` says; else it
-    is made from the one without a name of its own."""
-    kind: Literal["data", "scorer", "verbalizer", "report", "none"] = "data"
-    """What the artifact is; `none`: the stage publishes no artifact."""
+    passes_name_on: bool = False
+    """Whether later stages are made from the artifact that `named_by` says. Else they are made
+    from the artifact that has the stage's name."""
 
     def artifact(self, config: RunConfig) -> str:
         """The artifact's name under a configuration: `grpo_no_contrast` of stage `grpo`."""
@@ -66,86 +70,91 @@ class StageRow:
 
     def parent_artifact(self, config: RunConfig) -> str:
         """The artifact that stages with this parent are made from."""
-        return self.artifact(config) if self.is_arm else self.name
+        return self.artifact(config) if self.passes_name_on else self.name
 
-    def make(self, run: Run) -> Manifest:
+    def make(self, run: Run) -> Any:
         """Call the stage's function."""
         return pkgutil.resolve_name(self.function)(run)
 
 
 STAGES = (
-    StageRow(
+    Stage(
         name="base",
         job="pretrain",
+        kind="data",
         sections=("pretrain",),
         function="nla_ray.nano.pretrain.stage:pretrain",
     ),
-    StageRow(
+    Stage(
         name="corpus",
         job="corpus",
+        kind="data",
         sections=("corpus",),
         function="nla_ray.text.stage:build_corpus",
     ),
-    StageRow(
+    Stage(
         name="activations",
         job="capture",
+        kind="data",
         parents=("corpus",),
         sections=("base", "capture"),
         function="nla_ray.activation.stage:capture_activations",
     ),
-    StageRow(
+    Stage(
         name="labels",
         job="label",
+        kind="data",
         parents=("corpus",),
         sections=("label",),
         function="nla_ray.label.stage:label_texts",
     ),
-    StageRow(
+    Stage(
         name="reward_scorer",
         job="sft",
+        kind="scorer",
         parents=("activations", "labels"),
         sections=("base", "reward_scorer"),
-        kind="scorer",
         function="nla_ray.training.reconstruction:train_reward_scorer",
     ),
-    StageRow(
+    Stage(
         name="judge_scorer",
         job="sft",
+        kind="scorer",
         parents=("activations", "labels"),
         sections=("base", "judge_scorer"),
-        kind="scorer",
         function="nla_ray.training.reconstruction:train_judge_scorer",
     ),
-    StageRow(
+    Stage(
         name="linear_scorer",
         job="sft",
+        kind="scorer",
         parents=("activations", "labels"),
         sections=("base", "judge_scorer", "linear_scorer"),
-        kind="scorer",
         function="nla_ray.training.linear:fit_linear_scorer",
     ),
-    StageRow(
+    Stage(
         name="sft",
         job="sft",
+        kind="verbalizer",
         parents=("activations", "labels"),
         sections=("base", "sft"),
         named_by="sft.artifact",
-        kind="verbalizer",
         function="nla_ray.training.sft:train_sft",
     ),
-    StageRow(
+    Stage(
         name="grpo",
         job="grpo",
+        kind="verbalizer",
         parents=("activations", "sft", "reward_scorer", "judge_scorer"),
         sections=("base", "grpo"),
         named_by="grpo.artifact",
-        is_arm=True,
-        kind="verbalizer",
+        passes_name_on=True,
         function="nla_ray.reinforce.grpo:train_grpo",
     ),
-    StageRow(
+    Stage(
         name="report",
         job="evaluate",
+        kind="report",
         parents=(
             "corpus",
             "activations",
@@ -158,95 +167,104 @@ STAGES = (
         ),
         sections=("base", "evaluation"),
         named_by="report_artifact",
-        kind="report",
         function="nla_ray.report.stage:evaluate",
     ),
-    StageRow(
+    Stage(
         name="inspection",
         job="inspect_base",
         parents=("corpus", "labels"),
-        kind="none",
         function="nla_ray.score.stage:inspect_base",
     ),
-    StageRow(
+    Stage(
         name="benchmark",
         job="benchmark",
         parents=("corpus",),
-        kind="none",
         function="nla_ray.bench.stage:run_benchmarks",
     ),
-    StageRow(
-        name="serve", job="serve", kind="none", function="nla_ray.serve.application:serve_run"
-    ),
+    Stage(name="serve", job="serve", function="nla_ray.serve.application:serve_run"),
 )
 """Parents stand before what is made from them."""
 
-PIPELINE_JOB = "pipeline"
-"""`jobs/pipeline.py` makes the report and everything before it."""
 
-
-def stage_row(name: str) -> StageRow:
+def stage_named(name: str) -> Stage:
     """The row of a stage. Raises KeyError for another name."""
-    return {row.name: row for row in STAGES}[name]
+    return {stage.name: stage for stage in STAGES}[name]
 
 
-def closure(names: Collection[str]) -> tuple[StageRow, ...]:
-    """The stages of these names and all their ancestors, parents first."""
-    wanted = set(names)
-    for row in reversed(STAGES):
-        if row.name in wanted:
-            wanted.update(row.parents)
-    return tuple(row for row in STAGES if row.name in wanted)
+def closure(names: Collection[str]) -> tuple[Stage, ...]:
+    """The stages of these names and all their ancestors, parents first.
 
-
-def stages_of_job(job: str) -> tuple[StageRow, ...]:
-    """What a job makes: the stages it is named after and, before them, the closure of their
-    parents.
-
-    Example: stages_of_job("label") is the rows of corpus and labels. An unknown job makes what the
-    pipeline makes.
+    >>> [stage.name for stage in closure(["labels"])]
+    ['corpus', 'labels']
     """
-    targets = [row.name for row in STAGES if row.job == job]
-    return closure(targets or ["report"])
+    wanted = set(names)
+    for stage in reversed(STAGES):
+        if stage.name in wanted:
+            wanted.update(stage.parents)
+    return tuple(stage for stage in STAGES if stage.name in wanted)
+
+
+def stages_of_job(job: str) -> tuple[Stage, ...]:
+    """The stages that a job is named after and, before them, the closure of their parents.
+
+    A job that no stage names works on what the pipeline makes.
+
+    >>> [stage.name for stage in stages_of_job("label")]
+    ['corpus', 'labels']
+    """
+    targets = [stage.name for stage in STAGES if stage.job == job]
+    return closure(targets or [PIPELINE_TARGET])
 
 
 def job_of(artifact: str) -> str:
-    """The job that makes an artifact, also one with a name of its own: `grpo_kl0` -> `grpo`.
+    """The job that makes an artifact, also one with a name of its own.
 
     Raises KeyError for a name that belongs to no stage.
+
+    >>> job_of("labels"), job_of("grpo_kl0")
+    ('label', 'grpo')
     """
-    for row in STAGES:
-        if artifact == row.name or (row.named_by and artifact.startswith(f"{row.name}_")):
-            return row.job
+    for stage in STAGES:
+        is_variant = stage.named_by is not None and artifact.startswith(f"{stage.name}_")
+        if artifact == stage.name or is_variant:
+            return stage.job
     raise KeyError(artifact)
 
 
-def artifacts_of_kind(kind: str) -> tuple[str, ...]:
-    """Names of the stages whose artifact is of a kind, in the order of the table."""
-    return tuple(row.name for row in STAGES if row.kind == kind)
+def artifacts_of_kind(kind: Kind) -> tuple[str, ...]:
+    """The artifacts of a kind, in the order of the table, without variants.
+
+    >>> artifacts_of_kind("verbalizer")
+    ('sft', 'grpo')
+    """
+    return tuple(stage.name for stage in STAGES if stage.kind == kind)
 
 
-def make(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[StageRow, Manifest]]:
-    """Make what a job makes, stage by stage; yields each with its manifest when it is complete.
+def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[Stage, Any]]:
+    """Make what a job makes, stage by stage; yields each with what its function returned.
 
-    The job's own stages are opened always, and so compared with the configuration. A parent that is
-    complete is taken as it is; with `strict` it is compared too. Seconds of the stages that were
+    That is the manifest of a complete artifact, or what a stage without one found. Stages of the
+    job itself are opened always, and so compared with the configuration. The artifact of a parent
+    is taken as it is when it is complete; with `strict` it is compared too. Seconds of what was
     completed here are written to TIMINGS_NAME.
     """
-    rows = stages_of_job(job)
-    for number, row in enumerate(rows, 1):
-        artifact, started = row.artifact(run.config), time.monotonic()
-        complete = run.find(artifact)
-        state = ": complete" if complete else ""
-        logger.info("[%d/%d] %s%s", number, len(rows), row.name, state)
-        if complete and row.job != job and not strict:
-            yield row, complete
-            continue
-        manifest = row.make(run)
-        if not complete:
-            seconds = _record_seconds(run, artifact, time.monotonic() - started)
-            logger.info("[%d/%d] %s: %.1f s", number, len(rows), row.name, seconds)
-        yield row, manifest
+    stages = stages_of_job(job)
+    for number, stage in enumerate(stages, 1):
+        title = f"[{number}/{len(stages)}] {stage.name}"
+        artifact, started = stage.artifact(run.config), time.monotonic()
+        result = run.find(artifact)
+        if result is None:
+            logger.info("%s", title)
+            result = stage.make(run)
+            seconds = round(time.monotonic() - started, 1)
+            logger.info("%s: %.1f s", title, seconds)
+            if stage.kind is not None:
+                _record_seconds(run, artifact, seconds)
+        else:
+            logger.info("%s: complete", title)
+            if strict or stage.job == job:
+                result = stage.make(run)
+        yield stage, result
 
 
 def read_timings(run: Run) -> dict[str, float]:
@@ -255,7 +273,6 @@ def read_timings(run: Run) -> dict[str, float]:
     return json.loads(location.read_text()) if location.exists() else {}
 
 
-def _record_seconds(run: Run, artifact: str, seconds: float) -> float:
-    timings = {**read_timings(run), artifact: round(seconds, 1)}
+def _record_seconds(run: Run, artifact: str, seconds: float) -> None:
+    timings = {**read_timings(run), artifact: seconds}
     (run.root / TIMINGS_NAME).write_text(json.dumps(timings, indent=1) + "\n")
-    return timings[artifact]

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from nla_ray.activation.capture import ActivationReader
 from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
-from nla_ray.base.families import decoder_shape
 from nla_ray.base.layers import check_layer
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, find_marker
-from nla_ray.label.stage import drawn_labels, label_texts
+from nla_ray.label.stage import drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import Split, seed_of
 from nla_ray.run.log import get_logger
@@ -29,7 +28,7 @@ from nla_ray.run.stages import INSPECTION_FORMAT, INSPECTION_NAME
 from nla_ray.score.ceiling import DEPTHS, inspect_layer
 from nla_ray.score.linear import DescriptionFeatures
 from nla_ray.settings.config import require
-from nla_ray.text.stage import build_corpus, read_chunks
+from nla_ray.text.stage import read_chunks
 
 logger = get_logger(__name__)
 
@@ -39,17 +38,13 @@ MAX_TRAIN = 1_500
 
 
 def inspect_base(run: Run) -> dict[str, Any]:
-    """Everything, written to `inspection.json` of the run. Makes corpus and labels first, where
-    they are missing.
+    """Everything, written to `inspection.json` of the run.
 
     Looks at the layers of `capture.layers` and `base.layer`, or at DEPTHS when no further ones are
     named.
     """
     config = run.config
     tokenizer, shape = load_tokenizer(config.base), load_model_config(config.base)
-    decoder_shape(shape)  # what the engine cannot run is not worth an inspection
-    build_corpus(run)
-    label_texts(run)
     torch.set_num_threads(config.compute.threads * config.compute.trainer_workers)
     layers = set(
         config.capture.layers or (int(depth * shape.num_hidden_layers) for depth in DEPTHS)

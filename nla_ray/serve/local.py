@@ -54,9 +54,9 @@ def run_config(run_dir: str) -> RunConfig:
         field.name: type(getattr(run.config, field.name)) for field in dataclasses.fields(RunConfig)
     }
     sections: dict[str, Any] = {}
-    for row in STAGES:
-        if manifest := run.find(row.name):
-            recorded = {name: manifest.config[name] for name in row.sections if name in types}
+    for stage in STAGES:
+        if manifest := run.find(stage.name):
+            recorded = {name: manifest.config[name] for name in stage.sections if name in types}
             sections |= {name: from_dict(types[name], value) for name, value in recorded.items()}
     compute = ComputeConfig(threads=torch.get_num_threads())
     serve = ServeConfig(max_batch=_NO_LIMIT, max_text_chars=_NO_LIMIT)

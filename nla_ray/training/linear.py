@@ -15,7 +15,7 @@ from nla_ray.activation.stage import load_stats
 from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.cluster.resources import run_placed
-from nla_ray.run.artifact import Run, Stage
+from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.linear import PENALTIES, DescriptionFeatures, LinearReconstructor, fit, predict
@@ -34,7 +34,7 @@ def fit_linear_scorer(run: Run) -> Manifest:
     return run.require("linear_scorer")
 
 
-def _open_stage(run: Run) -> Stage:
+def _open_stage(run: Run) -> Artifact:
     check_base(run.require("activations"), base_info(run.config.base))
     return run.open("linear_scorer")
 

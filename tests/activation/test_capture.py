@@ -323,7 +323,7 @@ def test_neither_actors_nor_shards_change_an_activation(
     )
     table = corpus_table(0, texts)
     for run, cuts in ((one, [0, 20]), (two, [0, 3, 9, 14, 20])):
-        stage = run.stage("corpus", "corpus")
+        stage = run.open_artifact("corpus", "corpus")
         Path(stage.location.path).mkdir(parents=True, exist_ok=True)
         for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
             pq.write_table(
@@ -375,7 +375,7 @@ def test_when_nothing_can_be_captured_the_stage_says_so(
 
 def test_artifacts_of_another_model_or_tokenizer_are_refused(tiny_run, tiny_base) -> None:
     info = base_info(tiny_base)
-    manifest = tiny_run().stage("activations", "base").publish(model=info.to_dict())
+    manifest = tiny_run().open_artifact("activations", "base").publish(model=info.to_dict())
     check_base(manifest, info)
     with pytest.raises(ValueError, match="got weights 0 .*expected .*was made"):
         check_base(manifest, replace(info, digest="0"))

@@ -241,7 +241,7 @@ def test_cleaning_a_clean_label_changes_nothing() -> None:
 
 def write_corpus(run: Run, texts: dict[str, str], shard_rows: int = 4) -> Manifest:
     """A corpus artifact made by hand: one text a document."""
-    stage = run.stage("corpus", "corpus")
+    stage = run.open_artifact("corpus", "corpus")
     rows = [
         {
             "text_id": f"{doc_id}#0",

@@ -47,7 +47,7 @@ def where(request, tmp_path: Path) -> str:
 
 def test_an_artifact_is_complete_when_its_manifest_is_there(where: str) -> None:
     run = run_at(where)
-    stage = run.stage("corpus", "corpus")
+    stage = run.open_artifact("corpus", "corpus")
     assert not stage.complete and run.find("corpus") is None
     (stage.location / "part-00000.parquet").write_bytes(b"rows")
     (stage.location / "deep" / "notes.txt").write_text("hello")
@@ -62,21 +62,21 @@ def test_an_artifact_is_complete_when_its_manifest_is_there(where: str) -> None:
     assert not (stage.location / "scratch" / "checkpoint").exists()
     again = run_at(where)
     assert again.find("corpus") == manifest
-    assert again.stage("corpus", "corpus").complete
+    assert again.open_artifact("corpus", "corpus").complete
     assert again.verified("corpus", manifest, "deep/notes.txt").read_text() == "hello"
 
 
 def test_the_manifest_holds_the_resolved_configuration_and_the_versions(where: str) -> None:
     run = run_at(where, corpus={"seed": 5})
-    manifest = run.stage("corpus", "corpus").publish()
+    manifest = run.open_artifact("corpus", "corpus").publish()
     assert manifest.config == {"corpus": {**manifest.config["corpus"], "seed": 5}}
     assert manifest.environment["ray"].startswith("2.") and "python" in manifest.environment
 
 
 def test_an_interrupted_stage_is_continued_with_the_files_it_has(where: str) -> None:
-    stage = run_at(where).stage("corpus", "corpus")
+    stage = run_at(where).open_artifact("corpus", "corpus")
     (stage.location / "part-00000.parquet").write_bytes(b"first")
-    again = run_at(where).stage("corpus", "corpus")
+    again = run_at(where).open_artifact("corpus", "corpus")
     assert not again.complete
     assert (again.location / "part-00000.parquet").read_bytes() == b"first"
     assert set(again.publish().files) == {"part-00000.parquet"}
@@ -86,7 +86,7 @@ def test_an_interrupted_stage_is_continued_with_the_files_it_has(where: str) -> 
 def test_another_configuration_on_the_same_directory_is_an_error_that_names_the_field(
     where: str, published: bool
 ) -> None:
-    stage = run_at(where).stage("corpus", "corpus")
+    stage = run_at(where).open_artifact("corpus", "corpus")
     if published:
         stage.publish()
     with pytest.raises(
@@ -96,20 +96,22 @@ def test_another_configuration_on_the_same_directory_is_an_error_that_names_the_
             r" made with, use another --run-dir"
         ),
     ):
-        run_at(where, corpus={"chunk_chars": 99}).stage("corpus", "corpus")
-    run_at(where, sft={"epochs": 9}).stage("corpus", "corpus")  # a section that does not shape it
+        run_at(where, corpus={"chunk_chars": 99}).open_artifact("corpus", "corpus")
+    run_at(where, sft={"epochs": 9}).open_artifact(
+        "corpus", "corpus"
+    )  # a section that does not shape it
 
 
 def test_another_parent_is_an_error_that_names_it(where: str) -> None:
     run = run_at(where)
-    corpus = run.stage("corpus", "corpus").publish()
-    run.stage("labels", "label", parents={"corpus": corpus}).publish()
+    corpus = run.open_artifact("corpus", "corpus").publish()
+    run.open_artifact("labels", "label", parents={"corpus": corpus}).publish()
     other = dataclasses.replace(corpus, files={"new": FileRecord(size=1, sha256="00")})
     assert other.fingerprint != corpus.fingerprint
     with pytest.raises(
         ValueError, match=f"parent corpus: there {corpus.fingerprint}, here {other.fingerprint}"
     ):
-        run.stage("labels", "label", parents={"corpus": other})
+        run.open_artifact("labels", "label", parents={"corpus": other})
 
 
 def test_a_missing_artifact_is_an_error_that_names_the_job(where: str) -> None:
@@ -121,7 +123,7 @@ def test_a_missing_artifact_is_an_error_that_names_the_job(where: str) -> None:
 
 def test_files_written_into_the_local_folder_land_in_the_artifact(where: str) -> None:
     run = run_at(where)
-    stage = run.stage("sft", "sft")
+    stage = run.open_artifact("sft", "sft")
     with stage.local_folder() as folder:
         (folder / "adapter").mkdir()
         (folder / "adapter" / "config.json").write_text("{}")
@@ -135,7 +137,7 @@ def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(location, "_COPY_SECONDS", 0.05)
-    stage = run_at(where).stage("sft", "sft")
+    stage = run_at(where).open_artifact("sft", "sft")
     with pytest.raises(RuntimeError, match="cut off"), stage.local_folder() as folder:
         (folder / "half.tmp").write_text("on its way")
         (folder / "first").write_text("1")
@@ -157,7 +159,7 @@ def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_a_damaged_file_is_one_message_that_names_it(where: str, damage: str) -> None:
     run = run_at(where)
-    stage = run.stage("corpus", "corpus")
+    stage = run.open_artifact("corpus", "corpus")
     file = stage.location / "part-00000.parquet"
     file.write_bytes(b"four")
     manifest = stage.publish()
@@ -173,7 +175,7 @@ def test_a_damaged_file_is_one_message_that_names_it(where: str, damage: str) ->
 
 def test_an_edited_manifest_is_refused(where: str) -> None:
     run = run_at(where)
-    run.stage("corpus", "corpus").publish()
+    run.open_artifact("corpus", "corpus").publish()
     path = run.root / "corpus" / "manifest.json"
     edited = json.loads(path.read_text())
     edited["files"]["extra"] = {"size": 1, "sha256": "00"}
@@ -292,7 +294,7 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 def test_a_full_disk_is_one_message_and_damages_nothing(small_disk) -> None:
     folder, _ = small_disk
-    stage = run_at(folder).stage("corpus", "corpus")
+    stage = run_at(folder).open_artifact("corpus", "corpus")
     (stage.location / "part-00000.parquet").write_bytes(b"a" * 50_000)
     with pytest.raises(OSError) as caught:
         (stage.location / "part-00001.parquet").write_bytes(b"b" * 500_000)
@@ -304,12 +306,12 @@ def test_a_full_disk_is_one_message_and_damages_nothing(small_disk) -> None:
         "no half-written file is left"
     )
     (stage.location / "part-00001.parquet").write_bytes(b"b" * 5_000)
-    assert len(run_at(folder).stage("corpus", "corpus").publish().files) == 2
+    assert len(run_at(folder).open_artifact("corpus", "corpus").publish().files) == 2
 
 
 def test_a_read_only_run_directory_is_one_message(small_disk) -> None:
     folder, make_read_only = small_disk
-    run_at(folder).stage("corpus", "corpus").publish()
+    run_at(folder).open_artifact("corpus", "corpus").publish()
     make_read_only()
     with (
         pytest.raises(
@@ -319,7 +321,9 @@ def test_a_read_only_run_directory_is_one_message(small_disk) -> None:
         run_at(folder).locked(),
     ):
         pass
-    assert run_at(folder).stage("corpus", "corpus").complete, "what is complete can still be read"
+    assert run_at(folder).open_artifact("corpus", "corpus").complete, (
+        "what is complete can still be read"
+    )
 
 
 def test_a_scheme_that_no_file_system_speaks_is_one_message() -> None:

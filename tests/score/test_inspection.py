@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from nla_ray.activation import vectors
+from nla_ray.label.stage import label_texts
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import INSPECTION_NAME
 from nla_ray.score.ceiling import describe_inspection, inspect_layer, round_up
 from nla_ray.score.stage import inspect_base
 from nla_ray.settings.config import CaptureConfig, CorpusConfig, RunConfig
+from nla_ray.text.stage import build_corpus
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,8 @@ def test_a_base_is_inspected_from_texts_and_labels_alone(
     deeper = dataclasses.replace(
         config, base=dataclasses.replace(config.base, layer=99)
     )  # as of a preset for a base with more blocks
+    build_corpus(Run(config))
+    label_texts(Run(config))
     assert set(inspect_base(Run(deeper))["layers"]) == {"0"}
     with pytest.raises(ValueError, match="got 99, expected 0 to"):
         inspect_base(Run(dataclasses.replace(config, capture=CaptureConfig(layers=(0, 99)))))

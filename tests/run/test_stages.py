@@ -1,0 +1,224 @@
+"""The table of stages: what jobs make from it, and that every name in it exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+from nla_ray import plan
+from nla_ray.run import stages
+from nla_ray.run.artifact import Run
+from nla_ray.run.manifest import Manifest
+from nla_ray.run.stages import (
+    STAGES,
+    Stage,
+    artifacts_of_kind,
+    closure,
+    job_of,
+    make_stages,
+    read_timings,
+    stage_named,
+    stages_of_job,
+)
+from nla_ray.settings.config import PretrainRunConfig, RunConfig
+from nla_ray.settings.presets import nano, override
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+PIPELINE = (
+    *("corpus", "activations", "labels", "reward_scorer", "judge_scorer", "linear_scorer"),
+    *("sft", "grpo", "report"),
+)
+
+
+def names(rows: tuple[Stage, ...]) -> tuple[str, ...]:
+    return tuple(stage.name for stage in rows)
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def test_every_function_section_parent_job_and_plan_that_the_table_names_exists() -> None:
+    sections = {field.name for field in dataclasses.fields(PretrainRunConfig)}
+    config = PretrainRunConfig.of(nano())
+    for number, stage in enumerate(STAGES):
+        function = pkgutil.resolve_name(stage.function)
+        assert next(iter(inspect.signature(function).parameters)) == "run"
+        assert set(stage.sections) <= sections
+        assert set(stage.parents) <= set(names(STAGES[:number])), "parents stand before"
+        assert stage.job in JOBS
+        assert stage.artifact(config) == stage.name, "a preset names no artifact of its own"
+    assert set(plan.PLANS) == set(names(STAGES))
+    assert len(set(names(STAGES))) == len(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ("pretrain", ("base",)),
+        ("corpus", ("corpus",)),
+        ("capture", ("corpus", "activations")),
+        ("label", ("corpus", "labels")),
+        ("sft", PIPELINE[:7]),
+        ("grpo", (*PIPELINE[:5], "sft", "grpo")),
+        ("evaluate", PIPELINE),
+        ("pipeline", PIPELINE),
+        ("inspect_base", ("corpus", "labels", "inspection")),
+        ("benchmark", ("corpus", "benchmark")),
+        ("serve", ("serve",)),
+    ],
+)
+def test_a_job_makes_the_closure_of_its_stages_parents_first_and_plans_just_that(
+    job: str, expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert names(stages_of_job(job)) == expected
+    config = dataclasses.replace(nano(), run_dir=str(tmp_path))
+    lines = plan.describe_plan(config, job).splitlines()
+    assert tuple(line for line in lines[1:] if not line.startswith(" ")) == expected
+
+
+def test_a_closure_holds_every_ancestor_once_in_the_order_of_the_table() -> None:
+    assert names(closure(["labels", "reward_scorer"])) == PIPELINE[:4]
+    assert closure([]) == ()
+
+
+@pytest.mark.parametrize(
+    ("artifact", "job"),
+    [
+        ("activations", "capture"),
+        ("judge_scorer", "sft"),
+        ("sft_few", "sft"),
+        ("grpo_no_contrast_kl0", "grpo"),
+        ("report_validation", "evaluate"),
+    ],
+)
+def test_an_artifact_with_a_name_of_its_own_belongs_to_the_job_of_its_stage(
+    artifact: str, job: str
+) -> None:
+    assert job_of(artifact) == job
+
+
+@pytest.mark.parametrize("name", ["corpus_two", "serving", "grpos"])
+def test_a_name_of_no_stage_belongs_to_no_job(name: str) -> None:
+    with pytest.raises(KeyError):
+        job_of(name)
+
+
+def test_kinds_are_what_the_report_and_serving_choose_from() -> None:
+    assert artifacts_of_kind("scorer") == ("reward_scorer", "judge_scorer", "linear_scorer")
+    assert artifacts_of_kind("verbalizer") == ("sft", "grpo")
+
+
+def test_grpo_passes_its_name_on_and_sft_does_not() -> None:
+    config = override(nano(), sft={"name": "few"}, grpo={"contrast": "none", "name": "kl0"})
+    sft, grpo, report = (stage_named(name) for name in ("sft", "grpo", "report"))
+    assert (sft.artifact(config), sft.parent_artifact(config)) == ("sft_few", "sft")
+    assert grpo.artifact(config) == grpo.parent_artifact(config) == "grpo_no_contrast_kl0"
+    assert report.artifact(config) == "report_no_contrast_kl0"
+
+
+# Making -------------------------------------------------------------------------------------------
+
+MADE: list[str] = []
+"""Stages whose function did work, in order."""
+
+
+def make_first(run: Run) -> Manifest:
+    return publish(run, "first")
+
+
+def make_second(run: Run) -> Manifest:
+    return publish(run, "second")
+
+
+def look(run: Run) -> dict[str, int]:
+    MADE.append("look")
+    return {"found": 3}
+
+
+def publish(run: Run, name: str) -> Manifest:
+    artifact = run.open(name)
+    if artifact.manifest is None:
+        MADE.append(name)
+        return artifact.publish()
+    return artifact.manifest
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run of a table of three stages: `first`, `second` made from it, and `look`."""
+    table = (
+        Stage(
+            name="first",
+            job="begin",
+            kind="data",
+            sections=("corpus",),
+            function=f"{__name__}:make_first",
+        ),
+        Stage(
+            name="second",
+            job="go_on",
+            kind="data",
+            sections=("sft",),
+            parents=("first",),
+            function=f"{__name__}:make_second",
+        ),
+        Stage(name="look", job="look", parents=("first",), function=f"{__name__}:look"),
+    )
+    monkeypatch.setattr(stages, "STAGES", table)
+    MADE.clear()
+    return run_at(tmp_path, nano())
+
+
+def run_at(folder: Path, config: RunConfig, **sections: dict) -> Run:
+    return Run(dataclasses.replace(override(config, **sections), run_dir=str(folder)))
+
+
+def test_making_goes_parents_first_skips_what_is_complete_and_tells_where_it_is(
+    run: Run, told: list[str]
+) -> None:
+    made = list(make_stages(run, "go_on"))
+    assert [stage.name for stage, _ in made] == MADE == ["first", "second"]
+    assert [manifest for _, manifest in made] == [run.find("first"), run.find("second")]
+    assert set(made[1][1].parents) == {"first"}
+    assert told[0] == "[1/2] first" and told[1].startswith("[1/2] first: ")
+    assert list(make_stages(run, "go_on")) == made and MADE == ["first", "second"]
+    assert told[-2:] == ["[1/2] first: complete", "[2/2] second: complete"]
+
+
+def test_a_stage_without_an_artifact_is_made_every_time_and_yields_what_it_found(run: Run) -> None:
+    for _ in range(2):
+        *_, (stage, found) = make_stages(run, "look")
+        assert stage.name == "look" and found == {"found": 3}
+    assert MADE == ["first", "look", "look"]
+    assert set(read_timings(run)) == {"first"}
+
+
+def test_a_jobs_own_stage_is_compared_and_a_complete_parent_only_when_it_is_strict(
+    run: Run, tmp_path: Path
+) -> None:
+    list(make_stages(run, "go_on"))
+    changed = run_at(tmp_path, nano(), corpus={"seed": 7})
+    assert [stage.name for stage, _ in make_stages(changed, "go_on")] == ["first", "second"]
+    with pytest.raises(ValueError, match=r"artifact 'first' .*corpus\.seed: there 0, here 7"):
+        list(make_stages(changed, "go_on", strict=True))
+    with pytest.raises(ValueError, match=r"corpus\.seed: there 0, here 7"):
+        list(make_stages(changed, "begin"))
+    with pytest.raises(ValueError, match=r"sft\.epochs: there 2, here 5"):
+        list(make_stages(run_at(tmp_path, nano(), sft={"epochs": 5}), "go_on"))
+
+
+def test_seconds_are_recorded_for_what_a_job_completed_and_kept_when_it_runs_again(
+    run: Run,
+) -> None:
+    assert read_timings(run) == {}
+    list(make_stages(run, "begin"))
+    first = read_timings(run)
+    assert set(first) == {"first"} and first["first"] >= 0
+    list(make_stages(run, "go_on"))
+    both = read_timings(run)
+    assert set(both) == {"first", "second"} and both["first"] == first["first"]
