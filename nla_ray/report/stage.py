@@ -32,8 +32,9 @@ from nla_ray.report.lineage import (
     load_test,
 )
 from nla_ray.report.notes import NOTES_NAME, missing_notes, readers_notes
+from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.rendering.page import to_html
-from nla_ray.report.rendering.tables import print_report, to_markdown
+from nla_ray.report.rendering.terminal import print_report
 from nla_ray.report.reuse import reuse_descriptions
 from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Artifact, Run

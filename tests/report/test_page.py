@@ -21,7 +21,7 @@ import pytest
 
 from nla_ray.report.claim_figures import CLAIM_FIGURES
 from nla_ray.report.rendering.page import to_html
-from nla_ray.report.rendering.tables import DEFINITIONS
+from nla_ray.report.rendering.vocabulary import DEFINITIONS
 from nla_ray.score.metrics import METRICS
 
 VERBALIZERS = (
@@ -111,7 +111,7 @@ def full_report() -> dict[str, Any]:
             }
             for pair in pairs
         },
-        "agreement": by_verbalizer(lambda: {"top1": 0.9, "centred_cosine": None}),
+        "agreement": by_verbalizer(lambda: {"reward/judge": {"top1": 0.9, "centred_cosine": None}}),
         "domains": {
             domain: {
                 name: {"precision": figure(random), "judge.centred_cosine": figure(random)}
@@ -294,7 +294,9 @@ def test_the_page_asks_for_nothing_from_anywhere(page: str) -> None:
     assert not [
         value for name, value in parsed.attributes if name in ("src", "srcset", "action", "data")
     ]
-    assert {value for name, value in parsed.attributes if name == "href"} == {"data:,"}
+    addresses = {value for name, value in parsed.attributes if name == "href"}
+    sections = {f"#{value}" for name, value in parsed.attributes if name == "id"}
+    assert "data:," in addresses and addresses - {"data:,"} < sections
     code = parsed.contents["style"] + parsed.contents["script"]
     assert not re.findall(
         r"url\(|@import|\bimport\b|fetch\(|XMLHttpRequest|innerHTML|insertAdjacentHTML|document\.write|\beval\(",
@@ -572,9 +574,9 @@ def test_the_claims_table_shows_every_figure_and_sorts_by_its_columns(opened: Op
 
 
 def test_gates_are_shown_with_bound_and_threshold(opened: Opened) -> None:
-    assert opened.texts("#gates li") == [
-        "✓ PASSgrpo.judge.top10.9877 ≥ 0.93",
-        "✗ FAILsft.claims.repeats– < 0.1",
+    assert opened.texts("#gates tbody :is(th, td)") == [
+        *("grpo.judge.top1", "0.9877", "≥ 0.93", "✓ PASS"),
+        *("sft.claims.repeats", "–", "< 0.1", "✗ FAIL"),
     ]
     assert "1 of 2 gates passed" in opened.texts("header .verdict")[0]
 
@@ -597,11 +599,10 @@ def test_charts_show_the_figures_of_the_report(opened: Opened) -> None:
         f" {shown(precision['high'])}], n 60" in opened.texts("#domains title")
     )
     opened.tab.locator("#retrieval summary").click()
-    opened.tab.wait_for_selector("#retrieval details tbody tr")
-    rows = opened.texts("#retrieval details tbody tr")
+    cells = opened.texts("#retrieval details tr[data-row=grpo] td")
     assert (
-        len(rows) == 3
-        and shown(report["retrieval"]["grpo"]["judge"][2]["top1"]["value"]) in rows[2]
+        len(cells) == 3
+        and shown(report["retrieval"]["grpo"]["judge"][2]["top1"]["value"]) in cells[2]
     )
     assert opened.texts("#confusion tbody td") == ["11", "·", "2", "3", "·", "·"]
     assert set(opened.texts("#curves title")) == {"grpo no contrast: warning at step 20"}
@@ -619,11 +620,11 @@ def test_growth_is_drawn_along_every_axis_with_its_numbers(opened: Opened) -> No
     ]
     points = full_report()["growth"]["labels"]["judge"]
     opened.tab.locator("#growth summary").first.click()
-    opened.tab.wait_for_selector("#growth details tbody tr")
-    rows = opened.texts("#growth details tbody tr")
+    table = opened.tab.locator("#growth details").first
+    rows = table.locator("tr[data-row=judge]").all_text_contents()
     assert len(rows) == 3 and all(
         f"{shown(one['top1_2way']['value'])} [{shown(one['top1_2way']['low'])}" in row
-        for one, row in zip(points, rows)
+        for one, row in zip(points, rows, strict=True)
     )
 
 

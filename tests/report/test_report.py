@@ -24,7 +24,9 @@ from nla_ray.report.evaluated import Evaluated, forms_of
 from nla_ray.report.gates import check_gates, judge_gate
 from nla_ray.report.growth import growth
 from nla_ray.report.readings import Readings
-from nla_ray.report.rendering import tables
+from nla_ray.report.rendering.content import interval
+from nla_ray.report.rendering.markdown import to_markdown
+from nla_ray.report.rendering.sections import domains_table
 from nla_ray.report.samples import rank_correlation
 from nla_ray.report.stage import check_corpus, evaluate, make_report, read_report, show_report
 from nla_ray.report.summary import summarise
@@ -282,9 +284,9 @@ def test_domains_and_the_confusion_matrix_count_every_row(summary: dict) -> None
         summary["domains"]["licence"]["sft"]
     )
     figure = {"precision": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 12}}
-    assert tables.domains_table(
-        {"domains": {"licence": {"gold": figure, "shuffled": figure}}}
-    ).heads[2:] == ["gold: words in text", "gold: domain right", "gold: judge's centred cosine"]
+    assert domains_table({"domains": {"licence": {"gold": figure, "shuffled": figure}}}).heads[
+        2:
+    ] == ["gold: words in text", "gold: domain right", "gold: judge's centred cosine"]
     assert summary["domains"]["python_test"]["gold"]["domain"] == {
         "value": 1.0,
         "low": 1.0,
@@ -436,7 +438,7 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
             }
         ],
     }
-    markdown = tables.to_markdown(json.loads(json.dumps(report)))
+    markdown = to_markdown(json.loads(json.dumps(report)))
     for title in (
         "## Gates",
         "## Under the reward scorer",
@@ -461,7 +463,7 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
     )
     assert "pretrained on: 17\n" in markdown and "- a note\n" in markdown
     assert "````text\n```\nfenced\n```\n````" in markdown
-    assert f"| sft | {tables.interval(summary['results']['sft']['judge']['top1'])} |" in markdown
+    assert f"| sft | {interval(summary['results']['sft']['judge']['top1'])} |" in markdown
 
 
 # The stage on a real run --------------------------------------------------------------------------

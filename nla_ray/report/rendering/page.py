@@ -1,17 +1,16 @@
-"""The report as one page for people: a file that opens anywhere, asks the network for nothing, and
-hides no number.
+"""The report as one page for people: a file that opens anywhere and asks the network for nothing.
 
-Puts the report's dictionary, the gallery and the training records as JSON into a page whose own
-script draws them, so that every figure shown is the one of report.json. It computes nothing. Charts
-are inline SVG from a small script beside this module: a chart library would add 3-4 MB to every
-report and bring colours and fonts of its own. The rule it protects: no text of a corpus or a model
-can end a script, become markup, or load anything; the page's content security policy names its own
-script and style by digest and allows nothing else.
+Writes every section as plain HTML, so that all tables can be read without scripts. The page's own
+script draws charts from the data beside them, sorts and filters tables, and runs the gallery. The
+rule it protects: no text of a corpus or a model can end a script, become markup, or load anything;
+the page's content security policy names its own script and style by digest and allows nothing else.
+Charts are inline SVG from a small script: a chart library would add 3-4 MB to every report.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import html
 import json
@@ -22,12 +21,17 @@ from importlib.resources import files
 from typing import Any
 
 from nla_ray.report.controls import CONTROLS
-from nla_ray.report.rendering.tables import CLAIM_TITLES, DEFINITIONS, METRIC_TITLES
+from nla_ray.report.rendering.content import ChartGroup, Section, Table
+from nla_ray.report.rendering.elements import Markup, section_markup, tag
+from nla_ray.report.rendering.rows import judge_first, keys_of
+from nla_ray.report.rendering.sections import gates_passed, opening, sections
+from nla_ray.report.rendering.vocabulary import title_of
 
-SCRIPTS = ("page_charts.js", "page_figures.js", "page_gallery.js", "page.js")
+SCRIPTS = ("charts.mjs", "tables.mjs", "gallery.mjs", "page.mjs")
 """In this order they make one script."""
-_TITLES = {**METRIC_TITLES, **CLAIM_TITLES}
-_PLACE = re.compile(r"\{\{(\w+)\}\}")
+_FIELD = re.compile(r"\{\{(\w+)\}\}")
+_IMPORT = re.compile(r"^import .*?;\n", re.MULTILINE | re.DOTALL)
+_EXPORT = re.compile(r"^export (default )?", re.MULTILINE)
 
 
 def to_html(
@@ -41,28 +45,78 @@ def to_html(
     segments that are marked "found", "missing" or "". `training`: records of metrics.jsonl by
     artifact. Values that are not finite are shown as missing.
     """
-    style, script = _read("page.css"), "\n".join(_read(name) for name in SCRIPTS)
+    style, script = _read("page.css"), joined_scripts()
+    shown = sections(report, training, gallery)
+    groups = [
+        block for section in shown for block in section.blocks if isinstance(block, ChartGroup)
+    ]
+    title = f"Report of {report['preset']}"
     parts = {
-        "title": html.escape(f"Report of {report['preset']}"),
+        "title": html.escape(title),
         "style": style,
         "script": script,
         "policy": (
             f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src"
             f" '{_digest(script)}'"
         ),
+        "navigation": _navigation(shown),
+        "opening": _opening(report),
+        "sections": "\n".join(section_markup(section, groups) for section in shown),
         "report": _embedded(report),
         "gallery": _embedded(gallery),
         "training": _embedded(training),
-        "definitions": "\n".join(
-            f"<dt>{html.escape(_TITLES.get(name, name))}</dt><dd>{html.escape(meaning)}</dd>"
-            for name, meaning in DEFINITIONS.items()
-        ),
-        "vocabulary": _embedded(
-            {"titles": _TITLES, "controls": CONTROLS, "definitions": DEFINITIONS}
+        "charts": _embedded(
+            {
+                "names": _names(report, training),
+                "titles": _titles(shown),
+                "groups": [dataclasses.asdict(group) for group in groups],
+            }
         ),
     }
-    # One pass: what is put in is never searched for places again.
-    return _PLACE.sub(lambda place: parts[place[1]], _read("page.html"))
+    # One pass: what is put in is never searched for fields again.
+    return _FIELD.sub(lambda field: parts[field[1]], _read("page.html"))
+
+
+def joined_scripts() -> str:
+    """The modules of SCRIPTS as one: without the lines by which they find each other."""
+    modules = [_EXPORT.sub("", _IMPORT.sub("", _read(name))) for name in SCRIPTS]
+    return "\n".join(modules)
+
+
+def _names(
+    report: Mapping[str, Any], training: Mapping[str, Sequence[Mapping[str, float]]]
+) -> dict[str, list[str]]:
+    """Who speaks and who scores: what the script gives colours to."""
+    results = report["results"]
+    return {
+        "verbalizers": list(dict.fromkeys([*results, *(name for name in training)])),
+        "controls": list(CONTROLS),
+        "scorers": judge_first(keys_of(results.values())),
+    }
+
+
+def _titles(shown: Sequence[Section]) -> dict[str, str]:
+    """What the options of the reader's choices are called."""
+    blocks = [block for section in shown for block in section.blocks]
+    chosen = [block.choice for block in blocks if isinstance(block, Table | ChartGroup)]
+    return {option: title_of(option) for choice in chosen for option in choice.values()}
+
+
+def _navigation(shown: Sequence[Section]) -> Markup:
+    links = [tag("a", {"href": f"#{section.id}"}, section.name) for section in shown]
+    return Markup("\n".join(links))
+
+
+def _opening(report: Mapping[str, Any]) -> Markup:
+    lines = tag("ul", {"class": "opening"}, *(tag("li", {}, line) for line in opening(report)))
+    passed, gates = gates_passed(report)
+    if not gates:
+        return lines
+    badge = tag("span", {"class": "badge pass"}, "✓ PASS")
+    if passed < gates:
+        badge = tag("span", {"class": "badge fail"}, "✗ FAIL")
+    verdict = tag("p", {"class": "verdict"}, badge, f" {passed} of {gates} gates passed")
+    return Markup(lines + verdict)
 
 
 def _read(name: str) -> str:
@@ -74,11 +128,12 @@ def _digest(content: str) -> str:
 
 
 def _embedded(value: Any) -> str:
-    """JSON that cannot end the script element it stands in: `<` occurs only inside strings, where
-    it may be escaped."""
-    return json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )
+    """JSON that cannot end the script element it stands in.
+
+    `<` occurs only inside strings, where it may be escaped.
+    """
+    written = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
+    return written.replace("<", "\\u003c")
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,364 @@
+"""The sections whose figures stand along an axis: steps, labels, layers, tokens, choices, samples.
+
+A chart and the table of its numbers are made from the same points. Computes no figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nla_ray.report.rendering.content import (
+    Block,
+    Cell,
+    ChartGroup,
+    Column,
+    LineChart,
+    Section,
+    Series,
+    Table,
+    TableRow,
+)
+from nla_ray.report.rendering.rows import judge_first, keys_of, plain_columns
+from nla_ray.report.rendering.vocabulary import SUPERVISED_TITLES, TRAINING_TITLES, spaced, title_of
+
+Report = Mapping[str, Any]
+_GROWTH = {
+    "labels": ("labels", "labels that SFT learned from", "With the labels that SFT learned from"),
+    "steps": ("step", "step of GRPO", "With the steps of GRPO, on validation"),
+    "layers": ("layer", "layer", "The gold ceiling by layer, on validation"),
+}
+"""axis -> head of its column, words on its chart, title of its table."""
+_WARNED = "monitor/warned"
+"""1 in the record of a step at which the monitor warned."""
+
+
+def point(x: float, figure: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """A figure as a point of a line."""
+    figure = figure or {}
+    return {"x": x, "y": figure.get("value"), "low": figure.get("low"), "high": figure.get("high")}
+
+
+def points_table(
+    points: Mapping[str, Mapping[float, Mapping[str, Any] | None]],
+    *,
+    title: str,
+    head: str,
+    **kwargs: Any,
+) -> Table:
+    """A row for each series, a column for each x at which any series has a point."""
+    positions = sorted({x for by_x in points.values() for x in by_x})
+    rows = []
+    for name, by_x in points.items():
+        cells: list[Cell] = [by_x.get(x) for x in positions]
+        rows.append(TableRow(name=name, title=spaced(name), cells=cells))
+    columns = plain_columns(f"{x:g}" for x in positions)
+    return Table(title=title, head=head, columns=columns, rows=rows, is_folded=True, **kwargs)
+
+
+def points_chart(
+    points: Mapping[str, Mapping[float, Mapping[str, Any] | None]], **kwargs: Any
+) -> LineChart:
+    """A line for each series; one without points is left out."""
+    series = []
+    for name, by_x in points.items():
+        if by_x:
+            line = [point(x, figure) for x, figure in by_x.items()]
+            series.append(Series(name=name, points=line))
+    return LineChart(series=series, **kwargs)
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def training_section(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Section:
+    """What training wrote down step by step: GRPO's arms together, then SFT and the scorers."""
+    reinforced, supervised = {}, {}
+    for name, records in training.items():
+        if any("reward" in record or "monitor/rewarded" in record for record in records):
+            reinforced[name] = records
+        elif records:
+            supervised[name] = records
+    blocks: list[Block] = []
+    for written, titles in ((reinforced, TRAINING_TITLES), (supervised, SUPERVISED_TITLES)):
+        if written:
+            blocks += [_training_charts(written, titles), _training_table(written, titles)]
+    return Section(
+        id="curves",
+        name="Training",
+        title="Training",
+        how_to_read=(
+            "Dashed vertical lines are steps at which the monitor warned of reward hacking: what is"
+            " rewarded rose while the judge fell out of its interval."
+        ),
+        blocks=blocks,
+    )
+
+
+def _training_charts(
+    training: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]
+) -> ChartGroup:
+    """Small charts over one axis of steps, one for each figure that any record has."""
+    steps = [record["step"] for records in training.values() for record in records]
+    rules = []
+    for name, records in training.items():
+        for record in records:
+            if record.get(_WARNED) == 1:
+                title = f"{spaced(name)}: warning at step {record['step']:g}"
+                rules.append({"x": record["step"], "series": name, "title": title})
+    charts = []
+    for key, title in titles.items():
+        series = []
+        for name, records in training.items():
+            points = [
+                _record_point(record, key) for record in records if record.get(key) is not None
+            ]
+            if points:
+                series.append(Series(name=name, points=points))
+        if series:
+            chart = LineChart(
+                label=f"{title} by step",
+                caption=title,
+                series=series,
+                x_domain=[min(steps), max(steps)],
+                rules=rules,
+                height=170,
+            )
+            charts.append(chart)
+    return ChartGroup(charts=charts, legend=list(training))
+
+
+def _training_table(
+    training: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]
+) -> Table:
+    """Where every curve begins and ends."""
+    rows = []
+    for name, records in training.items():
+        for key, title in titles.items():
+            steps = [record for record in records if record.get(key) is not None]
+            if steps:
+                cells: list[Cell] = [title]
+                for record in (steps[0], steps[-1]):
+                    cells += [int(record["step"]), record[key]]
+                rows.append(TableRow(name=name, title=spaced(name), cells=cells))
+    return Table(
+        title="first and last of " + ", ".join(spaced(name) for name in training),
+        head="artifact",
+        columns=plain_columns(["figure", "first step", "value", "last step", "value there"]),
+        rows=rows,
+        is_folded=True,
+    )
+
+
+def _record_point(record: Mapping[str, Any], key: str) -> dict[str, float | None]:
+    return {
+        "x": record["step"],
+        "y": record[key],
+        "low": record.get(f"{key}_low"),
+        "high": record.get(f"{key}_high"),
+    }
+
+
+# Growth -------------------------------------------------------------------------------------------
+
+
+def growth_section(report: Report) -> Section:
+    """How figures grow along every axis that the report has."""
+    blocks: list[Block] = []
+    for axis, by_series in report.get("growth", {}).items():
+        head, x_label, title = _GROWTH[axis]
+        names = judge_first(by_series)
+        figures = keys_of(point for points in by_series.values() for point in points)
+        figures.remove("at")
+        for figure in figures:
+            points = {
+                name: {point["at"]: point.get(figure) for point in by_series[name]}
+                for name in names
+            }
+            label = f"{title_of(figure)} by {x_label}"
+            chart = points_chart(points, label=label, x_label=x_label)
+            choice = {f"figure by {head}": figure}
+            blocks.append(ChartGroup(charts=[chart], legend=names, choice=choice))
+        rows = []
+        for name in names:
+            for point in by_series[name]:
+                cells = [point["at"], *(point.get(figure) for figure in figures)]
+                rows.append(TableRow(name=name, title=spaced(name), cells=cells))
+        columns = [Column(name=name, title=title_of(name)) for name in (head, *figures)]
+        blocks.append(Table(title=title, head="of", columns=columns, rows=rows, is_folded=True))
+    return Section(
+        id="growth",
+        name="Growth",
+        title="How results grow",
+        intro=(
+            "With the labels that SFT learned from (on these documents), with the steps of GRPO"
+            " (greedy descriptions of validation documents), and with the layer that is read (what"
+            " labels say of validation activations, through a ridge regression)."
+        ),
+        blocks=blocks,
+    )
+
+
+# Along tokens, choices and samples ----------------------------------------------------------------
+
+
+def prefix_section(report: Report) -> Section:
+    """Scores of descriptions cut after so many tokens."""
+    prefix = report.get("prefix", {})
+    blocks: list[Block] = []
+    for scorer in judge_first(keys_of(prefix.values())):
+        curves = {name: by_scorer.get(scorer) or [] for name, by_scorer in prefix.items()}
+        metrics = keys_of(point for curve in curves.values() for point in curve)
+        for metric in metrics:
+            if metric == "tokens":
+                continue
+            points = {
+                name: {point["tokens"]: point.get(metric) for point in curve}
+                for name, curve in curves.items()
+            }
+            title = title_of(metric)
+            chart = points_chart(points, label=f"{title} by tokens kept", x_label="tokens kept")
+            choice = {"scorer": scorer, "metric": metric}
+            is_main = scorer == "judge" and metric == "centred_cosine"
+            table = points_table(
+                points,
+                title=f"{scorer}: {title} of the first tokens",
+                head="verbalizer",
+                choice=choice,
+                only="" if is_main else "page",
+            )
+            blocks += [ChartGroup(charts=[chart], legend=list(prefix), choice=choice), table]
+    return Section(
+        id="prefix",
+        name="Prefix",
+        title="Score by number of tokens kept",
+        intro="Descriptions cut after so many tokens: where the information stands.",
+        blocks=blocks,
+    )
+
+
+def retrieval_section(report: Report) -> Section:
+    """How often the right activation is nearest among k."""
+    retrieval = report.get("retrieval", {})
+    blocks: list[Block] = []
+    for scorer in judge_first(keys_of(retrieval.values())):
+        points = {}
+        for name, by_scorer in retrieval.items():
+            points[name] = {point["k"]: point["top1"] for point in by_scorer.get(scorer, [])}
+        sizes = sorted({size for by_size in points.values() for size in by_size})
+        chance = Series(name="chance", points=[point(k, {"value": 1 / k}) for k in sizes])
+        chart = points_chart(
+            points,
+            label="Top-1 among k activations",
+            x_label="k, the number of activations",
+            is_logarithmic=True,
+            reference=chance,
+        )
+        table = points_table(
+            points,
+            title=f"{scorer}: top-1 among k activations",
+            head="verbalizer",
+            choice={"scorer": scorer},
+            only="" if scorer == "judge" else "page",
+        )
+        group = ChartGroup(charts=[chart], legend=list(retrieval), choice={"scorer": scorer})
+        blocks += [group, table]
+    return Section(
+        id="retrieval",
+        name="Retrieval",
+        title="Finding the activation among k",
+        intro=(
+            "Share of descriptions whose reconstruction is nearest to the right one of k"
+            " activations, by centred cosine."
+        ),
+        blocks=blocks,
+    )
+
+
+def best_of_section(report: Report) -> Section:
+    """What the best of N samples by the reward scorer is worth, by every scorer."""
+    best_of = report.get("best_of", [])
+    scorers = judge_first(name for name in keys_of(best_of) if name != "samples")
+    blocks: list[Block] = []
+    for metric in keys_of(best[scorer] for best in best_of for scorer in scorers):
+        points = {
+            scorer: {best["samples"]: (best[scorer] or {}).get(metric) for best in best_of}
+            for scorer in scorers
+        }
+        title = title_of(metric)
+        chart = points_chart(
+            points, label=f"{title} by samples", x_label="samples", is_logarithmic=True
+        )
+        table = points_table(
+            points,
+            title=f"{title} of the best of N",
+            head="under the scorer",
+            choice={"metric": metric},
+        )
+        group = ChartGroup(charts=[chart], legend=scorers, choice={"metric": metric})
+        blocks += [group, table]
+    return Section(
+        id="best_of",
+        name="Best of N",
+        title="Best of N samples by the reward scorer",
+        intro=(
+            "The reward scorer chooses among N sampled descriptions; the others say what the choice"
+            " was worth."
+        ),
+        blocks=blocks,
+    )
+
+
+def calibration_section(report: Report) -> Section:
+    """What the judge finds for descriptions of rising confidence."""
+    bins = report.get("calibration", [])
+    figures = [name for name in keys_of(bins) if not name.startswith("confidence")]
+    ends = [bin[key] for bin in bins for key in ("confidence_low", "confidence_high")]
+    x_label = "confidence (middle of the bin)"
+    charts = []
+    for figure in figures:
+        title = title_of(figure.replace("_", ".", 1))
+        points = [_bin_point(bin, figure) for bin in bins]
+        chart = LineChart(
+            label=f"{title} by confidence",
+            caption=title,
+            series=[Series(name=title, points=points)],
+            x_label=x_label,
+            x_domain=[min(ends), max(ends)],
+        )
+        charts.append(chart)
+    rows = []
+    for bin in bins:
+        title = f"{bin['confidence_low']:.3f} to {bin['confidence_high']:.3f}"
+        rows.append(TableRow(name="", title=title, cells=[bin.get(figure) for figure in figures]))
+    confidence = report.get("confidence")
+    if bins and confidence:
+        cells = [confidence["judge"].get(figure.removeprefix("judge_")) for figure in figures]
+        title = "more confident half less the rest"
+        rows.append(TableRow(name="", title=title, cells=cells))
+    columns = [Column(name=name, title=title_of(name.replace("_", ".", 1))) for name in figures]
+    table = Table(
+        title="The greedy description by confidence",
+        head="confidence",
+        columns=columns,
+        rows=rows,
+        is_folded=True,
+    )
+    return Section(
+        id="calibration",
+        name="Calibration",
+        title="Calibration",
+        intro=(
+            "What the judge finds for descriptions of rising confidence: how far"
+            f" {_sample_count(confidence)} samples agree, which is no probability."
+        ),
+        blocks=[ChartGroup(charts=charts, is_wide=True), table] if bins else [],
+    )
+
+
+def _bin_point(bin: Mapping[str, Any], figure: str) -> dict[str, float | None]:
+    return point((bin["confidence_low"] + bin["confidence_high"]) / 2, bin.get(figure))
+
+
+def _sample_count(confidence: Mapping[str, Any] | None) -> str:
+    return str(confidence["samples"]) if confidence else "several"

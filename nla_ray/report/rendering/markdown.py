@@ -1,0 +1,111 @@
+"""The report as Markdown: report.md, and what the card of a preset is made of.
+
+Knows blocks, not figures. The rule it protects: no text of a corpus can end the fence it stands in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nla_ray.report.rendering.content import (
+    Block,
+    Bullets,
+    ChartGroup,
+    Definitions,
+    Examples,
+    Gallery,
+    Section,
+    Table,
+    Warnings,
+    cell_text,
+)
+from nla_ray.report.rendering.sections import gates_passed, opening, sections
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The whole report as Markdown."""
+    parts = [f"# Report of `{report['preset']}`", opening_markdown(report)]
+    parts += [section_markdown(section) for section in text_sections(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def text_sections(report: Mapping[str, Any]) -> list[Section]:
+    """The sections that have something to read without a page: charts alone are left out."""
+    return [section for section in sections(report) if any(map(_is_text, section.blocks))]
+
+
+def opening_markdown(report: Mapping[str, Any]) -> str:
+    """What the report is about, and how many gates passed."""
+    passed, gates = gates_passed(report)
+    lines = opening(report)
+    if gates:
+        lines.append(f"{passed} of {gates} gates passed")
+    return _bullets(lines)
+
+
+def section_markdown(section: Section) -> str:
+    """A section with its tables; a table of another title than the section's under a head."""
+    parts = [f"## {section.title}"]
+    if section.intro:
+        parts.append(section.intro)
+    tables = [block for block in section.blocks if isinstance(block, Table) and _is_text(block)]
+    for block in section.blocks:
+        if not _is_text(block):
+            continue
+        if isinstance(block, Table) and (len(tables) > 1 or block.title != section.title):
+            parts.append(f"### {block.title}")
+        if content := _block_markdown(block):
+            parts.append(content)
+    return "\n\n".join(parts)
+
+
+def table_markdown(table: Table) -> str:
+    """A table of Markdown; a bar inside a cell is escaped."""
+    lines = [table.heads, ["---"] * len(table.heads)]
+    lines += [[row.title, *map(cell_text, row.cells)] for row in table.rows]
+    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+
+
+def _is_text(block: Block) -> bool:
+    """Whether a block can be read without the page."""
+    if isinstance(block, Table):
+        return block.only != "page"
+    return not isinstance(block, ChartGroup | Gallery)
+
+
+def _block_markdown(block: Block) -> str:
+    if isinstance(block, Table):
+        return table_markdown(block)
+    if isinstance(block, Warnings):
+        return _bullets([f"WARNING: {line}" for line in block.lines])
+    if isinstance(block, Bullets):
+        return _bullets(block.lines)
+    if isinstance(block, Definitions):
+        return _bullets([f"{term}: {meaning}" for term, meaning in block.entries])
+    if isinstance(block, Examples):
+        return "\n\n".join(
+            _example(number, example) for number, example in enumerate(block.examples, 1)
+        )
+    return ""
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.replace("|", "\\|").split("\n"))
+
+
+def _example(number: int, example: Mapping[str, Any]) -> str:
+    """A text and its descriptions in fences longer than any run of backticks in them."""
+    texts = [example["text"], *example["descriptions"].values()]
+    runs = re.findall(r"`+", "\n".join(texts))
+    fence = "`" * (3 + max(map(len, runs), default=0))
+    parts = [f"### Example {number}: {example['domain']}", f"`{example['activation_id']}`"]
+    parts.append(f"{fence}text\n{example['text']}\n{fence}")
+    for name, description in example["descriptions"].items():
+        parts += [f"{name}:", f"{fence}text\n{description}\n{fence}"]
+    return "\n\n".join(parts)

@@ -1,0 +1,573 @@
+"""The report, section by section: what is shown, under which title, in which order.
+
+It chooses and names figures of the report's dictionary and computes none. What belongs to charts
+along an axis is in `curves.py`. The rule it protects: what one renderer shows, all can show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nla_ray.report.controls import CONTROLS
+from nla_ray.report.rendering import curves
+from nla_ray.report.rendering.content import (
+    Block,
+    Bullets,
+    Cell,
+    ChartGroup,
+    Column,
+    Definitions,
+    Examples,
+    Gallery,
+    IntervalChart,
+    IntervalMark,
+    IntervalRow,
+    Section,
+    Table,
+    TableRow,
+    Warnings,
+    interval,
+    shows_nothing,
+)
+from nla_ray.report.rendering.rows import (
+    figure_columns,
+    judge_first,
+    keys_of,
+    plain_columns,
+    verbalizer_rows,
+)
+from nla_ray.report.rendering.vocabulary import (
+    DEFINITIONS,
+    MAIN_METRICS,
+    SIGNS,
+    TITLES,
+    spaced,
+    title_of,
+)
+
+Report = Mapping[str, Any]
+_TERMINAL_METRICS = (
+    "top1",
+    "top1_2way",
+    "top1_10way",
+    "top1_10way_hard",
+    "centred_cosine",
+    "delta",
+)
+_TERMINAL_CLAIMS = ("precision", "precision_excess", "domain", "repeats", "tokens")
+_DOMAIN_FIGURES = {
+    "precision": "words in text",
+    "domain": "domain right",
+    "judge.centred_cosine": "judge's centred cosine",
+}
+_SELECTION_FIGURES = ("eval_loss", "eval_centred_cosine", "penalty")
+_RELATIONS = {">=": "≥", "<=": "≤"}
+
+
+def sections(
+    report: Report,
+    training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    gallery: Sequence[Mapping[str, Any]] = (),
+) -> list[Section]:
+    """Every section that there is something to show in, in the order of reading.
+
+    `training`: records of metrics.jsonl by artifact. `gallery`: one row for each activation.
+    """
+    written = [
+        warnings_section(report),
+        results_section(report),
+        gates_section(report),
+        paired_section(report),
+        claims_section(report),
+        agreement_section(report),
+        curves.training_section(training or {}),
+        curves.growth_section(report),
+        domains_section(report),
+        confusion_section(report),
+        curves.prefix_section(report),
+        curves.retrieval_section(report),
+        quotes_section(report),
+        curves.best_of_section(report),
+        curves.calibration_section(report),
+        examples_section(report),
+        gallery_section(gallery),
+        selection_section(report),
+        experiments_section(report),
+        lineage_section(report),
+        notes_section(report),
+        definitions_section(),
+    ]
+    return [section for section in written if section.blocks]
+
+
+def opening(report: Report) -> list[str]:
+    """What the report is about, a sentence a line."""
+    base = report["base"]
+    evidence = (
+        "no ancestor learned from or chose on any of them"
+        if report["split"] == "test"
+        else "settings and checkpoints are chosen on them, so this is no evidence"
+    )
+    return [
+        f"Base model: {base['name']} (digest {base['digest'][:12]}), layer {base['layer']} of"
+        f" {base['num_layers']}, d_model {base['d_model']}, injection norm"
+        f" {base['injection_norm']:g}",
+        f"Evaluated: {report['n']} activations of {report['documents']} {report['split']}"
+        f" documents; {evidence}",
+        "Documents left out, by choice of number or because they nearly repeat one that the base"
+        f" was pretrained on: {report['documents_left_out']}",
+        "Every figure: value [95% interval], bootstrap over documents,"
+        f" {report['resamples']:,} resamples",
+        "Failed, truncated and empty descriptions are scored as they are; greedy decoding",
+        "The judge scorer shares no train document with the reward scorer; its scores never train"
+        " the verbalizer",
+    ]
+
+
+def gates_passed(report: Report) -> tuple[int, int]:
+    """How many gates passed, and how many there are."""
+    return sum(gate["passed"] for gate in report["gates"]), len(report["gates"])
+
+
+# Sections of figures ------------------------------------------------------------------------------
+
+
+def results_section(report: Report) -> Section:
+    """A table for each scorer: a row for each verbalizer."""
+    results = report["results"]
+    scored = [figures for by_scorer in results.values() for figures in by_scorer.values()]
+    metrics = keys_of(scored)
+    metrics = list(dict.fromkeys([name for name in MAIN_METRICS if name in metrics] + metrics))
+    tables: list[Block] = []
+    for scorer in judge_first(keys_of(results.values())):
+        cells = {}
+        for name, by_scorer in results.items():
+            figures = by_scorer.get(scorer, {})
+            cells[name] = [figures.get(metric) for metric in metrics]
+        tables.append(
+            Table(
+                title=f"Under the {scorer} scorer",
+                head="verbalizer",
+                columns=figure_columns(report, metrics, MAIN_METRICS),
+                rows=verbalizer_rows(cells),
+                look="figures",
+                choice={"scorer": scorer},
+                on_terminal=_TERMINAL_METRICS,
+            )
+        )
+    return Section(
+        id="results",
+        name="Results",
+        title="What the descriptions are worth",
+        intro=(
+            "A scorer reads a description and reconstructs the activation it was made from. The"
+            " judge pays no verbalizer; on validation it chose the checkpoint of GRPO."
+        ),
+        how_to_read=(
+            "Bars are 95% intervals over documents; the dashed tick is chance. Controls are set in"
+            " grey."
+        ),
+        blocks=tables,
+    )
+
+
+def gates_section(report: Report) -> Section:
+    """One row for each gate; `bound` is the end of the 95% interval that is worse for the claim."""
+    rows = []
+    for gate in report["gates"]:
+        relation = _RELATIONS.get(gate["relation"], gate["relation"])
+        bound = "–" if gate["value"] is None else f"{gate['value']:.4f}"
+        cells: list[Cell] = [bound, f"{relation} {gate['threshold']:g}", gate["passed"]]
+        rows.append(TableRow(name=gate["name"], title=gate["name"], cells=cells))
+    table = Table(
+        title="Gates",
+        head="figure",
+        columns=plain_columns(["bound", "wanted", "verdict"]),
+        rows=rows,
+        look="gates",
+        on_terminal=("bound", "wanted", "verdict"),
+    )
+    return Section(
+        id="gates",
+        name="Gates",
+        title="Gates",
+        intro=(
+            "Each compares the end of a 95% interval that is worse for the claim with a threshold"
+            " fixed beforehand."
+        ),
+        blocks=[table] if rows else [],
+    )
+
+
+def paired_section(report: Report) -> Section:
+    """Differences on the same activations and resamples, by scorer and of what is claimed."""
+    paired = report.get("paired", {})
+    blocks: list[Block] = []
+    for scorer in judge_first(keys_of(paired.values())):
+        blocks += [_paired_charts(paired, scorer), _paired_table(report, scorer)]
+    return Section(
+        id="paired",
+        name="Differences",
+        title="Paired differences",
+        intro="The same activations and the same resamples for both.",
+        how_to_read=(
+            "Right of the line the first is better for figures where more is better; a hollow mark"
+            " means that the interval holds zero."
+        ),
+        blocks=blocks,
+    )
+
+
+def _paired_table(report: Report, scorer: str) -> Table:
+    paired = report["paired"]
+    metrics = keys_of(by_scorer.get(scorer) for by_scorer in paired.values())
+    metrics = list(dict.fromkeys([name for name in MAIN_METRICS if name in metrics] + metrics))
+    columns = figure_columns({}, metrics, metrics)
+    ratios = {}
+    for pair, by_scorer in report.get("ratios", {}).items():
+        ratios[pair.replace("/", "-")] = by_scorer.get(scorer, {}).get("delta")
+    rows = []
+    for pair, by_scorer in paired.items():
+        if scorer in by_scorer:
+            cells: list[Cell] = [by_scorer[scorer].get(metric) for metric in metrics]
+            if scorer != "claims":
+                cells.append(ratios.get(pair))
+            rows.append(TableRow(name=pair, title=_difference(pair), cells=cells))
+    if scorer != "claims":
+        columns += plain_columns(["ratio of deltas"])
+    return Table(
+        title="Of claims" if scorer == "claims" else f"Under the {scorer} scorer",
+        head="difference",
+        columns=columns,
+        rows=rows,
+        look="figures",
+        choice={"scorer": scorer},
+        is_folded=True,
+    )
+
+
+def _paired_charts(paired: Mapping[str, Any], scorer: str) -> ChartGroup:
+    charts = []
+    for metric in keys_of(by_scorer.get(scorer) for by_scorer in paired.values()):
+        rows = []
+        for pair, by_scorer in paired.items():
+            figure = by_scorer.get(scorer, {}).get(metric)
+            if shows_nothing(figure):
+                continue
+            mark = IntervalMark(
+                title=_difference(pair),
+                series=pair.split("-")[0],
+                figure=figure,
+                is_hollow=figure["low"] <= 0 <= figure["high"],
+            )
+            rows.append(IntervalRow(label=_difference(pair), note=interval(figure), marks=[mark]))
+        title = title_of(metric)
+        label = f"{title}: paired differences"
+        charts.append(IntervalChart(label=label, caption=title, rows=rows, has_zero=True))
+    return ChartGroup(charts=charts, choice={"scorer": scorer})
+
+
+def _difference(pair: str) -> str:
+    return " − ".join(spaced(name) for name in pair.split("-"))
+
+
+def claims_section(report: Report) -> Section:
+    """What descriptions claim, by verbalizer."""
+    claims = report["claims"]
+    figures = keys_of(claims.values())
+    cells = {
+        name: [by_figure.get(figure) for figure in figures] for name, by_figure in claims.items()
+    }
+    table = Table(
+        title="What the descriptions claim",
+        head="verbalizer",
+        columns=figure_columns(report, figures, figures),
+        rows=verbalizer_rows(cells),
+        look="figures",
+        on_terminal=_TERMINAL_CLAIMS,
+    )
+    return Section(
+        id="claims",
+        name="Claims",
+        title=table.title,
+        intro="Read from the words alone, without a scorer.",
+        blocks=[table] if claims else [],
+    )
+
+
+def agreement_section(report: Report) -> Section:
+    """How far two scorers say the same of single activations."""
+    rows = []
+    for name, by_pair in report.get("agreement", {}).items():
+        for pair, both in by_pair.items():
+            cells = [pair, both["top1"], both["centred_cosine"]]
+            rows.append(TableRow(name=name, title=spaced(name), cells=cells))
+    table = Table(
+        title="Agreement of the scorers",
+        head="verbalizer",
+        columns=plain_columns(["scorers", "same 2-way outcome", "correlation of centred cosines"]),
+        rows=rows,
+    )
+    return Section(
+        id="agreement",
+        name="Agreement",
+        title=table.title,
+        intro="How far two scorers say the same of single activations.",
+        blocks=[table] if rows else [],
+    )
+
+
+# Domains ------------------------------------------------------------------------------------------
+
+
+def domains_section(report: Report) -> Section:
+    """Every figure by domain, without the controls, which are in report.json."""
+    domains = report.get("domains", {})
+    by_name = [figures for named in domains.values() for figures in named.values()]
+    blocks: list[Block] = []
+    for figure in keys_of(by_name):
+        blocks += [_domain_chart(domains, figure), _domain_table(domains, figure)]
+    if domains:
+        blocks.append(domains_table(report))
+    return Section(
+        id="domains",
+        name="Domains",
+        title="By domain",
+        intro="Each over the documents of the domain.",
+        blocks=blocks,
+    )
+
+
+def domains_table(report: Report) -> Table:
+    """The figures of _DOMAIN_FIGURES by domain, side by side."""
+    domains = report["domains"]
+    names = _speakers(domains)
+    columns = [Column(name="n", title="n")]
+    for name in names:
+        for figure, title in _DOMAIN_FIGURES.items():
+            columns.append(Column(name=f"{name}.{figure}", title=f"{spaced(name)}: {title}"))
+    rows = []
+    for domain, named in domains.items():
+        cells: list[Cell] = [_count(named)]
+        for name in names:
+            cells += [named[name].get(figure) for figure in _DOMAIN_FIGURES]
+        rows.append(TableRow(name=domain, title=spaced(domain), cells=cells))
+    return Table(title="By domain", head="domain", columns=columns, rows=rows, only="text")
+
+
+def _speakers(domains: Mapping[str, Any]) -> list[str]:
+    return [name for name in keys_of(domains.values()) if name not in CONTROLS]
+
+
+def _count(named: Mapping[str, Any]) -> int | None:
+    """Activations of a domain: the most that a figure of it is over."""
+    counts = [figure["n"] for figures in named.values() for figure in figures.values()]
+    return max(counts, default=None)
+
+
+def _domain_table(domains: Mapping[str, Any], figure: str) -> Table:
+    names = _speakers(domains)
+    rows = []
+    for domain, named in domains.items():
+        cells = [_count(named), *(named.get(name, {}).get(figure) for name in names)]
+        rows.append(TableRow(name=domain, title=spaced(domain), cells=cells))
+    columns = [Column(name=name, title=spaced(name)) for name in ("n", *names)]
+    return Table(
+        title=title_of(figure),
+        head="domain",
+        columns=columns,
+        rows=rows,
+        choice={"figure": figure},
+        is_folded=True,
+        only="page",
+    )
+
+
+def _domain_chart(domains: Mapping[str, Any], figure: str) -> ChartGroup:
+    names = _speakers(domains)
+    rows = []
+    for domain, named in domains.items():
+        marks = []
+        for name in names:
+            value = named.get(name, {}).get(figure)
+            if not shows_nothing(value):
+                title = f"{spaced(domain)}, {spaced(name)}"
+                marks.append(IntervalMark(title=title, series=name, figure=value))
+        note = f"n {marks[0].figure['n']}" if marks else ""
+        rows.append(IntervalRow(label=spaced(domain), note=note, marks=marks))
+    title = title_of(figure)
+    chart = IntervalChart(label=f"{title} by domain", x_label=title, rows=rows)
+    return ChartGroup(charts=[chart], legend=names, choice={"figure": figure})
+
+
+def confusion_section(report: Report) -> Section:
+    """Which domain descriptions name, by the true one; the verbalizer trained last comes first."""
+    tables: list[Block] = []
+    for name, counts in reversed(list(report.get("confusion", {}).items())):
+        named = list(dict.fromkeys([*counts, *keys_of(counts.values())]))
+        rows = [
+            TableRow(
+                name=domain, title=spaced(domain), cells=[by_name.get(other, 0) for other in named]
+            )
+            for domain, by_name in counts.items()
+        ]
+        tables.append(
+            Table(
+                title=f"Named by {spaced(name)}",
+                head="true ↓  named →",
+                columns=[Column(name=domain, title=spaced(domain)) for domain in named],
+                rows=rows,
+                look="counts",
+                choice={"verbalizer": name},
+                only="page",
+            )
+        )
+    return Section(
+        id="confusion",
+        name="Confusion",
+        title="Domain named, domain true",
+        intro=(
+            "Rows are true domains, columns the domain that a description names first; shading is"
+            " the share of the row."
+        ),
+        blocks=tables,
+    )
+
+
+# Texts, choices and origins -----------------------------------------------------------------------
+
+
+def warnings_section(report: Report) -> Section:
+    """What a reader must know before any figure."""
+    lines = report.get("warnings", [])
+    blocks: list[Block] = [Warnings(lines)] if lines else []
+    return Section(id="warnings", name="Warnings", title="Warnings", blocks=blocks)
+
+
+def quotes_section(report: Report) -> Section:
+    """What quoted strings carry, under the judge."""
+    cells = {}
+    for name, lost in report.get("quotes", {}).items():
+        cells[name] = [lost["quoting"], lost["judge"]["centred_cosine"]]
+    table = Table(
+        title="Lost when quoted strings are stripped",
+        head="verbalizer",
+        columns=plain_columns(["descriptions that quote", "judge's centred cosine"]),
+        rows=verbalizer_rows(cells),
+    )
+    return Section(id="quotes", name="Quotes", title=table.title, blocks=[table] if cells else [])
+
+
+def examples_section(report: Report) -> Section:
+    """Texts with what was said of them: rows of different domains, drawn by seed."""
+    examples = report.get("examples", [])
+    return Section(
+        id="drawn",
+        name="Examples",
+        title="Examples",
+        intro="Drawn by seed from different domains, not chosen by hand or by score.",
+        blocks=[Examples(examples)] if examples else [],
+    )
+
+
+def gallery_section(gallery: Sequence[Mapping[str, Any]]) -> Section:
+    """Every text beside everything that was said of it."""
+    blocks: list[Block] = [Gallery(len(gallery))] if gallery else []
+    return Section(id="examples", name="Gallery", title="Texts and descriptions", blocks=blocks)
+
+
+def selection_section(report: Report) -> Section:
+    """What was chosen on validation documents, and by which figure there."""
+    rows = []
+    for name, metrics in report.get("selection", {}).items():
+        published = metrics.get("published", {})
+        figures = {key: metrics[key] for key in _SELECTION_FIGURES if key in metrics}
+        for key in ("monitor/judge_centred_cosine",):
+            if key in published:
+                figures[key] = published[key]
+        step = metrics.get("best_step", metrics.get("published_step", "-"))
+        step = f"{step:.0f}" if isinstance(step, float) else str(step)
+        listed = ", ".join(f"{key} {value:.4g}" for key, value in figures.items()) or "-"
+        rows.append(TableRow(name=name, title=name, cells=[step, listed]))
+    table = Table(
+        title="Chosen on validation",
+        head="artifact",
+        columns=plain_columns(["step", "figures there"]),
+        rows=rows,
+    )
+    return Section(id="selection", name="Chosen", title=table.title, blocks=[table] if rows else [])
+
+
+def experiments_section(report: Report) -> Section:
+    """What was tried on validation before the preset's settings were chosen."""
+    tried = report.get("experiments", [])
+    figures = keys_of(experiment["minus_sft"] for experiment in tried)
+    rows = []
+    for experiment in tried:
+        cells: list[Cell] = [experiment["minus_sft"].get(figure) for figure in figures]
+        cells += [experiment["n"], experiment["kept"]]
+        rows.append(TableRow(name="", title=experiment["changed"], cells=cells))
+    table = Table(
+        title="Tried on validation for this preset, less SFT",
+        head="changed",
+        columns=plain_columns([*figures, "n", "kept"]),
+        rows=rows,
+    )
+    return Section(
+        id="experiments",
+        name="Experiments",
+        title="Tried on validation for this preset",
+        intro=(
+            "Differences with the SFT verbalizer on the same validation activations, paired, with"
+            " 95% intervals. Settings were chosen by these."
+        ),
+        blocks=[table] if rows else [],
+    )
+
+
+def lineage_section(report: Report) -> Section:
+    """What the report was made from."""
+    rows = []
+    for name, artifact in report.get("lineage", {}).items():
+        uses = ", ".join(f"{use} {count:,}" for use, count in artifact["documents"].items())
+        origin = [artifact[key] for key in ("fingerprint", "config_hash", "created")]
+        rows.append(TableRow(name=name, title=name, cells=[*origin, uses or "–"]))
+    table = Table(
+        title="Lineage",
+        head="artifact",
+        columns=plain_columns(["fingerprint", "configuration", "made", "documents"]),
+        rows=rows,
+    )
+    return Section(
+        id="lineage",
+        name="Lineage",
+        title="Lineage",
+        intro=(
+            "What the report was made from. No ancestor learned from a test document or was chosen"
+            " on one."
+        ),
+        blocks=[table] if rows else [],
+    )
+
+
+def notes_section(report: Report) -> Section:
+    """What is missing, and what a reader of the descriptions wrote down."""
+    lines = report.get("notes", [])
+    blocks: list[Block] = [Bullets(lines)] if lines else []
+    return Section(id="notes", name="Notes", title="Notes", blocks=blocks)
+
+
+def definitions_section() -> Section:
+    """What every figure, verbalizer and scorer is."""
+    entries = [(TITLES.get(name, spaced(name)), meaning) for name, meaning in DEFINITIONS.items()]
+    return Section(
+        id="definitions",
+        name="Definitions",
+        title="Definitions",
+        intro=(
+            f"{SIGNS} Every figure: value [95% interval], bootstrap over documents. Failed,"
+            " truncated and empty descriptions are scored as they are."
+        ),
+        blocks=[Definitions(entries)],
+    )
