@@ -75,28 +75,28 @@ def sections(
     `training`: records of metrics.jsonl by artifact. `gallery`: one row for each activation.
     """
     written = [
-        warnings_section(report),
-        results_section(report),
-        gates_section(report),
-        paired_section(report),
-        claims_section(report),
-        agreement_section(report),
+        _warnings_section(report),
+        _results_section(report),
+        _gates_section(report),
+        _paired_section(report),
+        _claims_section(report),
+        _agreement_section(report),
         curves.training_section(training or {}),
         curves.growth_section(report),
-        domains_section(report),
-        confusion_section(report),
+        _domains_section(report),
+        _confusion_section(report),
         curves.prefix_section(report),
         curves.retrieval_section(report),
-        quotes_section(report),
+        _quotes_section(report),
         curves.best_of_section(report),
         curves.calibration_section(report),
-        examples_section(report),
-        gallery_section(gallery),
-        selection_section(report),
-        experiments_section(report),
-        lineage_section(report),
-        notes_section(report),
-        definitions_section(),
+        _examples_section(report),
+        _gallery_section(gallery),
+        _selection_section(report),
+        _experiments_section(report),
+        _lineage_section(report),
+        _notes_section(report),
+        _definitions_section(),
     ]
     return [section for section in written if section.blocks]
 
@@ -133,7 +133,7 @@ def gates_passed(report: Report) -> tuple[int, int]:
 # Sections of figures ------------------------------------------------------------------------------
 
 
-def results_section(report: Report) -> Section:
+def _results_section(report: Report) -> Section:
     """A table for each scorer: a row for each verbalizer."""
     results = report["results"]
     scored = [figures for by_scorer in results.values() for figures in by_scorer.values()]
@@ -172,7 +172,7 @@ def results_section(report: Report) -> Section:
     )
 
 
-def gates_section(report: Report) -> Section:
+def _gates_section(report: Report) -> Section:
     """One row for each gate; `bound` is the end of the 95% interval that is worse for the claim."""
     rows = []
     for gate in report["gates"]:
@@ -200,7 +200,7 @@ def gates_section(report: Report) -> Section:
     )
 
 
-def paired_section(report: Report) -> Section:
+def _paired_section(report: Report) -> Section:
     """Differences on the same activations and resamples, by scorer and of what is claimed."""
     paired = report.get("paired", {})
     blocks: list[Block] = []
@@ -272,7 +272,7 @@ def _difference(pair: str) -> str:
     return " − ".join(spaced(name) for name in pair.split("-"))
 
 
-def claims_section(report: Report) -> Section:
+def _claims_section(report: Report) -> Section:
     """What descriptions claim, by verbalizer."""
     claims = report["claims"]
     figures = keys_of(claims.values())
@@ -296,7 +296,7 @@ def claims_section(report: Report) -> Section:
     )
 
 
-def agreement_section(report: Report) -> Section:
+def _agreement_section(report: Report) -> Section:
     """How far two scorers say the same of single activations."""
     rows = []
     for name, by_pair in report.get("agreement", {}).items():
@@ -321,7 +321,7 @@ def agreement_section(report: Report) -> Section:
 # Domains ------------------------------------------------------------------------------------------
 
 
-def domains_section(report: Report) -> Section:
+def _domains_section(report: Report) -> Section:
     """Every figure by domain, without the controls, which are in report.json."""
     domains = report.get("domains", {})
     by_name = [figures for named in domains.values() for figures in named.values()]
@@ -401,7 +401,7 @@ def _domain_chart(domains: Mapping[str, Any], figure: str) -> ChartGroup:
     return ChartGroup(charts=[chart], legend=names, choice={"figure": figure})
 
 
-def confusion_section(report: Report) -> Section:
+def _confusion_section(report: Report) -> Section:
     """Which domain descriptions name, by the true one; the verbalizer trained last comes first."""
     tables: list[Block] = []
     for name, counts in reversed(list(report.get("confusion", {}).items())):
@@ -438,14 +438,14 @@ def confusion_section(report: Report) -> Section:
 # Texts, choices and origins -----------------------------------------------------------------------
 
 
-def warnings_section(report: Report) -> Section:
+def _warnings_section(report: Report) -> Section:
     """What a reader must know before any figure."""
     lines = report.get("warnings", [])
     blocks: list[Block] = [Warnings(lines)] if lines else []
     return Section(id="warnings", name="Warnings", title="Warnings", blocks=blocks)
 
 
-def quotes_section(report: Report) -> Section:
+def _quotes_section(report: Report) -> Section:
     """What quoted strings carry, under the judge."""
     cells = {}
     for name, lost in report.get("quotes", {}).items():
@@ -459,7 +459,7 @@ def quotes_section(report: Report) -> Section:
     return Section(id="quotes", name="Quotes", title=table.title, blocks=[table] if cells else [])
 
 
-def examples_section(report: Report) -> Section:
+def _examples_section(report: Report) -> Section:
     """Texts with what was said of them: rows of different domains, drawn by seed."""
     examples = report.get("examples", [])
     return Section(
@@ -471,13 +471,13 @@ def examples_section(report: Report) -> Section:
     )
 
 
-def gallery_section(gallery: Sequence[Mapping[str, Any]]) -> Section:
+def _gallery_section(gallery: Sequence[Mapping[str, Any]]) -> Section:
     """Every text beside everything that was said of it."""
     blocks: list[Block] = [Gallery(len(gallery))] if gallery else []
     return Section(id="examples", name="Gallery", title="Texts and descriptions", blocks=blocks)
 
 
-def selection_section(report: Report) -> Section:
+def _selection_section(report: Report) -> Section:
     """What was chosen on validation documents, and by which figure there."""
     rows = []
     for name, metrics in report.get("selection", {}).items():
@@ -499,7 +499,7 @@ def selection_section(report: Report) -> Section:
     return Section(id="selection", name="Chosen", title=table.title, blocks=[table] if rows else [])
 
 
-def experiments_section(report: Report) -> Section:
+def _experiments_section(report: Report) -> Section:
     """What was tried on validation before the preset's settings were chosen."""
     tried = report.get("experiments", [])
     figures = keys_of(experiment["minus_sft"] for experiment in tried)
@@ -526,7 +526,7 @@ def experiments_section(report: Report) -> Section:
     )
 
 
-def lineage_section(report: Report) -> Section:
+def _lineage_section(report: Report) -> Section:
     """What the report was made from."""
     rows = []
     for name, artifact in report.get("lineage", {}).items():
@@ -551,14 +551,14 @@ def lineage_section(report: Report) -> Section:
     )
 
 
-def notes_section(report: Report) -> Section:
+def _notes_section(report: Report) -> Section:
     """What is missing, and what a reader of the descriptions wrote down."""
     lines = report.get("notes", [])
     blocks: list[Block] = [Bullets(lines)] if lines else []
     return Section(id="notes", name="Notes", title="Notes", blocks=blocks)
 
 
-def definitions_section() -> Section:
+def _definitions_section() -> Section:
     """What every figure, verbalizer and scorer is."""
     entries = [(TITLES.get(name, spaced(name)), meaning) for name, meaning in DEFINITIONS.items()]
     return Section(
