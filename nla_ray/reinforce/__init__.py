@@ -1,8 +1,11 @@
 """Contrastive GRPO: rollouts and scores on actors, rewards, credit, and a watch on the judge.
 
-Nouns: a rollout (one sampled description), a group (those of one activation), a reward, an advantage.
+Nouns: a rollout (a sampled description), a group (the rollouts of one activation), a reward, an
+advantage.
 
-Read: grpo, steps, rewards, credit, rollouts, scoring, monitor, live.
+Read: grpo (the stage), steps (what TRL calls), rewards, credit, rollouts and scoring (what the
+actors hold), monitor (the judge), records (what is written down), live (what is drawn).
 
-TRL owns the loss; no test or validation document is learned from.
+The run is known to grpo and to the scorer actors, which load its scorers. TRL owns the loss; no
+test or validation document is learned from.
 """

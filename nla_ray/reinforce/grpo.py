@@ -31,17 +31,11 @@ from nla_ray.cluster.actors import ActorPool, SharedArray, shared_tensor
 from nla_ray.cluster.resources import demand, require_resources
 from nla_ray.reinforce.live import live_view
 from nla_ray.reinforce.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
+from nla_ray.reinforce.records import SECONDS, GRPOCallback, monitor_share
 from nla_ray.reinforce.rewards import WrongActivations, reward_weights, schedule_rows
 from nla_ray.reinforce.rollouts import RolloutWorker
 from nla_ray.reinforce.scoring import ScorerWorker
-from nla_ray.reinforce.steps import (
-    SECONDS,
-    GRPOCallback,
-    StepClock,
-    StepSampler,
-    TrainingData,
-    monitor_share,
-)
+from nla_ray.reinforce.steps import StepClock, StepSampler, TrainingData
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger

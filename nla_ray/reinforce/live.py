@@ -1,9 +1,8 @@
-"""GRPO while it trains, drawn on the driver's terminal: curves, the judge, where the seconds go,
-and warnings that stay.
+"""GRPO while it trains, drawn on the driver's terminal: curves, seconds, warnings that stay.
 
-It follows the stage's metrics.jsonl, which a worker writes, so what it draws is what is recorded.
-Knows no trainer and starts no thread but rich's own. Protects the rule that nothing changes where
-there is no terminal.
+It follows the stage's metrics.jsonl, which a worker writes: what is drawn is what is recorded.
+Knows no trainer and starts no thread but rich's. Protects the rule that nothing changes where there
+is no terminal.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nla_ray.reinforce.monitor import JUDGE_COSINE, PREFIX, WARNED, best_reading, hacking_warning
-from nla_ray.reinforce.steps import SECONDS, monitor_share
+from nla_ray.reinforce.records import SECONDS, monitor_share
 from nla_ray.run.location import Location
 from nla_ray.run.log import drawn, terminal
 from nla_ray.run.metrics import MetricsLog
@@ -40,8 +39,7 @@ CURVES = {
     "claim precision": (PREFIX + "claim_precision", ".2f"),
     "seconds a step": (SECONDS + "step", ".2f"),
 }
-"""What is drawn: title -> name of the figure, in the records of steps or in the monitor's, and its
-format."""
+"""Title of a curve -> name of its figure in the records of steps or readings, and its format."""
 _PARTS = {"rollout": "cyan", "log_prob": "blue", "score": "magenta", "update": "green"}
 _RECENT = 20
 """Steps over which seconds are averaged."""
@@ -53,11 +51,10 @@ Record = Mapping[str, float]
 
 @contextmanager
 def live_view(metrics: Location, title: str, total_steps: int) -> Iterator[bool]:
-    """Draw the stage whose records appear in `metrics`, for the length of a with-block; yields
-    whether it is drawn.
+    """Draw the stage whose records appear in `metrics`, for the length of a with-block.
 
-    It is where stderr is a terminal, and the run directory is a folder: a remote run's records come
-    only with a checkpoint.
+    Yields whether it is drawn: stderr must be a terminal, and the run directory a local folder (the
+    records of a remote run come only with a checkpoint).
     """
     console = terminal()
     if console is None or console.is_dumb_terminal or not metrics.is_local:
@@ -75,8 +72,10 @@ def live_view(metrics: Location, title: str, total_steps: int) -> Iterator[bool]
 
 
 class Follower:
-    """The records of a metrics file that another process writes, rewinds, and may be killed on;
-    read anew when it has changed."""
+    """The records of a metrics file that another process writes.
+
+    That process may rewind the file, or be killed on it. It is read anew when it has changed.
+    """
 
     def __init__(self, path: Path) -> None:
         self._log = MetricsLog(path)
@@ -94,7 +93,7 @@ class Follower:
 
 
 def render(records: Sequence[Record], total_steps: int, title: str = "grpo") -> RenderableType:
-    """The panel for the records of a stage, steps' and monitor's, that is to take `total_steps`."""
+    """The panel for the records of steps and readings of a stage of `total_steps`."""
     steps = [record for record in records if SECONDS + "step" in record]
     readings = [record for record in records if JUDGE_COSINE in record]
     warning = _warning(readings)
@@ -113,23 +112,24 @@ def render(records: Sequence[Record], total_steps: int, title: str = "grpo") -> 
 
 
 def seconds_left(steps: Sequence[Record], readings: Sequence[Record], total_steps: int) -> float:
-    """Seconds to the last step, if the rest goes on like the last twenty steps and the readings
-    beside them."""
+    """Seconds to the last step, at the pace of the last twenty steps and of their readings."""
     recent = steps[-_RECENT:]
-    spent = sum(record[SECONDS + "step"] for record in recent) + sum(
-        reading[SECONDS + "monitor"] for reading in readings if reading["step"] >= recent[0]["step"]
+    first_step = recent[0]["step"]
+    stepped = sum(record[SECONDS + "step"] for record in recent)
+    read = sum(
+        reading[SECONDS + "monitor"] for reading in readings if reading["step"] >= first_step
     )
-    return spent / len(recent) * (total_steps - recent[-1]["step"])
+    return (stepped + read) / len(recent) * (total_steps - recent[-1]["step"])
 
 
 def sparkline(points: Sequence[tuple[float, float]], last_step: int, width: int) -> str:
-    """(step, value) pairs as a curve over steps 0 to `last_step`, from the least value to the
-    greatest.
+    """(step, value) pairs as a curve over steps 0 to `last_step`, from least value to greatest.
 
-    A column without a point repeats the one before: curves of every step and of few of them lie
-    below each other in time.
+    A column without a point repeats the column before it. So a curve of every step and a curve of
+    few steps have the same time axis.
 
-    Example: `[(0, 1.0), (2, 8.0)]` up to step 3 in 4 columns or more is "▁▁██".
+    >>> sparkline([(0, 1.0), (2, 8.0)], last_step=3, width=4)
+    '▁▁██'
     """
     columns = min(width, last_step + 1)
     binned: list[list[float]] = [[] for _ in range(columns)]
@@ -137,23 +137,20 @@ def sparkline(points: Sequence[tuple[float, float]], last_step: int, width: int)
         if math.isfinite(value):
             binned[int(step) * columns // (last_step + 1)].append(value)
     means = [sum(values) / len(values) if values else None for values in binned]
-    low, high = (
-        limit((mean for mean in means if mean is not None), default=0.0) for limit in (min, max)
-    )
+    drawn_means = [mean for mean in means if mean is not None]
+    low, high = min(drawn_means, default=0.0), max(drawn_means, default=0.0)
     block, curve = " ", ""
     for mean in means:
-        if mean is not None:
-            block = (
-                _BLOCKS[round((mean - low) / (high - low) * (len(_BLOCKS) - 1))]
-                if not math.isclose(low, high)
-                else _BLOCKS[3]
-            )
+        if mean is not None and math.isclose(low, high):
+            block = _BLOCKS[3]
+        elif mean is not None:
+            block = _BLOCKS[round((mean - low) / (high - low) * (len(_BLOCKS) - 1))]
         curve += block
     return curve
 
 
 class _Curve:
-    """A sparkline as wide as there is room."""
+    """A sparkline that fills the width of its column."""
 
     def __init__(self, points: Sequence[tuple[float, float]], last_step: int) -> None:
         self._points, self._last_step = points, last_step
@@ -166,12 +163,10 @@ class _Curve:
 
 
 def _progress(steps: Sequence[Record], readings: Sequence[Record], total_steps: int) -> Table:
-    done = int(steps[-1]["step"]) if steps else 0
-    left = (
-        f"{timedelta(seconds=round(seconds_left(steps, readings, total_steps)))} left"
-        if steps
-        else "waiting for the first step"
-    )
+    done, left = 0, "waiting for the first step"
+    if steps:
+        done = int(steps[-1]["step"])
+        left = f"{timedelta(seconds=round(seconds_left(steps, readings, total_steps)))} left"
     line = Table.grid(padding=(0, 2), expand=True)
     line.add_column(no_wrap=True)
     line.add_column(ratio=1)
@@ -194,18 +189,15 @@ def _curves(records: Sequence[Record]) -> Table:
     table.add_column(ratio=1)
     table.add_column(no_wrap=True, style="dim", justify="right")
     for title, (key, form) in CURVES.items():
-        told = [record for record in records if key in record]
-        if told:
-            points = [(record["step"], record[key]) for record in told]
-            low, high = (limit(value for _, value in points) for limit in (min, max))
-            table.add_row(
-                title,
-                _value(told[-1], key, form),
-                _Curve(points, last_step),
-                f"{low:{form}} to {high:{form}}",
-            )
-        else:
+        with_figure = [record for record in records if key in record]
+        if not with_figure:
             table.add_row(title, "-", "", "")
+            continue
+        values = [record[key] for record in with_figure]
+        points = [(record["step"], record[key]) for record in with_figure]
+        span = f"{min(values):{form}} to {max(values):{form}}"
+        newest = _value(with_figure[-1], key, form)
+        table.add_row(title, newest, _Curve(points, last_step), span)
     return table
 
 
@@ -220,8 +212,7 @@ def _value(record: Record, key: str, form: str) -> Text:
 
 
 def _seconds(steps: Sequence[Record], readings: Sequence[Record]) -> list[Text]:
-    """Mean seconds of what a step consists of, and the share of the monitor beside the steps;
-    nothing before the first."""
+    """Mean seconds of a step's parts, and the monitor's share; nothing before the first step."""
     if not steps:
         return []
     recent, line = steps[-_RECENT:], Text()
@@ -232,8 +223,10 @@ def _seconds(steps: Sequence[Record], readings: Sequence[Record]) -> list[Text]:
 
 
 def _warning(readings: Sequence[Record]) -> list[Text]:
-    """The newest warning in the monitor's words, and how many readings were warned of: it stays
-    when later ones are good."""
+    """The newest warning in the monitor's words, and how many readings were warned of.
+
+    It stays when later readings are good.
+    """
     warned = [index for index, reading in enumerate(readings) if reading[WARNED]]
     if not warned:
         return []

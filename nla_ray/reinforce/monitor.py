@@ -1,10 +1,9 @@
-"""Watches for reward hacking while GRPO runs: what the judge, which pays nothing, says on
-validation documents.
+"""Watches for reward hacking while GRPO runs, on validation documents.
 
-Every so many steps the verbalizer describes the same validation activations greedily; both scorers
-reconstruct them. When what is rewarded rises while the judge falls out of the interval of its best
-reading, the run says so and marks the step. It knows neither TRL nor the trainer; the figures are
-`evaluation.metrics`'.
+Every so many steps the verbalizer describes the same validation activations greedily, and both
+scorers reconstruct them. The judge pays nothing. When the reward rises while the judge falls out of
+the interval of its best reading, the run says so and marks the step. Knows neither TRL nor the
+trainer; the figures are those of `score/metrics.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 from nla_ray.activation import vectors
 from nla_ray.cluster.actors import ActorPool
 from nla_ray.description.record import Description
+from nla_ray.reinforce.rewards import contrast
 from nla_ray.reinforce.rollouts import PublishedWeights, RolloutRequest, generate
 from nla_ray.reinforce.scoring import reconstruct
 from nla_ray.score.bootstrap import DocumentBootstrap
@@ -25,6 +25,7 @@ from nla_ray.score.metrics import Comparisons, Figure
 from nla_ray.settings.config import GRPOSettings
 
 PREFIX = "monitor/"
+"""What the names of figures begin with in a reading."""
 JUDGE_COSINE = PREFIX + "judge_centred_cosine"
 REWARDED = PREFIX + "rewarded"
 WARNED = PREFIX + "warned"
@@ -41,11 +42,11 @@ class MonitorData:
     """The activations, the train mean, and what each activation is compared with."""
     doc_ids: list[str]
     texts: list[str]
-    """The source text of each."""
+    """The source text of each activation."""
 
 
 class Monitor:
-    """Takes readings; each is a flat dict of figures by name, ready for the metrics file."""
+    """Takes readings: flat dictionaries of figures by name, ready for the metrics file."""
 
     def __init__(
         self, settings: GRPOSettings, data: MonitorData, rollouts: ActorPool, scorers: ActorPool
@@ -56,7 +57,7 @@ class Monitor:
         self._bootstrap = DocumentBootstrap(data.doc_ids, resamples=_RESAMPLES, seed=settings.seed)
 
     def read(self, weights: PublishedWeights) -> dict[str, float]:
-        """Describe, reconstruct twice, and sum up."""
+        """Describe the validation activations, reconstruct twice, and sum up."""
         request = RolloutRequest(
             split="validation",
             rows=self.data.rows,
@@ -72,11 +73,10 @@ class Monitor:
         return self._geometry(judged, rewarded) | text_figures(written, self.data.texts)
 
     def _geometry(self, judged: Tensor, rewarded: Tensor) -> dict[str, float]:
+        right = vectors.cosine(judged, self._comparisons.originals)
         figures = {
             "judge_centred_cosine": Figure.mean(self._centred(judged)),
-            "judge_top1": Figure.mean(
-                vectors.cosine(judged, self._comparisons.originals) > self._garbage(judged)
-            ),
+            "judge_top1": Figure.mean(right > self._garbage(judged)),
             "reward_centred_cosine": Figure.mean(self._centred(rewarded)),
             "rewarded": Figure.mean(self._paid(rewarded)),
         }
@@ -98,55 +98,47 @@ class Monitor:
         return vectors.cosine(reconstruction, self._comparisons.pool[self._comparisons.wrong])
 
     def _paid(self, reconstruction: Tensor) -> Tensor:
-        """What the score term would pay on these activations: the contrast, centred or not, or the
-        raw cosine of the ablation."""
+        """What the score term would pay for these reconstructions: [rows]."""
         raw = vectors.cosine(reconstruction, self._comparisons.originals)
         if self.settings.contrast == "none":
             return raw
-        repeated, wrong = (
-            reconstruction.unsqueeze(1),
-            self._comparisons.pool[self._comparisons.others],
-        )
+        repeated = reconstruction.unsqueeze(1)
+        wrong = self._comparisons.pool[self._comparisons.others]
         if not self.settings.centred:
-            return raw - vectors.cosine(repeated, wrong).mean(1)
-        return self._centred(reconstruction) - vectors.centred_cosine(
-            repeated, wrong, self._comparisons.mean
-        ).mean(1)
+            return contrast(raw, vectors.cosine(repeated, wrong))
+        centred_wrong = vectors.centred_cosine(repeated, wrong, self._comparisons.mean)
+        return contrast(self._centred(reconstruction), centred_wrong)
 
 
 def text_figures(written: Sequence[Description], texts: Sequence[str]) -> dict[str, float]:
-    """Shares over descriptions: distinct, unclosed, repeating an item, claims found in the source;
-    and the mean length."""
+    """Shares of descriptions that are distinct, unclosed, repeating; claims found; mean length.
+
+    `texts`: the source text of every description.
+    """
     count = len(written)
+    described = [description.text for description in written]
+    precisions = [
+        claim_precision(text, source) for text, source in zip(described, texts, strict=True)
+    ]
     return {
-        PREFIX + "distinct_share": len({description.text for description in written}) / count,
+        PREFIX + "distinct_share": len(set(described)) / count,
         PREFIX + "unclosed_share": sum(not description.closed for description in written) / count,
-        PREFIX + "repeating_share": (
-            sum(repeats_item(description.text) for description in written) / count
-        ),
-        PREFIX + "claim_precision": (
-            sum(
-                claim_precision(description.text, text)
-                for description, text in zip(written, texts, strict=True)
-            )
-            / count
-        ),
+        PREFIX + "repeating_share": sum(repeats_item(text) for text in described) / count,
+        PREFIX + "claim_precision": sum(precisions) / count,
         PREFIX + "mean_tokens": sum(description.num_sampled for description in written) / count,
     }
 
 
 def best_reading(readings: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
-    """The reading with the highest centred cosine under the judge (the earliest of equals); None
-    when there is none."""
+    """The reading with the judge's highest centred cosine, the earliest of equals; None of none."""
     return max(readings, key=lambda reading: reading[JUDGE_COSINE], default=None)
 
 
 def hacking_warning(reading: Mapping[str, float], best: Mapping[str, float]) -> str | None:
-    """Words when the reward rose above the best reading's while the judge fell below the interval
-    it had there.
+    """Words when the reward rose above the best reading's and the judge fell below its interval.
 
-    Example: best judge 0.52 [0.49, 0.55] at reward 0.30; now judge 0.47 at reward 0.33: a warning.
-    Judge 0.50: none.
+    Example: the best reading has judge 0.52 [0.49, 0.55] and reward 0.30. A reading with judge 0.47
+    and reward 0.33 is warned of; one with judge 0.50 is not.
     """
     fell = reading[JUDGE_COSINE] < best[JUDGE_COSINE + "_low"]
     if not (fell and reading[REWARDED] > best[REWARDED]):

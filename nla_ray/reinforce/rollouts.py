@@ -1,9 +1,11 @@
-"""Rollouts: what a rollout actor does, and how the trainer's current adapter reaches it.
+"""What a rollout actor holds and does, and how the trainer's current adapter reaches it.
 
-The trainer publishes its adapter under a version; every request names the version it is to be
-sampled with, and a worker that holds another one (an older one, or none after a restart) fetches it
-first. Sampling is seeded by (seed, step, row, sample), so that neither the number of actors, nor
-their deaths, nor a resume changes a token.
+A rollout actor holds one loaded base, a generation engine with one adapter over it, and the
+activation banks of train and validation, which it only reads. It holds no optimiser, no scorer and
+no text. The trainer publishes its adapter under a version. Every request names the version that it
+is to be sampled with; an actor that has another version, or none after a restart, fetches it first.
+Sampling is seeded by (seed, step, row, sample). Protects the rule that neither the number of
+actors, nor their deaths, nor a resume changes a token.
 """
 
 from __future__ import annotations
@@ -56,14 +58,17 @@ class RolloutRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedWeights:
-    """An adapter in the object store. `version` is the optimiser step it stands at; `publisher`
-    tells restarted trainers apart."""
+    """An adapter in the object store."""
 
     publisher: str
+    """Tells the adapters of a restarted trainer from those before."""
     version: int
+    """The optimiser step that the adapter stands at."""
     reference: Any
-    """ray.ObjectRef of {name: tensor} as `adapter_state` gives it; it lives as long as the
-    publisher holds it."""
+    """ray.ObjectRef of {name: tensor} as `adapter_state` gives it.
+
+    It lives as long as the publisher holds it.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +81,7 @@ class RolloutBatch:
 
 
 class RolloutWorker:
-    """Backbone, generation engine and activation banks in one process. Plain: Ray wraps it from
-    outside."""
+    """The base, a generation engine and the activation banks in one process; a plain class."""
 
     def __init__(
         self,
@@ -102,8 +106,7 @@ class RolloutWorker:
         self._held: tuple[str, int] | None = None
 
     def generate(self, request: RolloutRequest, weights: PublishedWeights) -> RolloutBatch:
-        """The rollouts of a request, sampled with exactly the weights named, ordered by (row,
-        sample)."""
+        """The rollouts of a request under exactly these weights, ordered by (row, sample)."""
         started = time.perf_counter()
         if self._held != (weights.publisher, weights.version):
             import ray
@@ -143,8 +146,10 @@ class WeightPublisher:
         self._latest: PublishedWeights | None = None
 
     def publish(self, model: nn.Module, version: int) -> PublishedWeights:
-        """The adapter at optimiser step `version`. All ranks call it: under ZeRO-3 the weights are
-        gathered first."""
+        """The adapter at optimiser step `version`.
+
+        All ranks call it: under ZeRO-3 the weights are gathered first.
+        """
         import ray
 
         if self._latest is None or self._latest.version != version:
@@ -170,14 +175,15 @@ def train_request(settings: GRPOSettings, rows: list[int], step: int) -> Rollout
 
 
 def generate(pool: ActorPool, request: RolloutRequest, weights: PublishedWeights) -> RolloutBatch:
-    """A request shared out over the pool, a contiguous part of its rows to each actor; seconds are
-    the slowest actor's."""
-    parts = [
-        dataclasses.replace(request, rows=rows) for rows in split_evenly(request.rows, len(pool))
+    """A request shared out over the pool, a contiguous part of its rows to each actor.
+
+    Seconds are those of the slowest actor.
+    """
+    calls = [
+        (dataclasses.replace(request, rows=rows), weights)
+        for rows in split_evenly(request.rows, len(pool))
     ]
-    batches: list[RolloutBatch] = pool.collect(
-        pool.submit("generate", [(part, weights) for part in parts])
-    )
+    batches: list[RolloutBatch] = pool.collect(pool.submit("generate", calls))
     return RolloutBatch(
         rollouts=[rollout for batch in batches for rollout in batch.rollouts],
         load_seconds=max(batch.load_seconds for batch in batches),
@@ -186,10 +192,13 @@ def generate(pool: ActorPool, request: RolloutRequest, weights: PublishedWeights
 
 
 def group_rows(rows: Sequence[int], group_size: int) -> list[int]:
-    """The row of each group: [4, 4, 9, 9] with groups of 2 -> [4, 9].
+    """The row of each group.
 
-    Raises RuntimeError when the rows do not come in whole groups: their rollouts would be compared
-    across activations.
+    Raises RuntimeError when the rows do not come in whole groups: rollouts would be compared across
+    activations.
+
+    >>> group_rows([4, 4, 9, 9], group_size=2)
+    [4, 9]
     """
     groups = list(rows[::group_size])
     if [row for row in groups for _ in range(group_size)] != list(rows):

@@ -1,7 +1,7 @@
-"""Scores for rollouts: what a scorer actor does. It holds the reward scorer and, for the monitor
-alone, the judge.
+"""What a scorer actor holds and does: the scores of rollouts.
 
-Both are adapters over one loaded base. Protects two rules: a description is reconstructed ONCE and
+It holds one loaded base with two adapters (the reward scorer, and the judge for the monitor alone)
+and the train bank of activations. Protects two rules: a description is reconstructed ONCE and
 compared with its right activation and with every wrong one; the judge never answers a training
 request.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from nla_ray.cluster.actors import ActorPool, SharedArray, shared_tensor, split_evenly
 from nla_ray.run.artifact import Run
 from nla_ray.score.reconstructor import Reconstructor
-from nla_ray.score.scorer import Scorer
+from nla_ray.score.scorer import Scorer, ScorerName
 from nla_ray.settings.config import RunConfig
 
 if TYPE_CHECKING:
@@ -27,20 +27,17 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 
-ScorerName = Literal["reward_scorer", "judge_scorer"]
-
-
 @dataclass(frozen=True, kw_only=True)
-class ScoreRequest:
+class ScoringRequest:
     """Descriptions with the train row each is about and the rows it must not fit.
 
-    Example: ScoreRequest(descriptions=["- a licence"], rows=[17], wrong_rows=[[3, 98]])
+    Example: ScoringRequest(descriptions=["- a licence"], rows=[17], wrong_rows=[[3, 98]])
     """
 
     descriptions: list[str]
     rows: list[int]
     wrong_rows: list[list[int]]
-    """The same number of wrong rows for each; empty lists when nothing is contrasted."""
+    """The same number of wrong rows for each description; 0 when nothing is contrasted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +56,7 @@ class ScoreBatch:
 
     @classmethod
     def join(cls, batches: Sequence[ScoreBatch]) -> ScoreBatch:
-        """One batch after the other; seconds are the slowest one's."""
+        """The batches in a row; seconds are those of the slowest."""
         return cls(
             right=torch.cat([batch.right for batch in batches]),
             wrong=torch.cat([batch.wrong for batch in batches]),
@@ -70,12 +67,10 @@ class ScoreBatch:
 
 
 class ScorerWorker:
-    """Reward scorer, judge scorer and the train bank in one process. Plain: Ray wraps it from
-    outside."""
+    """Reward scorer, judge scorer and the train bank in one process; a plain class."""
 
     def __init__(self, config: RunConfig, train: SharedArray | np.ndarray) -> None:
-        """`train`: activation bank [rows, d_model] float32, only ever read. Scorers are read from
-        the run's artifacts."""
+        """`train`: activation bank [rows, d_model] float32, only ever read."""
         torch.set_num_threads(config.compute.threads)
         self._train = shared_tensor(train)
         run = Run(config)
@@ -88,7 +83,7 @@ class ScorerWorker:
             reconstructor = Reconstructor.load(run.config.base, folder, adapter=name, model=model)
         return Scorer(reconstructor, getattr(run.config, name).batch_size)
 
-    def score(self, request: ScoreRequest) -> ScoreBatch:
+    def score(self, request: ScoringRequest) -> ScoreBatch:
         """The reward scorer's answer to a training request."""
         started = time.perf_counter()
         right = self._train[request.rows]
@@ -108,19 +103,18 @@ class ScorerWorker:
         return chosen.reconstructor.reconstruct(descriptions, chosen.batch_size)
 
 
-def submit_scores(pool: ActorPool, request: ScoreRequest) -> list[ObjectRef]:
-    """Start scoring, shared out over the pool; the trainer works on meanwhile.
-    `ScoreBatch.join(pool.collect(...))` ends it."""
-    parts = split_evenly(range(len(request.descriptions)), len(pool))
-    requests = [
-        ScoreRequest(
-            descriptions=[request.descriptions[index] for index in part],
-            rows=[request.rows[index] for index in part],
-            wrong_rows=[request.wrong_rows[index] for index in part],
-        )
-        for part in parts
-    ]
-    return pool.submit("score", [(one,) for one in requests])
+def submit_scores(pool: ActorPool, request: ScoringRequest) -> list[ObjectRef]:
+    """Start scoring, shared out over the pool; `ScoreBatch.join(pool.collect(...))` ends it.
+
+    The trainer works on meanwhile.
+    """
+    calls = []
+    for part in split_evenly(range(len(request.descriptions)), len(pool)):
+        descriptions = [request.descriptions[index] for index in part]
+        rows = [request.rows[index] for index in part]
+        wrong_rows = [request.wrong_rows[index] for index in part]
+        calls.append((ScoringRequest(descriptions=descriptions, rows=rows, wrong_rows=wrong_rows),))
+    return pool.submit("score", calls)
 
 
 def reconstruct(pool: ActorPool, scorer: ScorerName, descriptions: list[str]) -> Tensor:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nla_ray.activation import vectors
 from nla_ray.score.reconstructor import Reconstructor
+
+ScorerName = Literal["reward_scorer", "judge_scorer"]
+"""Artifacts of the scorers that are reconstructors."""
 
 
 @dataclass(frozen=True, kw_only=True)

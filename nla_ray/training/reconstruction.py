@@ -26,6 +26,7 @@ from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.metrics import derangement
 from nla_ray.score.reconstructor import Reconstructor
+from nla_ray.score.scorer import ScorerName
 from nla_ray.settings.config import ReconstructorConfig
 from nla_ray.training.attention import training_attention
 from nla_ray.training.batches import LengthBatches
@@ -38,7 +39,6 @@ from nla_ray.training.workers import (
     worker_batch,
 )
 
-ScorerName = Literal["reward_scorer", "judge_scorer"]
 TEMPERATURE = 0.1
 """Of the in-batch contrastive term: centred cosines are divided by it."""
 _HEAD_RATE = 3.0

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from nla_ray.reinforce.live import Follower, live_view, render, seconds_left, sparkline
 from nla_ray.reinforce.monitor import JUDGE_COSINE, PREFIX, REWARDED, WARNED
-from nla_ray.reinforce.steps import monitor_share
+from nla_ray.reinforce.records import monitor_share
 from nla_ray.run.location import Location
 from nla_ray.run.metrics import MetricsLog
 

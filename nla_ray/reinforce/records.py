@@ -1,0 +1,206 @@
+"""What is written down of a step of GRPO, and what a reading of the monitor decides.
+
+A record of metrics a step, a record a reading, both as a line of the log; and the checkpoint that a
+reading offers. Knows no TRL class, no loss and no rollout. Protects the rule that the judge chooses
+the checkpoint that is published.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from accelerate.utils import broadcast_object_list
+
+from nla_ray.base.adapters import save_adapter
+from nla_ray.reinforce.monitor import (
+    JUDGE_COSINE,
+    PREFIX,
+    REWARDED,
+    WARNED,
+    Monitor,
+    best_reading,
+    hacking_warning,
+)
+from nla_ray.reinforce.rollouts import PublishedWeights, WeightPublisher
+from nla_ray.reinforce.steps import StepClock
+from nla_ray.run.log import get_logger
+from nla_ray.settings.config import GRPOSettings
+from nla_ray.training.callbacks import StageCallback
+from nla_ray.training.checkpoints import Checkpoints
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = get_logger(__name__)
+
+
+SECONDS = "seconds/"
+"""What the names of timings begin with, in records of steps and of readings."""
+_WAITED = ("publication", "rollout", "score", "log_prob")
+"""Parts of a step that the clock measures; the update is what is left."""
+
+
+class GRPOCallback(StageCallback):
+    """Records every step and every reading of the monitor, and offers checkpoints.
+
+    `tells_steps`: whether every step is a line of the log too; the driver may draw steps instead.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        settings: GRPOSettings,
+        trainer: Trainer,
+        publisher: WeightPublisher,
+        monitor: Monitor,
+        clock: StepClock,
+        *,
+        tells_steps: bool,
+    ) -> None:
+        super().__init__(checkpoints, settings.artifact)
+        self._tells_steps = tells_steps
+        self.settings, self.trainer, self.publisher = settings, trainer, publisher
+        self.monitor, self.clock = monitor, clock
+        self._readings = [record for record in self._log.read() if JUDGE_COSINE in record]
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """The first reading is of the SFT verbalizer."""
+        if state.global_step == 0:
+            self._watch(0, {})
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        seconds = self.clock.take()
+        whole = time.perf_counter() - self._started
+        waited = sum(seconds.get(name, 0.0) for name in _WAITED)
+        seconds |= {
+            "step": whole,
+            "update": whole - waited,
+            "rollout_idle": whole - seconds.get("rollout_busy", 0.0),
+        }
+        self._seconds = {SECONDS + name: value for name, value in sorted(seconds.items())}
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Comes after every step, on every rank, and before the checkpoint of that step."""
+        if not logs or "loss" not in logs:
+            return
+        record = {
+            "step": state.global_step,
+            **{key: float(value) for key, value in logs.items() if value is not None},
+            **self._seconds,
+        }
+        if self.checkpoints.is_writer:
+            self.record(record)
+            if self._tells_steps:
+                logger.info(step_line(record, state.max_steps))
+        # The last step is always read: it may be the best.
+        is_last = state.global_step == state.max_steps
+        if is_last or state.global_step % self.settings.monitor_steps == 0:
+            self._watch(state.global_step, record)
+
+    def _watch(self, step: int, record: Mapping[str, float]) -> None:
+        """Take a reading, record it, and offer the adapter.
+
+        All ranks publish, which gathers the adapter's weights; one rank asks the actors.
+        """
+        started = time.perf_counter()
+        weights = self.publisher.publish(self.trainer.model, step)
+        is_writer = self.checkpoints.is_writer
+        reading = self._read(step, weights, record, started) if is_writer else None
+        [reading] = broadcast_object_list([reading])
+        self._readings.append(reading)
+        if step > 0:
+            self._offer(step, reading)
+
+    def _read(
+        self, step: int, weights: PublishedWeights, record: Mapping[str, float], started: float
+    ) -> dict[str, float]:
+        """The monitor's reading, with how far the policy has moved by the record of the step."""
+        reading = {
+            "step": step,
+            **self.monitor.read(weights),
+            SECONDS + "monitor": time.perf_counter() - started,
+        }
+        for name in ("kl", "sampler_gap/k3"):
+            if name in record:
+                reading[PREFIX + name.rpartition("/")[2]] = record[name]
+        best = best_reading(self._readings)
+        warning = hacking_warning(reading, best) if best else None
+        reading[WARNED] = float(warning is not None)
+        self.record(reading)
+        logger.info(reading_line(reading))
+        if warning:
+            logger.warning(warning)
+        return reading
+
+    def _offer(self, step: int, reading: dict[str, float]) -> None:
+        """Offer the adapter as the one to be published; the least value wins.
+
+        The judge chooses. The ablation shows where its reward leads, so it keeps its last step.
+        """
+        value = -reading[JUDGE_COSINE] if self.settings.contrast == "wrong" else -float(step)
+        parameters = self.trainer.model.parameters()
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.checkpoints.offer(
+            step,
+            value,
+            lambda folder: save_adapter(self.trainer.model, folder / "adapter"),
+            parameters=trained,
+            metrics=reading,
+        )
+
+
+def step_line(record: Mapping[str, float], steps: int) -> str:
+    """One step in one line: what was earned, how far the policy moved, where the seconds went."""
+    shares = " ".join(
+        f"{name} {record.get(f'rewards/{name}/mean', 0.0):.2f}"
+        for name in ("unclosed", "repeated", "evidence")
+    )
+    spent = " ".join(
+        f"{name} {record.get(SECONDS + name, 0.0):.2f}"
+        for name in ("publication", "rollout", "log_prob", "score", "update")
+    )
+    return (
+        f"grpo: step {record['step']:.0f} of {steps}, reward {record['reward']:.3f}, score"
+        f" {record['rewards/score/mean']:.3f}, {shares}, tokens"
+        f" {record['completions/mean_length']:.1f}, kl {record.get('kl', 0.0):.4f}, gap"
+        f" {record['sampler_gap/mean']:.1e}, {record[SECONDS + 'step']:.2f} s ({spent})"
+    )
+
+
+def reading_line(reading: Mapping[str, float]) -> str:
+    """One reading of the monitor in one line."""
+    cosine, top1 = (_interval(reading, name) for name in ("judge_centred_cosine", "judge_top1"))
+    return (
+        f"grpo: validation at step {reading['step']:.0f}: judge centred cosine {cosine}, judge"
+        f" top-1 {top1}, rewarded {reading[REWARDED]:.3f}, claims found"
+        f" {reading[PREFIX + 'claim_precision']:.2f}, distinct {reading[PREFIX + 'distinct_share']:.2f}, unclosed"
+        f" {reading[PREFIX + 'unclosed_share']:.2f}, repeating"
+        f" {reading[PREFIX + 'repeating_share']:.2f}, tokens {reading[PREFIX + 'mean_tokens']:.1f},"
+        f" {reading[SECONDS + 'monitor']:.2f} s"
+    )
+
+
+def _interval(reading: Mapping[str, float], name: str) -> str:
+    value, low, high = (reading[f"{PREFIX}{name}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def monitor_share(
+    steps: Sequence[Mapping[str, float]], readings: Sequence[Mapping[str, float]]
+) -> float:
+    """Seconds of the monitor's readings over seconds of the steps; 0.0 before the first step.
+
+    The reading before the first step is left out: it waits for the actors to start.
+    """
+    if not steps:
+        return 0.0
+    read = sum(reading[SECONDS + "monitor"] for reading in readings if reading["step"] > 0)
+    return read / sum(record[SECONDS + "step"] for record in steps)
