@@ -178,13 +178,19 @@ def step_line(record: Mapping[str, float], steps: int) -> str:
 def reading_line(reading: Mapping[str, float]) -> str:
     """One reading of the monitor in one line."""
     cosine, top1 = (_interval(reading, name) for name in ("judge_centred_cosine", "judge_top1"))
+    named_shares = {
+        "claims found": "claim_precision",
+        "distinct": "distinct_share",
+        "unclosed": "unclosed_share",
+        "repeating": "repeating_share",
+    }
+    shares = ", ".join(
+        f"{word} {reading[PREFIX + name]:.2f}" for word, name in named_shares.items()
+    )
     return (
         f"grpo: validation at step {reading['step']:.0f}: judge centred cosine {cosine}, judge"
-        f" top-1 {top1}, rewarded {reading[REWARDED]:.3f}, claims found"
-        f" {reading[PREFIX + 'claim_precision']:.2f}, distinct {reading[PREFIX + 'distinct_share']:.2f}, unclosed"
-        f" {reading[PREFIX + 'unclosed_share']:.2f}, repeating"
-        f" {reading[PREFIX + 'repeating_share']:.2f}, tokens {reading[PREFIX + 'mean_tokens']:.1f},"
-        f" {reading[SECONDS + 'monitor']:.2f} s"
+        f" top-1 {top1}, rewarded {reading[REWARDED]:.3f}, {shares}, tokens"
+        f" {reading[PREFIX + 'mean_tokens']:.1f}, {reading[SECONDS + 'monitor']:.2f} s"
     )
 
 
