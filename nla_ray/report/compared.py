@@ -1,9 +1,9 @@
 """Verbalizers that are not the run's own, named on the command line: `--compare NAME=PATH`.
 
 PATH is a file of descriptions (JSONL: `activation_id`, `description`), an adapter folder, or a
-folder that holds one beside its manifest (another run's artifact). What they say stands in every
-table beside the run's own, under the same rules: nothing is left out, and an activation that a file
-does not describe counts as described by the empty string.
+folder with an adapter and its manifest (another run's artifact). What they say is a row of every
+table, under the rules of every row: nothing is left out, and an activation that a file does not
+describe counts as described by the empty string.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from nla_ray.base.identity import BaseInfo, check_base
 from nla_ray.run.manifest import MANIFEST_NAME, Manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
+"""The file by which a folder is known to be an adapter's."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One of them. Example: Compared(name="other", path=Path("other.jsonl"), digest="3f2a...",
-    manifest=None)"""
+    """A verbalizer that is named on the command line.
+
+    Example: Compared(name="theirs", path=Path("theirs.jsonl"), digest="3f2a...", manifest=None)
+    """
 
     name: str
     path: Path
-    """The file of descriptions, or the adapter's own folder."""
+    """The file of descriptions, or the folder with the adapter's files in it."""
     digest: str
     """SHA-256 of the content: another content makes another report."""
     manifest: Manifest | None
-    """Of an artifact that lies beside the adapter; of anything else the lineage is unknown, and the
-    report says so."""
+    """The manifest of an artifact. Without one the lineage is unknown, and the report says so."""
 
     @property
     def is_adapter(self) -> bool:
@@ -50,7 +52,8 @@ def find_compared(wanted: Sequence[str], taken: Sequence[str]) -> list[Compared]
     found: list[Compared] = []
     for argument in wanted:
         name, _, path = argument.partition("=")
-        if not (_NAME.fullmatch(name) and path) or name in [*taken, *(one.name for one in found)]:
+        used = [*taken, *(verbalizer.name for verbalizer in found)]
+        if not (_NAME.fullmatch(name) and path) or name in used:
             raise ValueError(
                 f"--compare: got {argument!r}, expected NAME=PATH with a name of lower-case"
                 f" letters, digits and _ that is none of {', '.join(taken)}. Give it another name."
@@ -60,47 +63,40 @@ def find_compared(wanted: Sequence[str], taken: Sequence[str]) -> list[Compared]
 
 
 def _find(name: str, path: Path) -> Compared:
-    folder = next(
-        (place for place in (path, path / "adapter") if (place / ADAPTER_CONFIG).is_file()), None
-    )
+    folder = _first_with(ADAPTER_CONFIG, path, path / "adapter")
     if folder is None and not path.is_file():
         raise ValueError(
             f"--compare {name}: got {path}, expected a JSONL file of descriptions, or a folder with"
             f" {ADAPTER_CONFIG} in it or in its folder adapter. Correct the path."
         )
-    files = [path] if folder is None else sorted(one for one in folder.iterdir() if one.is_file())
-    manifest = (
-        next((place for place in (path, path.parent) if (place / MANIFEST_NAME).is_file()), None)
-        if folder
-        else None
-    )
-    return Compared(
-        name=name,
-        path=folder or path,
-        digest=hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
-        manifest=(
-            Manifest.from_json(
-                (manifest / MANIFEST_NAME).read_text(), str(manifest / MANIFEST_NAME)
-            )
-            if manifest
-            else None
-        ),
-    )
+    files, manifest = [path], None
+    if folder is not None:
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        artifact = _first_with(MANIFEST_NAME, path, path.parent)
+        if artifact is not None:
+            source = artifact / MANIFEST_NAME
+            manifest = Manifest.from_json(source.read_text(), str(source))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return Compared(name=name, path=folder or path, digest=digest, manifest=manifest)
+
+
+def _first_with(file_name: str, *folders: Path) -> Path | None:
+    """The first of these folders that has the file."""
+    return next((folder for folder in folders if (folder / file_name).is_file()), None)
 
 
 def check_compared(compared: Sequence[Compared], base: BaseInfo) -> None:
     """Raise ValueError for an adapter that was made for another base or layer."""
-    for one in compared:
-        if one.manifest is not None:
-            check_base(one.manifest, base)
+    for verbalizer in compared:
+        if verbalizer.manifest is not None:
+            check_base(verbalizer.manifest, base)
 
 
 def read_descriptions(file: Path, activation_ids: Sequence[str]) -> tuple[list[str], int]:
-    """One description for each activation, in their order, and how many the file does not have
-    (described by "").
+    """A description for each activation, in their order; and how many the file does not have.
 
-    Raises ValueError, naming the line, for a row that is no description or that comes twice, and
-    when no row is about any of the activations.
+    Those are described by "". Raises ValueError for a row that is no description or that comes
+    twice, naming the line, and when no row is about any of the activations.
     """
     texts: dict[str, str] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
@@ -121,11 +117,11 @@ def read_descriptions(file: Path, activation_ids: Sequence[str]) -> tuple[list[s
                 " `activation_id` and `description`, each activation once. Correct the file."
             )
         texts[activation_id] = text
-    missing = sum(one not in texts for one in activation_ids)
+    missing = sum(activation_id not in texts for activation_id in activation_ids)
     if missing == len(activation_ids):
         raise ValueError(
             f"{file}: got {len(texts)} descriptions, none of one of the {len(activation_ids)} test"
             f" activations, expected ids like {activation_ids[0]!r}. Describe this run's test"
             " activations."
         )
-    return [texts.get(one, "") for one in activation_ids], missing
+    return [texts.get(activation_id, "") for activation_id in activation_ids], missing

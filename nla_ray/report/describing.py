@@ -1,9 +1,9 @@
-"""Every description that a report is about: labels, controls, and what verbalizers write, kept line
-by line.
+"""Every description that a report is about: labels, controls, and what verbalizers write.
 
-Resumable description by description: `{verbalizer}.jsonl` files in the report's folder are appended
-to and read back. The rule it protects: every test activation has exactly one description under
-every verbalizer, in the same order, however bad.
+They are kept in `{verbalizer}.jsonl` files of the report's folder, which are appended to and read
+back: an interrupted report goes on description by description. It computes no figure. Protects the
+rule that every test activation has exactly one description under every verbalizer, in the same
+order, however bad.
 """
 
 from __future__ import annotations
@@ -37,12 +37,16 @@ from nla_ray.run.metrics import MetricsLog
 from nla_ray.settings.config import RunConfig
 
 _CHUNK_BATCHES = 8
-"""Activations handed to the engine at once, in batches: enough that slots stay full, few enough
-that little is lost."""
+"""Activations handed to the engine at once, in batches.
+
+Enough that its slots stay full, few enough that an interruption loses little.
+"""
 
 _SLOT_BATCHES = 4
-"""Descriptions written at once, in batches: one step of decoding is one token of each. Measured
-with nano on two threads: 256 at once take 0.74 of the time that 64 take."""
+"""Descriptions written at once, in batches: a step of decoding is a token of each.
+
+Measured with nano on two threads: 256 at once take 0.74 of the time that 64 take.
+"""
 
 
 def describe_all(
@@ -53,10 +57,10 @@ def describe_all(
     folder: Path,
     compared: Sequence[Compared],
 ) -> tuple[dict[str, list[Description]], list[list[Description]]]:
-    """Descriptions of every test activation by verbalizer; and the samples of the arm of GRPO, N of
-    each activation.
+    """Descriptions of every test activation by verbalizer; and the samples of each.
 
-    All are written to `folder` as they come.
+    Samples are drawn by the arm of GRPO, `evaluation.samples` of each activation. All descriptions
+    are written to `folder` as they come.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arm = run.config.grpo.artifact
@@ -80,25 +84,29 @@ def describe_all(
             described |= describer.describe(adapter, neighbours, injected)
             if artifact == arm and run.config.evaluation.samples:
                 samples = describer.sample(adapter, neighbours, f"{artifact}_samples", test.vectors)
-    for one in compared:
-        if one.is_adapter:
-            neighbours = one.manifest.model["neighbours"] if one.manifest else None
-            described |= describer.describe(one.path, neighbours, {one.name: test.vectors})
+    for verbalizer in compared:
+        name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
+        if verbalizer.is_adapter:
+            neighbours = manifest.model["neighbours"] if manifest else None
+            described |= describer.describe(path, neighbours, {name: test.vectors})
         else:
-            described[one.name] = describer.keep(one.name, read_descriptions(one.path, test.ids)[0])
+            texts, _ = read_descriptions(path, test.ids)
+            described[name] = describer.keep(name, texts)
     return described, samples
 
 
 def decoding(arm: Manifest) -> Mapping[str, Any]:
-    """How an arm of GRPO sampled, which is how a report on it decodes: `max_new_tokens`, and
-    `temperature` of samples."""
+    """How a report on an arm of GRPO decodes, which is how the arm sampled.
+
+    Has `max_new_tokens`, and the `temperature` of samples.
+    """
     return arm.config["grpo"]
 
 
 def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
     """What the controls that need no model say of every test activation."""
     gold = drawn_labels(run, run.config.evaluation.split)
-    known = drawn_labels(run, "train")
+    train_labels = drawn_labels(run, "train")
     train = load_activations(run, "train")
     texts = {
         name: label_descriptions(
@@ -106,13 +114,12 @@ def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, 
         )
         for name in ("gold", "shuffled", "generic")
     }
-    nearest = nearest_train_labels(test.vectors, train.vectors, train.text_ids, known, mean)
+    nearest = nearest_train_labels(test.vectors, train.vectors, train.text_ids, train_labels, mean)
     return {**texts, "nearest_train_label": nearest}
 
 
 class Describer:
-    """Keeps `{verbalizer}.jsonl` files of descriptions, and makes what they lack with adapters over
-    one loaded base."""
+    """Keeps files of descriptions, and makes what they lack with adapters over one loaded base."""
 
     def __init__(
         self, config: RunConfig, sampling: Mapping[str, Any], test: ActivationTable, folder: Path
@@ -124,18 +131,16 @@ class Describer:
     def keep(self, name: str, texts: Sequence[str]) -> list[Description]:
         """Write descriptions that cost nothing to make, one for each activation."""
         described = [self._described(text, closed=True) for text in texts]
-        rows = (
-            _row(activation_id, one)
-            for activation_id, one in zip(self._ids, described, strict=True)
-        )
-        (self._folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _write_rows(self._folder / f"{name}.jsonl", _rows(self._ids, described))
         return described
 
     def describe(
         self, adapter: Path, neighbours: Sequence[int] | None, injected: Mapping[str, Tensor]
     ) -> dict[str, list[Description]]:
-        """What one adapter says, greedily, by name of what is injected: [rows, d_model], or [1,
-        d_model] for all rows alike."""
+        """What an adapter says, greedily, by the name of what is injected.
+
+        `injected`: [rows, d_model], or [1, d_model] for all rows alike.
+        """
         return {
             name: self._complete(adapter, neighbours, name, vectors, self._ids)
             for name, vectors in injected.items()
@@ -168,8 +173,7 @@ class Describer:
         samples: int = 1,
         temperature: float = 0.0,
     ) -> list[Description]:
-        """All descriptions of a file, of which the missing ones are made and appended, chunk by
-        chunk."""
+        """All descriptions of a file; what is missing is made and appended, chunk by chunk."""
         log = MetricsLog(self._folder / f"{name}.jsonl")
         done = self._read(log, ids, samples)
         if len(done) == len(ids):
@@ -190,9 +194,9 @@ class Describer:
                     rows=list(range(start, start + len(rows))),
                 )
                 copies = len(ids) - len(done) if len(injected) == 1 else 1
-                fresh = [self._described(one.text, one.closed) for one in written] * copies
-                for activation_id, one in zip(ids[len(done) :], fresh):
-                    log.append(_row(activation_id, one))
+                fresh = [self._described(new.text, new.closed) for new in written] * copies
+                for row in _rows(ids[len(done) : len(done) + len(fresh)], fresh):
+                    log.append(row)
                 done += fresh
                 advance(len(fresh))
         return done
@@ -205,12 +209,14 @@ class Describer:
         )
 
     def _read(self, log: MetricsLog, ids: Sequence[str], samples: int) -> list[Description]:
-        """What is there already, in whole groups of samples. Raises ValueError when it describes
-        other activations."""
+        """What a file holds already, in whole groups of samples; a begun group is cut off.
+
+        Raises ValueError when it describes other activations.
+        """
         rows = log.read()
         if begun := len(rows) % samples:
             rows = rows[:-begun]
-            log.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            _write_rows(log.path, rows)
         if [row["activation_id"] for row in rows] != list(ids[: len(rows)]):
             raise ValueError(
                 f"{log.path}: got descriptions of other activations than the report's, expected the"
@@ -224,16 +230,27 @@ class Describer:
         ]
 
     def _described(self, text: str, closed: bool) -> Description:
-        """With its length in tokens; labels and controls repeat, so each text is counted once."""
+        """A description with its length in tokens.
+
+        Labels and controls repeat: the tokens of each text are counted once.
+        """
         if text not in self._num_tokens:
             self._num_tokens[text] = len(self._tokenizer.encode(text, add_special_tokens=False))
         return Description.from_text(text, num_tokens=self._num_tokens[text], closed=closed)
 
 
-def _row(activation_id: str, one: Description) -> dict[str, Any]:
-    return {
-        "activation_id": activation_id,
-        "description": one.text,
-        "closed": one.closed,
-        "num_tokens": one.num_tokens,
-    }
+def _rows(ids: Sequence[str], descriptions: Sequence[Description]) -> list[dict[str, Any]]:
+    """The lines of a file, one for each activation."""
+    return [
+        {
+            "activation_id": activation_id,
+            "description": description.text,
+            "closed": description.closed,
+            "num_tokens": description.num_tokens,
+        }
+        for activation_id, description in zip(ids, descriptions, strict=True)
+    ]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

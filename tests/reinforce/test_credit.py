@@ -51,9 +51,7 @@ def test_every_line_is_paid_what_it_adds_and_all_lines_together_the_whole() -> N
     assert explained == pytest.approx(1.0)
 
 
-def test_a_group_whose_beginnings_score_alike_pays_the_last_line_and_the_other_group_the_first() -> (
-    None
-):
+def test_beginnings_that_score_alike_pay_the_last_line_and_those_that_differ_the_first() -> None:
     advantages, scores = torch.tensor([1.0, -1.0, 2.0, -2.0]), [[0.6], [0.2], [0.5], [0.5]]
     shared, explained = share_out(advantages, scores, [[0, 1]] * 4, group_size=2, length=2)
     # slope 5: the first group's beginnings are worth 1 and -1, the second's nothing

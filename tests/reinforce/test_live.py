@@ -118,9 +118,7 @@ def test_a_panel_without_records_waits() -> None:
     assert "step 0 of 8" in text and "waiting for the first step" in text
 
 
-def test_a_curve_goes_from_the_least_value_to_the_greatest_and_repeats_what_it_has_no_point_for() -> (
-    None
-):
+def test_a_curve_goes_from_least_to_greatest_and_repeats_what_it_has_no_point_for() -> None:
     assert sparkline([(0, 1.0), (2, 8.0)], 3, 80) == "▁▁██"
     assert sparkline([(1, 0.0), (2, 7.0), (3, 1.0)], 3, 80) == " ▁█▂"
     assert sparkline([(0, 0.0), (1, 2.0), (2, 7.0), (3, 9.0)], 3, 2) == "▁█"
@@ -129,9 +127,7 @@ def test_a_curve_goes_from_the_least_value_to_the_greatest_and_repeats_what_it_h
     assert sparkline([], 0, 80) == " "
 
 
-def test_the_time_left_counts_the_monitors_readings_and_its_share_leaves_out_the_one_that_waits_for_actors() -> (
-    None
-):
+def test_the_time_left_counts_readings_and_the_share_leaves_out_that_which_waits() -> None:
     steps, readings = (
         [step(1), step(2, 4.0)],
         [reading(0, 0.5, 0.3, seconds=9.0), reading(2, 0.5, 0.3, seconds=1.5)],

@@ -54,15 +54,10 @@ class World:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self.domains = [DOMAINS[row % len(DOMAINS)] for row in range(ROWS)]
-        self.words = [
-            [
-                WORDS[place]
-                for place in torch.randperm(len(WORDS), generator=generator)[
-                    :WORDS_IN_TEXT
-                ].tolist()
-            ]
-            for _ in range(ROWS)
-        ]
+        self.words = []
+        for _ in range(ROWS):
+            order = torch.randperm(len(WORDS), generator=generator).tolist()
+            self.words.append([WORDS[index] for index in order[:WORDS_IN_TEXT]])
         self.texts = [f"{' '.join(words)}" for words in self.words]
         self.meaning = {
             word: 2.0 * vector for word, vector in vectors_of(DOMAINS, 1).items()
@@ -77,7 +72,7 @@ class World:
         deviation = torch.stack(
             [
                 self.meaning[domain] + sum(self.meaning[word] for word in words)
-                for domain, words in zip(self.domains, self.words)
+                for domain, words in zip(self.domains, self.words, strict=True)
             ]
         )
         self.mean = torch.full((D_MODEL,), 0.1)
@@ -85,24 +80,24 @@ class World:
 
     def read(self, scorer: str, text: str) -> torch.Tensor:
         """What a scorer reads in a description: the mean, and the vectors of the words it knows."""
-        known = self.scorers[scorer]
-        heard = [known[name] for name in DOMAINS if name in text] + [
-            known[piece] for piece in claims.word_pieces(text) if piece in known
+        vector_of = self.scorers[scorer]
+        heard = [vector_of[name] for name in DOMAINS if name in text] + [
+            vector_of[piece] for piece in claims.word_pieces(text) if piece in vector_of
         ]
         return self.mean * 20 + (sum(heard) if heard else torch.zeros(D_MODEL))
 
     def report(self, say: Say) -> dict:
         """The report of a verbalizer, called grpo, beside gold labels and an honest SFT that knows
         half of the words."""
-        said = {
+        verbalizers = {
             "gold": self.label,
             "nearest_train_label": lambda row: self.label((row + len(DOMAINS)) % ROWS),
             "sft": lambda row: f"- {self.domains[row]}: {', '.join(self.words[row][:3])}",
             "grpo": say,
         }
         descriptions = {
-            name: [Description.from_text(own(row), num_tokens=8) for row in range(ROWS)]
-            for name, own in said.items()
+            name: [Description.from_text(describe(row), num_tokens=8) for row in range(ROWS)]
+            for name, describe in verbalizers.items()
         }
         doc_ids = [f"doc{row}" for row in range(ROWS)]
         texts = sorted(texts_to_read(descriptions, [], {}))
@@ -222,7 +217,7 @@ def test_strings_found_by_search_against_the_reward_scorer_are_warned_of(world: 
             scores = torch.nn.functional.cosine_similarity(sums, centred[row][None])
             scores[chosen] = -1.0
             chosen.append(int(scores.argmax()))
-        return "- " + ", ".join(JUNK[place] for place in chosen)
+        return "- " + ", ".join(JUNK[index] for index in chosen)
 
     report = world.report(search)
     reward, judge = (report["results"]["grpo"][scorer]["top1"] for scorer in ("reward", "judge"))

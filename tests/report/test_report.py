@@ -66,13 +66,13 @@ def evaluated() -> Evaluated:
     }
     scale = {"gold": 0.2, "sft": 0.8, "grpo": 0.5}
     # Every description is said of one row only, so that a text can stand for what is read in it.
-    descriptions = {
-        name: [
-            dataclasses.replace(one, text=one.text and f"{one.text}\n- next: {name} {row}")
-            for row, one in enumerate(own)
+    for name, of_rows in descriptions.items():
+        descriptions[name] = [
+            dataclasses.replace(
+                description, text=description.text and f"{description.text}\n- next: {name} {row}"
+            )
+            for row, description in enumerate(of_rows)
         ]
-        for name, own in descriptions.items()
-    }
     samples = [
         [
             Description.from_text(f"- Python test: sample{row}x{number}", num_tokens=5)
@@ -81,18 +81,14 @@ def evaluated() -> Evaluated:
         for row in range(ROWS)
     ]
     read: dict[str, torch.Tensor] = {"": mean}
-    for name, own in descriptions.items():
-        read |= {
-            form: originals[row] + scale[name] * noise[row]
-            for row, one in enumerate(own)
-            if one.text
-            for form in forms_of(one.text)
-        }
-    read |= {
-        one.text: originals[row] + number * noise[row]
-        for row, drawn in enumerate(samples)
-        for number, one in enumerate(drawn)
-    }
+    for name, of_rows in descriptions.items():
+        for row, description in enumerate(of_rows):
+            if description.text:
+                reconstruction = originals[row] + scale[name] * noise[row]
+                read |= dict.fromkeys(forms_of(description.text), reconstruction)
+    for row, drawn in enumerate(samples):
+        for number, sample in enumerate(drawn):
+            read[sample.text] = originals[row] + number * noise[row]
     return Evaluated(
         doc_ids=DOC_IDS,
         domains=DOMAINS,
@@ -103,7 +99,7 @@ def evaluated() -> Evaluated:
         samples=samples,
         sampled="grpo",
         prefix_rows=range(0, ROWS, 2),
-        prefixes={"gold": {4: [one.text for one in descriptions["sft"][::2]]}},
+        prefixes={"gold": {4: [description.text for description in descriptions["sft"][::2]]}},
         readings=Readings(list(read), dict.fromkeys(SCORERS, torch.stack(list(read.values())))),
         domain_names=NAMES,
     )
@@ -122,17 +118,13 @@ def summary() -> dict:
 # Controls -----------------------------------------------------------------------------------------
 
 
-def test_gold_is_the_label_of_the_text_and_a_text_without_label_stays_in_as_an_empty_description() -> (
-    None
-):
+def test_gold_is_the_label_of_the_text_and_without_a_label_the_empty_description() -> None:
     assert controls.label_descriptions(
         "gold", ["a#0", "b#0"], ["a", "b"], {"b#0": "B"}, seed=0
     ) == ["", "B"]
 
 
-def test_shuffled_labels_come_from_other_documents_and_not_from_the_wrong_row_of_the_two_way_choice() -> (
-    None
-):
+def test_shuffled_labels_come_from_other_documents_and_not_from_the_wrong_row() -> None:
     ids = [f"t{row}" for row in range(ROWS)]
     shuffled = controls.label_descriptions(
         "shuffled", ids, DOC_IDS, {name: name for name in ids}, seed=0
@@ -152,9 +144,7 @@ def test_the_generic_control_says_one_sentence_of_everything() -> None:
         controls.label_descriptions("sft", [], [], {}, seed=0)
 
 
-def test_the_nearest_train_label_is_the_label_of_the_activation_with_the_highest_centred_cosine() -> (
-    None
-):
+def test_the_nearest_train_label_is_that_of_the_highest_centred_cosine() -> None:
     train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     labels = {"x": "X", "y": "Y", "z": "Z"}
     test = torch.tensor([[3.0, 3.1], [0.1, 5.0]])
@@ -169,9 +159,7 @@ def test_the_nearest_train_label_is_the_label_of_the_activation_with_the_highest
         controls.nearest_train_labels(test, train, ["x", "y", "z"], {}, torch.zeros(2))
 
 
-def test_a_random_vector_depends_on_the_activation_id_alone_and_the_mean_is_one_row_for_all() -> (
-    None
-):
+def test_a_random_vector_depends_on_the_id_alone_and_the_mean_is_one_row_for_all() -> None:
     activations = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     vectors = controls.injected_vectors(
         "random_vector", ["a", "b"], activations, torch.zeros(2), seed=0
@@ -267,9 +255,8 @@ def test_a_prefix_curve_ends_with_the_whole_description_of_the_same_rows(summary
     assert (first["tokens"], whole["tokens"]) == (4, 11) and first["centred_cosine"]["n"] == whole[
         "centred_cosine"
     ]["n"] == 12
-    assert (
-        first["centred_cosine"]["value"] < whole["centred_cosine"]["value"]
-    )  # what stands for its prefixes is said by sft
+    # What stands for its prefixes is said by sft.
+    assert first["centred_cosine"]["value"] < whole["centred_cosine"]["value"]
 
 
 def test_domains_and_the_confusion_matrix_count_every_row(summary: dict) -> None:
@@ -530,12 +517,12 @@ def test_what_a_reader_wrote_down_becomes_notes_of_a_report_made_anew_from_the_s
     run = copied_run()
     evaluate(run)
     folder = Path(run.config.run_dir)
-    told, written = read_report(run), (folder / "report/descriptions/sft.jsonl").stat().st_mtime_ns
-    assert told["notes"] == []
+    first, written = read_report(run), (folder / "report/descriptions/sft.jsonl").stat().st_mtime_ns
+    assert first["notes"] == []
     (folder / "notes.txt").write_text("Licences are read well.\n\n  Numbers are invented. \n")
     manifest = evaluate(run)
     assert read_report(run) == {
-        **told,
+        **first,
         "notes": ["Licences are read well.", "Numbers are invented."],
     }
     assert (folder / "report/descriptions/sft.jsonl").stat().st_mtime_ns == written
@@ -617,11 +604,11 @@ def test_the_monitors_readings_are_told_by_step() -> None:
         environment={},
         created="",
     )
-    told = growth(
+    curves = growth(
         {"sft": {}}, {"sft": sft}, [], {"grpo": records, "sft": [{"step": 3, "loss": 1.0}]}, None
     )
     interval = {"value": 0.5, "low": 0.5, "high": 0.5}
-    assert told == {
+    assert curves == {
         "steps": {
             "grpo": [
                 {
@@ -642,20 +629,19 @@ def test_an_interrupted_report_reuses_the_descriptions_it_has_and_ends_the_same(
     undisturbed, interrupted = copied_run("a"), copied_run("b")
     make_report(undisturbed.config)
     done = Path(undisturbed.config.run_dir) / "report/descriptions"
-    place = Path(interrupted.config.run_dir) / "report/descriptions"
-    place.mkdir(parents=True)
-    shutil.copy(done / "sft.jsonl", place)
+    begun = Path(interrupted.config.run_dir) / "report/descriptions"
+    begun.mkdir(parents=True)
+    shutil.copy(done / "sft.jsonl", begun)
     lines = (done / "grpo.jsonl").read_text().splitlines(keepends=True)
-    (place / "grpo.jsonl").write_text("".join(lines[:5]) + lines[5][:10])
+    (begun / "grpo.jsonl").write_text("".join(lines[:5]) + lines[5][:10])
     samples = (done / "grpo_samples.jsonl").read_text()
-    (place / "grpo_samples.jsonl").write_text(
-        "".join(samples.splitlines(keepends=True)[:13])
-    )  # eight of one, five of the next
-    written = (place / "sft.jsonl").stat().st_mtime_ns
+    # eight samples of an activation, five of the next
+    (begun / "grpo_samples.jsonl").write_text("".join(samples.splitlines(keepends=True)[:13]))
+    written = (begun / "sft.jsonl").stat().st_mtime_ns
     make_report(interrupted.config)
-    assert (place / "sft.jsonl").stat().st_mtime_ns == written
-    assert (place / "grpo.jsonl").read_text() == "".join(lines)
-    assert (place / "grpo_samples.jsonl").read_text() == samples
+    assert (begun / "sft.jsonl").stat().st_mtime_ns == written
+    assert (begun / "grpo.jsonl").read_text() == "".join(lines)
+    assert (begun / "grpo_samples.jsonl").read_text() == samples
     assert read_report(interrupted) == read_report(undisturbed)
 
 
@@ -663,9 +649,9 @@ def test_descriptions_of_other_activations_are_not_taken_for_these(
     copied_run: Callable[..., Run],
 ) -> None:
     run = copied_run()
-    place = Path(run.config.run_dir) / "report/descriptions/sft.jsonl"
-    place.parent.mkdir(parents=True)
-    place.write_text(
+    file = Path(run.config.run_dir) / "report/descriptions/sft.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text(
         json.dumps(
             {"activation_id": "other@1:2", "description": "", "closed": True, "num_tokens": 0}
         )
@@ -748,11 +734,10 @@ def test_too_few_test_documents_are_an_error_and_not_a_smaller_report(
     few = copied_run("few", evaluation=EvaluationConfig(min_documents=10, max_activations=9))
     with pytest.raises(ValueError, match="expected at least 10"):
         make_report(few.config)
-    for one in (run, few):  # and already where nothing but the corpus is there
-        with pytest.raises(
-            ValueError, match=f"expected at least {one.config.evaluation.min_documents}"
-        ):
-            check_corpus(one)
+    # and already where nothing but the corpus is there
+    for small, documents in ((run, 15), (few, 10)):
+        with pytest.raises(ValueError, match=f"expected at least {documents}"):
+            check_corpus(small)
     check_corpus(copied_run("enough"))
 
 
@@ -869,7 +854,8 @@ def test_named_descriptions_and_adapters_stand_beside_the_runs_own(
     ids = load_activations(Run(published_run), "test").ids
     file = tmp_path / "other.jsonl"
     rows = [
-        {"activation_id": one, "description": f"- a licence\u2028{one}"} for one in ids[1:]
+        {"activation_id": activation_id, "description": f"- a licence\u2028{activation_id}"}
+        for activation_id in ids[1:]
     ]  # a line separator ends no row, a blank line is none
     file.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n", encoding="utf-8"
@@ -1048,11 +1034,11 @@ def test_every_score_is_in_the_table_and_on_the_page(copied_run: Callable[..., R
     report, folder = read_report(run), Path(run.config.run_dir) / "report"
     scores = pq.read_table(folder / "scores.parquet").to_pylist()
     assert len(scores) == 28 * len(report["results"]) * 3
-    own = [row for row in scores if (row["verbalizer"], row["scorer"]) == ("grpo", "judge")]
-    assert sum(row["top1_2way"] for row in own) / 28 == pytest.approx(
+    judged = [row for row in scores if (row["verbalizer"], row["scorer"]) == ("grpo", "judge")]
+    assert sum(row["top1_2way"] for row in judged) / 28 == pytest.approx(
         report["results"]["grpo"]["judge"]["top1_2way"]["value"], abs=1e-5
     )
-    assert sum(row["centred_cosine"] for row in own) / 28 == pytest.approx(
+    assert sum(row["centred_cosine"] for row in judged) / 28 == pytest.approx(
         report["results"]["grpo"]["judge"]["centred_cosine"]["value"], abs=1e-5
     )
     page = (folder / "report.html").read_text(encoding="utf-8")
