@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, TaskType
@@ -24,7 +25,7 @@ from nla_ray.settings.config import LoraSettings
 _CONFIG_NAME = "adapter_config.json"
 
 AdaptedModel = PeftModelForCausalLM
-"""A causal model with adapters; a subclass is one with a forward of its own."""
+"""A causal model with adapters; a subclass may have another forward."""
 Wrap = Callable[[nn.Module, LoraConfig, str], AdaptedModel]
 """Makes an adapted model: (causal model, settings in peft's words, name of the first adapter)."""
 
@@ -39,12 +40,13 @@ def add_lora(
     seed: int = 0,
     wrap: Wrap = AdaptedModel,
 ) -> PeftModel:
-    """Add a fresh adapter to the seven projections of every block (of the first `num_blocks`), make
-    it the active one, and return the wrapped model (by `wrap` where it is not wrapped yet).
+    """Add a fresh adapter to the seven projections of every block, and return the wrapped model.
 
-    A new adapter changes nothing yet (its second factor is zero); the first factor is drawn from
-    `seed`. Its weights are float32 whatever the base's type. Raises ValueError when an adapter of
-    that name is there.
+    A model without adapters is wrapped by `wrap`. The adapter is added to the first `num_blocks`
+    blocks when that is given, and becomes the active one. It changes nothing yet (its second factor
+    is zero); the first factor is drawn from `seed`. Its weights are float32 over a base of any
+    type. Raises ValueError when an adapter of that name exists, and for a base of an unsupported
+    family.
     """
     config = LoraConfig(
         r=settings.rank,
@@ -75,11 +77,11 @@ def load_adapter(
     trainable: bool = False,
     wrap: Wrap = AdaptedModel,
 ) -> PeftModel:
-    """Load a saved adapter, make it the active one, and return the model wrapped (by `wrap`).
+    """Load a saved adapter, make it the active adapter, and return the wrapped model.
 
-    Adapters of a model with more blocks load into one with fewer (a verbalizer's into a
-    reconstructor's base): weights of blocks that are not there are left out. Raises ValueError when
-    the folder holds no adapter or one of another shape.
+    A model without adapters is wrapped by `wrap`. Adapters of a model with more blocks load into a
+    model with fewer (a verbalizer's into a reconstructor's base): weights of missing blocks are
+    left out. Raises ValueError when the folder holds no adapter, or an adapter of another shape.
     """
     _require_adapter(folder)
     try:
@@ -101,8 +103,10 @@ def load_adapter(
 
 
 def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") -> None:
-    """Write adapter_config.json and adapter_model.safetensors into `folder` itself, whatever the
-    adapter's name."""
+    """Write adapter_config.json and adapter_model.safetensors into `folder` itself.
+
+    The adapter's name is in neither, so that it loads under any other.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -110,26 +114,28 @@ def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") ->
     save_file(
         adapter_state(model, name), folder / "adapter_model.safetensors", metadata={"format": "pt"}
     )
-    config = copy.copy(model.peft_config[name])
+    config: Any = copy.copy(_lora_config(model, name))
     config.inference_mode = True
-    config.target_modules = sorted(
-        config.target_modules
-    )  # a set: its order differs from process to process
-    config.save_pretrained(folder)
+    # A set, whose order differs from process to process, would make another file in each.
+    config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(str(folder))
 
 
 def read_adapter(folder: Path | str) -> tuple[dict[str, Tensor], LoraSettings]:
-    """A saved adapter without a model: its tensors as `adapter_state` names them, and its
-    settings."""
+    """A saved adapter without a model: its tensors as `adapter_state` names them, its settings."""
     _require_adapter(folder)
-    return load_peft_weights(str(folder), device="cpu"), _settings(
-        LoraConfig.from_pretrained(str(folder))
-    )
+    config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    return load_peft_weights(str(folder), device="cpu"), _settings(config)
 
 
 def adapter_settings(model: PeftModel, name: str = "default") -> LoraSettings:
     """The settings an adapter was made with."""
-    return _settings(model.peft_config[name])
+    return _settings(_lora_config(model, name))
+
+
+def _lora_config(model: PeftModel, name: str) -> LoraConfig:
+    """The configuration of an adapter; nothing but LoRA is ever added here."""
+    return cast(LoraConfig, model.peft_config[name])
 
 
 def _settings(config: LoraConfig) -> LoraSettings:
@@ -137,8 +143,10 @@ def _settings(config: LoraConfig) -> LoraSettings:
 
 
 def adapter_state(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors on CPU, under their names in the saved file:
-    `base_model.model....lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank]."""
+    """The adapter's tensors on CPU, under their names in the saved file.
+
+    `base_model.model....lora_A.weight` [rank, in] and `...lora_B.weight` [out, rank].
+    """
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {
         key: value.detach().to("cpu", copy=True).contiguous()
@@ -147,25 +155,24 @@ def adapter_state(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
 
 
 def set_adapter_state(model: PeftModel, state: Mapping[str, Tensor], name: str = "default") -> None:
-    """Replace the weights of a loaded adapter by tensors named as in `adapter_state`. Raises
-    ValueError when they do not fit."""
-    own = adapter_state(model, name)
-    wrong = [
-        key
-        for key in {*own, *state}
-        if key not in own or key not in state or own[key].shape != state[key].shape
-    ]
+    """Replace the weights of a loaded adapter by tensors named as in `adapter_state`.
+
+    Raises ValueError when they do not fit.
+    """
+    expected = {key: value.shape for key, value in adapter_state(model, name).items()}
+    given = {key: value.shape for key, value in state.items()}
+    wrong = {key for key, _ in expected.items() ^ given.items()}
     if wrong:
         raise ValueError(
             f"adapter weights for {name!r}: got {len(wrong)} tensors that do not fit, first"
-            f" {sorted(wrong)[0]!r}, expected the {len(own)} of this adapter. They come from"
-            " another base or rank."
+            f" {min(wrong)!r}, expected the {len(expected)} of this adapter. They come from another"
+            " base or rank."
         )
     set_peft_model_state_dict(model, dict(state), adapter_name=name)
 
 
 def activate(model: PeftModel, name: str, *, trainable: bool = False) -> None:
-    """Make one adapter the active one; only it has gradients, and only when `trainable`."""
+    """Make an adapter the active one; it alone has gradients, and only when `trainable`."""
     if name not in model.peft_config:
         raise ValueError(
             f"adapter: got {name!r}, expected one of {sorted(model.peft_config)}. Load it first."
@@ -175,10 +182,10 @@ def activate(model: PeftModel, name: str, *, trainable: bool = False) -> None:
 
 @contextmanager
 def adapter_active(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
-    """Run a with-block with adapter `name`, or with the plain base when None; the state before
-    comes back afterwards.
+    """Run a with-block with adapter `name`, or with the plain base when None.
 
-    A model without adapters is its own plain base.
+    The state before comes back afterwards. A model without adapters is a plain base already. Raises
+    ValueError for a name that the model lacks.
     """
     if not isinstance(model, PeftModel):
         if name is not None:
@@ -191,7 +198,7 @@ def adapter_active(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
         with model.disable_adapter():
             yield model
         return
-    before = model.active_adapter
+    before = cast(str, model.active_adapter)  # a list only where adapters are mixed: never here
     if name == before:
         yield model
         return
@@ -222,5 +229,5 @@ def _require_new(model: PeftModel, name: str) -> None:
 
 
 def plain_linear(module: nn.Module) -> nn.Module:
-    """The base's own linear layer inside a module that may carry adapters."""
+    """The base's linear layer inside a module that may carry adapters."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -1,5 +1,8 @@
-"""What a base is, as manifests record it: digests, shape, marker; and whether an artifact was made
-with it."""
+"""What a base is, as manifests record it; and whether an artifact was made with it.
+
+Knows the base's files and the fields of a manifest. Protects the rule that nothing made with one
+base is ever read with another.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ from nla_ray.settings.config import BaseConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BaseInfo:
-    """Identity and shape of a base, as manifests record it."""
+    """Identity and shape of a base, as manifests record it.
+
+    Example: name="embedded:nano", model_type="qwen2", d_model=256, num_layers=6, vocab_size=4096,
+    layer=4, injection_norm=50.0, marker_id=4095, neighbours=(223, 2), origin=None, and two digests.
+    """
 
     name: str
     digest: str
@@ -43,9 +50,11 @@ class BaseInfo:
         return {**dataclasses.asdict(self), "neighbours": list(self.neighbours)}
 
 
-def base_info(base: BaseConfig, tokenizer=None) -> BaseInfo:
-    """Identity and shape of a base, from its configuration and tokenizer. Raises ValueError for a
-    layer or marker it lacks."""
+def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
+    """Identity and shape of a base, from its configuration and tokenizer; no weights are loaded.
+
+    Raises ValueError for a layer or a marker that the base lacks.
+    """
     config = load_model_config(base)
     check_layer(base.layer, config.num_hidden_layers)
     folder = base_folder(base.model, weights=False)
@@ -68,20 +77,19 @@ def base_info(base: BaseConfig, tokenizer=None) -> BaseInfo:
 
 
 def check_base(manifest: Manifest, info: BaseInfo) -> None:
-    """Raise ValueError when an artifact was made with other weights, another tokenizer or another
-    layer than the base that is here.
+    """Raise ValueError when an artifact was made with another base than this one.
 
-    An adapter is also bound to the marker and the injection norm that it learned with; activations
-    know of neither.
+    Weights, tokenizer and layer must be the same. An adapter is also bound to the marker and the
+    injection norm that it learned with; activations know of neither.
     """
     compared = {"weights": "digest", "tokenizer": "tokenizer_digest", "layer": "layer"}
     if manifest.name != "activations":
         compared |= {"marker": "marker", "injection norm": "injection_norm"}
     for what, name in compared.items():
-        there, here = manifest.model.get(name), getattr(info, name)
-        if there != here:
+        recorded, actual = manifest.model.get(name), getattr(info, name)
+        if recorded != actual:
             raise ValueError(
-                f"artifact {manifest.name!r}: got {what} {here} of {info.name}, expected {there} of"
-                f" {manifest.model.get('name')}, with which it was made. Give the same --base"
-                " fields as then, or make the artifact again."
+                f"artifact {manifest.name!r}: got {what} {actual} of {info.name}, expected"
+                f" {recorded} of {manifest.model.get('name')}, with which it was made. Give"
+                " the same --base fields as then, or make the artifact again."
             )

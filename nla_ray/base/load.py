@@ -1,8 +1,7 @@
-"""The frozen base model: what it is, how it is loaded, and what "layer K" means when it is run.
+"""How a base is loaded: its configuration, its tokenizer, its weights, whole or the first blocks.
 
-Knows transformers; knows nothing of adapters' training, of prompts or of Ray. Protects two rules:
-layer K is the output of block K (never the final norm's), and nothing above the wanted blocks is
-loaded or run.
+Knows transformers; knows nothing of adapters, of prompts or of Ray. Protects the rule that nothing
+above the wanted blocks is loaded.
 """
 
 from __future__ import annotations
@@ -38,12 +37,11 @@ PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
 config.json."""
 
 
-# what a base is -----------------------------------------------------------------------------------
-
-
-def load_model_config(base: BaseConfig):
+def load_model_config(base: BaseConfig) -> Any:
     """The base's transformers configuration: from its folder or hub, else from PUBLISHED_CONFIGS.
-    No weights are read."""
+
+    No weights are read.
+    """
     from transformers import AutoConfig
 
     try:
@@ -54,8 +52,11 @@ def load_model_config(base: BaseConfig):
         return AutoConfig.for_model(**PUBLISHED_CONFIGS[base.model])
 
 
-def load_tokenizer(base: BaseConfig):
-    """The base's tokenizer; padding goes to the right and never needs a new token."""
+def load_tokenizer(base: BaseConfig) -> Any:
+    """The base's tokenizer; padding goes to the right and never needs a new token.
+
+    Raises ValueError for a tokenizer without chat template.
+    """
     from transformers import AutoTokenizer
 
     with quiet_loading():
@@ -71,9 +72,6 @@ def load_tokenizer(base: BaseConfig):
     return tokenizer
 
 
-# loading ------------------------------------------------------------------------------------------
-
-
 def torch_device(base: BaseConfig) -> torch.device:
     """The device a base is loaded on: `auto` is CUDA when there is one."""
     if base.device == "auto":
@@ -87,8 +85,10 @@ def torch_device(base: BaseConfig) -> torch.device:
 
 
 def computes_in_bf16(base: BaseConfig) -> bool:
-    """Whether matrix products of training, and of reading descriptions with what was trained, run
-    in bfloat16: as configured, or where the processor has instructions for it."""
+    """Whether training, and reading descriptions with what was trained, multiplies in bfloat16.
+
+    As configured; with `auto`, where the processor has instructions for it.
+    """
     if base.training_dtype != "auto":
         return base.training_dtype == "bfloat16"
     if base.device != "cpu" and torch.cuda.is_available():
@@ -96,24 +96,24 @@ def computes_in_bf16(base: BaseConfig) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def load_backbone(base: BaseConfig, *, num_blocks: int | None = None, attention: str | None = None):
-    """The base as a frozen causal language model in eval mode, in its configured type and on its
-    device.
+def load_backbone(
+    base: BaseConfig, *, num_blocks: int | None = None, attention: str | None = None
+) -> Any:
+    """The base as a frozen causal model in eval mode, in its configured type and on its device.
 
     With `num_blocks` only the first blocks are read from disk, and neither final norm nor output
-    head: such a model has the causal model's parameter names (so adapters fit both) but yields the
-    residual stream, to be read with `ResidualReader`.
+    head. Such a model has the causal model's parameter names (so adapters fit both) but yields the
+    residual stream, to be read with `ResidualReader`. `attention`: an implementation by its name in
+    transformers.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
-    folder, options = (
-        base_folder(base.model),
-        {"dtype": getattr(torch, base.dtype), "attn_implementation": attention},
-    )
+    folder = base_folder(base.model)
+    options = {"dtype": getattr(torch, base.dtype), "attn_implementation": attention}
     config = load_model_config(base)
     with quiet_loading():
         if num_blocks is None:
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         else:
             check_layer(num_blocks - 1, config.num_hidden_layers)
             config = keep_blocks(config, num_blocks)
@@ -122,7 +122,7 @@ def load_backbone(base: BaseConfig, *, num_blocks: int | None = None, attention:
     return model.to(torch_device(base)).eval().requires_grad_(False)
 
 
-def _headless(config, decoder: nn.Module):
+def _headless(config: Any, decoder: nn.Module) -> Any:
     """A causal model around `decoder` with no final norm and no output head."""
     from transformers import AutoModelForCausalLM
 
@@ -137,10 +137,12 @@ def _headless(config, decoder: nn.Module):
 
 
 def random_backbone(
-    config, *, device: str = "meta", dtype: torch.dtype = torch.float32, seed: int = 0
-):
-    """A causal model of this shape without trained weights: on `meta`, without any; for checks of
-    shapes and memory."""
+    config: Any, *, device: str = "meta", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    """A frozen causal model of this shape with random weights; on `meta`, without any weights.
+
+    For checks of shapes and memory.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]), torch.device(device):

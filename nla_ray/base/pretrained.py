@@ -1,5 +1,7 @@
-"""Which documents a base was pretrained on, where its card says so: of the embedded base it
-does."""
+"""Which documents a base was pretrained on, where its card says so: the embedded base's does.
+
+Knows the card alone. Protects the rule that no report is about a document its base learned from.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,7 @@ DIGEST_CHARS = 16
 
 
 def check_never_seen(card: dict[str, Any], doc_ids: Iterable[str]) -> None:
-    """Raise ValueError when a model with this card was pretrained on any of the documents (those
-    held out)."""
+    """Raise ValueError when a model with this card learned from any of these held-out documents."""
     learned = set(card["doc_id_digests"])
     leaked = sorted(doc_id for doc_id in doc_ids if digest(doc_id) in learned)
     if leaked:
@@ -24,12 +25,11 @@ def check_never_seen(card: dict[str, Any], doc_ids: Iterable[str]) -> None:
 
 
 def never_nearly_seen(card: dict[str, Any], doc_ids: Sequence[str]) -> list[int]:
-    """Places of the documents that do not nearly repeat one which a model with this card was
-    pretrained on."""
+    """Indices of the documents that nearly repeat none that a model with this card learned from."""
     twins = set(card["twin_digests"])
-    return [place for place, doc_id in enumerate(doc_ids) if digest(doc_id) not in twins]
+    return [index for index, doc_id in enumerate(doc_ids) if digest(doc_id) not in twins]
 
 
 def digest(doc_id: str) -> str:
-    """Short identity of a document in the card: the first 16 hex digits of its SHA-256."""
+    """Short identity of a document in the card: the first 16 hex digits of its id's SHA-256."""
     return hashlib.sha256(doc_id.encode()).hexdigest()[:DIGEST_CHARS]

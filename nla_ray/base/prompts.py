@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 OPENING_TAG = "<description>"
 CLOSING_TAG = "</description>"
@@ -22,7 +23,11 @@ GENERIC_DESCRIPTION = (
 
 
 def wrap_description(description: str) -> str:
-    """The text a verbalizer is trained to write after the opening tag."""
+    """The text a verbalizer is trained to write after the opening tag.
+
+    >>> wrap_description(" - a licence ")
+    '- a licence</description>'
+    """
     return f"{description.strip()}{CLOSING_TAG}"
 
 
@@ -32,33 +37,38 @@ def parse_description(written: str) -> tuple[str, bool]:
     The text is everything up to the first closing tag, without outer white space; an opening tag
     that was repeated is dropped. Text without a closing tag is kept as it is: a truncated
     description is scored, not dropped.
+
+    >>> parse_description("<description>- a licence</description> and")
+    ('- a licence', True)
     """
     body, tag, _ = written.partition(CLOSING_TAG)
     return body.removeprefix(OPENING_TAG).strip(), bool(tag)
 
 
 def reconstructor_prompt(description: str, marker: str) -> str:
-    """The reconstructor's input for one description. A marker inside the description is removed
-    first."""
+    """The reconstructor's input for a description, from which markers are removed first.
+
+    >>> reconstructor_prompt("- a # licence", "#")
+    '- a  licence\\nActivation: #'
+    """
     return RECONSTRUCTOR_TEMPLATE.format(
         description=description.replace(marker, "").strip(), marker=marker
     )
 
 
-def chat_prompt(tokenizer, text: str) -> str:
-    """`text` as one user turn with the generation prompt appended: what the base model reads when
-    it is captured."""
+def chat_prompt(tokenizer: Any, text: str) -> str:
+    """`text` as a user's turn with the generation prompt appended: what a base reads in capture."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
 
 
-def verbalizer_prompt(tokenizer, marker: str) -> str:
+def verbalizer_prompt(tokenizer: Any, marker: str) -> str:
     """The verbalizer's prompt as text: instruction, marker, generation prompt, opening tag."""
     return chat_prompt(tokenizer, VERBALIZER_TEMPLATE.format(marker=marker)) + OPENING_TAG
 
 
-def marker_token(tokenizer, marker: str) -> int:
+def marker_token(tokenizer: Any, marker: str) -> int:
     """The marker's id. Raises ValueError unless the tokenizer makes exactly one token of it."""
     ids = tokenizer.encode(marker, add_special_tokens=False)
     if len(ids) != 1:
@@ -69,12 +79,11 @@ def marker_token(tokenizer, marker: str) -> int:
     return ids[0]
 
 
-def find_marker(tokenizer) -> str:
-    """A marker for a tokenizer that has none yet: its rarest one-token character that keeps to
-    itself in both prompts.
+def find_marker(tokenizer: Any) -> str:
+    """A marker for a tokenizer: its rarest character that is one token in both prompts.
 
-    Rare: of the highest id, since byte-level vocabularies are ordered by frequency. Raises
-    ValueError when there is none.
+    Rare means of the highest id, since byte-level vocabularies are ordered by frequency. Raises
+    ValueError when no character will do.
     """
     for token in range(len(tokenizer) - 1, -1, -1):
         marker = tokenizer.decode([token])
@@ -101,8 +110,11 @@ def find_marker(tokenizer) -> str:
 class InjectionPrompt:
     """The verbalizer's prompt as ids, cut at the marker.
 
-    Example: prefix_ids=(1, 40, 8), marker_id=7, suffix_ids=(2, 3, 1); row 5 of a bank under
-    vocab_size 100 encodes to [1, 40, 8, 105, 2, 3, 1].
+    Row 5 of a bank becomes a virtual id above the vocabulary:
+
+    >>> prompt = InjectionPrompt(prefix_ids=(1, 40, 8), marker_id=7, suffix_ids=(2, 3, 1))
+    >>> prompt.encode(5, vocab_size=100), prompt.neighbours, len(prompt)
+    ([1, 40, 8, 105, 2, 3, 1], (8, 2), 7)
     """
 
     prefix_ids: tuple[int, ...]
@@ -113,8 +125,10 @@ class InjectionPrompt:
 
     @property
     def neighbours(self) -> tuple[int, int]:
-        """Ids left and right of the marker, recorded in manifests: a changed tokenizer or template
-        shows here."""
+        """Ids left and right of the marker, as manifests record them.
+
+        They differ when a tokenizer or its template has changed.
+        """
         return self.prefix_ids[-1], self.suffix_ids[0]
 
     def encode(self, row: int, vocab_size: int) -> list[int]:
@@ -126,7 +140,7 @@ class InjectionPrompt:
 
 
 def build_injection_prompt(
-    tokenizer, marker: str, neighbours: Sequence[int] | None = None
+    tokenizer: Any, marker: str, neighbours: Sequence[int] | None = None
 ) -> InjectionPrompt:
     """Tokenise the verbalizer's prompt and check the marker.
 
@@ -141,9 +155,9 @@ def build_injection_prompt(
             f"verbalizer prompt: got {count} markers {marker!r} in {len(ids)} tokens, expected"
             " exactly 1. The chat template changes the user's turn; choose another --base.marker."
         )
-    place = ids.index(marker_id)
+    position = ids.index(marker_id)
     prompt = InjectionPrompt(
-        prefix_ids=tuple(ids[:place]), marker_id=marker_id, suffix_ids=tuple(ids[place + 1 :])
+        prefix_ids=tuple(ids[:position]), marker_id=marker_id, suffix_ids=tuple(ids[position + 1 :])
     )
     if neighbours is not None and tuple(neighbours) != prompt.neighbours:
         raise ValueError(

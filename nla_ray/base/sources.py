@@ -1,8 +1,7 @@
-"""Where a base model comes from: the package, a folder, the hub, or a GGUF file, which is
-dequantised once; and its digests.
+"""Where a base comes from: the package, a folder, the hub, or a GGUF file; and its digests.
 
-Knows files, the hub and GGUF. Protects the rule that a converted model is whole and says the same
-as the file it came from, or is not there.
+Knows files, the hub and GGUF, which is dequantised once. Protects the rule that a converted model
+is whole and says the same as the file it came from, or does not exist.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,17 +32,18 @@ _TOKENIZER_PATTERNS = (
 )
 ORIGIN_NAME = "origin.json"
 """Beside a converted model: the file it was made from."""
+_DIGEST_CHARS = 32
 _SENTENCE = "The capital of France is"
-"""What a converted model must go on with as the file does."""
+"""A converted model must go on with it as the file does."""
 
 
 def base_folder(model: str, *, weights: bool = True) -> Path:
     """The local folder (config, tokenizer, safetensors) that a base's name stands for.
 
-    `embedded:NAME` ships with the package; `package:NAME` is a GGUF file in an installed package; a
-    GGUF file is converted once into the user's cache; anything that is no folder is asked from the
-    hub (or its cache), without its weights when `weights` is False. Raises ValueError when there is
-    no such model.
+    `embedded:NAME` ships with the package. `package:NAME` is a GGUF file in an installed package. A
+    GGUF file is converted once into the user's cache. A name that is no folder is asked from the
+    hub (or its cache), without the weights when `weights` is False. Raises ValueError when no such
+    model exists.
     """
     scheme, _, name = model.partition(":")
     if scheme == "embedded":
@@ -75,7 +76,7 @@ def _existing(folder: Path, model: str, remedy: str) -> Path:
 
 def _packaged_gguf(package: str) -> Path:
     spec = importlib.util.find_spec(package)
-    folders = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+    folders = [Path(path) for path in spec.submodule_search_locations or ()] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if len(files) != 1:
         raise ValueError(
@@ -108,10 +109,10 @@ def cache_dir() -> Path:
 
 
 def _convert_gguf(file: Path, remedy: str) -> Path:
-    """The GGUF file as bf16 safetensors in the cache, made on first use; other processes see it
-    whole or not at all.
+    """The GGUF file as bf16 safetensors in the cache, made on first use.
 
-    Raises ValueError, with the `remedy`, for a file that cannot be read.
+    Other processes see it whole or not at all. Raises ValueError, with the `remedy`, for a file that
+    cannot be read.
     """
     target = cache_dir() / f"{file.stem}-{_file_digest(file)[:16]}"
     if (target / "config.json").is_file():
@@ -122,9 +123,8 @@ def _convert_gguf(file: Path, remedy: str) -> Path:
         _write_dequantised(file, temporary, remedy)
         os.rename(temporary, target)
     except OSError:
-        if not (
-            target / "config.json"
-        ).is_file():  # else another process was faster: its copy is as good
+        # Another process may have been faster: its copy is as good.
+        if not (target / "config.json").is_file():
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -141,7 +141,7 @@ def _write_dequantised(file: Path, folder: Path, remedy: str) -> None:
         )
     with quiet_loading():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), gguf_file=file.name, dtype=torch.bfloat16
             )
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -151,35 +151,29 @@ def _write_dequantised(file: Path, folder: Path, remedy: str) -> None:
                 " expected a whole GGUF file of an architecture that transformers knows. If it is"
                 f" damaged: {remedy}"
             ) from error
-        model.hf_quantizer = (
-            None  # the weights are plain bf16 by now, but transformers still refuses to save them
-        )
+        # The weights are plain bf16 by now, but transformers still refuses to save them.
+        model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
         saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        said, expected = (_greedy(one, tokenizer) for one in (saved, model))
-    if said != expected:
+        written, expected = _greedy(saved, tokenizer), _greedy(model, tokenizer)
+    if written != expected:
         raise RuntimeError(
-            f"{file.name}: got {said!r} from the converted model, expected {expected!r}, which the"
-            " file itself says. The versions of transformers and gguf do not go together."
+            f"{file.name}: got {written!r} from the converted model, expected {expected!r}, which"
+            " the file itself says. The versions of transformers and gguf do not go together."
         )
     origin = {"file": file.name, "sha256": _file_digest(file), "bytes": file.stat().st_size}
     (folder / ORIGIN_NAME).write_text(json.dumps(origin, indent=1) + "\n")
 
 
-def _greedy(model, tokenizer) -> str:
+def _greedy(model: Any, tokenizer: Any) -> str:
+    """_SENTENCE, as the model goes on with it."""
     ids = torch.tensor([tokenizer.encode(_SENTENCE)])
+    arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
     with torch.inference_mode():
-        return tokenizer.decode(
-            model.eval().generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=8,
-            )[0]
-        )
+        return tokenizer.decode(model.eval().generate(input_ids=ids, **arguments)[0])
 
 
 def _first_line(error: Exception) -> str:
@@ -187,8 +181,7 @@ def _first_line(error: Exception) -> str:
 
 
 def origin_of(folder: Path) -> str | None:
-    """The file that a converted model was made from: `FILE.gguf, sha256 b179...`; None for any
-    other model."""
+    """The file a converted model was made from: `FILE.gguf, sha256 b179...`; else None."""
     path = folder / ORIGIN_NAME
     if not path.is_file():
         return None
@@ -216,8 +209,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def _file_digest(file: Path) -> str:
-    """SHA-256 of a file. A hub blob carries it as its name, so that gigabytes are not read
-    again."""
+    """SHA-256 of a file; a hub blob is named by it, so that gigabytes are not read again."""
     resolved = file.resolve()
     if resolved.parent.name == "blobs" and len(resolved.name) == 64:
         return resolved.name
@@ -232,28 +224,27 @@ def _content_digest(path: str, size: int, modified_ns: int) -> str:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    lines = [
-        f"{file.name} {_file_digest(file)}" for file in sorted(files, key=lambda file: file.name)
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+    """Of names and contents, in the order of the names."""
+    ordered = sorted(files, key=lambda file: file.name)
+    lines = [f"{file.name} {_file_digest(file)}" for file in ordered]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGEST_CHARS]
 
 
 def weights_digest(folder: Path) -> str:
-    """Of configuration and weights; of a hub snapshot, of its name and commit."""
-    if (
-        folder.parent.name == "snapshots"
-    ):  # a hub snapshot is named by its commit; its weights need not be here
-        return hashlib.sha256(f"{folder.parent.parent.name}@{folder.name}".encode()).hexdigest()[
-            :32
-        ]
-    return _digest(
-        [
-            folder / "config.json",
-            *(file for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES),
-        ]
-    )
+    """Of configuration and weights; of a hub snapshot, of its name and commit.
+
+    A snapshot's weights need not be on this machine.
+    """
+    if folder.parent.name == "snapshots":
+        snapshot = f"{folder.parent.parent.name}@{folder.name}"
+        return hashlib.sha256(snapshot.encode()).hexdigest()[:_DIGEST_CHARS]
+    weights = [file for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES]
+    return _digest([folder / "config.json", *weights])
 
 
 def tokenizer_digest(folder: Path) -> str:
     """Of every file that decides how text becomes tokens."""
-    return _digest(list({file for pattern in _TOKENIZER_PATTERNS for file in folder.glob(pattern)}))
+    files: set[Path] = set()
+    for pattern in _TOKENIZER_PATTERNS:
+        files.update(folder.glob(pattern))
+    return _digest(list(files))
