@@ -1,17 +1,19 @@
-"""A tiny random chat model on disk: the base of unit tests. Built in about a second, from a few
-sentences.
+"""A tiny random chat model on disk: the base of unit tests.
 
-d_model 32, 3 blocks, 2 heads, 1 key-value head, byte-level BPE with a ChatML template and the
-marker as one token. Its embedding table has more rows than its tokenizer has tokens, as real models
-have.
+Built in about a second, from a few sentences: d_model 32, 3 blocks, 2 heads, 1 key-value head,
+byte-level BPE with a ChatML template and the marker as one token. Its embedding table has more rows
+than its tokenizer has tokens, as real models have.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nla_ray.settings.config import BaseConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MARKER = "\u320e"
 CHAT_TEMPLATE = (
@@ -36,8 +38,7 @@ _TABLE_ROWS_BEYOND_TOKENIZER = 13
 
 
 def build_tokenizer(vocab_size: int = 400):
-    """A byte-level BPE tokenizer with ChatML special tokens and the marker as one ordinary
-    token."""
+    """A byte-level BPE tokenizer with ChatML tokens and the marker as an ordinary token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -71,8 +72,7 @@ def make_tiny_base(
     key_value_heads: int = 1,
     seed: int = 0,
 ) -> BaseConfig:
-    """Write a random model with its tokenizer into `folder` and return the base configuration that
-    names it."""
+    """Write a random model with its tokenizer; return the base configuration that names it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -98,11 +98,9 @@ def make_tiny_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-        for name, parameter in model.named_parameters():
-            if (
-                parameter.ndim == 1
-                # the library starts norms at one and biases at zero, which would hide them from tests
-            ):
+        for parameter in model.parameters():
+            # The library starts norms at one and biases at zero, which would hide them from tests.
+            if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -117,3 +115,13 @@ def make_tiny_base(
         device="cpu",
         training_dtype="float32",
     )
+
+
+def random_state(state: dict[str, Tensor], scale: float = 0.2, seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors of the shapes of an adapter's: every part of it gets an influence."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(value.shape, generator=generator) * scale for name, value in state.items()
+    }

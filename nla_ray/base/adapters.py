@@ -88,7 +88,7 @@ def load_adapter(
         if isinstance(model, PeftModel):
             _require_new(model, name)
         else:
-            config = LoraConfig.from_pretrained(str(folder))
+            config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
             config.inference_mode = not trainable
             model = wrap(model, config, name)
         model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)

@@ -408,7 +408,7 @@ def test_labels_of_other_texts_only_are_one_clear_error(
     run = tiny_run(label=LabelConfig(import_path=path))
     write_corpus(run, TEXTS)
     with pytest.raises(
-        ValueError, match="no label for any of 40 texts .*'text is not in the corpus': 1"
+        ValueError, match=r"no label for any of 40 texts .*'text is not in the corpus': 1"
     ):
         label_texts(run)
 
@@ -439,5 +439,5 @@ def test_an_import_file_that_changed_while_a_run_was_cut_off_is_an_error_too(
 
 
 def test_labels_need_a_corpus_and_say_which_job_makes_it(tiny_run: Callable[..., Run]) -> None:
-    with pytest.raises(ValueError, match="jobs/corpus.py"):
+    with pytest.raises(ValueError, match=r"jobs/corpus.py"):
         label_texts(tiny_run())

@@ -434,7 +434,7 @@ def test_the_stage_writes_sorted_shards_rejects_and_counts_and_is_skipped_when_c
     assert build_corpus(run).created == manifest.created
     whole = path.read_bytes()
     path.write_bytes(whole.swapcase())
-    with pytest.raises(ValueError, match="corpus.path .*The file has changed"):
+    with pytest.raises(ValueError, match=r"corpus.path .*The file has changed"):
         build_corpus(run)
     path.unlink()
     assert build_corpus(run) == manifest, "a complete corpus does not need its source any more"
