@@ -64,7 +64,7 @@ def run_job(
     config = _with_lasting_run_dir(parse_arguments(description, config_class=config_class))
     try:
         if config.dry_run:
-            from nla_ray.plan import describe_plan
+            from nla_ray.plan.text import describe_plan
 
             print(describe_plan(config, Path(sys.argv[0]).stem))
         else:

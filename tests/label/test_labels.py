@@ -21,7 +21,7 @@ from nla_ray.nano.offline_teachers import (
     describe_ending,
     observe,
 )
-from nla_ray.plan import describe_plan
+from nla_ray.plan.text import describe_plan
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import split_of, text_hash
 from nla_ray.run.manifest import Manifest

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nla_ray import plan
+from nla_ray.plan.formulas import FORMULAS
+from nla_ray.plan.text import describe_plan
 from nla_ray.run import stages
 from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
@@ -52,7 +53,7 @@ def test_every_function_section_parent_job_and_plan_that_the_table_names_exists(
         assert set(stage.parents) <= set(names(STAGES[:number])), "parents stand before"
         assert stage.job in JOBS
         assert stage.artifact(config) == stage.name, "a preset names no artifact of its own"
-    assert set(plan.PLANS) == set(names(STAGES))
+    assert set(FORMULAS) == set(names(STAGES))
     assert len(set(names(STAGES))) == len(STAGES)
 
 
@@ -77,7 +78,7 @@ def test_a_job_makes_the_closure_of_its_stages_parents_first_and_plans_just_that
 ) -> None:
     assert names(stages_of_job(job)) == expected
     config = dataclasses.replace(nano(), run_dir=str(tmp_path))
-    lines = plan.describe_plan(config, job).splitlines()
+    lines = describe_plan(config, job).splitlines()
     assert tuple(line for line in lines[1:] if not line.startswith(" ")) == expected
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nla_ray import plan
 from nla_ray.settings.command_line import parse_arguments
-from nla_ray.settings.config import LoraSettings, PretrainRunConfig, RunConfig, config_hash, to_dict
+from nla_ray.settings.config import PretrainRunConfig, RunConfig, config_hash, to_dict
 from nla_ray.settings.presets import PRESETS, nano, override, preset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,81 +233,6 @@ def test_a_dry_run_of_a_job_for_7b_needs_no_network_no_weights_and_no_torch(
         assert part in output
     assert imported == set()
     assert not (tmp_path / "run").exists(), "a dry run writes nothing"
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_can_be_planned(name: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(PRESETS[name](), run_dir=str(tmp_path))
-    text = plan.describe_plan(config, "pipeline")
-    for stage in (
-        "corpus",
-        "activations",
-        "labels",
-        "reward_scorer",
-        "judge_scorer",
-        "sft",
-        "grpo",
-        "report",
-    ):
-        assert f"\n{stage}\n" in text
-
-
-def test_a_plan_of_a_base_nobody_knows_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got no config.json .*Download the model first"):
-        plan.describe_plan(
-            dataclasses.replace(
-                override(nano(), base={"model": "nobody/knows"}), run_dir=str(tmp_path)
-            ),
-            "capture",
-        )
-
-
-@pytest.mark.parametrize(
-    "changed", [{"corpus": {"path": "nowhere.jsonl"}}, {"label": {"import_path": "nowhere.jsonl"}}]
-)
-def test_a_plan_refuses_a_file_that_is_not_there(changed: dict, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"--(corpus\.path|label\.import-path) nowhere\.jsonl: got nothing there"
-    ):
-        plan.describe_plan(
-            dataclasses.replace(override(nano(), **changed), run_dir=str(tmp_path)), "pipeline"
-        )
-
-
-def test_the_published_sizes_of_qwen_7b_come_out() -> None:
-    shape = plan.base_shape(PRESETS["qwen2.5-7b"]())
-    # By hand: block 2*3584^2 + 2*3584*512 + 3*3584*18944 = 25,690,112 + 3,670,016 + 203,685,888 =
-    # 233,046,016; 28 of them, and two tables of 152,064 x 3584 = 544,997,376. The card says 7.61
-    # billion (with norms and biases).
-    assert shape.block_parameters == 233_046_016
-    assert shape.parameters == 28 * 233_046_016 + 2 * 544_997_376 == 7_615_283_200
-    assert shape.parameters_up_to(20) == 21 * 233_046_016 + 544_997_376
-    # 28 * 32 * (2*(3584+3584) + 2*(3584+512) + 3*(3584+18944)) = 896 * 90,112
-    assert shape.lora_parameters(LoraSettings(rank=32, alpha=64), 28) == 896 * 90_112 == 80_740_352
-    # 2 (K and V) * 28 blocks * 10 tokens * 4 heads * 128 * 2 bytes
-    assert shape.kv_bytes(10, 2) == 573_440
-
-
-def test_shapes_agree_with_transformers_and_peft_on_a_real_model(tiny_base) -> None:
-    from nla_ray.base.adapters import add_lora
-    from nla_ray.base.load import load_backbone
-
-    shape, model = (
-        plan.base_shape(dataclasses.replace(nano(), base=tiny_base)),
-        load_backbone(tiny_base),
-    )
-    assert shape.tied
-    matrices = {
-        parameter.data_ptr(): parameter.numel()
-        for parameter in model.parameters()
-        if parameter.ndim == 2
-    }
-    assert shape.parameters == sum(matrices.values())
-    settings = LoraSettings(rank=4, alpha=8)
-    adapted = add_lora(model, settings)
-    assert shape.lora_parameters(settings, 3) == sum(
-        p.numel() for name, p in adapted.named_parameters() if "lora_" in name
-    )
 
 
 def test_what_was_tried_for_nano_has_intervals_and_other_presets_tried_nothing() -> None:

@@ -1,0 +1,171 @@
+"""Plan facts: what every stage's formula is computed from, and what a plan says of a stage.
+
+It knows tokens, memory and processes, but no stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nla_ray.plan.sizes import BaseSizes, base_sizes
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import VALIDATION_SHARE
+from nla_ray.settings.config import ReconstructorConfig, RunConfig, SFTConfig
+from nla_ray.settings.resources import Kind, resources_of
+
+_CHARS_PER_TOKEN = 3.2
+"""Source: measured on the embedded corpus with byte-level BPE tokenizers of 4,096 to 49,152 tokens,
+2.6 to 3.8."""
+_TEMPLATE_TOKENS = 30
+LABEL_TOKENS = 60
+PROMPT_TOKENS = 45
+"""Of the verbalizer's prompt; the same for every activation."""
+CPU_PROCESS_BYTES = 0.6e9
+"""A process that imported torch, transformers and peft, before any weight. Measured: 0.45 to 0.65
+GB."""
+_CPU_HEAP = 2.5
+"""What a process on a CPU holds for each byte that the formulas count: buffers, and the holes that
+batches of many lengths leave. Measured with SmolLM2-135M: 1.1 (GRPO's trainer) to 7 (its rollout
+actor), 2.6 for all processes of GRPO together."""
+_GPU_PROCESS_BYTES = 1.5e9
+"""The same with a CUDA context."""
+_FLOPS = {"cpu float32": 6e10, "cpu bfloat16": 1.5e11, "gpu": 2.5e14}
+"""Sustained FLOP/s of one thread, or of one GPU. Source: measured forward passes of a 135M model on
+two idle cores; a quarter of the dense bf16 peak of an H100."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Processes of one kind that a stage holds at the same time."""
+
+    kind: str
+    count: int
+    resources: dict[str, float]
+    bytes: float
+    """Memory of one of them: accelerator memory where it has a GPU, else resident memory."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.resources.get("GPU"))
+
+
+DRIVER = Processes(kind="driver", count=1, resources={}, bytes=0.4e9)
+"""The job's own process, in stages that start no other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What one stage would do."""
+
+    processes: tuple[Processes, ...]
+    """The first are those that compute."""
+    tokens: float = 0.0
+    """Tokens that the base model computes, over all processes."""
+    flops: float = 0.0
+    files: str
+    """What the stage writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFacts:
+    """What every stage's plan is computed from."""
+
+    config: RunConfig
+    sizes: BaseSizes
+    texts: int
+    texts_counted: bool
+    """True: counted in the corpus artifact; False: the most that the configuration allows."""
+    labels_per_text: float
+    """Counted in the labels artifact. Before it is made: one of each offline teacher, or one where
+    labels are imported."""
+
+    @classmethod
+    def of(cls, run: Run) -> PlanFacts:
+        """Facts of a run. Raises ValueError when the sizes of its base cannot be known."""
+        corpus = run.find("corpus")
+        counted = corpus is not None and isinstance(corpus.metrics.get("num_chunks"), int)
+        return cls(
+            config=run.config,
+            sizes=base_sizes(run.config),
+            texts=corpus.metrics["num_chunks"] if counted else run.config.corpus.max_chunks,
+            texts_counted=counted,
+            labels_per_text=_labels_per_text(run),
+        )
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one weight of the base."""
+        return 2 if self.config.base.dtype == "bfloat16" else 4
+
+    @property
+    def train_texts(self) -> float:
+        """Texts of the train split."""
+        return self.texts * (1 - self.config.corpus.test_share - VALIDATION_SHARE)
+
+    def labels_of(self, settings: SFTConfig | ReconstructorConfig) -> float:
+        """Labels of train texts that a stage learns from, over all documents."""
+        return self.train_texts * (self.labels_per_text if settings.labels == "all" else 1)
+
+    @property
+    def text_tokens(self) -> float:
+        """Tokens of a chat-formatted text."""
+        tokens = self.config.corpus.chunk_chars / _CHARS_PER_TOKEN + _TEMPLATE_TOKENS
+        return min(self.config.base.max_tokens, tokens)
+
+    @property
+    def num_shards(self) -> int:
+        """Parquet shards of the corpus, and of the activations."""
+        return -(-self.texts // self.config.corpus.shard_rows)
+
+    @property
+    def activations_per_text(self) -> int:
+        """Kept positions of a text, in all kept layers."""
+        positions = self.config.capture.positions
+        num_positions = int(positions[7:]) if positions.startswith("random:") else 1
+        return num_positions * len({self.config.base.layer, *self.config.capture.layers})
+
+    @property
+    def top_layer(self) -> int:
+        """The highest layer that is kept."""
+        return max(self.config.base.layer, *self.config.capture.layers, 0)
+
+    def trainer_bytes(self, parameters: int, trainable: int) -> float:
+        """Weights, float32 adapter, gradients and two Adam moments of one worker.
+
+        ZeRO 2 shards gradients and moments over the workers, ZeRO 3 the weights too.
+        """
+        compute = self.config.compute
+        weights_shards = compute.trainer_workers if compute.zero_stage == 3 else 1
+        moments_shards = compute.trainer_workers if compute.zero_stage else 1
+        weights = parameters * self.item_bytes / weights_shards
+        return weights + trainable * 4 + trainable * 12 / moments_shards
+
+    def backward_bytes(self, blocks: int, *, with_head: bool = False) -> float:
+        """What one token keeps for the backward pass.
+
+        About 20 d_model + 4 ffn items a block; with the head, float32 logits twice.
+        """
+        items = blocks * (20 * self.sizes.d_model + 4 * self.sizes.ffn)
+        return items * self.item_bytes + (8 * self.sizes.vocab if with_head else 0)
+
+    def process(self, kind: Kind, count: int, model_bytes: float) -> Processes:
+        """Processes of a kind that hold `model_bytes` each, beside what Python and CUDA take."""
+        resources = resources_of(self.config.compute, kind)
+        if resources.get("GPU"):
+            held = _GPU_PROCESS_BYTES + model_bytes
+        else:
+            held = CPU_PROCESS_BYTES + _CPU_HEAP * model_bytes
+        return Processes(kind=kind, count=count, resources=resources, bytes=held)
+
+    def flops_per_second(self, processes: Processes) -> float:
+        """What each of these processes sustains."""
+        if processes.on_gpu:
+            return _FLOPS["gpu"]
+        return _FLOPS[f"cpu {self.config.base.dtype}"] * self.config.compute.threads
+
+
+def _labels_per_text(run: Run) -> float:
+    labels = run.find("labels")
+    if labels is not None and isinstance(labels.metrics.get("labels"), int):
+        return labels.metrics["labels"] / labels.metrics["texts"]
+    return len(run.config.label.teachers) if run.config.label.import_path is None else 1

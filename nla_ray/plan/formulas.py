@@ -1,0 +1,236 @@
+"""One formula a stage: its processes, tokens, FLOP and files.
+
+A forward pass costs 2 FLOP for a weight and a token, training 6. It knows no file: what a run has
+made already is in the facts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from nla_ray.plan.facts import (
+    CPU_PROCESS_BYTES,
+    DRIVER,
+    LABEL_TOKENS,
+    PROMPT_TOKENS,
+    PlanFacts,
+    Processes,
+    StagePlan,
+)
+from nla_ray.plan.sizes import pretrain_section, pretrained_sizes
+from nla_ray.plan.units import format_bytes
+from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME
+from nla_ray.settings.config import ReconstructorConfig
+
+_ROWS_AT_ONCE = 64
+"""Descriptions that a generation engine writes at the same time."""
+_UNLIMITED = float("inf")
+
+
+def _plan_base(facts: PlanFacts) -> StagePlan:
+    pretrain = pretrain_section(facts.config)
+    sizes = pretrained_sizes(pretrain)
+    tokens = pretrain.steps * pretrain.rows_per_step * pretrain.row_tokens
+    work = pretrain.rows_per_step * pretrain.row_tokens / pretrain.num_processes * 12 * sizes.vocab
+    process = Processes(
+        kind="pretraining",
+        count=pretrain.num_processes,
+        resources={"CPU": 1.0},
+        bytes=CPU_PROCESS_BYTES + sizes.parameters * 16 + work,
+    )
+    return StagePlan(
+        processes=(process,),
+        tokens=tokens,
+        flops=6 * sizes.parameters * tokens,
+        files=f"{format_bytes(sizes.parameters * 2)} of safetensors, tokenizer, card.json",
+    )
+
+
+def _plan_corpus(facts: PlanFacts) -> StagePlan:
+    text_bytes = facts.texts * facts.config.corpus.chunk_chars * 0.6
+    return StagePlan(
+        processes=(DRIVER,),
+        files=(
+            f"{facts.num_shards} Parquet shards, {format_bytes(text_bytes)} of text, rejects.jsonl"
+        ),
+    )
+
+
+def _plan_activations(facts: PlanFacts) -> StagePlan:
+    capture, sizes = facts.config.capture, facts.sizes
+    tokens = facts.texts * facts.text_tokens
+    weights = sizes.parameters_up_to(facts.top_layer) * facts.item_bytes
+    work = capture.batch_tokens * (3 * sizes.ffn + 6 * sizes.d_model) * facts.item_bytes
+    rows = facts.texts * facts.activations_per_text
+    return StagePlan(
+        processes=(facts.process("capture", capture.num_actors, weights + work),),
+        tokens=tokens,
+        flops=2 * (facts.top_layer + 1) * sizes.block_parameters * tokens,
+        files=(
+            f"{facts.num_shards} Parquet shards, {rows:,} activations x {sizes.d_model} float32 ="
+            f" {format_bytes(rows * sizes.d_model * 4)}, stats.json"
+        ),
+    )
+
+
+def _plan_labels(facts: PlanFacts) -> StagePlan:
+    label = facts.config.label
+    source = label.import_path or f"{len(label.teachers)} offline teachers"
+    labels = facts.texts * facts.labels_per_text
+    return StagePlan(processes=(DRIVER,), files=f"{labels:,.0f} labels of {source}")
+
+
+def _plan_reward_scorer(facts: PlanFacts) -> StagePlan:
+    return _plan_reconstructor(facts, facts.config.reward_scorer)
+
+
+def _plan_judge_scorer(facts: PlanFacts) -> StagePlan:
+    return _plan_reconstructor(facts, facts.config.judge_scorer)
+
+
+def _plan_reconstructor(facts: PlanFacts, settings: ReconstructorConfig) -> StagePlan:
+    sizes, layer = facts.sizes, facts.config.base.layer
+    workers, blocks = facts.config.compute.trainer_workers, layer + 1
+    examples = min(facts.labels_of(settings) / 2, settings.max_examples or _UNLIMITED)
+    tokens = examples * settings.epochs * min(settings.max_tokens, LABEL_TOKENS + 8)
+    trainable = sizes.lora_parameters(settings.lora, blocks) + sizes.d_model**2
+    state = facts.trainer_bytes(sizes.parameters_up_to(layer), trainable)
+    batch_tokens = settings.batch_size / workers * settings.max_tokens
+    memory = state + batch_tokens * facts.backward_bytes(blocks)
+    return StagePlan(
+        processes=(facts.process("trainer", workers, memory),),
+        tokens=tokens,
+        flops=6 * blocks * sizes.block_parameters * tokens,
+        files=f"adapter of {format_bytes(trainable * 4)}, head, metrics.jsonl",
+    )
+
+
+def _plan_linear_scorer(facts: PlanFacts) -> StagePlan:
+    config, sizes = facts.config, facts.sizes
+    layer = config.linear_scorer.layer
+    if layer is None:
+        layer = config.base.layer // 2
+    half = facts.labels_of(config.judge_scorer) / 2
+    tokens = min(half, config.linear_scorer.max_examples or half) * LABEL_TOKENS
+    return StagePlan(
+        processes=(facts.process("scorer", 1, sizes.parameters_up_to(layer) * facts.item_bytes),),
+        tokens=tokens,
+        flops=2 * (layer + 1) * sizes.block_parameters * tokens,
+        files=f"matrix of {format_bytes(sizes.d_model**2 * 4)}",
+    )
+
+
+def _plan_sft(facts: PlanFacts) -> StagePlan:
+    sft, sizes, workers = facts.config.sft, facts.sizes, facts.config.compute.trainer_workers
+    examples = min(facts.labels_of(sft), sft.max_examples or _UNLIMITED)
+    length = PROMPT_TOKENS + LABEL_TOKENS
+    tokens = examples * sft.epochs * length
+    trainable = sizes.lora_parameters(sft.lora, sizes.num_layers)
+    state = facts.trainer_bytes(sizes.parameters, trainable)
+    token_bytes = facts.backward_bytes(sizes.num_layers, with_head=True)
+    memory = state + sft.batch_size / workers * length * token_bytes
+    return StagePlan(
+        processes=(facts.process("trainer", workers, memory),),
+        tokens=tokens,
+        flops=6 * sizes.parameters * tokens,
+        files=f"adapter of {format_bytes(trainable * 4)}, metrics.jsonl",
+    )
+
+
+def _plan_grpo(facts: PlanFacts) -> StagePlan:
+    config, grpo, sizes = facts.config, facts.config.grpo, facts.sizes
+    workers, blocks_below = config.compute.trainer_workers, config.base.layer + 1
+    rollouts = grpo.steps * grpo.prompts_per_step * grpo.group_size
+    length = PROMPT_TOKENS + grpo.max_new_tokens
+    trainable = sizes.lora_parameters(config.sft.lora, sizes.num_layers)
+    # Beside the adapter in training: the frozen SFT adapter.
+    state = facts.trainer_bytes(sizes.parameters, trainable) + trainable * 4
+    token_bytes = facts.backward_bytes(sizes.num_layers, with_head=True)
+    trainer_memory = state + grpo.micro_batch_size * length * token_bytes
+    caches = sizes.kv_bytes(_ROWS_AT_ONCE * length, facts.item_bytes)
+    rollout_memory = sizes.parameters * facts.item_bytes + caches
+    scorer_memory = sizes.parameters_up_to(config.base.layer) * facts.item_bytes
+    passes = 1 + 3 * grpo.iterations + 1  # sampling, training, the frozen SFT adapter's log-probs
+    weights_used = sizes.parameters * passes + blocks_below * sizes.block_parameters
+    tokens = rollouts * grpo.max_new_tokens
+    return StagePlan(
+        processes=(
+            facts.process("trainer", workers, trainer_memory),
+            facts.process("rollout", grpo.num_rollout_actors, rollout_memory),
+            facts.process("scorer", grpo.num_scorer_actors, scorer_memory),
+        ),
+        tokens=tokens,
+        flops=2 * tokens * weights_used,
+        files=(
+            f"adapter of {format_bytes(trainable * 4)}, metrics.jsonl,"
+            f" {grpo.steps // max(1, grpo.save_steps)} checkpoints while it runs;"
+            f" {rollouts:,} rollouts"
+        ),
+    )
+
+
+def _plan_report(facts: PlanFacts) -> StagePlan:
+    config, sizes, evaluation = facts.config, facts.sizes, facts.config.evaluation
+    most = evaluation.max_activations or _UNLIMITED
+    activations = min(facts.texts * config.corpus.test_share, most)
+    descriptions = activations * (3 + evaluation.samples)  # SFT, SFT on random vectors, GRPO
+    described = descriptions * config.grpo.max_new_tokens
+    scored = activations * (8 + evaluation.samples) * 3 * LABEL_TOKENS
+    blocks = config.base.layer + 1
+    memory = (sizes.parameters + sizes.kv_bytes(_ROWS_AT_ONCE * 128, 1)) * facts.item_bytes
+    return StagePlan(
+        processes=(facts.process("scorer", 1, memory),),
+        tokens=described + scored,
+        flops=2 * sizes.parameters * described + 2 * blocks * sizes.block_parameters * scored,
+        files=(
+            "report.html, report.json, report.md, scores.parquet, descriptions of"
+            f" {activations:,.0f} test activations"
+        ),
+    )
+
+
+def _plan_inspection(facts: PlanFacts) -> StagePlan:
+    sizes = facts.sizes
+    top = min(facts.top_layer, sizes.num_layers - 1)
+    read_texts = facts.texts * (1 - facts.config.corpus.test_share)
+    tokens = read_texts * (facts.text_tokens + LABEL_TOKENS)
+    memory = CPU_PROCESS_BYTES + sizes.parameters_up_to(top) * facts.item_bytes
+    return StagePlan(
+        processes=(dataclasses.replace(DRIVER, bytes=memory),),
+        tokens=tokens,
+        flops=2 * (top + 1) * sizes.block_parameters * tokens,
+        files=INSPECTION_NAME,
+    )
+
+
+def _plan_benchmark(facts: PlanFacts) -> StagePlan:
+    memory = CPU_PROCESS_BYTES + 2 * facts.sizes.parameters * facts.item_bytes
+    process = dataclasses.replace(DRIVER, bytes=memory)
+    return StagePlan(processes=(process,), files=BENCHMARK_NAME)
+
+
+def _plan_serve(facts: PlanFacts) -> StagePlan:
+    serve = facts.config.serve
+    return StagePlan(
+        processes=(facts.process("serve", 3, facts.sizes.parameters * facts.item_bytes),),
+        files=f"none; http://{serve.host}:{serve.port}",
+    )
+
+
+FORMULAS: dict[str, Callable[[PlanFacts], StagePlan]] = {
+    "base": _plan_base,
+    "corpus": _plan_corpus,
+    "activations": _plan_activations,
+    "labels": _plan_labels,
+    "reward_scorer": _plan_reward_scorer,
+    "judge_scorer": _plan_judge_scorer,
+    "linear_scorer": _plan_linear_scorer,
+    "sft": _plan_sft,
+    "grpo": _plan_grpo,
+    "report": _plan_report,
+    "inspection": _plan_inspection,
+    "benchmark": _plan_benchmark,
+    "serve": _plan_serve,
+}
+"""The formula of every stage in `run.stages`."""

@@ -1,0 +1,85 @@
+"""The plan of a job as text: its base, then its stages in the order of the table.
+
+Figures come from the formulas; what an artifact on disk tells already (rows) is read from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nla_ray.plan.facts import PlanFacts, StagePlan
+from nla_ray.plan.formulas import FORMULAS
+from nla_ray.plan.units import format_bytes, format_seconds
+from nla_ray.run.artifact import Run
+from nla_ray.run.stages import stages_of_job
+from nla_ray.settings.config import RunConfig
+
+
+def describe_plan(config: RunConfig, job: str) -> str:
+    """The plan of a job as text.
+
+    Raises ValueError when a file that the configuration names is missing, or when the sizes of the
+    base cannot be known.
+    """
+    run = Run(config)
+    _require_files(run)
+    facts = PlanFacts.of(run)
+    lines = [
+        f"plan of {job!r}, preset {config.preset}, run directory {run.root} (nothing is started)",
+        *_base_lines(facts),
+    ]
+    for stage in stages_of_job(job):
+        is_complete = run.find(stage.artifact(config)) is not None
+        lines.append(f"{stage.name}{'  (complete: skipped)' if is_complete else ''}")
+        lines += _stage_lines(FORMULAS[stage.name](facts), facts)
+    return "\n".join(lines)
+
+
+def _require_files(run: Run) -> None:
+    for artifact, flag, path in (
+        ("corpus", "--corpus.path", run.config.corpus.path),
+        ("labels", "--label.import-path", run.config.label.import_path),
+    ):
+        if path is not None and run.find(artifact) is None and not Path(path).expanduser().exists():
+            raise ValueError(
+                f"{flag} {path}: got nothing there, expected a file or a folder. Correct the path."
+            )
+
+
+def _base_lines(facts: PlanFacts) -> list[str]:
+    config, sizes = facts.config, facts.sizes
+    base, compute = config.base, config.compute
+    depth = (base.layer + 1) / sizes.num_layers
+    below = sizes.parameters_up_to(base.layer)
+    return [
+        f"  base {base.model}: {sizes.parameters / 1e9:.3g} billion parameters,"
+        f" {sizes.num_layers} blocks, d_model {sizes.d_model}, {base.dtype}",
+        f"  layer {base.layer} ({depth:.0%} depth), injection norm {base.injection_norm:g};"
+        f" {below / 1e9:.3g} billion parameters up to there",
+        f"  {facts.texts:,} texts{'' if facts.texts_counted else ' at most'}, about"
+        f" {facts.text_tokens:.0f} tokens each; ZeRO stage {compute.zero_stage},"
+        f" {compute.trainer_workers} trainer workers",
+    ]
+
+
+def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
+    lines = []
+    for process in plan.processes:
+        amounts = [f"{amount:g} {name}" for name, amount in process.resources.items()]
+        memory = "GPU memory" if process.on_gpu else "memory"
+        lines.append(
+            f"  processes  {process.count} x {process.kind}:"
+            f" {', '.join(amounts) or 'no resources of Ray'}; about"
+            f" {format_bytes(process.bytes)} {memory} each"
+        )
+    if plan.tokens:
+        workers = plan.processes[0]
+        speed = facts.flops_per_second(workers)
+        seconds = plan.flops / (speed * workers.count)
+        lines += [
+            f"  work       {plan.tokens:,.0f} tokens, {plan.flops:.2g} FLOP",
+            f"  time       about {format_seconds(seconds)} at {speed:.2g} FLOP/s in each of"
+            f" {workers.count} x {workers.kind}",
+        ]
+    lines.append(f"  files      {plan.files}")
+    return lines
