@@ -1,5 +1,4 @@
-"""Fixtures that several test files share: one embedded Ray for the session, the tiny base, and a
-small corpus."""
+"""Fixtures that several test files share: an embedded Ray, the tiny base, and a small corpus."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import checked_shapes  # noqa: F401  (before nla_ray: checks its shapes)
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla_ray.base.prompts import CLOSING_TAG, parse_description
@@ -64,15 +65,15 @@ def cut_lines(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) 
 
 
 def share_out(
-    advantages: Tensor,
+    advantages: Float[Tensor, " batch"],
     rewards: Sequence[Sequence[float]],
     lines: Sequence[Sequence[int]],
     group_size: int,
     length: int,
-) -> tuple[Tensor, float]:
-    """The advantage of every token, [n, length]; and how much beginnings foretell.
+) -> tuple[Float[Tensor, "batch {length}"], float]:
+    """The advantage of every token, [batch, length]; and how much beginnings foretell.
 
-    `advantages`: [n], of whole descriptions, groups of `group_size` in a row. `rewards`: of every
+    `advantages`: of whole descriptions, groups of `group_size` in a row. `rewards`: of every
     description's beginnings. `lines`: of every description's tokens, each below `length`; behind
     its end a description has zeros. The second value is the share of the advantages' variance that
     the last beginnings explain, at most 1.
@@ -89,8 +90,8 @@ def share_out(
 
 
 def line_values(
-    advantages: Tensor, rewards: Sequence[Sequence[float]], group_size: int
-) -> list[Tensor]:
+    advantages: Float[Tensor, " batch"], rewards: Sequence[Sequence[float]], group_size: int
+) -> list[Float[Tensor, " _lines"]]:
     """V_1 .. V_last of every description, as in the module's text.
 
     Beginnings of j lines are compared with those of j lines in the group. Centred rewards of the

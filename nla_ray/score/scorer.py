@@ -1,8 +1,8 @@
-"""A scorer: a reconstructor plus the comparison with the original. Plain class, no Ray, no reward.
+"""A scorer: a reconstructor plus the comparison with the original.
 
-Protects the rule: ONE reconstruction per description, which is then compared with the right
-activation and with every wrong one, so that the scores of one description differ by the activations
-alone.
+It knows neither Ray nor rewards. Protects the rule: ONE reconstruction per description, which is
+then compared with the right activation and with every wrong one, so that the scores of a
+description differ by the activations alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla_ray.activation import vectors
@@ -23,27 +24,35 @@ ScorerName = Literal["reward_scorer", "judge_scorer"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Cosines of n descriptions with one right and k wrong activations each.
+    """Cosines of a batch of descriptions, each with one right and k wrong activations.
 
-    Example: right=[0.99, 0.97] wrong=[[0.97], [0.98]] - the second description fits the wrong
+    Example: right=[0.99, 0.97], wrong=[[0.97], [0.98]]: the second description fits its wrong
     activation better.
     """
 
-    right: Tensor
-    """cos(r, right): [n]."""
-    wrong: Tensor
-    """cos(r, wrong): [n, k]."""
-    centred_right: Tensor
-    """cos(c(r), c(right)), the train mean direction taken out: [n]."""
-    centred_wrong: Tensor
-    """[n, k]."""
-    reconstruction: Tensor
-    """r: [n, d_model]."""
+    right: Float[Tensor, " batch"]
+    """cos(r, right)."""
+    wrong: Float[Tensor, "batch k"]
+    """cos(r, wrong)."""
+    centred_right: Float[Tensor, " batch"]
+    """cos(c(r), c(right)): without the train mean direction."""
+    centred_wrong: Float[Tensor, "batch k"]
+    """cos(c(r), c(wrong))."""
+    reconstruction: Float[Tensor, "batch d_model"]
+    """r."""
 
 
-def compare(reconstruction: Tensor, right: Tensor, wrong: Tensor, mean: Tensor) -> Scores:
-    """Scores of reconstructions [n, d] against right [n, d] and wrong [n, k, d], centred by `mean`
-    [d]."""
+def compare(
+    reconstruction: Float[Tensor, "batch d_model"],
+    right: Tensor,
+    wrong: Tensor,
+    mean: Float[Tensor, " d_model"],
+) -> Scores:
+    """Scores of reconstructions, centred by the train mean direction.
+
+    `right` [batch, d_model] and `wrong` [batch, k, d_model] come from callers' data: other shapes
+    raise ValueError.
+    """
     n, d_model = reconstruction.shape
     if (
         right.shape != (n, d_model)
@@ -73,12 +82,14 @@ class Scorer:
         self.reconstructor, self.batch_size = reconstructor, batch_size
 
     @property
-    def mean(self) -> Tensor:
-        """The train mean direction [d_model], on CPU."""
+    def mean(self) -> Float[Tensor, " d_model"]:
+        """The train mean direction, on CPU."""
         return self.reconstructor.mean.cpu()
 
     def score(self, descriptions: Sequence[str], right: Tensor, wrong: Tensor) -> Scores:
-        """Scores of n descriptions against right activations [n, d_model] and wrong ones [n, k,
-        d_model] (k may be 0)."""
+        """Scores against right activations [batch, d_model] and wrong ones [batch, k, d_model].
+
+        k may be 0. Raises ValueError for other shapes.
+        """
         reconstruction = self.reconstructor.reconstruct(descriptions, self.batch_size)
         return compare(reconstruction, torch.as_tensor(right), torch.as_tensor(wrong), self.mean)

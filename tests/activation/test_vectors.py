@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from nla_ray.activation import vectors
 
@@ -113,3 +114,8 @@ def test_variance_explained_of_a_hand_computed_case() -> None:
 def test_variance_explained_is_one_for_the_originals_and_ignores_their_length() -> None:
     original = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
     assert vectors.variance_explained(original * 7, original).item() == pytest.approx(1.0)
+
+
+def test_shapes_are_checked_under_the_tests() -> None:
+    with pytest.raises(TypeCheckError, match=r"mean.*d_model"):
+        vectors.centre(torch.ones(2, 3), torch.ones(4))
