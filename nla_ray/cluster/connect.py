@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nla_ray.cluster.environment import worker_environment
+from nla_ray.cluster.environment import job_environment
 from nla_ray.run.log import get_logger
 from nla_ray.settings.config import ComputeConfig
 
@@ -43,7 +43,7 @@ def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
     logical CPUs.
     """
     before = set(descendants())
-    environment = worker_environment(compute.threads, offline=offline)
+    environment = job_environment(compute, offline=offline)
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         sources = str(Path(__file__).resolve().parents[2])  # a checkout that is not installed

@@ -1,33 +1,24 @@
-"""The environment variables of worker processes."""
+"""The environment variables of a job's processes.
+
+Protects the rule that a process with a GPU gets no variable that is made for CPUs. Where no kind of
+process books a GPU, all processes get the same ones, so that Ray can use a process again for
+another purpose; elsewhere those without a GPU add theirs, and Ray starts them apart.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# Connecting ---------------------------------------------------------------------------------------
+from nla_ray.cpu import door
+from nla_ray.cpu.environment import cpu_environment
+from nla_ray.settings.config import ComputeConfig
+from nla_ray.settings.resources import Kind
 
 
-def worker_environment(threads: int, *, offline: bool = True) -> dict[str, str]:
-    """Environment of every worker process: thread counts, no telemetry, quiet libraries, and no hub
-    when `offline`."""
+def job_environment(compute: ComputeConfig, *, offline: bool = True) -> dict[str, str]:
+    """What every process of a job gets: no telemetry, quiet libraries, no hub when `offline`; and
+    the CPU's variables where none books a GPU."""
     environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
-        # Waiting threads sleep instead of spinning: where processes share cores, spinning for a
-        # thread that lost its core took half of the CPU time (measured: 3,600 against 7,100 tokens
-        # a CPU second). They spin for some microseconds before: two threads meet thousands of times
-        # in a training step (3.8 s against 4.6 where they sleep at once).
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "20000",
-        # A training step allocates and frees gigabytes. By default glibc gives them back each time
-        # and the kernel zeroes new pages of 4 KB: up to a third of the time. Keep them, in large
-        # pages (a step of SFT, SmolLM2-135M: 3.5 s against 4.7).
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**40),
-        "MALLOC_TOP_PAD_": str(2**26),
         # A process that has booked no GPU sees none: by itself Ray leaves all of them visible to
         # it, and torch would take the first.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
@@ -40,7 +31,17 @@ def worker_environment(threads: int, *, offline: bool = True) -> dict[str, str]:
     }
     if offline:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if door.is_for_every_kind(compute):
+        environment |= cpu_environment(compute.threads)
     return environment
+
+
+def kind_environment(compute: ComputeConfig, kind: Kind) -> dict[str, str]:
+    """What a process of one kind gets beyond its job's: the CPU's variables, where another kind
+    books a GPU and it does not."""
+    if door.is_for_kind(compute, kind) and not door.is_for_every_kind(compute):
+        return cpu_environment(compute.threads)
+    return {}
 
 
 def needs_hub(model: str) -> bool:

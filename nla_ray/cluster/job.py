@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nla_ray.cluster.connect import connect, descendants, kill
-from nla_ray.cluster.environment import needs_hub, worker_environment
+from nla_ray.cluster.environment import job_environment, needs_hub
 from nla_ray.cluster.errors import user_message
 from nla_ray.run.log import configure, get_logger, release_terminal
 from nla_ray.settings.config import RunConfig
@@ -103,7 +103,7 @@ def _run_connected(
     from nla_ray.run.artifact import Run
 
     run, offline = Run(config), not needs_hub(config.base.model)
-    for name, value in worker_environment(config.compute.threads, offline=offline).items():
+    for name, value in job_environment(config.compute, offline=offline).items():
         os.environ.setdefault(
             name, value
         )  # the driver computes too, and has imported nothing that reads these yet

@@ -6,18 +6,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nla_ray.cluster.environment import kind_environment
 from nla_ray.settings.config import ComputeConfig, RunConfig
 from nla_ray.settings.resources import Kind, resources_of
 
 
 def worker_options(compute: ComputeConfig, kind: Kind) -> dict[str, Any]:
-    """The same as arguments of `.options(...)`, `map_batches(...)` or `ray_actor_options`."""
+    """What one process of a kind is given, as arguments of `.options(...)`, `map_batches(...)` or
+    `ray_actor_options`."""
     resources = resources_of(compute, kind)
-    return {
+    options: dict[str, Any] = {
         "num_cpus": resources.pop("CPU"),
         "num_gpus": resources.pop("GPU", 0.0),
         "resources": resources,
     }
+    if environment := kind_environment(compute, kind):
+        options["runtime_env"] = {"env_vars": environment}
+    return options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,6 @@ def training_attention(base: BaseConfig) -> str | None:
     PyTorch's fused attention has no fast backward pass in bfloat16 on CPU: four times as long as
     plain products (16 rows of 92 tokens on 129, 9 heads of 64 on 3: 29 ms against 7).
     """
-    if door.is_for(torch_device(base)) and computes_in_bf16(base):
+    if door.is_for_device(torch_device(base)) and computes_in_bf16(base):
         return register_grouped()
     return None

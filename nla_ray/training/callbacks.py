@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PrinterCallback, TrainerCallback
 
+from nla_ray.cpu import door
 from nla_ray.cpu.memory import give_back_free_memory
 from nla_ray.run.log import get_logger
 from nla_ray.training.checkpoints import Checkpoints
@@ -19,8 +20,8 @@ logger = get_logger(__name__)
 
 _LINE_SECONDS = 10.0
 _TRIM_STEPS = 20
-"""Batches of many lengths leave holes in a heap that gives nothing back by itself (see
-`cluster.worker_environment`)."""
+"""On a CPU: batches of many lengths leave holes in a heap that gives nothing back by itself (see
+`cpu.environment`)."""
 
 
 class StageCallback(TrainerCallback):
@@ -54,7 +55,7 @@ class StageCallback(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step % _TRIM_STEPS == 0:
+        if state.global_step % _TRIM_STEPS == 0 and door.is_for_device(args.device):
             give_back_free_memory()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:

@@ -183,6 +183,11 @@ def _wait_for_all_ranks() -> None:
         torch.distributed.barrier()
 
 
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def checkpoint_trainable_only(model: nn.Module) -> None:
     """Leave a module's frozen parameters out of its `state_dict`, and do not miss them when one is
     loaded."""

@@ -1,5 +1,4 @@
-"""Training of a reconstructor (description -> activation) for the reward scorer or the judge
-scorer.
+"""Training of a reconstructor (description -> activation): the reward scorer or the judge scorer.
 
 The two learn from disjoint documents, each in its own mix of teachers' styles; validation documents
 are halved alike. The loop is transformers' Trainer inside Ray Train; the epoch with the best
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import Trainer, TrainingArguments
 
 from nla_ray.activation import vectors
 from nla_ray.activation.stage import load_activations, load_stats
@@ -27,11 +27,15 @@ from nla_ray.run.manifest import Manifest
 from nla_ray.score.metrics import derangement
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.score.scorer import ScorerName
-from nla_ray.settings.config import ReconstructorConfig
+from nla_ray.settings.config import ReconstructorConfig, RunConfig
 from nla_ray.training.attention import training_attention
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
-from nla_ray.training.checkpoints import Checkpoints, checkpoint_trainable_only
+from nla_ray.training.checkpoints import (
+    Checkpoints,
+    checkpoint_trainable_only,
+    trainable_parameters,
+)
 from nla_ray.training.workers import (
     prepare_worker,
     train_on_labels,
@@ -91,10 +95,8 @@ def choose_labels(
     teachers of their own). A text that only one side has labelled gets that label. Texts by id;
     labels as cleaned.
     """
-    there = sorted({row["teacher"] for row in rows})
-    first_teacher = next(
-        (teacher for teacher in teachers if teacher in there), next(iter(there), "")
-    )
+    writers = sorted({row["teacher"] for row in rows})
+    first_teacher = next((name for name in (*teachers, *writers) if name in writers), "")
     labels: dict[str, dict[str, str]] = {}
     for row in rows:
         labels.setdefault(row["text_id"], {})[row["teacher"]] = row["label"]
@@ -120,23 +122,21 @@ def load_examples(
     """
     if split == "train" and settings.labels == "all":
         labels = all_labels(run, split)
-    else:
-        one = (
-            drawn_labels(run, split)
-            if split == "validation"
-            else choose_labels(
-                load_labels(run, split),
-                teachers=run.config.label.teachers,
-                share=settings.teacher_share,
-                seed=settings.seed,
-            )
+    elif split == "train":
+        chosen = choose_labels(
+            load_labels(run, split),
+            teachers=run.config.label.teachers,
+            share=settings.teacher_share,
+            seed=settings.seed,
         )
-        labels = {text_id: [label] for text_id, label in one.items()}
+        labels = {text_id: [label] for text_id, label in chosen.items()}
+    else:
+        labels = {text_id: [label] for text_id, label in drawn_labels(run, split).items()}
     table = load_activations(run, split)
     kept = [
         (index, label)
-        for index, (text_id, doc_id) in enumerate(zip(table.text_ids, table.doc_ids))
-        if document_half(doc_id) == settings.document_half
+        for index, text_id in enumerate(table.text_ids)
+        if document_half(table.doc_ids[index]) == settings.document_half
         for label in labels.get(text_id, ())
     ]
     if split == "train" and settings.max_examples is not None:
@@ -217,7 +217,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         attention=training_attention(run_config.base),
     )
     checkpoints = Checkpoints(run_config, name)
-    trainer = make_trainer(
+    trainer = make_reconstruction_trainer(
         reconstructor, examples["train"], examples["validation"], settings, run_config, checkpoints
     )
     logger.info(
@@ -239,72 +239,108 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_trainer(
-    reconstructor,
+# The trainer --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a scorer is validated on."""
+
+    examples: Examples
+    mean: Tensor
+    """[d_model], on the CPU."""
+    wrong: Tensor
+    """[rows] the row whose activation each description must not fit."""
+
+
+class ReconstructionTrainer(Trainer):
+    """The loss, the order of batches, the head's learning rate and the validation figures; the rest
+    is the library's."""
+
+    def __init__(
+        self,
+        *,
+        batches: LengthBatches,
+        validation: Validation,
+        settings: ReconstructorConfig,
+        checkpoints: Checkpoints,
+        **arguments: Any,
+    ) -> None:
+        """`arguments` are the library's."""
+        super().__init__(**arguments)
+        self._batches, self._validation = batches, validation
+        self._settings, self._checkpoints = settings, checkpoints
+
+    def _get_train_sampler(self, train_dataset=None) -> LengthBatches:
+        return self._batches
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, self._settings.learning_rate)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        output = model(inputs["input_ids"], inputs["attention_mask"])
+        target = inputs["target"].to(output.device)
+        return reconstruction_loss(
+            output, target, self.model.mean, self._settings.contrastive_weight
+        )
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The figures of the validation examples; the weights are offered by the centred cosine,
+        because the loss is mostly the mean direction."""
+        held_out = self._validation
+        reconstruction = _reconstruct(
+            self.model, self.model_wrapped, held_out.examples.descriptions
+        )
+        figures = validation_figures(
+            reconstruction, held_out.examples.targets, held_out.mean, held_out.wrong
+        )
+        self.log(dict(figures))
+        self._checkpoints.offer(
+            self.state.global_step,
+            -figures["eval_centred_cosine"],
+            self.model.save,
+            parameters=trainable_parameters(self.model),
+            metrics=figures,
+        )
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, figures
+        )
+        return figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleCollator:
+    """Makes a batch of rows: what the reconstructor reads, and the `target` activations [batch,
+    d_model]."""
+
+    reconstructor: Reconstructor
+    encoded: Sequence[Sequence[int]]
+    """The prompts of all rows."""
+    targets: Tensor
+    """[rows, d_model]"""
+
+    def __call__(self, rows: list[int]) -> dict[str, Tensor]:
+        input_ids, attention_mask = self.reconstructor.collate([self.encoded[row] for row in rows])
+        target = self.targets[rows]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "target": target}
+
+
+def make_reconstruction_trainer(
+    reconstructor: Reconstructor,
     train: Examples,
     validation: Examples,
     settings: ReconstructorConfig,
-    run_config,
-    checkpoints,
-):
-    """A transformers Trainer for this reconstructor, whose best validated weights go to
-    `checkpoints`."""
-    from transformers import Trainer, TrainingArguments
-
+    run_config: RunConfig,
+    checkpoints: Checkpoints,
+) -> ReconstructionTrainer:
+    """The trainer of this reconstructor, whose best validated weights go to `checkpoints`."""
     checkpoint_trainable_only(reconstructor)
     encoded = reconstructor.encode(train.descriptions)
-    mean = reconstructor.mean.cpu()
-    wrong = derangement(validation.doc_ids, settings.seed)
-    trained = [parameter for parameter in reconstructor.parameters() if parameter.requires_grad]
-
-    class ReconstructionTrainer(Trainer):
-        """The loss, the order of batches, the head's learning rate and the validation figures; the
-        rest is the library's."""
-
-        def _get_train_sampler(self, train_dataset=None) -> LengthBatches:
-            return LengthBatches([len(ids) for ids in encoded], settings.batch_size, settings.seed)
-
-        def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-            if self.optimizer is None:
-                self.optimizer = make_optimizer(self.model, settings.learning_rate)
-            return self.optimizer
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            output = model(inputs["input_ids"], inputs["attention_mask"])
-            return reconstruction_loss(
-                output,
-                inputs["target"].to(output.device),
-                self.model.mean,
-                settings.contrastive_weight,
-            )
-
-        def evaluate(
-            self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
-        ) -> dict[str, float]:
-            reconstruction = _reconstruct(self.model, self.model_wrapped, validation.descriptions)
-            figures = validation_figures(reconstruction, validation.targets, mean, wrong)
-            self.log(dict(figures))
-            # The loss is mostly the mean direction; what is asked of a scorer is the rest.
-            checkpoints.offer(
-                self.state.global_step,
-                -figures["eval_centred_cosine"],
-                self.model.save,
-                parameters=trained,
-                metrics=figures,
-            )
-            self.control = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, figures
-            )
-            return figures
-
-    def collate(rows: list[int]) -> dict[str, Tensor]:
-        input_ids, attention_mask = reconstructor.collate([encoded[row] for row in rows])
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "target": train.targets[rows],
-        }
-
+    lengths = [len(ids) for ids in encoded]
     arguments = TrainingArguments(
         **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed),
         num_train_epochs=settings.epochs,
@@ -317,9 +353,19 @@ def make_trainer(
         logging_steps=20,
     )
     trainer = ReconstructionTrainer(
+        batches=LengthBatches(lengths, settings.batch_size, settings.seed),
+        validation=Validation(
+            examples=validation,
+            mean=reconstructor.mean.cpu(),
+            wrong=derangement(validation.doc_ids, settings.seed),
+        ),
+        settings=settings,
+        checkpoints=checkpoints,
         model=reconstructor,
         args=arguments,
-        data_collator=collate,
+        data_collator=ExampleCollator(
+            reconstructor=reconstructor, encoded=encoded, targets=train.targets
+        ),
         train_dataset=range(len(encoded)),
         eval_dataset=range(len(validation.doc_ids)),
     )

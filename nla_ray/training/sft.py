@@ -34,7 +34,7 @@ from nla_ray.score.metrics import derangement
 from nla_ray.settings.config import RunConfig
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
-from nla_ray.training.checkpoints import Checkpoints
+from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
 from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import (
     prepare_worker,
@@ -276,7 +276,7 @@ class SupervisedTrainer(SFTTrainer):
             self.state.global_step,
             figures["eval_loss"],
             self._save_adapter,
-            parameters=[each for each in self.model.parameters() if each.requires_grad],
+            parameters=trainable_parameters(self.model),
             metrics=figures,
         )
         self.control = self.callback_handler.on_evaluate(

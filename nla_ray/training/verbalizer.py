@@ -57,7 +57,7 @@ class TrainableVerbalizer(AdaptedModel):
         super().__init__(model, config, adapter_name)
         self.prefix_ids, self.in_bf16 = prefix_ids, in_bf16
         self.temperature, self.with_entropy = temperature, with_entropy
-        self.scores_labels = door.is_for(model.device)
+        self.scores_labels = door.is_for_device(model.device)
         """Whether log-probs are computed by `cpu`, or as TRL does."""
 
     @classmethod

@@ -19,12 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from nla_ray.base.families import decoder_shape
 from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.load import load_model_config
+from nla_ray.cluster.environment import kind_environment
 from nla_ray.cluster.resources import demand, require_resources
+from nla_ray.cpu import door
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
@@ -41,7 +47,7 @@ _REFUSED = "refused"
 _MAX_FAILURES = 3
 _CHECKPOINTS_KEPT = 2
 _POLL_SECONDS = 0.2
-_CPU_HOUSEKEEPERS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+_CLUSTER_HELPERS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 
 
 # The driver's side --------------------------------------------------------------------------------
@@ -61,10 +67,6 @@ def run_training(
     from its last checkpoint. Raises ValueError when the cluster has no room for the workers, and
     the workers' own ValueError at once: starting again would not mend it.
     """
-    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig
-
     compute = run.config.compute
     require_resources([demand(compute, "trainer", compute.trainer_workers)])
     os.environ.setdefault(
@@ -92,6 +94,7 @@ def run_training(
             storage_filesystem=scratch.filesystem,
             failure_config=FailureConfig(max_failures=_MAX_FAILURES),
             logging_config=LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": kind_environment(compute, "trainer")},
         ),
     )
     returned = trainer.fit().return_value or {}
@@ -155,30 +158,27 @@ def collect_result(run: Run, name: str) -> None:
     (run.root / name / METRICS_NAME).write_bytes((scratch / METRICS_NAME).read_bytes())
 
 
-def _trainer_class():
-    """Ray Train's TorchTrainer; on a single node without the helper processes that only a cluster
+class LeanTorchTrainer(TorchTrainer):
+    """Ray Train's TorchTrainer for a single node, without the helper processes that only a cluster
     needs.
 
     The cleaner of orphaned placement groups asks the dashboard every second whether the controller
-    lives (an embedded Ray has no dashboard), the watcher waits for the cloud to take a node away,
-    and the data set manager serves Ray Data sets, of which training here has none. Each is a Python
-    process: a second of a core at start, and some after.
+    lives (an embedded Ray has no dashboard), and the data set manager serves Ray Data sets, of
+    which training here has none. Each is a Python process: a second of a core at start, and some
+    after.
     """
-    import ray
-    from ray.train.torch import TorchTrainer
 
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ not in _CLUSTER_HELPERS]
+
+
+def _trainer_class() -> type[TorchTrainer]:
+    """The lean trainer on a single node, which needs no watcher either that waits for the cloud to
+    take a node away."""
     if len(ray.nodes()) > 1:
         return TorchTrainer
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-
-    class LeanTorchTrainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list:
-            return [
-                one
-                for one in super()._create_default_callbacks()
-                if type(one).__name__ not in _CPU_HOUSEKEEPERS
-            ]
-
     return LeanTorchTrainer
 
 
@@ -191,7 +191,7 @@ def prepare_worker(compute: ComputeConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         logger.parent.setLevel(logging.WARNING)
     torch.set_num_threads(compute.threads)
-    if not compute.trainer_gpus:
+    if door.is_for_kind(compute, "trainer"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -199,7 +199,7 @@ def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict
     """Arguments that every trainer (transformers' or TRL's) gets: device, DeepSpeed, checkpoints,
     seeds, no telemetry."""
     compute = run_config.compute
-    on_gpu = bool(compute.trainer_gpus)
+    on_gpu = not door.is_for_kind(compute, "trainer")
     return {
         "output_dir": str(folder),
         "use_cpu": not on_gpu,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from nla_ray.cpu import door
 from nla_ray.settings.config import ComputeConfig
 
 _BUCKET_ELEMENTS = 2**23
@@ -19,13 +20,14 @@ def deepspeed_config(compute: ComputeConfig) -> dict[str, Any] | None:
     CPU nothing is compiled."""
     if compute.zero_stage == 0:
         return None
-    if not compute.trainer_gpus:
+    on_cpu = door.is_for_kind(compute, "trainer")
+    if on_cpu:
         _skip_shared_memory_collectives()
     zero: dict[str, Any] = {
         "stage": compute.zero_stage,
         "reduce_bucket_size": _BUCKET_ELEMENTS,
         "allgather_bucket_size": _BUCKET_ELEMENTS,
-        "overlap_comm": bool(compute.trainer_gpus),
+        "overlap_comm": not on_cpu,
     }
     if compute.zero_stage == 3:
         # The library gathers what is below the threshold into buffers of ONE type; base and adapter

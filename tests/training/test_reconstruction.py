@@ -22,7 +22,7 @@ from nla_ray.training.reconstruction import (
     Examples,
     choose_labels,
     make_optimizer,
-    make_trainer,
+    make_reconstruction_trainer,
     reconstruction_loss,
     validation_figures,
 )
@@ -56,7 +56,9 @@ def prepare(base: BaseConfig, folder: Path, settings: ReconstructorConfig = SETT
     )
     checkpoints = Checkpoints(config, "reward_scorer")
     return (
-        make_trainer(reconstructor, train, validation, settings, config, checkpoints),
+        make_reconstruction_trainer(
+            reconstructor, train, validation, settings, config, checkpoints
+        ),
         validation,
         checkpoints,
     )
