@@ -1,20 +1,22 @@
-"""The figures of a training stage in TensorBoard and in Weights & Biases, where these are
-installed; neither has to be.
+"""The figures of a training stage in TensorBoard and in Weights & Biases, by accelerate's trackers.
 
-Every record of metrics.jsonl goes there under the same names, W&B only where the environment asks
-for it. Knows no stage. Protects two rules: a resumed run shows no step twice, and a tracker that
-fails costs the run one line, nothing else.
+Every record of metrics.jsonl is shown under the same names, in W&B only where the environment asks
+for it; neither package has to be installed. Knows no stage. Protects two rules: a resumed run shows
+no step twice, and a tracker that fails costs the run one line, nothing else. (The trainer's own
+`report_to` could not keep them: its W&B callback counts steps anew after a resume, both rename
+figures, and neither sees the monitor's.)
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
@@ -27,70 +29,6 @@ _WANDB_SECONDS = 30.0
 """How long W&B may take to start, and to send the rest in the end."""
 
 logger = get_logger(__name__)
-
-
-class Tracker(ABC):
-    """One place that shows figures by step."""
-
-    @abstractmethod
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show the figures of one step."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Nothing more will be written."""
-
-
-class TensorBoard(Tracker):
-    """Event files in a folder; what a stage that was cut off wrote there from `first_step` on is
-    hidden."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-        # a killed worker goes on from its last checkpoint, whose steps have to be there
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WeightsAndBiases(Tracker):
-    """A W&B run of the stage, of which libraries that look for a current run know nothing. W&B
-    drops steps that it has by itself."""
-
-    def __init__(self, run_config: RunConfig, name: str, scratch: Path) -> None:
-        import wandb
-
-        root, run_id = Run(run_config).root, scratch / _WANDB_ID_NAME
-        if not run_id.exists():
-            run_id.write_text(uuid.uuid4().hex[:8])
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "nla_ray"),
-            name=f"{Path(root.path).name}/{name}",
-            id=run_id.read_text(),
-            resume="allow",
-            reinit="create_new",
-            dir=root.path if root.is_local else None,
-            config=to_dict(run_config),
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=_WANDB_SECONDS,
-                finish_timeout=_WANDB_SECONDS,
-            ),
-        )
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 def wandb_is_wanted() -> bool:
@@ -111,38 +49,45 @@ class Trackers:
     metrics.jsonl."""
 
     def __init__(self) -> None:
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[str, GeneralTracker] = {}
 
     @classmethod
     def of(cls, run_config: RunConfig, name: str, *, scratch: Path, first_step: int) -> Trackers:
-        """The trackers of stage `name`, which goes on with `first_step`. TensorBoard's files lie in
-        the run, in `tensorboard/`."""
-        trackers, folder = cls(), Run(run_config).root / "tensorboard" / name
+        """The trackers of stage `name`, which goes on with `first_step`: what it showed from there
+        on before is hidden.
+
+        TensorBoard's files lie in the run, in `tensorboard/`. `scratch`: the stage's folder.
+        """
+        trackers = cls()
         if is_installed("tensorboard"):
+            folder = Run(run_config).root / "tensorboard"
             if folder.is_local:
-                trackers._start("TensorBoard", lambda: TensorBoard(Path(folder.path), first_step))
+                tracker = TensorBoardTracker(name, folder.path, purge_step=first_step)
+                trackers._start("TensorBoard", tracker)
             else:
                 logger.info("%s: no TensorBoard, which needs a local run directory", name)
         if wandb_is_wanted() and is_installed("wandb"):
-            trackers._start("W&B", lambda: WeightsAndBiases(run_config, name, scratch))
+            with trackers._tolerated("W&B"):
+                trackers._start("W&B", _wandb_tracker(run_config, name, scratch))
         return trackers
 
-    def _start(self, title: str, make: Callable[[], Tracker]) -> None:
+    def _start(self, title: str, tracker: GeneralTracker) -> None:
         with self._tolerated(title):
-            self._open[title] = make()
+            tracker.start()
+            self._open[title] = tracker
 
     def write(self, record: Mapping[str, float]) -> None:
         """Show a record: its `step`, and all else as figures."""
         figures = {name: value for name, value in record.items() if name != "step"}
         for title, tracker in list(self._open.items()):
             with self._tolerated(title):
-                tracker.write(int(record["step"]), figures)
+                tracker.log(figures, step=int(record["step"]))
 
     def close(self) -> None:
         """Nothing more will be written."""
         for title, tracker in list(self._open.items()):
             with self._tolerated(title):
-                tracker.close()
+                tracker.finish()
 
     @contextmanager
     def _tolerated(self, title: str) -> Iterator[None]:
@@ -159,3 +104,25 @@ class Trackers:
                 type(error).__name__,
                 reason,
             )
+
+
+def _wandb_tracker(run_config: RunConfig, name: str, scratch: Path) -> WandBTracker:
+    """A W&B run of the stage, of which libraries that look for a current run know nothing. W&B
+    drops steps that it has by itself."""
+    import wandb
+
+    root, run_id = Run(run_config).root, scratch / _WANDB_ID_NAME
+    if not run_id.exists():
+        run_id.write_text(uuid.uuid4().hex[:8])
+    return WandBTracker(
+        os.environ.get("WANDB_PROJECT", "nla_ray"),
+        name=f"{Path(root.path).name}/{name}",
+        id=run_id.read_text(),
+        resume="allow",
+        reinit="create_new",
+        dir=root.path if root.is_local else None,
+        config=to_dict(run_config),
+        settings=wandb.Settings(
+            silent=True, console="off", init_timeout=_WANDB_SECONDS, finish_timeout=_WANDB_SECONDS
+        ),
+    )

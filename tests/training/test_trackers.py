@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 
 from nla_ray.run.location import Location
 from nla_ray.settings.config import ComputeConfig, RunConfig
@@ -33,7 +34,8 @@ class Run:
     def finish(self):
         with (HERE / "told").open("a") as file: file.write("finished\\n")
 def init(**arguments):
-    with (HERE / "told").open("a") as file: file.write(f"{arguments['name']} {arguments['id']} {arguments['resume']}\\n")
+    begun = f"{arguments['name']} {arguments['id']} {arguments['resume']}\\n"
+    with (HERE / "told").open("a") as file: file.write(begun)
     return Run()
 """
 """A stand-in for the package: it writes down what it is told, and loses its server at step 3."""
@@ -41,6 +43,12 @@ def init(**arguments):
 
 def config_in(run_dir: Path | str) -> RunConfig:
     return dataclasses.replace(nano(), run_dir=str(run_dir), compute=ComputeConfig(threads=1))
+
+
+@pytest.fixture(autouse=True)
+def process_state() -> None:
+    """What a trainer has set up before: accelerate's trackers ask which process they are in."""
+    PartialState(cpu=True)
 
 
 @pytest.fixture(autouse=True)
