@@ -1,8 +1,10 @@
 """What only a process on a CPU runs: faster kernels and a heap that keeps its pages.
 
-Nothing of it is used where a process has a GPU.
+Nothing of it is used where a process has a GPU: every use is asked for at the door.
 
-Read: log_probs, shared_prefix, attention, projection, memory.
+Nouns: a kernel (the library's arithmetic, faster), a kind (of process, which books a GPU or none).
 
-It knows torch alone: neither bases nor trainers.
+Read: door, environment, memory, log_probs, shared_prefix, attention, projection.
+
+It knows torch and the configuration alone: neither bases nor trainers.
 """

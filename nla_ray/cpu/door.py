@@ -1,7 +1,7 @@
 """Who enters this room: models that lie on a CPU, and processes that book no GPU.
 
-Whoever uses a kernel, a variable or a setting of this room asks here first, or asks `projection`,
-which looks at the weight. Imports no torch: a job asks before anything heavy is loaded.
+Whoever uses a kernel, a variable or a setting of this room asks here first. Imports no torch: a job
+asks before anything heavy is loaded.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nla_ray.cpu import door
+
 
 class PackedProjection:
     """y = W x + b for rows x: [rows, in] -> [rows, out], by oneDNN.
@@ -47,7 +49,7 @@ def packing_works(weight: Tensor) -> bool:
 
     It can hold a CPU tensor of a type that this processor multiplies natively.
     """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if not door.is_for_device(weight.device) or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

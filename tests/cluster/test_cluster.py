@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nla_ray.cluster.environment import needs_hub, worker_environment
+from nla_ray.cluster.environment import job_environment, kind_environment, needs_hub
 from nla_ray.cluster.errors import user_message
 from nla_ray.cluster.resources import (
     Demand,
@@ -23,6 +23,7 @@ from nla_ray.cluster.resources import (
     unmet_demands,
     worker_options,
 )
+from nla_ray.cpu.environment import cpu_environment
 from nla_ray.settings.config import ComputeConfig
 from nla_ray.settings.presets import PRESETS
 from nla_ray.settings.resources import resources_of
@@ -111,7 +112,7 @@ def test_workers_get_thread_counts_no_hub_and_no_telemetry(ray_cluster) -> None:
         return dict(os.environ)
 
     found = ray.get(environment.remote())
-    expected = worker_environment(1)
+    expected = job_environment(ComputeConfig(threads=1))
     assert {name: found.get(name) for name in expected} == expected
     assert found.get("CUDA_VISIBLE_DEVICES") == ""  # it has booked none
     assert (
@@ -119,7 +120,33 @@ def test_workers_get_thread_counts_no_hub_and_no_telemetry(ray_cluster) -> None:
         and expected["HF_HUB_OFFLINE"] == "1"
         and expected["HF_HUB_DISABLE_TELEMETRY"] == "1"
     )
-    assert "HF_HUB_OFFLINE" not in worker_environment(1, offline=False)
+    assert "HF_HUB_OFFLINE" not in job_environment(ComputeConfig(threads=1), offline=False)
+
+
+def test_a_process_that_books_a_gpu_gets_no_variable_that_is_made_for_cpus(ray_cluster) -> None:
+    import ray
+
+    made_for_cpus = cpu_environment(3)
+    gpu_trainer = ComputeConfig(trainer_gpus=1, threads=3)
+    for compute in (SEVEN_B, gpu_trainer):
+        assert not made_for_cpus.keys() & job_environment(compute).keys()
+        assert kind_environment(compute, "trainer") == {}
+        assert "runtime_env" not in worker_options(compute, "trainer")
+
+    @ray.remote
+    def environment() -> dict[str, str]:
+        return dict(os.environ)
+
+    found = ray.get(environment.options(**worker_options(gpu_trainer, "rollout")).remote())
+    expected = job_environment(gpu_trainer) | made_for_cpus
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_where_no_process_books_a_gpu_all_have_one_environment() -> None:
+    compute = ComputeConfig(threads=3)
+    assert cpu_environment(3).items() <= job_environment(compute).items()
+    for kind in ("trainer", "rollout", "scorer", "capture", "serve"):
+        assert kind_environment(compute, kind) == {}
 
 
 def test_only_a_hub_id_needs_the_hub(tmp_path: Path) -> None:
