@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import torch
 
 from nla_ray.cluster.resources import run_placed
+from nla_ray.report.cards import experiments, findings, write_card
 from nla_ray.report.compared import Compared, find_compared
 from nla_ray.report.controls import VERBALIZERS
-from nla_ray.report.experiments import experiments
 from nla_ray.report.gallery import examples, gallery, score_table
 from nla_ray.report.gates import check_gates
 from nla_ray.report.gathering import gather_evaluated
@@ -32,6 +32,7 @@ from nla_ray.report.lineage import (
     load_test,
 )
 from nla_ray.report.notes import NOTES_NAME, missing_notes, readers_notes
+from nla_ray.report.rendering.card import commands_of, to_card
 from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.rendering.page import to_html
 from nla_ray.report.rendering.terminal import print_report
@@ -40,7 +41,9 @@ from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.settings.config import RunConfig
+from nla_ray.run.stages import read_timings
+from nla_ray.settings.config import RunConfig, to_dict
+from nla_ray.settings.presets import preset
 
 logger = get_logger(__name__)
 
@@ -156,7 +159,7 @@ def read_report(run: Run) -> dict[str, Any]:
 
 
 def show_report(run: Run) -> None:
-    """Print the report's tables and examples, and where its files are.
+    """Print the report's tables and examples, and where its files are; write the card if asked.
 
     Exits with status 1 when a gate failed and the run is gated.
     """
@@ -166,8 +169,35 @@ def show_report(run: Run) -> None:
         f"\nreport: {run.root / run.config.report_artifact / 'report.html'}, and report.md and"
         " report.json beside it"
     )
+    if run.config.card:
+        print(f"card: {make_card(run, report)}")
     failed = [gate["name"] for gate in report["gates"] if not gate["passed"]]
     if run.config.gate and failed:
         raise SystemExit(
             f"{len(failed)} of {len(report['gates'])} gates failed: {', '.join(failed)}"
         )
+
+
+def make_card(run: Run, report: Mapping[str, Any]) -> Path:
+    """Write the published report as the preset's card into the package; computes nothing.
+
+    Raises ValueError for a report on validation, of another arm, or with verbalizers beside the
+    run's own: a card is of the preset as it is.
+    """
+    name = run.config.report_artifact
+    if name != "report":
+        raise ValueError(
+            f"--card: got the report {name!r}, expected 'report', the one on test documents of the"
+            " preset's own verbalizers. Leave out --compare and what chooses another report."
+        )
+    recorded: dict[str, dict[str, Any]] = {}
+    for manifest in [*ancestors(run).values(), run.require(name)]:
+        recorded |= manifest.config
+    preset_name = run.config.preset
+    card = to_card(
+        report,
+        seconds=read_timings(run),
+        commands=commands_of(preset_name, recorded, to_dict(preset(preset_name))),
+        findings=findings(preset_name),
+    )
+    return write_card(preset_name, card)

@@ -492,6 +492,8 @@ class RunConfig:
     """Print the plan (processes, memory, time, files) and start nothing."""
     gate: bool = False
     """Exit with status 1 when a gate of the report fails."""
+    card: bool = False
+    """Write the report as this preset's card into the package: nla_ray/cards/{preset}.md."""
     compare: tuple[str, ...] = ()
     """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions with
     activation_id and description, an adapter, or the folder of another run's artifact."""

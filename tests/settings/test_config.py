@@ -171,7 +171,7 @@ def is_section(statement: ast.AnnAssign) -> bool:
 def test_sections_stand_in_the_order_of_the_pipeline_and_pretraining_has_its_own_job() -> None:
     fields = [field.name for field in dataclasses.fields(RunConfig)]
     assert fields == [
-        *("preset", "run_dir", "dry_run", "gate", "compare"),
+        *("preset", "run_dir", "dry_run", "gate", "card", "compare"),
         *("base", "corpus", "capture", "label", "reward_scorer", "judge_scorer", "linear_scorer"),
         *("sft", "grpo", "evaluation", "serve", "compute"),
     ]
@@ -236,7 +236,7 @@ def test_a_dry_run_of_a_job_for_7b_needs_no_network_no_weights_and_no_torch(
 
 
 def test_what_was_tried_for_nano_has_intervals_and_other_presets_tried_nothing() -> None:
-    from nla_ray.report.experiments import experiments
+    from nla_ray.report.cards import experiments
 
     tried = experiments("nano")
     assert {experiment["kept"] for experiment in tried} == {"yes", "no"}
