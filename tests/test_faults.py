@@ -20,7 +20,7 @@ import pytest
 from grpo_run import grpo_config, prepare_run
 
 from nla_ray.activation.stage import load_activations
-from nla_ray.reinforce import grpo
+from nla_ray.reinforce import grpo, stage
 from nla_ray.run.artifact import Run
 from nla_ray.run.metrics import MetricsLog
 from nla_ray.settings.config import BaseConfig
@@ -32,7 +32,7 @@ STEPS = 6
 DRIVER = """
 import pickle, sys
 from nla_ray.cluster.connect import connect
-from nla_ray.reinforce.grpo import train_grpo
+from nla_ray.reinforce.stage import train_grpo
 from nla_ray.run.artifact import Run
 
 if __name__ == "__main__":
@@ -48,13 +48,13 @@ def undisturbed(
 ) -> list[dict]:
     """The metrics of a run that nobody disturbs, trained in this process."""
     run = prepared(tiny_base, tmp_path_factory.mktemp("undisturbed"))
-    with grpo.actor_pools(
+    with stage.actor_pools(
         run, load_activations(run, "train"), load_activations(run, "validation")
     ) as (bank, rollouts, scorers):
-        data = grpo.training_data(
+        data = stage.training_data(
             run, load_activations(run, "train"), load_activations(run, "validation"), bank
         )
-        grpo.train_worker(
+        grpo.grpo_worker(
             {
                 "run": run.config,
                 "name": "grpo",

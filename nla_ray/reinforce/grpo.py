@@ -1,19 +1,15 @@
-"""Contrastive GRPO of the verbalizer: the one module that imports TRL's GRPO.
+"""GRPO as a Ray Train worker runs it: the one module of the stages that imports TRL's GRPO.
 
-schedule -> [publish adapter -> sample groups -> score (meanwhile: reference log-probs) -> TRL's
-update] x steps, with a look at the judge every so often. TRL owns advantages, loss, optimiser,
-checkpoints; rollouts and scores come from actors that the driver owns. Protects four rules: train
-documents only; the KL is anchored to the SFT adapter, not to the base; batches are a function of
-the configuration, so that a resumed run meets the same ones; the best checkpoint is the judge's.
+Each step: publish the adapter -> sample groups -> score (meanwhile: reference log-probs) -> TRL's
+update; every so often a reading of the monitor. TRL owns advantages, loss, optimiser and checkpoints;
+rollouts and scores come from actors that the driver owns. Protects two rules: the KL is anchored to
+the SFT adapter and not to the base; the batches are those of the schedule, in its order.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,282 +18,55 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from nla_ray.activation.bank import ActivationTable
-from nla_ray.activation.stage import load_activations, load_stats
-from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
-from nla_ray.cluster.actors import ActorPool, SharedArray, shared_tensor
-from nla_ray.cluster.resources import demand, require_resources
-from nla_ray.reinforce.live import live_view
-from nla_ray.reinforce.monitor import JUDGE_COSINE, WARNED, Monitor, MonitorData
-from nla_ray.reinforce.records import SECONDS, GRPOCallback, monitor_share
-from nla_ray.reinforce.rewards import WrongActivations, reward_weights, schedule_rows
-from nla_ray.reinforce.rollouts import RolloutWorker
-from nla_ray.reinforce.scoring import ScorerWorker
+from nla_ray.cluster.actors import shared_tensor
+from nla_ray.reinforce.monitor import Monitor
+from nla_ray.reinforce.records import GRPOCallback
+from nla_ray.reinforce.rewards import reward_weights
 from nla_ray.reinforce.steps import StepClock, StepSampler, TrainingData
 from nla_ray.run.artifact import Run
-from nla_ray.run.identity import seed_of
-from nla_ray.run.log import get_logger
-from nla_ray.run.manifest import Manifest, check_disjoint
-from nla_ray.run.metrics import METRICS_NAME
-from nla_ray.score.metrics import Comparisons, hard_rows
-from nla_ray.settings.config import GRPOSettings, RunConfig, require
+from nla_ray.settings.config import RunConfig
 from nla_ray.training.checkpoints import Checkpoints
 from nla_ray.training.verbalizer import TrainableVerbalizer
-from nla_ray.training.workers import prepare_worker, run_training, trainer_arguments
+from nla_ray.training.workers import prepare_worker, trainer_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = get_logger(__name__)
 
-
-os.environ.setdefault(
-    "TRL_EXPERIMENTAL_SILENCE", "1"
-)  # `rollout_func` may change: TRL's minor version is pinned
+# `rollout_func` may change: TRL's minor version is pinned.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 _WARMUP_SHARE = 0.05
-_NEAR_POOL = 32
-"""Nearest activations of the same domain that the near ones are drawn from."""
 
 
-# The driver's side --------------------------------------------------------------------------------
+def grpo_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The body of a worker: build the policy and TRL's trainer, resume, train.
 
-
-def train_grpo(run: Run) -> Manifest:
-    """Sharpen the SFT verbalizer by the reward scorer. Skipped when complete; resumed from its last
-    checkpoint.
-
-    Raises ValueError for a missing artifact (naming its job), a cluster that is too small, or
-    settings that do not fit.
+    `arguments`: run (RunConfig), name, data (TrainingData), rollouts and scorers (ActorPool),
+    tells_steps. Returns the step that is published.
     """
-    name = run.config.grpo.artifact
-    parents = run.parents_of("grpo")
-    check_disjoint(parents["reward_scorer"], parents["judge_scorer"])
-    info = base_info(run.config.base)
-    for parent in parents.values():
-        check_base(parent, info)
-    check_settings(run.config)
-    stage = run.open("grpo", parents=parents)
-    if stage.manifest is not None:
-        logger.info("%s: complete, skipped", name)
-        return stage.manifest
-    require_room(run.config)
-    train, validation = load_activations(run, "train"), load_activations(run, "validation")
-    with actor_pools(run, train, validation) as (bank, rollouts, scorers):
-        data = training_data(run, train, validation, bank)
-        with live_view(
-            run.root / name / "scratch" / METRICS_NAME, name, run.config.grpo.steps
-        ) as is_shown:
-            told = run_training(
-                run,
-                name,
-                train_worker,
-                {
-                    "data": data,
-                    "rollouts": rollouts,
-                    "scorers": scorers,
-                    "tells_steps": not is_shown,
-                },
-            )
-    records = [
-        json.loads(line) for line in (stage.location / METRICS_NAME).read_text().splitlines()
-    ]
-    return stage.publish(
-        documents={"train": train.doc_ids, "validation": data.monitor.doc_ids},
-        model=info.to_dict(),
-        metrics=summary(records, told["published_step"]),
-    )
-
-
-def check_settings(config: RunConfig) -> None:
-    """Raise ValueError for settings under which batches could not be cut, or resumed, alike, and
-    for an SFT that is only compared."""
-    settings, workers = config.grpo, config.compute.trainer_workers
-    require(
-        config.sft.name is None,
-        "sft.name",
-        config.sft.name,
-        "none",
-        "GRPO starts from the SFT without a name; a named one is trained "
-        "by jobs/sft.py, for --compare.",
-    )
-    require(
-        settings.prompts_per_step % workers == 0,
-        "grpo.prompts_per_step",
-        settings.prompts_per_step,
-        f"a multiple of compute.trainer_workers = {workers}",
-        "A group may not be cut in two.",
-    )
-    for name in ("save_steps", "monitor_steps"):
-        value = getattr(settings, name)
-        require(
-            value % settings.iterations == 0,
-            f"grpo.{name}",
-            value,
-            f"a multiple of grpo.iterations = {settings.iterations}",
-            "A batch of rollouts may not be cut in two.",
-        )
-
-
-def require_room(config: RunConfig) -> None:
-    """Raise ValueError unless trainer, rollout actors and scorer actors find room in the cluster at
-    once."""
-    compute, settings = config.compute, config.grpo
-    require_resources(
-        [
-            demand(compute, "trainer", compute.trainer_workers),
-            demand(compute, "rollout", settings.num_rollout_actors),
-            demand(compute, "scorer", settings.num_scorer_actors),
-        ]
-    )
-
-
-@contextmanager
-def actor_pools(
-    run: Run, train: ActivationTable, validation: ActivationTable
-) -> Iterator[tuple[SharedArray, ActorPool, ActorPool]]:
-    """The train bank in the object store, rollout actors and scorer actors, for the length of a
-    with-block."""
-    config = (
-        dataclasses.replace(run.config, run_dir=str(run.root)) if run.root.is_local else run.config
-    )
-    settings, compute = config.grpo, config.compute
-    bank, validation_bank = (
-        SharedArray(train.vectors.numpy()),
-        SharedArray(validation.vectors.numpy()),
-    )
-    pools: list[ActorPool] = []
-    try:
-        pools.append(
-            ActorPool(
-                "rollout",
-                RolloutWorker,
-                (config.base, config.sft.lora, compute.threads, bank, validation_bank),
-                count=settings.num_rollout_actors,
-                compute=compute,
-            )
-        )
-        pools.append(
-            ActorPool(
-                "scorer",
-                ScorerWorker,
-                (config, bank),
-                count=settings.num_scorer_actors,
-                compute=compute,
-            )
-        )
-        yield bank, pools[0], pools[1]
-    finally:
-        for pool in pools:
-            pool.close()
-
-
-def training_data(
-    run: Run, train: ActivationTable, validation: ActivationTable, bank: SharedArray
-) -> TrainingData:
-    """Schedule, source texts and the validation activations of the monitor. Raises ValueError when
-    there are too few of any."""
-    settings = run.config.grpo
-    schedule = schedule_rows(
-        len(train.ids),
-        settings.prompts_per_step,
-        -(-settings.steps // settings.iterations),
-        settings.seed,
-    )
-    rows = sorted({row for batch in schedule for row in batch})
-    generator = torch.Generator().manual_seed(seed_of(settings.seed, "monitor"))
-    watched = sorted(
-        torch.randperm(len(validation.ids), generator=generator)[
-            : settings.monitor_activations
-        ].tolist()
-    )
-    vectors, doc_ids = (
-        validation.vectors[watched].clone(),
-        [validation.doc_ids[row] for row in watched],
-    )
-    mean = torch.tensor(load_stats(run)["mean_direction"])
-    return TrainingData(
-        schedule=schedule,
-        sources={row: train.texts[row] for row in rows},
-        bank=bank,
-        wrong=wrong_activations(train, settings, mean) if settings.contrast == "wrong" else None,
-        monitor=MonitorData(
-            rows=watched,
-            comparisons=Comparisons.draw(vectors, doc_ids, mean, settings.seed),
-            doc_ids=doc_ids,
-            texts=[validation.texts[row] for row in watched],
-        ),
-    )
-
-
-def wrong_activations(
-    train: ActivationTable, settings: GRPOSettings, mean: Tensor
-) -> WrongActivations:
-    """What the descriptions of a train activation must not fit, ready to be drawn from."""
-    pool = min(_NEAR_POOL, len(train.ids) // 2)
-    near = (
-        hard_rows(train.vectors, train.doc_ids, train.domains, mean, pool).tolist()
-        if settings.num_near
-        else None
-    )
-    return WrongActivations(train.doc_ids, settings.num_wrong, near, settings.num_near)
-
-
-def summary(records: Sequence[dict[str, Any]], published_step: int) -> dict[str, Any]:
-    """For the manifest: the monitor's readings of the SFT verbalizer, of the published checkpoint
-    and at the end; every warning; the mean seconds of a step, and the monitor's beside them."""
-    readings = [record for record in records if JUDGE_COSINE in record]
-    every_step = [record for record in records if SECONDS + "step" in record]
-    steps = every_step[1:]  # the first one also waits for the actors to start
-    return {
-        "published_step": published_step,
-        "published": next(one for one in readings if one["step"] == published_step),
-        "sft": readings[0],
-        "last": readings[-1],
-        "warned_steps": [record["step"] for record in readings if record[WARNED]],
-        "mean_seconds": {
-            name.removeprefix(SECONDS): sum(record[name] for record in steps) / len(steps)
-            for name in (steps[0] if steps else {})
-            if name.startswith(SECONDS)
-        },
-        "monitor_share": monitor_share(every_step, readings),
-    }
-
-
-# A worker's side ----------------------------------------------------------------------------------
-
-
-def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """The body of one Ray Train worker: build the policy and TRL's trainer, resume, train."""
-    run_config: RunConfig = config["run"]
-    data: TrainingData = config["data"]
-    prepare_worker(run_config.compute)
-    checkpoints = Checkpoints(run_config, config["name"])
-    prompt = build_injection_prompt(load_tokenizer(run_config.base), run_config.base.marker)
-    model, clock = load_policy(run_config, data, prompt), StepClock()
-    sampler = StepSampler(
-        run_config.grpo,
-        data,
-        prompt,
-        model.get_input_embeddings().vocab_size,
-        config["rollouts"],
-        config["scorers"],
-        clock,
-    )
-    monitor = Monitor(run_config.grpo, data.monitor, config["rollouts"], config["scorers"])
-    trainer = build_trainer(run_config, checkpoints.folder, model, sampler, clock)
+    config: RunConfig = arguments["run"]
+    data: TrainingData = arguments["data"]
+    rollouts, scorers = arguments["rollouts"], arguments["scorers"]
+    prepare_worker(config.compute)
+    checkpoints = Checkpoints(config, arguments["name"])
+    prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
+    policy, clock = load_policy(config, data, prompt), StepClock()
+    vocab_size = policy.get_input_embeddings().vocab_size
+    sampler = StepSampler(config.grpo, data, prompt, vocab_size, rollouts, scorers, clock)
+    trainer = build_trainer(config, checkpoints.folder, policy, sampler, clock)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(
         GRPOCallback(
             checkpoints,
-            run_config.grpo,
+            config.grpo,
             trainer,
             sampler.publisher,
-            monitor,
+            Monitor(config.grpo, data.monitor, rollouts, scorers),
             clock,
-            tells_steps=config["tells_steps"],
+            tells_steps=arguments["tells_steps"],
         )
     )
     trainer.train(resume_from_checkpoint=checkpoints.last())
@@ -308,8 +77,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 def load_policy(
     run_config: RunConfig, data: TrainingData, prompt: InjectionPrompt
 ) -> TrainableVerbalizer:
-    """The base with the SFT adapter, trainable, and an embedding that knows the train
-    activations."""
+    """The SFT verbalizer, trainable, with an embedding that knows the train activations."""
     run = Run(run_config)
     with run.local_copy("sft", run.require("sft")) as folder:
         return TrainableVerbalizer.load(
@@ -328,8 +96,7 @@ def build_trainer(
     sampler: StepSampler,
     clock: StepClock,
 ) -> VerbalizerTrainer:
-    """TRL's trainer with our rollouts and rewards. Positional batches: the schedule is the data
-    set, unshuffled."""
+    """TRL's trainer with our rollouts and rewards; the schedule is its data set, unshuffled."""
     weights = reward_weights(run_config.grpo)
     return VerbalizerTrainer(
         clock=clock,
@@ -344,23 +111,20 @@ def build_trainer(
 
 
 def grpo_arguments(
-    run_config: RunConfig, folder: Path, weights: list[float], **others: Any
+    run_config: RunConfig, folder: Path, weights: list[float], **overrides: Any
 ) -> GRPOConfig:
-    """Our settings in TRL's words; `others` are TRL's own, added or instead.
+    """Our settings in TRL's words; `overrides` are fields of TRL's, added or instead.
 
-    The preset divides advantages by the batch's standard deviation, not by each group's, which
-    would blow up groups that agree (Source: arXiv 2508.08221); the loss is summed over tokens and
-    divided by a constant, without length bias (Dr. GRPO, arXiv 2503.20783). Truncated rollouts stay
-    in the loss: stopping is trained. The rate falls to 0: a step of a hundred rollouts is mostly
-    noise, which the last small ones average out.
+    `weights`: of the reward terms. The preset divides advantages by the standard deviation of the
+    batch. That of each group would blow up groups that agree (Source: arXiv 2508.08221). The loss
+    is summed over tokens and divided by a constant, without length bias (Dr. GRPO, arXiv
+    2503.20783). Truncated rollouts stay in the loss: stopping is trained. The rate falls to 0: a
+    step of a hundred rollouts is mostly noise, which the last small steps average out.
     """
     settings, workers = run_config.grpo, run_config.compute.trainer_workers
     rollouts = settings.prompts_per_step * settings.group_size // workers
-    micro_batch = max(
-        size
-        for size in range(1, min(settings.micro_batch_size, rollouts) + 1)
-        if rollouts % size == 0
-    )
+    largest = min(settings.micro_batch_size, rollouts)
+    micro_batch = max(size for size in range(1, largest + 1) if rollouts % size == 0)
     return GRPOConfig(
         **trainer_arguments(run_config, folder, seed=settings.seed),
         max_steps=settings.steps,
@@ -383,13 +147,12 @@ def grpo_arguments(
         logging_steps=1,
         logging_first_step=False,
         save_steps=settings.save_steps,
-        **{"save_strategy": "steps", **others},
+        **{"save_strategy": "steps", **overrides},
     )
 
 
 def schedule_dataset(schedule: Sequence[Sequence[int]]) -> Dataset:
-    """One example a prompt: the row of the bank, as text (which TRL carries through) and as a
-    number."""
+    """An example a prompt: the row of the bank, as a number and as text, which TRL hands on."""
     from datasets import Dataset
 
     rows = [row for batch in schedule for row in batch]
@@ -397,8 +160,7 @@ def schedule_dataset(schedule: Sequence[Sequence[int]]) -> Dataset:
 
 
 class VerbalizerTrainer(GRPOTrainer):
-    """TRL's trainer with two measurements and credit by line added; its algorithm is left as it
-    is."""
+    """TRL's trainer with two measurements and credit by line; its algorithm is left as it is."""
 
     def __init__(self, *, clock: StepClock, credit: str, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -406,19 +168,21 @@ class VerbalizerTrainer(GRPOTrainer):
         self._policy_log_probs: Tensor | None = None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch; where credit goes to lines, with an advantage a token, which its loss takes
-        as well."""
+        """TRL's batch; where credit goes to lines, with an advantage for every token.
+
+        TRL's loss takes advantages of both forms.
+        """
         batch = super()._generate_and_score_completions(inputs)
         if self._credit == "line":
             advantages = batch["advantages"]
-            shared, explained = self.rollout_func.share_out(
-                advantages.cpu(), batch["completion_ids"].shape[1]
-            )
+            length = batch["completion_ids"].shape[1]
+            shared, explained = self.rollout_func.share_out(advantages.cpu(), length)
             batch["advantages"] = shared.to(advantages)
             self._metrics["train"]["credit/explained"].append(explained)
         return batch
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        """TRL's log-probs: the policy's are kept for `sampler_gap`, others are timed."""
         if torch.is_grad_enabled():
             result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
             self._policy_log_probs = result[0].detach()
@@ -427,23 +191,22 @@ class VerbalizerTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss; records how far the sampler's log-probs are from the trainer's."""
         loss = super()._compute_loss(model, inputs)
-        own = inputs.get("old_per_token_logps", self._policy_log_probs)
-        gap, k3 = log_prob_gap(own, inputs["sampling_per_token_logps"], inputs["completion_mask"])
-        self._metrics["train"]["sampler_gap/mean"].append(
-            self.accelerator.gather(gap).mean().item()
-        )
-        self._metrics["train"]["sampler_gap/k3"].append(self.accelerator.gather(k3).mean().item())
+        trainer = inputs.get("old_per_token_logps", self._policy_log_probs)
+        sampler, mask = inputs["sampling_per_token_logps"], inputs["completion_mask"]
+        gap, k3 = log_prob_gap(trainer, sampler, mask)
+        for name, value in (("mean", gap), ("k3", k3)):
+            mean = self.accelerator.gather(value).mean().item()
+            self._metrics["train"][f"sampler_gap/{name}"].append(mean)
         return loss
 
 
 def log_prob_gap(trainer: Tensor, sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the sampler's log-probs of its own tokens are from the trainer's: mean |difference|,
-    and k3.
+    """How far the sampler's log-probs of its tokens are from the trainer's: mean |d|, and k3.
 
     k3 = mean (e^d - d - 1), d = trainer - sampler, estimates KL(sampler || trainer). All arguments
-    [batch, seq].
-    Source: Schulman, "Approximating KL divergence" (2020).
+    [batch, seq]. Source: Schulman, "Approximating KL divergence" (2020).
     """
     difference = (trainer - sampler)[mask.bool()]
     return difference.abs().mean(), (difference.exp() - difference - 1).mean()

@@ -149,7 +149,7 @@ STAGES = (
         sections=("base", "grpo"),
         named_by="grpo.artifact",
         passes_name_on=True,
-        function="nla_ray.reinforce.grpo:train_grpo",
+        function="nla_ray.reinforce.stage:train_grpo",
     ),
     Stage(
         name="report",

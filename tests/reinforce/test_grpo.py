@@ -18,7 +18,7 @@ from nla_ray.base.adapters import save_adapter
 from nla_ray.base.families import causal_model
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
-from nla_ray.reinforce import grpo
+from nla_ray.reinforce import grpo, stage
 from nla_ray.reinforce.monitor import JUDGE_COSINE, WARNED
 from nla_ray.reinforce.rewards import schedule_rows
 from nla_ray.reinforce.rollouts import RolloutWorker, train_request
@@ -135,27 +135,27 @@ def test_the_samplers_log_probs_are_the_trainers(scored_batch, tiny_base: BaseCo
     trainer, batch, _ = scored_batch
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    own, _, _ = trainer._get_per_token_logps_and_entropies(
+    log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, attention, batch["completion_ids"].shape[1]
     )
     mask = batch["completion_mask"]
     torch.testing.assert_close(
-        (own * mask).detach(), batch["sampling_per_token_logps"] * mask, atol=1e-4, rtol=0
+        (log_probs * mask).detach(), batch["sampling_per_token_logps"] * mask, atol=1e-4, rtol=0
     )
-    gap, k3 = grpo.log_prob_gap(own.detach(), batch["sampling_per_token_logps"], mask)
+    gap, k3 = grpo.log_prob_gap(log_probs.detach(), batch["sampling_per_token_logps"], mask)
     assert gap < 1e-4 and k3.abs() < 1e-6
 
 
 def test_computing_only_what_is_needed_changes_neither_log_probs_nor_entropies_nor_gradients(
     scored_batch, tiny_base: BaseConfig
 ) -> None:
-    trainer, batch, bank = scored_batch
+    trainer, batch, _ = scored_batch
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     weights = batch["completion_mask"] * torch.linspace(-1, 1, batch["completion_mask"].shape[1])
     answers = []
-    for own in (True, False):
-        trainer.model.scores_labels = own  # or TRL's own, as on a GPU
+    for on_cpu in (True, False):
+        trainer.model.scores_labels = on_cpu  # False: TRL's forward, as on a GPU
         trainer.model.zero_grad()
         log_probs, entropy, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, attention, batch["completion_ids"].shape[1], compute_entropy=True
@@ -246,7 +246,7 @@ def test_settings_under_which_a_group_or_a_batch_would_be_cut_are_refused(
         ValueError,
         match=r"grpo.prompts_per_step: got 3, expected a multiple of compute.trainer_workers = 2",
     ):
-        grpo.check_settings(
+        stage.check_settings(
             dataclasses.replace(
                 config, compute=dataclasses.replace(config.compute, trainer_workers=2)
             )
@@ -254,7 +254,7 @@ def test_settings_under_which_a_group_or_a_batch_would_be_cut_are_refused(
     with pytest.raises(
         ValueError, match=r"grpo.save_steps: got 3, expected a multiple of grpo.iterations = 2"
     ):
-        grpo.check_settings(grpo_config(tiny_base, "unused", iterations=2, save_steps=3))
+        stage.check_settings(grpo_config(tiny_base, "unused", iterations=2, save_steps=3))
 
 
 def test_a_missing_artifact_is_named_with_the_job_that_makes_it(
@@ -285,14 +285,11 @@ def test_the_manifest_tells_where_the_seconds_went_and_which_step_was_published(
         {"step": 3, "loss": 0.1, "seconds/step": 4.0},
         {"step": 4, JUDGE_COSINE: 0.3, WARNED: 1.0, "seconds/monitor": 0.5},
     ]
-    told = grpo.summary(records, 2)
-    assert (
-        told["published_step"] == 2
-        and told["published"][JUDGE_COSINE] == 0.6
-        and told["sft"]["step"] == 0
-    )
-    assert told["warned_steps"] == [4] and told["mean_seconds"] == {"step": 3.0}
-    assert told["monitor_share"] == pytest.approx(1.5 / 15.0)
+    summary = stage.summary(records, 2)
+    assert summary["published_step"] == 2 and summary["published"][JUDGE_COSINE] == 0.6
+    assert summary["sft"]["step"] == 0
+    assert summary["warned_steps"] == [4] and summary["mean_seconds"] == {"step": 3.0}
+    assert summary["monitor_share"] == pytest.approx(1.5 / 15.0)
 
 
 # With actors --------------------------------------------------------------------------------------
@@ -306,9 +303,9 @@ def arena(prepared: Run, ray_cluster: None) -> Iterator[dict]:
         load_activations(prepared, "train"),
         load_activations(prepared, "validation"),
     )
-    with grpo.actor_pools(prepared, train, validation) as (bank, rollouts, scorers):
+    with stage.actor_pools(prepared, train, validation) as (bank, rollouts, scorers):
         yield {
-            "data": grpo.training_data(prepared, train, validation, bank),
+            "data": stage.training_data(prepared, train, validation, bank),
             "rollouts": rollouts,
             "scorers": scorers,
             "tells_steps": True,
@@ -317,7 +314,7 @@ def arena(prepared: Run, ray_cluster: None) -> Iterator[dict]:
 
 def train_here(arena: dict, config: RunConfig, name: str) -> tuple[Path, list[dict]]:
     """Run the worker's body in this process; returns its scratch folder and its metrics."""
-    grpo.train_worker({**arena, "run": config, "name": name})
+    grpo.grpo_worker({**arena, "run": config, "name": name})
     scratch = Path(config.run_dir) / name / "scratch"
     return scratch, MetricsLog(scratch / "metrics.jsonl").read()
 
@@ -394,14 +391,13 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_batches(
     scratch, records = undisturbed
     resumed = Path(prepared.config.run_dir) / "resumed" / "scratch"
     shutil.copytree(scratch, resumed)
-    shutil.rmtree(
-        resumed / "checkpoint-4"
-    )  # as if killed during the fourth step, after the third was recorded
+    # as if killed during the fourth step, after the third was recorded
+    shutil.rmtree(resumed / "checkpoint-4")
     scratch_again, again = train_here(arena, prepared.config, "resumed")
     assert scratch_again == resumed
     assert [record["step"] for record in again] == [record["step"] for record in records]
-    for record, other in zip(comparable(records), comparable(again), strict=True):
-        assert other == pytest.approx(record, abs=1e-4), record["step"]
+    for record, resumed_record in zip(comparable(records), comparable(again), strict=True):
+        assert resumed_record == pytest.approx(record, abs=1e-4), record["step"]
     first, second = (
         load_file(folder / "checkpoint-4" / "adapter_model.safetensors")
         for folder in (scratch, resumed)

@@ -92,7 +92,7 @@ def test_wrong_activations_come_from_other_documents_and_differ_from_each_other(
     for row in range(40):
         drawn = wrong.draw(row, seed=0, step=3)
         assert len(set(drawn)) == 8
-        assert documents[row] not in {documents[other] for other in drawn}
+        assert documents[row] not in {documents[wrong_row] for wrong_row in drawn}
 
 
 def test_wrong_activations_are_redrawn_every_step_and_repeat_for_the_same_step() -> None:
@@ -105,7 +105,7 @@ def test_wrong_activations_are_redrawn_every_step_and_repeat_for_the_same_step()
 
 def test_every_row_of_the_other_documents_can_be_drawn() -> None:
     wrong = rewards.WrongActivations(["a", "a", "b", "c", "d"], count=3)
-    assert {other for step in range(10) for other in wrong.draw(0, seed=0, step=step)} == {2, 3, 4}
+    assert {drawn for step in range(10) for drawn in wrong.draw(0, seed=0, step=step)} == {2, 3, 4}
 
 
 def test_too_few_other_documents_is_one_clear_error() -> None:

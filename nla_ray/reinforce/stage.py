@@ -1,0 +1,246 @@
+"""The GRPO stage as the driver sees it: contrastive GRPO of the verbalizer, step by step.
+
+checks -> actors and train bank -> training data (schedule, source texts, wrong rows, what the
+monitor watches) -> training -> manifest. Knows the run; TRL is in `grpo.py`. Protects two rules:
+train documents only; batches are a function of the configuration, so that a resumed run meets the
+same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.base.identity import base_info, check_base
+from nla_ray.cluster.actors import ActorPool, SharedArray
+from nla_ray.cluster.resources import demand, require_resources
+from nla_ray.reinforce.grpo import grpo_worker
+from nla_ray.reinforce.live import live_view
+from nla_ray.reinforce.monitor import JUDGE_COSINE, WARNED, MonitorData
+from nla_ray.reinforce.records import SECONDS, monitor_share
+from nla_ray.reinforce.rewards import WrongActivations, schedule_rows
+from nla_ray.reinforce.rollouts import RolloutWorker
+from nla_ray.reinforce.scoring import ScorerWorker
+from nla_ray.reinforce.steps import TrainingData
+from nla_ray.run.artifact import Run
+from nla_ray.run.identity import seed_of
+from nla_ray.run.log import get_logger
+from nla_ray.run.manifest import Manifest, check_disjoint
+from nla_ray.run.metrics import METRICS_NAME
+from nla_ray.score.metrics import Comparisons, hard_rows
+from nla_ray.settings.config import GRPOSettings, RunConfig, require
+from nla_ray.training.workers import run_training
+
+logger = get_logger(__name__)
+
+
+_NEAR_POOL = 32
+"""Nearest activations of the same domain that the near ones are drawn from."""
+
+
+def train_grpo(run: Run) -> Manifest:
+    """Sharpen the SFT verbalizer by the reward scorer.
+
+    Skipped when complete; resumed from its last checkpoint. Raises ValueError for a missing
+    artifact (naming its job), a cluster that is too small, or settings that do not fit.
+    """
+    name = run.config.grpo.artifact
+    parents = run.parents_of("grpo")
+    check_disjoint(parents["reward_scorer"], parents["judge_scorer"])
+    info = base_info(run.config.base)
+    for parent in parents.values():
+        check_base(parent, info)
+    check_settings(run.config)
+    stage = run.open("grpo", parents=parents)
+    if stage.manifest is not None:
+        logger.info("%s: complete, skipped", name)
+        return stage.manifest
+    require_room(run.config)
+    train, validation = load_activations(run, "train"), load_activations(run, "validation")
+    with actor_pools(run, train, validation) as (bank, rollouts, scorers):
+        data = training_data(run, train, validation, bank)
+        records = run.root / name / "scratch" / METRICS_NAME
+        with live_view(records, name, run.config.grpo.steps) as is_drawn:
+            arguments = {
+                "data": data,
+                "rollouts": rollouts,
+                "scorers": scorers,
+                "tells_steps": not is_drawn,
+            }
+            trained = run_training(run, name, grpo_worker, arguments)
+    lines = (stage.location / METRICS_NAME).read_text().splitlines()
+    return stage.publish(
+        documents={"train": train.doc_ids, "validation": data.monitor.doc_ids},
+        model=info.to_dict(),
+        metrics=summary([json.loads(line) for line in lines], trained["published_step"]),
+    )
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raise ValueError for settings that do not fit together.
+
+    Batches must be cut, and on a resume be cut again, into whole groups; GRPO starts from the SFT
+    without a name.
+    """
+    settings, workers = config.grpo, config.compute.trainer_workers
+    require(
+        config.sft.name is None,
+        "sft.name",
+        config.sft.name,
+        "none",
+        "GRPO starts from the SFT without a name; a named one is trained by jobs/sft.py, for"
+        " --compare.",
+    )
+    require(
+        settings.prompts_per_step % workers == 0,
+        "grpo.prompts_per_step",
+        settings.prompts_per_step,
+        f"a multiple of compute.trainer_workers = {workers}",
+        "A group may not be cut in two.",
+    )
+    for name in ("save_steps", "monitor_steps"):
+        value = getattr(settings, name)
+        require(
+            value % settings.iterations == 0,
+            f"grpo.{name}",
+            value,
+            f"a multiple of grpo.iterations = {settings.iterations}",
+            "A batch of rollouts may not be cut in two.",
+        )
+
+
+def require_room(config: RunConfig) -> None:
+    """Raise ValueError unless trainer, rollout and scorer actors find room at once."""
+    compute, settings = config.compute, config.grpo
+    require_resources(
+        [
+            demand(compute, "trainer", compute.trainer_workers),
+            demand(compute, "rollout", settings.num_rollout_actors),
+            demand(compute, "scorer", settings.num_scorer_actors),
+        ]
+    )
+
+
+@contextmanager
+def actor_pools(
+    run: Run, train: ActivationTable, validation: ActivationTable
+) -> Iterator[tuple[SharedArray, ActorPool, ActorPool]]:
+    """The train bank in the object store, rollout actors and scorer actors, for a with-block."""
+    # Actors run in other folders: a local run directory must be absolute.
+    run_dir = str(run.root) if run.root.is_local else run.config.run_dir
+    config = dataclasses.replace(run.config, run_dir=run_dir)
+    settings, compute = config.grpo, config.compute
+    bank = SharedArray(train.vectors.numpy())
+    validation_bank = SharedArray(validation.vectors.numpy())
+    pools: list[ActorPool] = []
+    try:
+        pools.append(
+            ActorPool(
+                "rollout",
+                RolloutWorker,
+                (config.base, config.sft.lora, compute.threads, bank, validation_bank),
+                count=settings.num_rollout_actors,
+                compute=compute,
+            )
+        )
+        pools.append(
+            ActorPool(
+                "scorer",
+                ScorerWorker,
+                (config, bank),
+                count=settings.num_scorer_actors,
+                compute=compute,
+            )
+        )
+        yield bank, pools[0], pools[1]
+    finally:
+        for pool in pools:
+            pool.close()
+
+
+def training_data(
+    run: Run, train: ActivationTable, validation: ActivationTable, bank: SharedArray
+) -> TrainingData:
+    """Schedule, source texts, wrong rows, and what the monitor watches.
+
+    Raises ValueError when there are too few activations or documents for any of them.
+    """
+    settings = run.config.grpo
+    num_batches = -(-settings.steps // settings.iterations)
+    schedule = schedule_rows(len(train.ids), settings.prompts_per_step, num_batches, settings.seed)
+    scheduled = sorted({row for batch in schedule for row in batch})
+    mean = torch.tensor(load_stats(run)["mean_direction"])
+    return TrainingData(
+        schedule=schedule,
+        sources={row: train.texts[row] for row in scheduled},
+        bank=bank,
+        wrong=wrong_activations(train, settings, mean) if settings.contrast == "wrong" else None,
+        monitor=watched_activations(validation, settings, mean),
+    )
+
+
+def wrong_activations(
+    train: ActivationTable, settings: GRPOSettings, mean: Tensor
+) -> WrongActivations:
+    """What the descriptions of a train activation must not fit, ready to be drawn from."""
+    near = None
+    if settings.num_near:
+        pool = min(_NEAR_POOL, len(train.ids) // 2)
+        near = hard_rows(train.vectors, train.doc_ids, train.domains, mean, pool).tolist()
+    return WrongActivations(train.doc_ids, settings.num_wrong, near, settings.num_near)
+
+
+def watched_activations(
+    validation: ActivationTable, settings: GRPOSettings, mean: Tensor
+) -> MonitorData:
+    """A seeded choice of validation activations for the monitor."""
+    generator = torch.Generator().manual_seed(seed_of(settings.seed, "monitor"))
+    order = torch.randperm(len(validation.ids), generator=generator)
+    rows = sorted(order[: settings.monitor_activations].tolist())
+    doc_ids = [validation.doc_ids[row] for row in rows]
+    vectors = validation.vectors[rows].clone()
+    return MonitorData(
+        rows=rows,
+        comparisons=Comparisons.draw(vectors, doc_ids, mean, settings.seed),
+        doc_ids=doc_ids,
+        texts=[validation.texts[row] for row in rows],
+    )
+
+
+def summary(records: Sequence[Mapping[str, Any]], published_step: int) -> dict[str, Any]:
+    """What the manifest says of a training, from its records of steps and readings.
+
+    The readings of the SFT verbalizer, of the published checkpoint and of the end; the steps that
+    were warned of; mean seconds of a step; the monitor's share of the time.
+    """
+    readings = [record for record in records if JUDGE_COSINE in record]
+    steps = [record for record in records if SECONDS + "step" in record]
+    return {
+        "published_step": published_step,
+        "published": next(reading for reading in readings if reading["step"] == published_step),
+        "sft": readings[0],
+        "last": readings[-1],
+        "warned_steps": [reading["step"] for reading in readings if reading[WARNED]],
+        # The first step waits for the actors to start.
+        "mean_seconds": _mean_seconds(steps[1:]),
+        "monitor_share": monitor_share(steps, readings),
+    }
+
+
+def _mean_seconds(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean seconds of every part of a step; nothing of no steps."""
+    if not steps:
+        return {}
+    names = [name for name in steps[0] if name.startswith(SECONDS)]
+    return {
+        name.removeprefix(SECONDS): sum(record[name] for record in steps) / len(steps)
+        for name in names
+    }
