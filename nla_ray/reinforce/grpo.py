@@ -1,9 +1,10 @@
 """GRPO as a Ray Train worker runs it: the one module of the stages that imports TRL's GRPO.
 
 Each step: publish the adapter -> sample groups -> score (meanwhile: reference log-probs) -> TRL's
-update; every so often a reading of the monitor. TRL owns advantages, loss, optimiser and checkpoints;
-rollouts and scores come from actors that the driver owns. Protects two rules: the KL is anchored to
-the SFT adapter and not to the base; the batches are those of the schedule, in its order.
+update; every so often a reading of the monitor. TRL owns advantages, loss, optimiser and
+checkpoints; rollouts and scores come from actors that the driver owns. Protects two rules: the KL
+is anchored to the SFT adapter and not to the base; the batches are those of the schedule, in its
+order.
 """
 
 from __future__ import annotations
