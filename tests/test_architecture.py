@@ -39,7 +39,7 @@ NAMED_BY_STRING = {"run/stages.py", "label/teacher.py", "text/stage.py"}
 HOMES = {
     "the connection to Ray": (r"\bray\.init\(", {"cluster/connect.py"}),
     "adapters (peft)": (r"^\s*(import peft|from peft)\b", {"base/adapters.py"}),
-    "GRPO from TRL": (r"\bGRPO(Trainer|Config)\b", {"reinforce/grpo.py", "bench/sides.py"}),
+    "GRPO from TRL": (r"\bGRPO(Trainer|Config)\b", {"reinforce/grpo.py", "bench/step.py"}),
     "SFT from TRL": (r"\bSFT(Trainer)\b", {"training/sft.py"}),
     "normalisation of vectors": (
         (

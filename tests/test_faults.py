@@ -134,7 +134,7 @@ def test_killed_actors_and_a_killed_one_of_two_trainers_come_back_and_do_what_on
 
     killer = threading.Thread(target=kill_one_after_another, daemon=True)
     killer.start()
-    manifest = grpo.train_grpo(run)
+    manifest = stage.train_grpo(run)
     killer.join(1)
     assert killed == ["RolloutWorker", "ScorerWorker", "RayTrainWorker"]
     assert_same_run(run.root.path / Path("grpo/metrics.jsonl"), undisturbed, kl_tolerance=5e-3)
@@ -145,7 +145,7 @@ def test_killed_actors_and_a_killed_one_of_two_trainers_come_back_and_do_what_on
     } <= manifest.files.keys()
     assert manifest.metrics["published_step"] in (3, 6)
     assert set(manifest.parents) == {"activations", "sft", "reward_scorer", "judge_scorer"}
-    assert grpo.train_grpo(run) == manifest, "a complete artifact is skipped"
+    assert stage.train_grpo(run) == manifest, "a complete artifact is skipped"
 
 
 def test_a_killed_driver_leaves_no_process_and_the_same_command_continues(

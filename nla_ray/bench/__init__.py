@@ -2,7 +2,7 @@
 
 Nouns: a side (ours, the library's), a timing, the machine's limit.
 
-Read: timing, sides, stage.
+Read: stage, timing, then what is timed (capture, generate, step) and on what (texts, models).
 
-No figure of it is asserted in a test.
+The run is known to stage and texts. No figure of it is asserted in a test.
 """

@@ -1,6 +1,8 @@
 """The benchmark of a run: every comparison, written to one file, and its lines for a terminal.
 
-What is timed is in the sides' modules; this one reads what the stages of the run recorded as well.
+Ours and the library's are timed by turns: `capture.py`, `generate.py` and `step.py`. Training and
+the pipeline are not run again: their seconds are read from what the stages recorded. Nothing here
+decides how a stage works.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from nla_ray.bench.sides import (
-    benchmark_capture,
-    benchmark_generate,
-    benchmark_step,
-    read_activations,
-    test_texts,
-)
+import torch
+
+from nla_ray.base.load import torch_device
+from nla_ray.bench.capture import benchmark_capture
+from nla_ray.bench.generate import benchmark_generate
+from nla_ray.bench.step import benchmark_step
+from nla_ray.bench.texts import read_activations, test_texts
 from nla_ray.bench.timing import REPETITIONS, STEP_REPETITIONS, describe_machine, distance_to_limits
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
@@ -124,11 +126,7 @@ def _tried_in(report: dict[str, Any], artifact: str) -> list[dict[str, Any]]:
 
 def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     """All sections, written to `benchmark.json` of the run."""
-    import torch
-
-    from nla_ray.base.load import torch_device
-
-    config = run.config
+    config, step_repetitions = run.config, min(repetitions, STEP_REPETITIONS)
     torch.set_num_threads(config.compute.threads)
     texts = test_texts(run)
     machine = describe_machine(config.base.dtype, torch_device(config.base).type)
@@ -143,13 +141,8 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     ):
         adapter = str(folder) if folder else None
         generate = benchmark_generate(config, activations, adapter, repetitions)
-        logger.info(
-            "benchmark: a step of GRPO, %d repetitions of each side",
-            min(repetitions, STEP_REPETITIONS),
-        )
-        step = benchmark_step(
-            config, activations, adapter, Path(scratch), min(repetitions, STEP_REPETITIONS)
-        )
+        logger.info("benchmark: a step of GRPO, %d repetitions of each side", step_repetitions)
+        step = benchmark_step(config, activations, adapter, Path(scratch), step_repetitions)
     results = {
         "preset": config.preset,
         "base": config.base.model,

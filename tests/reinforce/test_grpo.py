@@ -263,7 +263,7 @@ def test_a_missing_artifact_is_named_with_the_job_that_makes_it(
     with pytest.raises(
         ValueError, match=r"artifact 'activations': got none.*python jobs/capture.py"
     ):
-        grpo.train_grpo(Run(grpo_config(tiny_base, tmp_path)))
+        stage.train_grpo(Run(grpo_config(tiny_base, tmp_path)))
 
 
 def test_micro_batches_divide_the_rollouts_of_a_step_whatever_size_is_asked(
