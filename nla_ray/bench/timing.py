@@ -1,8 +1,8 @@
 """Commands timed side by side in one run, and what the machine could do at most.
 
-Knows functions without arguments and seconds, not what they do. Protects two
-rules: the sides take turns, so that whatever else the machine does falls on both; both limits of
-the machine are measured in the same run.
+Knows functions without arguments and seconds, not what they do. Protects two rules: the sides take
+turns, so that whatever else the machine does falls on both; the limits of the machine are measured
+in the same run.
 """
 
 from __future__ import annotations

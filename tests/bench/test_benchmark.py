@@ -1,5 +1,7 @@
-"""The benchmark's arithmetic by hand, and one whole run of it on the tiny base. No test asserts a
-time."""
+"""The benchmark's arithmetic by hand, and one whole run of it on the tiny base.
+
+No test asserts a time.
+"""
 
 import dataclasses
 import json

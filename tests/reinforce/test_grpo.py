@@ -1,5 +1,4 @@
-"""GRPO on the tiny base: what the KL is anchored to, whose log-probs are whose, batches that
-survive a resume."""
+"""GRPO on the tiny base: the KL's anchor, whose log-probs are whose, batches across a resume."""
 
 from __future__ import annotations
 
@@ -74,8 +73,10 @@ class InProcessSampler:
 
 @pytest.fixture
 def scored_batch(tiny_base: BaseConfig, tmp_path: Path):
-    """(trainer, its batch of rollouts with reference log-probs), after training has moved the
-    policy away from SFT."""
+    """Trainer, its batch of rollouts with reference log-probs, and the bank.
+
+    Training has moved the policy away from SFT.
+    """
     config = grpo_config(tiny_base, tmp_path)
     bank = torch.randn(BANK_ROWS, 32, generator=torch.Generator().manual_seed(1))
     save_adapter(random_adapter(tiny_base), tmp_path / "adapter")
@@ -104,8 +105,7 @@ def scored_batch(tiny_base: BaseConfig, tmp_path: Path):
 def plain_log_probs(
     model, bank: torch.Tensor, norm: float, batch: dict[str, torch.Tensor], temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probs of the completions the slow obvious way, by the library's own forward: [batch,
-    completion]."""
+    """Log-probs of the completions by the library's forward, the slow way: [batch, completion]."""
     attach_activations(model, bank, norm)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
@@ -297,8 +297,10 @@ def test_the_manifest_tells_where_the_seconds_went_and_which_step_was_published(
 
 @pytest.fixture(scope="module")
 def arena(prepared: Run, ray_cluster: None) -> Iterator[dict]:
-    """Actors and training data, shared by the tests below; each trains in a folder of its own, in
-    this process."""
+    """Actors and training data, shared by the tests below.
+
+    Each test trains in this process, in a folder that no other test uses.
+    """
     train, validation = (
         load_activations(prepared, "train"),
         load_activations(prepared, "validation"),

@@ -1,5 +1,4 @@
-"""The panel that is drawn while GRPO trains: what it says, how it follows a file, and what it
-leaves behind."""
+"""The panel drawn while GRPO trains: what it says, what it follows, and what it leaves behind."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Reward terms with numbers computed by hand, the draw of wrong activations, and the schedule of
-batches."""
+"""Reward terms with numbers computed by hand, the draw of wrong activations, the schedule."""
 
 import dataclasses
 

@@ -1,5 +1,4 @@
-"""Rollout workers and the pools they live in: seeds, versions, groups, and actors that are
-killed."""
+"""Rollout workers and the pools they live in: seeds, versions, groups, and killed actors."""
 
 from __future__ import annotations
 
@@ -76,8 +75,10 @@ def test_whole_groups_are_found_and_a_broken_group_is_an_error() -> None:
 
 
 def squarer() -> type:
-    """A worker class that owes nothing to earlier calls, and can be told to die. Made here: actors
-    cannot import this file."""
+    """A worker class that owes nothing to earlier calls, and dies when it is asked to.
+
+    It is made in a function: actors cannot import this file.
+    """
 
     class Squarer:
         def square(self, value: int, log: str = "", seconds: float = 0.0) -> tuple[int, int]:

@@ -87,8 +87,10 @@ class World:
         return self.mean * 20 + (sum(heard) if heard else torch.zeros(D_MODEL))
 
     def report(self, say: Say) -> dict:
-        """The report of a verbalizer, called grpo, beside gold labels and an honest SFT that knows
-        half of the words."""
+        """The report of a verbalizer, called grpo.
+
+        With gold labels and an honest SFT that knows half of the words.
+        """
         verbalizers = {
             "gold": self.label,
             "nearest_train_label": lambda row: self.label((row + len(DOMAINS)) % ROWS),
@@ -209,8 +211,10 @@ def test_strings_found_by_search_against_the_reward_scorer_are_warned_of(world: 
     centred = torch.nn.functional.normalize(world.activations, dim=1) - world.mean
 
     def search(row: int) -> str:
-        """Greedily the five junk words whose sum points where the activation does, for the reward
-        scorer."""
+        """Greedily the five junk words whose sum is nearest to the activation.
+
+        By the reward scorer.
+        """
         chosen: list[int] = []
         for _ in range(5):
             sums = junk + junk[chosen].sum(0) if chosen else junk

@@ -1,5 +1,4 @@
-"""The report: controls, figures from descriptions, gates, tables, and the stage on a small real
-run."""
+"""The report: controls, figures, gates, tables, and the stage on a small real run."""
 
 from __future__ import annotations
 
@@ -458,8 +457,10 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
 
 @pytest.fixture
 def copied_run(published_run: RunConfig, tmp_path: Path) -> Callable[..., Run]:
-    """Copies of a run that is ready to be evaluated: `copied_run("name",
-    evaluation=EvaluationConfig(...))`."""
+    """Copies of a run that is ready to be evaluated.
+
+    `copied_run("name", evaluation=EvaluationConfig(...))`
+    """
 
     def copy(name: str = "copy", **sections: object) -> Run:
         shutil.copytree(published_run.run_dir, tmp_path / name)
