@@ -69,13 +69,13 @@ class Captured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class SampleChoice:
     """Which of one activation's samples is the best, and how far all of them agree.
 
     Example: the third sample is the best, and all agree well.
 
-    >>> Choice(best=2, confidence=0.71)
-    Choice(best=2, confidence=0.71)
+    >>> SampleChoice(best=2, confidence=0.71)
+    SampleChoice(best=2, confidence=0.71)
     """
 
     best: int
@@ -178,7 +178,7 @@ class ScorerService:
 
     def choose(
         self, name: str, descriptions: Sequence[str], activations: np.ndarray
-    ) -> list[Choice]:
+    ) -> list[SampleChoice]:
         """The best sample of each row of [n, d_model].
 
         `descriptions`: at least two samples a row, ordered by (row, sample).
@@ -188,7 +188,7 @@ class ScorerService:
         best = best_of(grouped, torch.from_numpy(activations), mean).tolist()
         confidences = agreement(grouped, mean).tolist()
         return [
-            Choice(best=sample, confidence=confidence)
+            SampleChoice(best=sample, confidence=confidence)
             for sample, confidence in zip(best, confidences, strict=True)
         ]
 
