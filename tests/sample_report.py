@@ -145,6 +145,21 @@ def full_report() -> dict[str, Any]:
                 },
             }
         ],
+        "quotes": {
+            "grpo": {
+                "quoting": figure(random),
+                **by_scorer(lambda: {"centred_cosine": figure(random)}),
+            }
+        },
+        "selection": {"grpo": {"published_step": 40, "published": {}}},
+        "examples": [
+            {
+                "activation_id": "doc7@4:7",
+                "domain": "licence",
+                "text": HOSTILE,
+                "descriptions": {"gold": "", "grpo": HOSTILE},
+            }
+        ],
         "growth": {
             "labels": by_scorer(
                 lambda: [{"at": count, "top1_2way": figure(random)} for count in (100, 200, 400)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from sample_report import (
+    HOSTILE,
     SCORERS,
     VERBALIZERS,
     full_report,
@@ -31,6 +32,7 @@ from nla_ray.report.rendering.page import to_html
 from nla_ray.report.rendering.vocabulary import DEFINITIONS
 from nla_ray.score.metrics import METRICS
 
+SCORER_ORDER = ("judge", "reward", "linear")
 JSON_BLOCKS = ("report", "gallery", "training")
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -139,6 +141,31 @@ def test_every_figure_of_the_report_has_a_definition(page: str, name: str) -> No
     assert f"<dd>{html.escape(DEFINITIONS[name])}</dd>" in page
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("results", "claims", "paired", "domains", "prefix", "retrieval", "quotes", "best_of"),
+        *("calibration", "growth", "experiments"),
+    ],
+)
+def test_every_figure_of_the_report_stands_in_a_table_without_a_script(
+    page: str, part: str
+) -> None:
+    values = figure_values(full_report()[part])
+    section = page[page.index(f'<section id="{part}">') :]
+    section = section[: section.index("</section>")]
+    assert values
+    assert values == {float(value) for value in re.findall(r'data-value="([^"]+)"', section)}
+
+
+def figure_values(part: Any) -> set[float]:
+    """The values of all figures in a part of a report."""
+    if isinstance(part, dict) and "value" in part:
+        return {part["value"]}
+    items = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return set().union(*map(figure_values, items))
+
+
 # In a browser -------------------------------------------------------------------------------------
 
 
@@ -228,9 +255,12 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
         "Confusion",
         "Prefix",
         "Retrieval",
+        "Quotes",
         "Best of N",
         "Calibration",
+        "Examples",
         "Gallery",
+        "Chosen",
         "Experiments",
         "Lineage",
         "Notes",
@@ -300,6 +330,10 @@ def test_without_scripts_the_page_says_what_it_needs(browser: Any, page_path: Pa
         "Allow JavaScript" in one.tab.locator("noscript").inner_text()
         and one.tab.locator("dl").is_visible()
     )
+    assert all(table.is_visible() for table in one.tab.locator("#results table").all())
+    assert one.texts("#results h3") == [f"Under the {name} scorer" for name in SCORER_ORDER]
+    assert one.texts("#drawn pre") == [HOSTILE, "(empty)", HOSTILE]
+    assert not any(frame.is_visible() for frame in one.tab.locator(".charts").all())
     one.tab.close()
 
 
@@ -308,8 +342,11 @@ def test_the_main_table_shows_every_figure_of_the_report(opened: Opened, scorer:
     opened.tab.locator(f"#results input[value={scorer}]").check(force=True)
     opened.tab.locator("#results input[value='all metrics']").check(force=True)
     cells = opened.tab.evaluate(
-        """Object.fromEntries([...document.querySelectorAll("#results tbody tr")].map((row) => [row.dataset.row,
-        Object.fromEntries([...row.querySelectorAll("td")].map((cell) => [cell.dataset.column, cell.textContent]))]))"""
+        """Object.fromEntries([...document.querySelectorAll("#results tbody tr")].map((row) => {
+            const cells = [...row.querySelectorAll("td")];
+            const texts = cells.map((cell) => [cell.dataset.column, cell.textContent]);
+            return [row.dataset.row, Object.fromEntries(texts)];
+        }))"""
     )
     assert cells == {
         name: {
@@ -391,7 +428,8 @@ def test_charts_show_the_figures_of_the_report(opened: Opened) -> None:
 def test_growth_is_drawn_along_every_axis_with_its_numbers(opened: Opened) -> None:
     opened.wait_for_charts()
     axes = opened.tab.evaluate(
-        """[...document.querySelectorAll("#growth svg[role=img]")].map((svg) => svg.getAttribute("aria-label"))"""
+        """[...document.querySelectorAll("#growth svg[role=img]")].map((svg) =>
+            svg.getAttribute("aria-label"))"""
     )
     assert axes == [
         "2-way centred by labels that SFT learned from",
@@ -417,15 +455,17 @@ def test_what_was_tried_is_told_with_its_intervals(opened: Opened) -> None:
     ]
 
 
-def test_differences_stand_on_their_side_of_the_zero_line_and_are_hollow_where_the_interval_holds_zero(
+def test_differences_stand_on_their_side_of_zero_and_are_hollow_where_the_interval_holds_zero(
     opened: Opened,
 ) -> None:
     drawn = opened.tab.evaluate(
-        """[...document.querySelectorAll("#paired svg")].flatMap((svg) => [...svg.querySelectorAll("g")].map((one) => {
-        const [interval, mark] = [one.querySelector(".interval"), one.querySelector(".mark")], zero = svg.querySelector(".zero").x1.baseVal.value;
-        return [interval.x1.baseVal.value - zero, mark.transform.baseVal[0].matrix.e - zero, interval.x2.baseVal.value - zero,
-                mark.classList.contains("hollow")];
-    }))"""
+        """[...document.querySelectorAll("#paired .chart g")].map((group) => {
+            const interval = group.querySelector(".interval"), mark = group.querySelector(".mark");
+            const zero = group.closest("svg").querySelector(".zero").x1.baseVal.value;
+            const value = mark.transform.baseVal[0].matrix.e;
+            const ends = [interval.x1.baseVal.value, value, interval.x2.baseVal.value];
+            return [...ends.map((end) => end - zero), mark.classList.contains("hollow")];
+        })"""
     )
     paired = full_report()["paired"]
     figures = [paired[pair]["judge"][metric] for metric in ("top1", "delta") for pair in paired]
@@ -499,7 +539,7 @@ def test_texts_are_texts_and_marks_are_the_segments_that_were_marked(opened: Ope
             ]
     assert (
         opened.tab.evaluate("window.stolen") is None
-        and opened.tab.locator("#examples img, #warnings img").count() == 0
+        and opened.tab.locator("#examples img, #warnings img, #drawn img").count() == 0
     )
     styles = [
         opened.tab.locator(f"#examples .card mark.{mark}").first.evaluate(

@@ -18,6 +18,7 @@ from nla_ray.report.rendering.content import (
     Series,
     Table,
     TableRow,
+    number,
 )
 from nla_ray.report.rendering.rows import judge_first, keys_of, plain_columns
 from nla_ray.report.rendering.vocabulary import SUPERVISED_TITLES, TRAINING_TITLES, spaced, title_of
@@ -344,14 +345,18 @@ def calibration_section(report: Report) -> Section:
         rows=rows,
         is_folded=True,
     )
+    intro = (
+        "What the judge finds for descriptions of rising confidence: how far"
+        f" {_sample_count(confidence)} samples agree, which is no probability."
+    )
+    if confidence:
+        correlation = number(confidence["rank_correlation"])
+        intro += f" Its rank correlation with the judge's centred cosine is {correlation}."
     return Section(
         id="calibration",
         name="Calibration",
         title="Calibration",
-        intro=(
-            "What the judge finds for descriptions of rising confidence: how far"
-            f" {_sample_count(confidence)} samples agree, which is no probability."
-        ),
+        intro=intro,
         blocks=[ChartGroup(charts=charts, is_wide=True), table] if bins else [],
     )
 

@@ -156,7 +156,7 @@ function checkBox(name, shown, update) {
 
 const STEPS = { j: 1, k: -1, ArrowDown: 1, ArrowUp: -1 };
 
-/** `/` goes to the search, Escape to the list, j and k from card to card; on a card arrows do too. */
+/** `/` goes to the search, Escape to the list, j and k (on a card arrows too) to the next card. */
 function listenToKeys(search, list, drawMore) {
   const go = (number) => {
     if (number >= list.children.length) drawMore();

@@ -446,14 +446,21 @@ def _warnings_section(report: Report) -> Section:
 
 
 def _quotes_section(report: Report) -> Section:
-    """What quoted strings carry, under the judge."""
-    cells = {}
-    for name, lost in report.get("quotes", {}).items():
-        cells[name] = [lost["quoting"], lost["judge"]["centred_cosine"]]
+    """What quoted strings carry: what every scorer loses when they are stripped."""
+    quotes = report.get("quotes", {})
+    scorers = judge_first(name for name in keys_of(quotes.values()) if name != "quoting")
+    columns = plain_columns(["descriptions that quote"])
+    cells: dict[str, list[Cell]] = {name: [lost["quoting"]] for name, lost in quotes.items()}
+    for scorer in scorers:
+        for metric in keys_of(lost[scorer] for lost in quotes.values()):
+            name = f"{scorer}.{metric}"
+            columns.append(Column(name=name, title=title_of(name)))
+            for verbalizer, lost in quotes.items():
+                cells[verbalizer].append(lost[scorer].get(metric))
     table = Table(
         title="Lost when quoted strings are stripped",
         head="verbalizer",
-        columns=plain_columns(["descriptions that quote", "judge's centred cosine"]),
+        columns=columns,
         rows=verbalizer_rows(cells),
     )
     return Section(id="quotes", name="Quotes", title=table.title, blocks=[table] if cells else [])
@@ -517,7 +524,7 @@ def _experiments_section(report: Report) -> Section:
     return Section(
         id="experiments",
         name="Experiments",
-        title="Tried on validation for this preset",
+        title=table.title,
         intro=(
             "Differences with the SFT verbalizer on the same validation activations, paired, with"
             " 95% intervals. Settings were chosen by these."

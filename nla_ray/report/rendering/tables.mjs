@@ -72,7 +72,7 @@ export function choiceControl(label, options, onChange, titles = {}) {
   return element("fieldset", { class: "switch" }, element("legend", {}, label), segments);
 }
 
-/** A switch between the main columns and all, where a section has others; it takes the others out. */
+/** A switch between the main columns and all, where a section has more; it takes the rest out. */
 function columnsControl(section) {
   if (!section.querySelector("th.more")) return null;
   const rows = [...section.querySelectorAll("tr")].map((row) => [row, [...row.children]]);
