@@ -35,7 +35,7 @@ def body(run) -> None:
     with run.local_copy("grpo", run.require("grpo"), "adapter") as folder:
         verbalizer = Verbalizer.load(base, folder, model=model)
     [said] = verbalizer.describe(v, max_new_tokens=run.config.grpo.max_new_tokens)
-    print(f" 7. description, {said.num_tokens} tokens:\n{said.text}\n")
+    print(f" 7. description, {said.num_sampled} tokens:\n{said.text}\n")
     with run.local_copy("judge_scorer", run.require("judge_scorer")) as folder:
         judge = Reconstructor.load(base, folder)
     r = judge.reconstruct([said.text])
@@ -44,7 +44,7 @@ def body(run) -> None:
     right, wrong = scores.centred_right, scores.centred_wrong
     print(f" 9. centred cosine with v: {right.item():.3f}; with 8 others: {wrong.mean():.3f}")
     print(
-        f"10. contrast, which GRPO pays by the reward scorer: {contrast(right, wrong).item():.3f}"
+        f"10. contrast, which GRPO pays (of the reward scorer): {contrast(right, wrong).item():.3f}"
     )
 
 

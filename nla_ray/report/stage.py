@@ -20,6 +20,7 @@ from nla_ray.cluster.resources import run_placed
 from nla_ray.report.cards import experiments, findings, write_card
 from nla_ray.report.compared import Compared, find_compared
 from nla_ray.report.controls import VERBALIZERS
+from nla_ray.report.example import explain_examples
 from nla_ray.report.gallery import examples, gallery, score_table
 from nla_ray.report.gates import check_gates
 from nla_ray.report.gathering import gather_evaluated
@@ -179,9 +180,9 @@ def show_report(run: Run) -> None:
 
 
 def make_card(run: Run, report: Mapping[str, Any]) -> Path:
-    """Write the published report as the preset's card into the package; computes nothing.
+    """Write the published report as the preset's card into the package.
 
-    Raises ValueError for a report on validation, of another arm, or with verbalizers beside the
+    Its figures are the report's; only the texts written for it are described anew. Raises ValueError for a report on validation, of another arm, or with verbalizers beside the
     run's own: a card is of the preset as it is.
     """
     name = run.config.report_artifact
@@ -199,5 +200,6 @@ def make_card(run: Run, report: Mapping[str, Any]) -> Path:
         seconds=read_timings(run),
         commands=commands_of(preset_name, recorded, to_dict(preset(preset_name))),
         findings=findings(preset_name),
+        examples=explain_examples(run),
     )
     return write_card(preset_name, card)

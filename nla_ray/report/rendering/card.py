@@ -29,16 +29,19 @@ def to_card(
     seconds: Mapping[str, float],
     commands: Sequence[str],
     findings: str = "",
+    examples: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The card as Markdown.
 
-    `seconds`: of every stage. `findings`: Markdown with heads of level 2.
+    `seconds`: of every stage. `findings`: Markdown with heads of level 2. `examples`: texts written
+    for the card, as `report.example` explains them.
     """
     shown = [section for section in text_sections(report) if not _holds_texts(section)]
     parts = [
         f"# Card of preset `{report['preset']}`",
         "Written by the report job (`jobs/evaluate.py --card`) from the report of a complete run.",
         opening_markdown(report),
+        examples_markdown(examples),
         "## How to make it again",
         "\n".join(["```bash", *commands, "```"]),
         section_markdown(seconds_section(seconds)) if seconds else "",
@@ -51,6 +54,24 @@ def to_card(
 
 def _holds_texts(section: Section) -> bool:
     return any(isinstance(block, Examples) for block in section.blocks)
+
+
+def examples_markdown(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Texts with what the verbalizer says of their activations, and the judge's score of it."""
+    parts = ["## Texts written for this card"] if examples else []
+    for example in examples:
+        score = (
+            f"centred cosine {example['right']:.3f} with its own activation,"
+            f" {example['wrong']:.3f} with the other text's (judge)"
+        )
+        rows = {"text": example["text"], "description": example["description"], "score": score}
+        lines = [
+            f"{name if number == 0 else '':<13}{line}"
+            for name, content in rows.items()
+            for number, line in enumerate(content.splitlines())
+        ]
+        parts.append("\n".join(["```text", *lines, "```"]))
+    return "\n\n".join(parts)
 
 
 def seconds_section(seconds: Mapping[str, float]) -> Section:
