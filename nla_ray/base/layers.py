@@ -62,7 +62,7 @@ class ResidualReader:
 
         Rows are padded on the RIGHT, with any id: attention is causal, so no padding mask is needed
         for the real tokens, and the output at padding means nothing. Rows of several sequences
-        (`cpu.shared_prefix.pack`) come with their positions and with the mask that is added to
+        (`score.packing.pack`) come with their positions and with the mask that is added to
         attention's weights, [batch, 1, seq, seq].
         """
         outputs: dict[int, Tensor] = {}

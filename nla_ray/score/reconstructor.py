@@ -25,7 +25,7 @@ from nla_ray.base.adapters import adapter_active, add_lora, load_adapter, save_a
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import computes_in_bf16, load_backbone, load_tokenizer
 from nla_ray.base.prompts import marker_token
-from nla_ray.cpu.shared_prefix import PackedRow, pack, share_beginnings
+from nla_ray.score.packing import PackedRow, pack, share_beginnings
 from nla_ray.settings.config import BaseConfig, LoraSettings
 
 ADAPTER_NAME = "adapter"

@@ -11,7 +11,7 @@ from tiny import random_state
 from nla_ray.activation import vectors
 from nla_ray.base.adapters import adapter_state, add_lora, set_adapter_state
 from nla_ray.base.load import load_backbone
-from nla_ray.cpu.shared_prefix import share_beginnings
+from nla_ray.score.packing import share_beginnings
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.score.scorer import Scorer, compare
 from nla_ray.settings.config import BaseConfig, LoraSettings
