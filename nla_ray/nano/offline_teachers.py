@@ -2,9 +2,9 @@
 
 They describe a text by three facts that can be checked against it: what it is about (the domain and
 its most telling words), which words stand out, and which form of continuation its end asks for. The
-two differ in style, as two real teachers do: one writes a numbered list and starts with the
-content, the other one paragraph and starts with the kind of document. They know texts and word
-statistics; files are elsewhere.
+two differ in style, as two real teachers do: the first writes a numbered list and starts with the
+content, the second writes a paragraph and starts with the kind of document. They know texts and
+word statistics; files are elsewhere.
 """
 
 from __future__ import annotations
@@ -38,28 +38,31 @@ INDENTED, UNFINISHED = "more of an indented block", "the rest of a sentence"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class TextFacts:
     """What both teachers say about one text, before style.
 
     Example:
-        Facts(kind="unit test", topics=["index"], tokens=["assert", "dtype"], ending="another
-        check")
+        TextFacts(kind="unit test", topics=["index"], tokens=["assert", "dtype"],
+        ending="another check")
     """
 
     kind: str
+    """Human name of the domain."""
     topics: list[str]
+    """The text's best word of the broadest band, or none."""
     tokens: list[str]
+    """Its best words of the other bands."""
     ending: str
+    """What its end asks for."""
 
 
-def observe(text: str, domain: str, statistics: WordStatistics) -> Facts:
-    """The facts of one text: of each band (see BANDS) the word with the highest tf-idf, if the text
-    has one."""
+def observe(text: str, domain: str, statistics: WordStatistics) -> TextFacts:
+    """The facts of one text: of each band (see BANDS) its word with the highest tf-idf, if any."""
     best: dict[int, str] = {}
     for word, _ in salient_words(text, statistics):
         if (band := statistics.band_of.get(word)) is not None:
             best.setdefault(band, word)
-    return Facts(
+    return TextFacts(
         kind=DOMAIN_NAMES.get(domain, domain.replace("_", " ")),
         topics=[best[0]] if 0 in best else [],
         tokens=[best[band] for band in range(1, len(BANDS)) if band in best],
@@ -68,8 +71,11 @@ def observe(text: str, domain: str, statistics: WordStatistics) -> Facts:
 
 
 def describe_ending(text: str) -> str:
-    """Which continuation the end of the text asks for: the first phrase of ENDINGS whose pattern
-    its last line begins with."""
+    """Which continuation the end of the text asks for, by its last line and ENDINGS.
+
+    >>> describe_ending("for row in rows:")
+    'the body of an opened block'
+    """
     lines = [line for line in text.split("\n") if line.strip()]
     last = lines[-1] if lines else ""
     for pattern, phrase in ENDINGS:

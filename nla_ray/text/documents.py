@@ -1,8 +1,8 @@
 """Reads a user's texts: JSONL, Parquet, a folder of text files, or a Hugging Face dataset on disk.
 
 Yields one document or one reject for every row, in the order of the source, and holds one batch at
-a time. A bad row never stops a read: it comes back as a Reject with its line and its reason. Files
-that cannot be read at all raise ValueError.
+a time. Protects the rule that a bad row never stops a read: it becomes a Reject with its line and
+its reason. Files that cannot be read at all raise ValueError.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 
 from nla_ray.run.identity import text_hash
 from nla_ray.settings.config import CorpusConfig, require
+from nla_ray.text.rejects import Reject
 
 DEFAULT_DOMAIN = "text"
 BATCH_ROWS = 1_024
+MAX_ID_CHARS, MAX_DOMAIN_CHARS = 1_000, 100
 MAX_BYTES_PER_CHAR = 6
 """The longest JSON escape of a character. A longer line is over the limit before it is parsed."""
 JSON_LINE_SLACK_BYTES = 1 << 20
@@ -37,29 +39,16 @@ class Document:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reject:
-    """One row that is left out. `line` counts rows from 1; 0 stands for a whole file.
-
-    Example:
-        Reject(source="texts.jsonl", line=17, reason="missing field")
-    """
-
-    source: str
-    line: int
-    reason: str
-
-
 class BadRow(Exception):
-    """Raised within this module with a reject's reason as its one argument."""
+    """Raised within this module; its only argument is a reject's reason."""
 
 
 def read_documents(config: CorpusConfig) -> Iterator[Document | Reject]:
     """Every row of `config.path` as a document or a reject.
 
-    Rows may carry `doc_id` and `domain`; without a doc_id the document is named after the hash of
-    its text, so that its split does not depend on its place in the file. A doc_id that came before
-    is a reject.
+    Rows may carry `doc_id` and `domain`. Without a doc_id the document is named after the hash of
+    its text, so that its split does not depend on its line in the file. A row with an earlier row's
+    doc_id becomes a reject.
     """
     require(
         config.path is not None,
@@ -99,7 +88,7 @@ def _rows_of(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
         ".jsonl": _read_jsonl,
         ".ndjson": _read_jsonl,
         ".parquet": _read_parquet,
-        ".txt": _read_one_file,
+        ".txt": _read_text_file,
     }
     require(
         path.suffix in readers,
@@ -147,24 +136,23 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
 
 
 def _document(row: dict[str, Any], config: CorpusConfig, doc_id: str | None = None) -> Document:
-    """The row's document; raises BadRow with the reason why it is none."""
+    """The row's document, of this id if one is given; raises BadRow with the reason."""
     if row.get(config.text_field) is None:
         raise BadRow("missing field")
     text = _as_text(row[config.text_field], config.max_document_chars)
-    given = doc_id if doc_id is not None else row.get("doc_id")
+    name = doc_id if doc_id is not None else row.get("doc_id")
     domain = row.get("domain")
+    if name is None:
+        name = f"{DEFAULT_DOMAIN}/{text_hash(text)[:32]}"
     return Document(
-        doc_id=(
-            _as_text(str(given), 1_000)
-            if given is not None
-            else f"{DEFAULT_DOMAIN}/{text_hash(text)[:32]}"
-        ),
-        domain=_as_text(str(domain), 100) if domain else DEFAULT_DOMAIN,
+        doc_id=_as_text(str(name), MAX_ID_CHARS),
+        domain=_as_text(str(domain), MAX_DOMAIN_CHARS) if domain else DEFAULT_DOMAIN,
         text=text,
     )
 
 
 def _as_text(value: Any, max_chars: int) -> str:
+    """A string or UTF-8 bytes as text; raises BadRow for what no text of the corpus may be."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
@@ -222,8 +210,10 @@ def _wanted_columns(names: list[str], path: Path, config: CorpusConfig) -> list[
 def _read_table(
     table: Any, source: str, start: int, config: CorpusConfig
 ) -> Iterator[Document | Reject]:
-    """Rows of an Arrow table. Strings are taken as bytes first: Arrow does not promise that they
-    are UTF-8."""
+    """Rows of an Arrow table; `start`: rows of the source before it.
+
+    Strings are taken as bytes first: Arrow does not promise that they are UTF-8.
+    """
     import pyarrow as pa
 
     columns = {}
@@ -236,7 +226,7 @@ def _read_table(
         try:
             for name in ("doc_id", "domain"):
                 if isinstance(row.get(name), bytes):
-                    row[name] = _as_text(row[name], 1_000)
+                    row[name] = _as_text(row[name], MAX_ID_CHARS)
             yield _document(row, config)
         except BadRow as bad:
             yield Reject(source=source, line=start + index + 1, reason=str(bad))
@@ -252,12 +242,10 @@ def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
             f"corpus.path {path}: got a dataset that cannot be loaded ({error}), expected a folder"
             " written by save_to_disk. Save it again."
         ) from None
-    is_one = isinstance(loaded, Dataset)
-    parts = (
-        {path.name: loaded}
-        if is_one
-        else {f"{path.name}/{name}": part for name, part in loaded.items()}
-    )
+    if isinstance(loaded, Dataset):
+        parts = {path.name: loaded}
+    else:
+        parts = {f"{path.name}/{name}": part for name, part in loaded.items()}
     for source, part in parts.items():
         columns = _wanted_columns(part.column_names, path, config)
         number = 0
@@ -267,15 +255,14 @@ def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
 
 
 def _read_folder(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
-    """Every file below the folder is one document, named by its relative path; hidden files are
-    left out."""
+    """Every file below the folder but hidden ones: a document named by its relative path."""
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
         if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield from _read_one_file(file, config, relative.as_posix())
+            yield from _read_text_file(file, config, relative.as_posix())
 
 
-def _read_one_file(
+def _read_text_file(
     path: Path, config: CorpusConfig, name: str | None = None
 ) -> Iterator[Document | Reject]:
     name = name or path.name

@@ -20,5 +20,5 @@ DOMAIN_NAMES = {
 }
 """Slug of every embedded domain -> its human name, fixed because labels name it.
 
-No two begin with the same token: the first one of a name already tells the domain.
+No two names begin with the same token: the first token already tells the domain.
 """

@@ -20,6 +20,7 @@ NUM_BANDS = 32
 SHINGLE_BYTES = 8
 """Code repeats short words everywhere; eight bytes are about one and a half identifiers."""
 BATCH_BYTES = 1 << 22
+"""Bytes of text that are hashed at once."""
 EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 MULTIPLIER = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio, Knuth's multiplicative hash."""
@@ -29,11 +30,10 @@ _DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 def first_of_clusters(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """Boolean mask over the rows of `minhash_signatures`: True for the texts to keep, in the order
-    given.
+    """Boolean mask over signatures [texts, NUM_BINS]: True for the texts to keep.
 
-    `threshold` is the estimated Jaccard similarity of shingle sets; case, the digits' values and
-    white space are ignored.
+    Of texts that nearly repeat each other the first is kept. `threshold` is the estimated Jaccard
+    similarity of shingle sets; case, the digits' values and white space are ignored.
     """
     keep = np.ones(len(signatures), dtype=bool)
     while True:
@@ -47,7 +47,7 @@ def first_of_clusters(signatures: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def minhash_signatures(texts: Sequence[str]) -> np.ndarray:
-    """uint32 signatures [len(texts), NUM_BINS]; equal entries estimate the Jaccard similarity."""
+    """uint32 signatures [texts, NUM_BINS]; equal entries estimate the Jaccard similarity."""
     signatures = np.empty((len(texts), NUM_BINS), dtype=np.uint32)
     batch: list[bytes] = []
     start = size = 0
@@ -60,17 +60,22 @@ def minhash_signatures(texts: Sequence[str]) -> np.ndarray:
     return signatures
 
 
-def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Estimated Jaccard similarity of signatures, over the last axis."""
+def jaccard_similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Estimated Jaccard similarity of shingle sets: the share of equal entries, last axis.
+
+    >>> jaccard_similarity(np.array([1, 2, 3, 4]), np.array([[1, 2, 3, 9], [5, 6, 7, 8]]))
+    array([0.75, 0.  ])
+    """
     return (left == right).mean(axis=-1)
 
 
-def has_twin(signatures: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
-    """Boolean mask over the rows of `signatures`: True where a row of `others` is estimated to be
-    as similar as `threshold`."""
-    return np.array(
-        [similarity(row, others).max(initial=0.0) >= threshold for row in signatures], dtype=bool
-    )
+def has_twin(signatures: np.ndarray, candidates: np.ndarray, threshold: float) -> np.ndarray:
+    """Boolean mask over `signatures`: True where a candidate is at least as similar as `threshold`.
+
+    Both are signatures [texts, NUM_BINS].
+    """
+    closest = [jaccard_similarity(row, candidates).max(initial=0.0) for row in signatures]
+    return np.array(closest) >= threshold
 
 
 def _normalise(text: str) -> bytes:
@@ -134,6 +139,6 @@ def _later_members(signatures: np.ndarray, threshold: float) -> np.ndarray:
         for earlier, later in ((first, order), (order[:-1], order[1:])):
             same = (inverse[earlier] == inverse[later]) & (earlier < later)
             earlier, later = earlier[same], later[same]
-            close = similarity(signatures[earlier], signatures[later]) >= threshold
+            close = jaccard_similarity(signatures[earlier], signatures[later]) >= threshold
             removed[later[close]] = True
     return removed

@@ -18,35 +18,39 @@ MIN_DOCUMENT_FREQUENCY = 15
 MAX_DOCUMENT_SHARE = 0.25
 """A word in more than a quarter of all documents says nothing about one of them."""
 BANDS = ((0.74, 1.0), (0.40, 0.55), (0.0, 0.22))
-"""Where a label's words come from: shares of all tellable words in order of their document
-frequency, counted with it.
+"""Where a label's words come from: a word of each band, of the broad one as topic, else as tokens.
 
-One word of each band, the broad one as topic, the others as tokens. A writer that decides one word
-after the other must not name one twice. It cannot if every place of a list has a vocabulary of its
-own; the gaps keep a word near a border from fitting two places. Measured after supervised training
-of the embedded default on its validation texts: with the seven best words of a text, in the order
-of the alphabet or of frequency, 99% of the descriptions repeat a word; with one of each of five
-adjacent bands 48%, of three 16%, of these three 6%.
+A band is a range of shares: the tellable words in order of document frequency, weighted by it. A
+writer that decides word after word must not name a word twice. It cannot if every position of a
+list has its own vocabulary; the gaps keep a word near a border from fitting two positions. Measured
+after supervised training of the embedded default on its validation texts: with the seven best words
+of a text, in the order of the alphabet or of frequency, 99% of the descriptions repeat a word; with
+a word of each of five adjacent bands 48%, of three 16%, of these three 6%.
 """
 
 STOP_WORDS = frozenset(
-    """the and for that this with from are was were will would can could should may might must not but its has have
-    had been being than then them they their there these those which what when where who whom whose how why all any
-    some such only own same other each few more most very too also into onto over under out off about above below
-    after before between through during until while because both either neither nor you your yours our ours his her
-    him she one two use used using does did done let get got just here see per via etc self cls none true false
-    def return import class elif else pass lambda yield try except finally raise isinstance len str int bool""".split()
+    """
+    the and for that this with from are was were will would can could should may might must not
+    but its has have had been being than then them they their there these those which what when
+    where who whom whose how why all any some such only own same other each few more most very
+    too also into onto over under out off about above below after before between through during
+    until while because both either neither nor you your yours our ours his her him she one two
+    use used using does did done let get got just here see per via etc self cls none true false
+    def return import class elif else pass lambda yield try except finally raise isinstance len
+    str int bool
+    """.split()
 )
+"""Words that say nothing about a text. The shipped base was pretrained with exactly these."""
 
 _PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordStatistics:
-    """Document frequencies over the train texts, all that a teacher knows beside the text itself.
+    """Document frequencies over the train texts: all that a teacher knows apart from the text.
 
-    Example:
-        WordStatistics(num_documents=3, document_frequency={"frame": 2, "index": 3})
+    >>> WordStatistics.fit(["the frame", "frame index", "index, index"])
+    WordStatistics(num_documents=3, document_frequency={'frame': 2, 'index': 2})
     """
 
     num_documents: int
@@ -63,7 +67,7 @@ class WordStatistics:
         return cls(num_documents=num_documents, document_frequency=dict(counts))
 
     def inverse_frequency(self, word: str) -> float:
-        """log(N / df), or 0 for a word that is too rare or too common to be told."""
+        """log(N / df), or 0 for a word that is too rare or too common to name."""
         frequency = self.document_frequency.get(word, 0)
         # In a small corpus (a user's hundred texts) 15 would leave nothing: at least 1, at most 15.
         floor = min(MIN_DOCUMENT_FREQUENCY, 1 + self.num_documents // 200)
@@ -81,17 +85,19 @@ class WordStatistics:
         for word in tellable:
             share = (passed + self.document_frequency[word] / 2) / total
             passed += self.document_frequency[word]
-            bands.update(
-                (word, index) for index, (low, high) in enumerate(BANDS) if low <= share < high
-            )
+            for index, (low, high) in enumerate(BANDS):
+                if low <= share < high:
+                    bands[word] = index
         return bands
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case word pieces in order: identifiers are cut at `_`, digits and camelCase; 3 letters
-    at least.
+    """Lower-case word pieces of 3 to 18 letters in order, stop words left out.
 
-    Example: "readFrameIndex(df_test, x1)" -> ["read", "frame", "index", "test"]
+    Identifiers are cut at `_`, digits and camelCase.
+
+    >>> split_words("readFrameIndex(df_test, x1)")
+    ['read', 'frame', 'index', 'test']
     """
     pieces = (piece.lower() for piece in _PIECE.findall(text))
     return [piece for piece in pieces if 3 <= len(piece) <= 18 and piece not in STOP_WORDS]
@@ -100,8 +106,7 @@ def split_words(text: str) -> list[str]:
 def salient_words(
     text: str, statistics: WordStatistics, limit: int | None = None
 ) -> list[tuple[str, float]]:
-    """The words of the text with the highest tf-idf (all, or `limit` of them), best first, each
-    once, with their scores.
+    """Words of the text with their tf-idf, highest first, each once: all, or `limit` of them.
 
     tf-idf = (1 + log tf) * log(N / df). Ties go to the word that comes first in the alphabet. A
     plural beside its singular is dropped, so that a short list does not say one thing twice.
@@ -111,9 +116,8 @@ def salient_words(
         (word, (1.0 + math.log(count)) * statistics.inverse_frequency(word))
         for word, count in counts.items()
     ]
-    ranked = sorted(
-        (pair for pair in scored if pair[1] > 0.0), key=lambda pair: (-pair[1], pair[0])
-    )
+    tellable = [(word, score) for word, score in scored if score > 0.0]
+    ranked = sorted(tellable, key=lambda pair: (-pair[1], pair[0]))
     chosen: dict[str, float] = {}
     for word, score in ranked:
         if word + "s" not in chosen and (not word.endswith("s") or word[:-1] not in chosen):

@@ -16,8 +16,8 @@ from nla_ray.label.stage import label_row, label_texts, load_labels
 from nla_ray.label.teacher import make_teachers
 from nla_ray.nano.offline_teachers import (
     ContentFirstTeacher,
-    Facts,
     FormatFirstTeacher,
+    TextFacts,
     describe_ending,
     observe,
 )
@@ -100,7 +100,7 @@ def test_words_fall_into_bands_by_their_share_of_all_tellable_words() -> None:
 
 def test_a_text_is_told_by_the_best_word_of_every_band() -> None:
     facts = observe(TEXT, "python_test", STATISTICS)
-    assert facts == Facts(
+    assert facts == TextFacts(
         kind="unit test",
         topics=["result"],
         tokens=["expected", "frame"],

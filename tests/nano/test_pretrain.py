@@ -41,9 +41,9 @@ from nla_ray.nano.pretrain.stage import (
     Work,
     check_train_only,
     prepare_data,
+    pretrain_worker,
     save_model,
     train,
-    train_worker,
 )
 from nla_ray.run.identity import split_of
 from nla_ray.settings.config import BaseConfig, PretrainConfig
@@ -354,7 +354,7 @@ def test_training_writes_a_bf16_model_that_transformers_loads_with_its_card(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    train_worker(0, work_in(tmp_path, texts))
+    pretrain_worker(0, work_in(tmp_path, texts))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     card = json.loads((tmp_path / "card.json").read_text())
     assert model.dtype == torch.bfloat16 and model.config.model_type == "qwen2"
@@ -369,11 +369,11 @@ def test_a_training_that_starts_from_a_model_keeps_its_tokenizer_and_names_its_d
     texts: PretrainTexts, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    train_worker(0, work_in(first, texts))
+    pretrain_worker(0, work_in(first, texts))
     config = dataclasses.replace(SMALL, start_from=str(first), steps=1, seed=1)
     fewer = dataclasses.replace(texts, doc_ids=texts.doc_ids[:3], raw=texts.raw * 2 + VARIED)
     prepare_data(fewer, config, MARKER, second / "scratch")
-    train_worker(
+    pretrain_worker(
         0,
         Work(
             config=config,
@@ -440,7 +440,7 @@ def shipped() -> Path:
 
 
 def test_the_shipped_model_never_saw_a_held_out_document() -> None:
-    from nla_ray.nano.embedded_corpus import list_sources
+    from nla_ray.nano.installed_texts import list_sources
 
     card = json.loads((shipped() / "card.json").read_text())
     check_never_seen(

@@ -13,17 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nla_ray.nano import embedded_corpus as embedded
+from nla_ray.nano import installed_texts
 from nla_ray.nano.embedded_corpus import embedded_chunks
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import split_of
 from nla_ray.settings.config import CorpusConfig
 from nla_ray.settings.presets import preset
-from nla_ray.text import chunks as chunking
 from nla_ray.text.chunks import Chunk
-from nla_ray.text.documents import Document, Reject, read_documents
-from nla_ray.text.duplicates import first_of_clusters, has_twin, minhash_signatures, similarity
-from nla_ray.text.stage import RejectsFile, build_corpus, user_chunks
+from nla_ray.text.cutting import cut_chunks
+from nla_ray.text.documents import Document, read_documents
+from nla_ray.text.duplicates import (
+    first_of_clusters,
+    has_twin,
+    jaccard_similarity,
+    minhash_signatures,
+)
+from nla_ray.text.rejects import Reject, RejectsFile
+from nla_ray.text.stage import build_corpus
+from nla_ray.text.user_corpus import user_chunks
 
 GOOD = (
     "A first line about parsers and grammars, long enough to be kept as one text of the corpus.\n"
@@ -56,9 +63,9 @@ def exact_jaccard(left: str, right: str, size: int = 8) -> float:
 def test_signatures_estimate_the_jaccard_similarity_of_shingle_sets() -> None:
     base = sentences(1, 120)
     for keep in (0.95, 0.8, 0.5, 0.0):
-        other = base[: int(len(base) * keep)] + sentences(2, 120)[: int(len(base) * (1 - keep))]
-        estimate = similarity(*minhash_signatures([base, other]))
-        assert estimate == pytest.approx(exact_jaccard(base, other), abs=0.12)
+        changed = base[: int(len(base) * keep)] + sentences(2, 120)[: int(len(base) * (1 - keep))]
+        estimate = jaccard_similarity(*minhash_signatures([base, changed]))
+        assert estimate == pytest.approx(exact_jaccard(base, changed), abs=0.12)
 
 
 def test_case_white_space_and_the_values_of_digits_do_not_tell_texts_apart() -> None:
@@ -123,30 +130,34 @@ def test_none_or_one_text_has_no_duplicate(texts: list[str]) -> None:
     ],
 )
 def test_a_file_belongs_to_one_domain_by_its_path(path: str, domain: str | None) -> None:
-    assert embedded.domain_of(path) == domain
+    assert installed_texts.domain_of(path) == domain
 
 
 def test_native_code_is_one_domain_whose_ids_keep_headers_and_sources_apart() -> None:
     prefixes = {
         source.doc_id.split("/")[0]
-        for source in embedded.list_sources()
+        for source in installed_texts.list_sources()
         if source.domain == "native_code"
     }
     assert prefixes == {"cpp_header", "cpp_source"}
 
 
 def test_documents_are_named_without_the_version_of_their_package() -> None:
-    assert embedded._without_version("numpy-2.4.6.dist-info/METADATA") == "numpy.dist-info/METADATA"
     assert (
-        embedded._without_version("torch-2.13.0+cpu.dist-info/RECORD") == "torch.dist-info/RECORD"
+        installed_texts._without_version("numpy-2.4.6.dist-info/METADATA")
+        == "numpy.dist-info/METADATA"
     )
-    assert embedded._without_version("ray/data/dataset.py") == "ray/data/dataset.py"
+    assert (
+        installed_texts._without_version("torch-2.13.0+cpu.dist-info/RECORD")
+        == "torch.dist-info/RECORD"
+    )
+    assert installed_texts._without_version("ray/data/dataset.py") == "ray/data/dataset.py"
 
 
 def test_packages_that_only_the_tests_need_are_outside_the_corpus() -> None:
     names = {
         distribution.name.lower()
-        for distribution in embedded.closure_distributions(embedded.CORE_REQUIREMENTS)
+        for distribution in installed_texts.closure_distributions(installed_texts.CORE_REQUIREMENTS)
     }
     assert {"torch", "ray", "numpy", "jinja2"} <= names
     assert not {"pytest", "moto", "boto3", "coverage"} & names
@@ -157,13 +168,13 @@ def test_docstrings_come_under_the_names_they_document() -> None:
         'def outer():\n    """Says hello."""\n    if True:\n        class Inner:\n            """Is'
         ' nested."""\n\ndef bare():\n    return 1\n'
     )
-    assert embedded.extract_docstrings(code) == "outer\nSays hello.\n\nInner\nIs nested."
-    assert embedded.extract_docstrings("def broken(:") == ""
+    assert installed_texts.extract_docstrings(code) == "outer\nSays hello.\n\nInner\nIs nested."
+    assert installed_texts.extract_docstrings("def broken(:") == ""
 
 
 def test_chunks_end_at_lines_and_keep_their_bounds() -> None:
     lines = [f"line {number} of a text with several words in it" for number in range(60)]
-    chunks = chunking.cut_chunks("\n".join(lines), seed_key="doc", min_chars=100, max_chars=200)
+    chunks = cut_chunks("\n".join(lines), seed_key="doc", min_chars=100, max_chars=200)
     assert all(100 <= len(chunk) <= 200 for chunk in chunks)
     starts = [lines.index(chunk.split("\n")[0]) for chunk in chunks]
     assert all(
@@ -171,25 +182,21 @@ def test_chunks_end_at_lines_and_keep_their_bounds() -> None:
         for chunk, start in zip(chunks, starts, strict=True)
     )
     assert len(chunks) > 10 and starts == sorted(set(starts))
-    assert chunks == chunking.cut_chunks(
-        "\n".join(lines), seed_key="doc", min_chars=100, max_chars=200
-    )
+    assert chunks == cut_chunks("\n".join(lines), seed_key="doc", min_chars=100, max_chars=200)
 
 
 @pytest.mark.parametrize("length", [90, 115, 150, 190])
 def test_prose_in_long_lines_loses_nothing_but_its_end_where_pieces_are_filled(length: int) -> None:
     words = [f"word{number}" for number in range(600)]
     lines = textwrap.wrap(" ".join(words), length)
-    chunks = chunking.cut_chunks(
-        "\n".join(lines), seed_key="doc", min_chars=120, max_chars=210, fill=True
-    )
+    chunks = cut_chunks("\n".join(lines), seed_key="doc", min_chars=120, max_chars=210, fill=True)
     kept = " ".join(chunks).split()
     assert kept == words[: len(kept)] and len(" ".join(words[len(kept) :])) < 120
     assert all(120 <= len(chunk) <= 210 for chunk in chunks)
 
 
 def test_a_line_longer_than_a_chunk_is_cut_at_a_space() -> None:
-    chunks = chunking.cut_chunks(sentences(5, 300), seed_key="doc", min_chars=50, max_chars=120)
+    chunks = cut_chunks(sentences(5, 300), seed_key="doc", min_chars=50, max_chars=120)
     assert chunks and all(len(chunk) <= 120 for chunk in chunks)
     words = set(sentences(5, 300).split())
     assert all(word in words for chunk in chunks for word in chunk.split())
@@ -250,7 +257,7 @@ def test_no_text_has_a_near_duplicate_on_another_side_of_the_split(corpus: list[
     signatures = minhash_signatures([chunk.text for chunk in corpus])
     is_train = np.array([chunk.split == "train" for chunk in corpus])
     train, held_out = signatures[is_train], signatures[~is_train]
-    closest = max(similarity(train, row).max() for row in held_out)
+    closest = max(jaccard_similarity(train, row).max() for row in held_out)
     # The search may miss a pair exactly at the threshold of 0.7; from 0.8 on it misses one in ten
     # million.
     assert closest < 0.8

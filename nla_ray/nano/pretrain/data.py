@@ -23,11 +23,14 @@ import torch
 
 from nla_ray.base.prompts import chat_prompt
 from nla_ray.label.cleaner import clean_label
-from nla_ray.nano.embedded_corpus import embedded_chunks, list_sources, read_source
+from nla_ray.nano.embedded_corpus import embedded_chunks
+from nla_ray.nano.installed_texts import list_sources, read_source
 from nla_ray.nano.offline_teachers import ContentFirstTeacher, FormatFirstTeacher, observe
 from nla_ray.run.identity import seed_of, split_of
 from nla_ray.settings.config import CorpusConfig, PretrainConfig
-from nla_ray.text.chunks import HEAD_CHARS, Chunk, cut_chunks, is_informative, seeded_order
+from nla_ray.text.choosing import HEAD_CHARS, seeded_order
+from nla_ray.text.chunks import Chunk
+from nla_ray.text.cutting import cut_chunks, is_informative
 from nla_ray.text.domains import DOMAIN_NAMES
 from nla_ray.text.duplicates import first_of_clusters, has_twin, minhash_signatures
 from nla_ray.text.words import WordStatistics, salient_words
@@ -50,7 +53,8 @@ SOFT_SLOTS = 32
 """Soft targets in one row: the generation prompts' in the first CHATS_PER_ROW slots, then those
 inside word lists while there is room; a place in a list without room has its next token as the
 target, as every other place."""
-CUT_CHARS = 60_000
+PIECES_CHARS = 60_000
+"""Part of a document that pieces for chats are cut from."""
 USUAL_PIECES, SHORT_PIECES = 40, 20
 """Most pieces of one document: as long as the corpus cuts them, and from MIN_SHORT_CHARS on."""
 MIN_SHORT_CHARS = 60
@@ -199,8 +203,8 @@ def _first_ones(texts: list[str]) -> np.ndarray:
 
 
 def _pieces_of(text: str, doc_id: str, draw: random.Random) -> list[str]:
-    usual = cut_chunks(text[:CUT_CHARS], seed_key=f"{doc_id}/pretrain")
-    short = cut_chunks(text[:CUT_CHARS], seed_key=f"{doc_id}/short", min_chars=MIN_SHORT_CHARS)
+    usual = cut_chunks(text[:PIECES_CHARS], seed_key=f"{doc_id}/pretrain")
+    short = cut_chunks(text[:PIECES_CHARS], seed_key=f"{doc_id}/short", min_chars=MIN_SHORT_CHARS)
     usual, short = (
         [piece for piece in pieces if is_informative(piece)] for pieces in (usual, short)
     )

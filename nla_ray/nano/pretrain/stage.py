@@ -102,7 +102,7 @@ def pretrain(run: Run) -> Manifest:
             if not (work.folder / _PREPARED).exists():
                 prepare_data(gather_texts(config), config, run.config.base.marker, work.folder)
             work.rendezvous.unlink(missing_ok=True)
-            torch.multiprocessing.spawn(train_worker, (work,), nprocs=config.num_processes)
+            torch.multiprocessing.spawn(pretrain_worker, (work,), nprocs=config.num_processes)
             texts: PretrainTexts = pickle.loads((work.folder / _TEXTS).read_bytes())
             card = json.loads((folder / "card.json").read_text())
         metrics = {
@@ -163,7 +163,7 @@ def check_train_only(doc_ids: Iterable[str]) -> None:
         )
 
 
-def train_worker(rank: int, work: Work) -> None:
+def pretrain_worker(rank: int, work: Work) -> None:
     """One process of the training; the first one logs, checkpoints, and writes the finished
     model."""
     from transformers import Qwen2Tokenizer

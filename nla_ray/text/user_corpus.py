@@ -1,0 +1,84 @@
+"""The corpus of a user's texts: documents read one by one, cut, and the chosen ones kept.
+
+Protects the rule that memory is bounded by `corpus.max_chunks`, whatever the size of the source.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from nla_ray.run.identity import seed_of
+from nla_ray.run.log import get_logger
+from nla_ray.settings.config import CorpusConfig
+from nla_ray.text.choosing import (
+    HEAD_CHARS,
+    CutDocument,
+    choose_chunks,
+    distinct_chunks,
+    distinct_documents,
+)
+from nla_ray.text.chunks import Chunk
+from nla_ray.text.cutting import cut_document
+from nla_ray.text.documents import Document, read_documents
+from nla_ray.text.duplicates import minhash_signatures
+from nla_ray.text.rejects import Reject, RejectsFile
+
+logger = get_logger(__name__)
+
+
+def user_chunks(config: CorpusConfig, rejects: RejectsFile) -> list[Chunk]:
+    """The user's texts, sorted by text_id, at most max_chunks; rows left out go to `rejects`."""
+    documents, num_read = _kept_documents(config, rejects)
+    documents = distinct_documents(documents, config)
+    chunks = [chunk for document in documents for chunk in document.chunks]
+    chunks = distinct_chunks(chunks, config)
+    logger.info(
+        "corpus: %d documents read, %d after duplicates, %d texts of which at most %d are kept"
+        " (corpus.max_chunks)",
+        num_read,
+        len(documents),
+        len(chunks),
+        config.max_chunks,
+    )
+    return sorted(chunks[: config.max_chunks], key=lambda chunk: chunk.text_id)
+
+
+def _kept_documents(config: CorpusConfig, rejects: RejectsFile) -> tuple[list[CutDocument], int]:
+    """Documents with 2 * max_chunks chunks, in the order of their ids' hashes; how many were read.
+
+    Of a larger source, the documents whose ids hash lowest are kept: the choice does not depend on
+    the order of the source.
+    """
+    heap: list[tuple[int, str, CutDocument]] = []
+    """The document of the highest hash on top: the first to go when there are too many."""
+    num_chunks = num_read = 0
+    for item in read_documents(config):
+        document = item if isinstance(item, Reject) else _cut_user_document(item, config)
+        if isinstance(document, Reject):
+            rejects.add(document)
+            continue
+        num_read += 1
+        rank = seed_of(config.seed, "choose", document.doc_id)
+        heapq.heappush(heap, (-rank, document.doc_id, document))
+        num_chunks += len(document.chunks)
+        while num_chunks - len(heap[0][2].chunks) >= 2 * config.max_chunks:
+            num_chunks -= len(heapq.heappop(heap)[2].chunks)
+    ordered = sorted(heap, key=lambda entry: (-entry[0], entry[1]))
+    return [document for _, _, document in ordered], num_read
+
+
+def _cut_user_document(document: Document, config: CorpusConfig) -> CutDocument | Reject:
+    """One chunk of a short document, unchanged; several of a longer one."""
+    text = document.text
+    if len(text) <= config.chunk_chars:
+        pieces = [text]
+    else:
+        pieces = cut_document(text, document.doc_id, config.chunk_chars, fill=True)
+    pieces = [piece for piece in pieces if len(piece.strip()) >= config.min_chunk_chars]
+    if not pieces:
+        return Reject(source=document.doc_id, line=0, reason="shorter than corpus.min_chunk_chars")
+    return CutDocument(
+        doc_id=document.doc_id,
+        chunks=choose_chunks(document.doc_id, document.domain, pieces, config),
+        signature=minhash_signatures([text[:HEAD_CHARS]])[0],
+    )
