@@ -81,16 +81,16 @@ def assert_same_run(metrics: Path, expected: list[dict], *, kl_tolerance: float 
     """
     records = MetricsLog(metrics).read()
     assert [record["step"] for record in records] == [record["step"] for record in expected]
-    for record, other in zip(records, expected, strict=True):
+    for record, wanted in zip(records, expected, strict=True):
         apart = {
             key
             for key in record
             if key.startswith("seconds/") or key in ("step_time", "kl", "monitor/kl")
         }
         assert {key: record[key] for key in record.keys() - apart} == pytest.approx(
-            {key: other[key] for key in other.keys() - apart}, abs=1e-4
+            {key: wanted[key] for key in wanted.keys() - apart}, abs=1e-4
         ), record["step"]
-        assert record.get("kl") == pytest.approx(other.get("kl"), abs=kl_tolerance)
+        assert record.get("kl") == pytest.approx(wanted.get("kl"), abs=kl_tolerance)
 
 
 def last_step(scratch: Path) -> int:
@@ -119,7 +119,7 @@ def find_actor(name: str, root: int) -> int | None:
     return None
 
 
-def test_killed_actors_and_a_killed_one_of_two_trainers_come_back_and_do_what_one_undisturbed_trainer_does(
+def test_killed_actors_and_a_killed_trainer_of_two_do_what_an_undisturbed_trainer_does(
     undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path
 ) -> None:
     run = prepared(tiny_base, tmp_path, trainer_workers=2, num_rollout_actors=2, zero_stage=2)
@@ -127,8 +127,8 @@ def test_killed_actors_and_a_killed_one_of_two_trainers_come_back_and_do_what_on
 
     def kill_one_after_another() -> None:
         for step, name in ((1, "RolloutWorker"), (2, "ScorerWorker"), (4, "RayTrainWorker")):
-            wait_until(lambda: last_step(scratch) >= step)
-            pid = wait_until(lambda: find_actor(name, os.getpid()))
+            wait_until(lambda step=step: last_step(scratch) >= step)
+            pid = wait_until(lambda name=name: find_actor(name, os.getpid()))
             os.kill(pid, signal.SIGKILL)
             killed.append(name)
 

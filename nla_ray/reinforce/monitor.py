@@ -137,8 +137,12 @@ def best_reading(readings: Sequence[Mapping[str, float]]) -> Mapping[str, float]
 def hacking_warning(reading: Mapping[str, float], best: Mapping[str, float]) -> str | None:
     """Words when the reward rose above the best reading's and the judge fell below its interval.
 
-    Example: the best reading has judge 0.52 [0.49, 0.55] and reward 0.30. A reading with judge 0.47
-    and reward 0.33 is warned of; one with judge 0.50 is not.
+    >>> best = {"step": 5, JUDGE_COSINE: 0.52, JUDGE_COSINE + "_low": 0.49, REWARDED: 0.30}
+    >>> best[JUDGE_COSINE + "_high"] = 0.55
+    >>> hacking_warning({"step": 9, JUDGE_COSINE: 0.47, REWARDED: 0.33}, best)[:33]
+    'step 9: reward hacking is likely.'
+    >>> hacking_warning({"step": 9, JUDGE_COSINE: 0.50, REWARDED: 0.33}, best) is None
+    True
     """
     fell = reading[JUDGE_COSINE] < best[JUDGE_COSINE + "_low"]
     if not (fell and reading[REWARDED] > best[REWARDED]):

@@ -77,7 +77,10 @@ def text_terms(
 def beginning_worth(text: str, source: str, settings: GRPOSettings) -> float:
     """What a description's beginning earns beside its score: its evidence, less its repeats.
 
-    Example: "- tokens: frame, index" with `index` in the source, weight .1 -> .05.
+    Half of these claims are in the source:
+
+    >>> beginning_worth("- tokens: frame, index", "x = index", GRPOSettings(evidence_weight=0.1))
+    0.05
     """
     evidence = settings.evidence_weight * claim_precision(text, source)
     return evidence - settings.repeat_penalty * repeats_item(text)

@@ -40,7 +40,7 @@ MAX_SLOTS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
-    """What one call asks of a rollout worker.
+    """What a call asks of a rollout worker.
 
     Example: RolloutRequest(split="train", rows=[17, 4], group_size=8, temperature=1.0,
     max_new_tokens=64, seed=5) gives 16 rollouts: eight of row 17, then eight of row 4.
