@@ -1,8 +1,8 @@
 """Contrastive GRPO of the verbalizer, and before it whatever it is made from.
 
-python jobs/grpo.py                          # preset nano, in runs/nano
-python jobs/grpo.py --grpo.contrast none     # the ablation: plain cosine to the right activation
-ray job submit --working-dir . -- python jobs/grpo.py
+$ python jobs/grpo.py                          # preset nano, in runs/nano
+$ python jobs/grpo.py --grpo.contrast none     # the ablation: no wrong activations
+$ ray job submit --working-dir . -- python jobs/grpo.py
 """
 
 from nla_ray.cluster.job import run_job

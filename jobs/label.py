@@ -1,7 +1,7 @@
 """The labels: every teacher's description of every text, cleaned to bullets; or imported ones.
 
-python jobs/label.py
-python jobs/label.py --import labels.jsonl     # rows of doc_id, text or text_hash, teacher, label
+$ python jobs/label.py
+$ python jobs/label.py --import labels.jsonl     # labels made elsewhere
 """
 
 from nla_ray.cluster.job import run_job

@@ -1,7 +1,7 @@
 """The small base model of preset nano, from the embedded corpus: about an hour on two cores.
 
-python jobs/pretrain.py --run-dir runs/base                     # makes runs/base/base
-python jobs/pretrain.py --run-dir runs/base --pretrain.install  # copies it into the package
+$ python jobs/pretrain.py --run-dir runs/base                     # makes runs/base/base
+$ python jobs/pretrain.py --run-dir runs/base --pretrain.install  # copies it into the package
 """
 
 from nla_ray.cluster.job import run_job

@@ -1,5 +1,4 @@
-"""The whole system in one command: on the shipped base cut short, killed in every stage, and on a
-real model."""
+"""The whole system in one command: cut short, killed in every stage, and on a real model."""
 
 from __future__ import annotations
 
@@ -22,64 +21,24 @@ import pytest
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import split_of
 from nla_ray.run.metrics import MetricsLog
+from nla_ray.run.stages import stages_of_job
 from nla_ray.settings.command_line import parse_arguments
 from nla_ray.settings.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = (
-    "corpus",
-    "activations",
-    "labels",
-    "reward_scorer",
-    "judge_scorer",
-    "sft",
-    "grpo",
-    "report",
-)
+STAGES = tuple(stage.name for stage in stages_of_job("pipeline"))
 NUM_DOCUMENTS = 150
-SHORT = (
-    "--corpus.chunks-per-document",
-    "2",
-    "--reward-scorer.max-examples",
-    "64",
-    "--judge-scorer.max-examples",
-    "64",
-    "--reward-scorer.batch-size",
-    "16",
-    "--judge-scorer.batch-size",
-    "16",
-    "--reward-scorer.epochs",
-    "1",
-    "--judge-scorer.epochs",
-    "1",
-    "--sft.max-examples",
-    "64",
-    "--sft.epochs",
-    "1",
-    "--grpo.steps",
-    "2",
-    "--grpo.prompts-per-step",
-    "2",
-    "--grpo.group-size",
-    "4",
-    "--grpo.num-wrong",
-    "2",
-    "--grpo.save-steps",
-    "1",
-    "--grpo.monitor-steps",
-    "1",
-    "--grpo.monitor-activations",
-    "20",
-    "--grpo.max-new-tokens",
-    "24",
-    "--evaluation.min-documents",
-    "5",
-    "--evaluation.bootstrap-resamples",
-    "200",
-)
+SHORT = """
+    --corpus.chunks-per-document 2
+    --reward-scorer.max-examples 64 --reward-scorer.batch-size 16 --reward-scorer.epochs 1
+    --judge-scorer.max-examples 64 --judge-scorer.batch-size 16 --judge-scorer.epochs 1
+    --sft.max-examples 64 --sft.epochs 1
+    --grpo.steps 2 --grpo.prompts-per-step 2 --grpo.group-size 4 --grpo.num-wrong 2
+    --grpo.save-steps 1 --grpo.monitor-steps 1 --grpo.monitor-activations 20
+    --grpo.max-new-tokens 24
+    --evaluation.min-documents 5 --evaluation.bootstrap-resamples 200
+""".split()
 """Every stage with the least work."""
-
-
 MODULES = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 
 
@@ -90,15 +49,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_texts(file: Path, modules: list[Path]) -> Path:
-    rows = [
-        {
-            "doc_id": path.stem,
-            "domain": "python_code",
-            "text": path.read_text(encoding="utf-8")[:2_000],
-        }
-        for path in modules
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with file.open("w") as lines:
+        for path in modules:
+            text = path.read_text(encoding="utf-8")[:2_000]
+            row = {"doc_id": path.stem, "domain": "python_code", "text": text}
+            lines.write(json.dumps(row) + "\n")
     return file
 
 
@@ -110,16 +65,8 @@ def start_pipeline(
         for name, value in os.environ.items()
         if name not in ("RAY_ADDRESS", "OMP_NUM_THREADS")
     }
-    command = [
-        sys.executable,
-        str(ROOT / "jobs" / f"{job}.py"),
-        "--run-dir",
-        str(run_dir),
-        "--corpus.path",
-        str(texts),
-        *SHORT,
-        *arguments,
-    ]
+    paths = ["--run-dir", str(run_dir), "--corpus.path", str(texts)]
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *paths, *SHORT, *arguments]
     return subprocess.Popen(
         command,
         env={**environment, "PYTHONPATH": str(ROOT)},
@@ -185,14 +132,14 @@ def test_a_rerun_of_a_complete_pipeline_makes_nothing_again(
 def test_a_verbalizer_of_fewer_labels_is_trained_beside_the_runs_own(
     calm: tuple[Path, str], texts: Path, tmp_path: Path
 ) -> None:
-    folder, own = tmp_path / "run", (calm[0] / "sft" / "manifest.json").read_text()
+    folder, before = tmp_path / "run", (calm[0] / "sft" / "manifest.json").read_text()
     shutil.copytree(calm[0], folder)
     finish(
         start_pipeline(texts, folder, "--sft.name", "few", "--sft.max-examples", "32", job="sft")
     )
     named = json.loads((folder / "sft_few" / "manifest.json").read_text())
     assert named["metrics"]["examples"] == 32 and (folder / "sft_few" / "adapter").is_dir()
-    assert (folder / "sft" / "manifest.json").read_text() == own
+    assert (folder / "sft" / "manifest.json").read_text() == before
 
 
 def has_begun(folder: Path, stage: str) -> bool:
@@ -221,17 +168,28 @@ def test_a_driver_killed_in_every_stage_ends_with_the_same_artifacts(
         driver.wait()
     finish(start_pipeline(texts, folder))
     for stage in STAGES[:-1]:  # a report holds the times at which its ancestors were made
-        ours, theirs = (
-            {
-                name: record
-                for name, record in json.loads((place / stage / "manifest.json").read_text())[
-                    "files"
-                ].items()
-                if name != "metrics.jsonl"
-            }
-            for place in (folder, calm[0])
-        )
-        assert ours == theirs, stage
+        assert files_of(folder / stage) == files_of(calm[0] / stage), stage
+
+
+def files_of(artifact: Path) -> dict[str, dict]:
+    """Size and hash of every file but the metrics, which hold clocks."""
+    files = json.loads((artifact / "manifest.json").read_text())["files"]
+    return {name: record for name, record in files.items() if name != "metrics.jsonl"}
+
+
+def forty_modules() -> list[Path]:
+    """Modules of the standard library: 16 of train, and of validation and test 12 each."""
+    test_share = preset("smollm2-135m").corpus.test_share
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    modules = {path.stem: path for path in [*sorted(stdlib.glob("*/*.py")), *MODULES]}
+    missing = {"train": 16, "validation": 12, "test": 12}  # the 10-way choice needs ten
+    chosen = []
+    for name, path in sorted(modules.items()):
+        split = split_of(name, test_share)
+        if "__" not in name and path.stat().st_size > 500 and missing[split]:
+            chosen.append(path)
+            missing[split] -= 1
+    return chosen
 
 
 SMOLLM2_IS_HERE = (
@@ -254,61 +212,20 @@ def test_smollm2_goes_from_forty_texts_to_a_served_description(
 ) -> None:
     from nla_ray.serve import application
 
-    wanted, test_share = (
-        {"train": 16, "validation": 12, "test": 12},
-        preset("smollm2-135m").corpus.test_share,
-    )  # the 10-way choice needs ten
-    modules = {
-        path.stem: path
-        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*/*.py")) + MODULES
-        if "__" not in path.stem
-    }
-    by_split = {
-        split: [
-            path
-            for name, path in sorted(modules.items())
-            if split_of(name, test_share) == split and path.stat().st_size > 500
-        ][:count]
-        for split, count in wanted.items()
-    }
-    texts = write_texts(tmp_path / "texts.jsonl", sum(by_split.values(), []))
-    arguments = (
-        "--preset",
-        "smollm2-135m",
-        "--corpus.chunk-chars",
-        "300",
-        "--corpus.chunks-per-document",
-        "1",
-        "--sft.max-examples",
-        "16",
-        "--reward-scorer.max-examples",
-        "16",
-        "--judge-scorer.max-examples",
-        "16",
-        "--grpo.steps",
-        "1",
-        "--grpo.micro-batch-size",
-        "8",
-        "--evaluation.min-documents",
-        "2",
-    )
+    texts = write_texts(tmp_path / "texts.jsonl", forty_modules())
+    arguments = """
+        --preset smollm2-135m
+        --corpus.chunk-chars 300 --corpus.chunks-per-document 1
+        --sft.max-examples 16 --reward-scorer.max-examples 16 --judge-scorer.max-examples 16
+        --grpo.steps 1 --grpo.micro-batch-size 8
+        --evaluation.min-documents 2
+    """.split()
     finish(start_pipeline(texts, tmp_path / "run", *arguments))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = parse_arguments(
-        "",
-        [
-            "--run-dir",
-            str(tmp_path / "run"),
-            "--corpus.path",
-            str(texts),
-            *SHORT,
-            *arguments,
-            "--serve.port",
-            str(port),
-        ],
-    )
+    paths = ["--run-dir", str(tmp_path / "run"), "--corpus.path", str(texts)]
+    config = parse_arguments("", [*paths, *SHORT, *arguments, "--serve.port", str(port)])
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, threads=2))
     assert Run(config).find("report") is not None
     address = application.start(config)

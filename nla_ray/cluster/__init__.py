@@ -1,9 +1,9 @@
 """The rim to Ray: connecting, room for processes, actors, and a job from start to stop.
 
-Nouns: a job (command line -> plan, or lock -> log -> Ray -> body), a demand (processes that must run
-at the same time), an actor pool.
+Nouns: a job (command line -> plan, or lock -> log -> Ray -> body), a demand (processes that must
+run at the same time), an actor pool.
 
-Read: job, connect, resources, actors, environment, errors.
+Read: job, connect, resources, actors, environment, errors, processes.
 
-It knows no stage and no model.
+It knows no stage and no model. Nothing happens when it is imported.
 """

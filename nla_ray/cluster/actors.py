@@ -1,14 +1,15 @@
-"""A pool of Ray actors that may die at any time: the rim between plain worker classes and training.
+"""A pool of Ray actors that may die at any time: the rim around plain worker classes.
 
-Ray restarts an actor that died (same constructor arguments) and sends the calls it had in flight
-again; so a worker must owe nothing to earlier calls, and every call carries what it needs. The pool
-belongs to the driver, so that its actors outlive a trainer that is restarted and leave with the
-driver, however it ends. Knows nothing of models.
+Ray restarts an actor that died, with the same constructor arguments, and sends the calls it had in
+flight again. So a worker must owe nothing to earlier calls, and every call carries what it needs.
+The pool belongs to the driver: its actors outlive a trainer that is restarted, and leave with the
+driver, however it ends. It knows nothing of models.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,10 @@ MAX_RETRIES = 3
 
 
 class ActorPool:
-    """`count` actors of one worker class; calls are shared out in turn. Can be sent to other
-    processes."""
+    """`count` actors of a worker class; calls are shared out in turn.
+
+    A pool can be sent to other processes.
+    """
 
     def __init__(
         self,
@@ -44,8 +47,11 @@ class ActorPool:
         count: int,
         compute: ComputeConfig,
     ) -> None:
-        """Large `arguments` travel as SharedArray, never as bare references: those Ray would not
-        keep for a restart."""
+        """Start the actors, each with the same `arguments`.
+
+        Large arguments travel as SharedArray, never as bare references: Ray would not keep those
+        for a restart.
+        """
         import ray
 
         self.kind = kind
@@ -58,24 +64,27 @@ class ActorPool:
         return len(self._actors)
 
     def part(self, rank: int, ranks: int) -> ActorPool:
-        """The actors that serve one of `ranks` callers: an even share, or where actors are fewer
-        one that is shared."""
+        """The actors that serve caller `rank` of `ranks`.
+
+        An even share; where actors are fewer than callers, an actor that several callers share.
+        """
         start, end = rank * len(self) // ranks, (rank + 1) * len(self) // ranks
         share = copy.copy(self)
         share._actors = self._actors[start : max(end, start + 1)]
         return share
 
     def submit(self, method: str, requests: Sequence[tuple]) -> list[ObjectRef]:
-        """Start `method(*request)` for every request, the first on the first actor, the next on the
-        next one, and so on."""
+        """Start `method(*request)` for every request; requests go to the actors in turn."""
         return [
             getattr(self._actors[index % len(self)], method).remote(*request)
             for index, request in enumerate(requests)
         ]
 
     def collect(self, calls: Sequence[ObjectRef]) -> list[Any]:
-        """Wait for the results, in order. Raises RuntimeError when an actor died more often than is
-        made good."""
+        """Wait for the results, in order.
+
+        Raises RuntimeError when an actor died more often than is made good.
+        """
         import ray
 
         try:
@@ -97,21 +106,24 @@ class ActorPool:
 
 
 def split_evenly(values: Sequence[Any], parts: int) -> list[list[Any]]:
-    """Contiguous parts whose lengths differ by one at most; empty ones are left out. [1, 2, 3], 2
-    -> [[1, 2], [3]]."""
+    """Contiguous parts whose lengths differ by one at most; empty parts are left out.
+
+    >>> split_evenly([1, 2, 3], 2), split_evenly([1], 2)
+    ([[1, 2], [3]], [[1]])
+    """
     size, longer = divmod(len(values), parts)
     ends = [0]
     for part in range(parts):
         ends.append(ends[-1] + size + (part < longer))
-    return [list(values[start:end]) for start, end in zip(ends, ends[1:]) if end > start]
+    return [list(values[start:end]) for start, end in itertools.pairwise(ends) if end > start]
 
 
 class SharedArray:
-    """An array in the object store, which all processes of a node read in place, for as long as the
-    process that made it lives.
+    """An array in the object store, which all processes of a node read in place.
 
-    The reference is pickled out of Ray's sight: it is then never dropped, as an actor that is
-    restarted needs, and Ray does not print an error about it at the start of every actor.
+    It lives as long as the process that made it. The reference is pickled out of Ray's sight: so it
+    is never dropped, as an actor that is restarted needs, and Ray does not print an error about it
+    at the start of every actor.
     """
 
     def __init__(self, array: np.ndarray) -> None:
@@ -127,11 +139,10 @@ class SharedArray:
 
 
 def shared_tensor(array: SharedArray | np.ndarray) -> Tensor:
-    """A tensor on the memory of an array that others read too: index it, never write to it."""
+    """A tensor on the memory of an array that other processes read: index it, never write to it."""
     if isinstance(array, SharedArray):
         array = array.read()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # the store's memory is read-only, of which torch warns
+        # The store's memory is read-only, of which torch warns.
+        warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)

@@ -1,5 +1,7 @@
-"""The only `ray.init`: the cluster that RAY_ADDRESS names, or an embedded one, for the length of a
-with-block."""
+"""The only `ray.init`: the cluster that RAY_ADDRESS names, or an embedded one.
+
+It protects the rule that no process of an embedded Ray outlives the job. It knows no stage.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nla_ray.cluster.environment import job_environment
+from nla_ray.cluster.processes import child_processes, kill_processes
 from nla_ray.run.log import get_logger
 from nla_ray.settings.config import ComputeConfig
 
@@ -22,27 +25,28 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-
 _OBJECT_STORE_BYTES = 400 * 2**20
 _MIN_CPUS = 2
-"""Logical CPUs of an embedded Ray, at least: every preset for one machine fits in two, whatever the
-machine has."""
-_ANY_NUMBER = 1_000.0
+"""Logical CPUs of an embedded Ray, at least: every preset for one machine fits in two."""
+_UNLIMITED = 1_000.0
+"""Of every custom resource, on the one node of an embedded Ray."""
 _SHUTDOWN_SECONDS = 3.0
 """How long the processes of an embedded Ray may take to leave by themselves."""
 _CONNECT_SECONDS = 10.0
+"""How long a cluster may take to answer at RAY_ADDRESS."""
 _START_ATTEMPTS = 3
+"""An embedded Ray that does not come up in Ray's own 30 s is started again."""
 
 
 @contextmanager
 def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
-    """Ray for the length of a with-block: the cluster that RAY_ADDRESS names (a submitted job's
-    too), or an embedded one.
+    """Ray for the length of a with-block.
 
-    The embedded cluster is a node of every kind: it holds any custom resource, and at least two
-    logical CPUs.
+    It is the cluster that RAY_ADDRESS names (a submitted job's too), or an embedded one. The
+    embedded cluster is a node of every kind: it holds any custom resource, and at least two logical
+    CPUs. `offline`: workers see no hub. Raises ValueError when RAY_ADDRESS cannot be reached.
     """
-    before = set(descendants())
+    before = set(child_processes())
     environment = job_environment(compute, offline=offline)
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -57,7 +61,7 @@ def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
         "log_to_driver": True,
         "runtime_env": {
             "env_vars": environment,
-            "worker_process_setup_hook": "nla_ray.run.log.configure_worker",
+            "worker_process_setup_hook": "nla_ray.run.log.configure_worker_logging",
         },
         **(_embedded_options(compute) if address is None else {}),
     }
@@ -73,17 +77,15 @@ def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
 
 
 def _start_ray(address: str | None, options: dict[str, Any], *, can_fail: bool) -> bool:
-    """`ray.init`, with its errors in our words and the SIGTERM handler that was there before (Ray
-    puts its own there).
+    """`ray.init`, with its errors in our words. Returns whether Ray has started.
 
-    False, where that `can_fail`: an embedded Ray did not come up in Ray's own fixed 30 s, as on a
-    busy machine.
+    False, where the start `can_fail`: an embedded Ray did not come up in Ray's own fixed 30 s, as
+    on a busy machine. The handler of SIGTERM is kept: Ray replaces it by its own.
     """
     import ray
 
-    logging.getLogger("ray._private.authentication").setLevel(
-        logging.ERROR
-    )  # a paragraph about tokens at every start
+    # It writes a paragraph about tokens at every start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", **options)
@@ -103,8 +105,10 @@ def _start_ray(address: str | None, options: dict[str, Any], *, can_fail: bool) 
 
 
 def _require_reachable(address: str) -> None:
-    """Raise ValueError unless something listens at HOST:PORT: Ray's core ends the process where
-    nothing does."""
+    """Raise ValueError unless something listens at HOST:PORT.
+
+    Ray's core ends the process where nothing does.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # `auto`, or a name that Ray resolves
         return
@@ -122,15 +126,14 @@ def _unreachable(address: str | None, error: Exception) -> str:
 
 
 def _shutdown(before: set[psutil.Process]) -> None:
-    """Leave Ray, and wait for every process that was started since `before`; what is still there is
-    killed."""
+    """Leave Ray, wait for the processes that were started since `before`, and kill the rest."""
     import psutil
     import ray
 
-    processes = [process for process in descendants() if process not in before]
+    processes = [process for process in child_processes() if process not in before]
     ray.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=_SHUTDOWN_SECONDS)
-    kill(alive)
+    kill_processes(alive)
 
 
 def _embedded_options(compute: ComputeConfig) -> dict[str, Any]:
@@ -142,7 +145,7 @@ def _embedded_options(compute: ComputeConfig) -> dict[str, Any]:
     }
     return {
         "num_cpus": max(_MIN_CPUS, _cores()),
-        "resources": {name: _ANY_NUMBER for name in sorted(filter(None, custom))},
+        "resources": dict.fromkeys(sorted(filter(None, custom)), _UNLIMITED),
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
@@ -151,19 +154,3 @@ def _embedded_options(compute: ComputeConfig) -> dict[str, Any]:
 def _cores() -> int:
     """Cores that this process may run on; not every system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def descendants() -> list[psutil.Process]:
-    import psutil
-
-    return psutil.Process().children(recursive=True)
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    import psutil
-
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue

@@ -1,4 +1,7 @@
-"""Which errors a user can cause, and what is said of them in one line."""
+"""Which errors a user can cause, and the one line that is said of each.
+
+It protects the rule that an error of the system keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,10 @@ _DISK_FULL = re.compile(
 
 
 def user_message(error: BaseException) -> str | None:
-    """The one message of an error that a user can cause, wherever in Ray it was raised; None for
-    any other error."""
+    """The message of an error that a user can cause, wherever in Ray it was raised.
+
+    None for any other error.
+    """
     for cause in _causes(error):
         if type(cause) is ValueError:
             return str(cause)
@@ -32,16 +37,19 @@ def user_message(error: BaseException) -> str | None:
             return _refused(cause.errno, cause.filename)
         if _DISK_FULL.search(str(cause)):
             return _refused(errno.ENOSPC, None)
-        if type(cause).__module__.startswith(
-            "ray."
-        ):  # Ray Data and an actor that died in __init__ keep only the text
-            if told := re.search(r"^ValueError: (.+)$", str(cause), re.MULTILINE):
-                return told[1].strip()
-            told = re.search(
-                r"^(?:OSError|PermissionError): \[Errno (\d+)\]", str(cause), re.MULTILINE
-            )
-            if told and int(told[1]) in _USER_ERRNOS:
-                return _refused(int(told[1]), None)
+        if type(cause).__module__.startswith("ray.") and (message := _message_in(str(cause))):
+            return message
+    return None
+
+
+def _message_in(text: str) -> str | None:
+    """A user's error in the text of Ray's: Ray Data, and an actor that died in __init__, keep only
+    that."""
+    if value_error := re.search(r"^ValueError: (.+)$", text, re.MULTILINE):
+        return value_error[1].strip()
+    os_error = re.search(r"^(?:OSError|PermissionError): \[Errno (\d+)\]", text, re.MULTILINE)
+    if os_error and int(os_error[1]) in _USER_ERRNOS:
+        return _refused(int(os_error[1]), None)
     return None
 
 
@@ -55,8 +63,10 @@ def _refused(number: int, path: str | None) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and all that led to it: inside Ray's task, actor and training errors, and along
-    `raise ... from`."""
+    """An error and all that led to it.
+
+    Causes lie inside Ray's task, actor and training errors, and along `raise ... from`.
+    """
     waiting, seen = [error], set()
     while waiting:
         current = waiting.pop(0)
@@ -64,11 +74,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        inner = vars(current)
-        nested = [
-            inner.get("cause"),
-            inner.get("controller_failure"),
+        attributes = vars(current)
+        causes = [
+            attributes.get("cause"),
+            attributes.get("controller_failure"),
             current.__cause__,
-            *(inner.get("worker_failures") or {}).values(),
+            *(attributes.get("worker_failures") or {}).values(),
         ]
-        waiting += [one for one in nested if isinstance(one, BaseException)]
+        waiting += [cause for cause in causes if isinstance(cause, BaseException)]

@@ -1,10 +1,11 @@
-"""The rim to Ray: the only `ray.init`, what each kind of process asks of the cluster, and how a job
-starts and stops.
+"""How a job starts and stops: `run_job(description, body)`.
 
-A job is `run_job(description, body)`: command line -> dry run, or lock -> log -> Ray -> body ->
-shutdown. The body runs in a thread of its own, because Ray Train installs a SIGINT handler wherever
-`fit` runs in the main thread; so the main thread alone decides what Ctrl-C does: stop within ten
-seconds, leave no process behind, say how to resume. Knows nothing of any stage.
+    command line -> plan
+    command line -> lock -> log -> Ray -> body -> shutdown
+
+The body runs in a second thread, because Ray Train installs a SIGINT handler wherever `fit` runs in
+the main thread. So the main thread alone decides what Ctrl-C does: stop within ten seconds, leave
+no process behind, say how to resume. It knows nothing of any stage.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nla_ray.cluster.connect import connect, descendants, kill
+from nla_ray.cluster.connect import connect
 from nla_ray.cluster.environment import job_environment, needs_hub
 from nla_ray.cluster.errors import user_message
-from nla_ray.run.log import configure, get_logger, release_terminal
+from nla_ray.cluster.processes import child_processes, kill_processes
+from nla_ray.run.log import configure_logging, get_logger, release_terminal
 from nla_ray.settings.config import RunConfig
 
 if TYPE_CHECKING:
+    import psutil
+
     from nla_ray.run.artifact import Run
 
 logger = get_logger(__name__)
 
-
 _STOP_SECONDS = 8.0
+"""How long an interrupted job may take to unwind before its processes are killed."""
 _INTERRUPTED = 130
+"""Exit status of an interrupted job, as shells have it."""
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray, under this name, for the driver of a submitted job."""
 
@@ -52,12 +57,12 @@ def run_job(
     lock: bool = True,
     cleanup: Callable[[], None] | None = None,
 ) -> None:
-    """Parse the command line and run `body` on the run it names; `--dry-run` prints the plan of
-    this job instead.
+    """Parse the command line and run `body` on the run it names; `--dry-run` prints a plan instead.
 
-    `lock=False` is for a job that only reads the run. `cleanup` is called in the end, interrupted
-    or not, while Ray is there. Exit status: 0; 1 after one `error:` line for what a user can cause;
-    2 for a wrong command line; 130 when interrupted.
+    `ray=False` is for a job that computes in this process, `lock=False` for one that only reads the
+    run. `cleanup` is called in the end, interrupted or not, before Ray is left. Exit status: 0; 1
+    after one `error:` line for what a user can cause; 2 for a wrong command line; 130 when
+    interrupted.
     """
     from nla_ray.settings.command_line import parse_arguments
 
@@ -82,9 +87,9 @@ def run_job(
 
 
 def _with_lasting_run_dir(config: RunConfig) -> RunConfig:
-    """The run directory as every process of the run finds it: absolute, or a URI.
+    """The configuration with a run directory that every process finds: absolute, or a URI.
 
-    In a submitted job a relative one lies in the home folder: Ray deletes the folder that it
+    In a submitted job a relative directory lies in the home folder: Ray deletes the folder that it
     unpacks the job into.
     """
     if "://" in config.run_dir:
@@ -103,16 +108,14 @@ def _run_connected(
     from nla_ray.run.artifact import Run
 
     run, offline = Run(config), not needs_hub(config.base.model)
+    # The driver computes too, and has imported nothing that reads these yet.
     for name, value in job_environment(config.compute, offline=offline).items():
-        os.environ.setdefault(
-            name, value
-        )  # the driver computes too, and has imported nothing that reads these yet
+        os.environ.setdefault(name, value)
+    # As PYTHONWARNINGS does in the workers: this process has read it already.
     if not sys.warnoptions:
-        warnings.simplefilter(
-            "ignore"
-        )  # as PYTHONWARNINGS does in the workers; this process has read it already
+        warnings.simplefilter("ignore")
     with run.locked() if lock else nullcontext():
-        configure(Path(run.root.path) / "run.log" if run.root.is_local else None)
+        configure_logging(Path(run.root.path) / "run.log" if run.root.is_local else None)
         with connect(config.compute, offline=offline) if ray else nullcontext():
             try:
                 _run_in_thread(body, run)
@@ -147,37 +150,39 @@ def _run_in_thread(body: Callable[[Run], None], run: Run) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt here, once; the unwinding that follows has
-    `_STOP_SECONDS`.
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt inside the with-block, once.
 
-    After that, or at a second signal, every process this one started is killed and this one leaves.
+    The unwinding that follows has `_STOP_SECONDS`. After that, or at a second signal, every process
+    that this one has started is killed, and this one leaves.
     """
-
-    def stop_hard(processes: list) -> None:
-        kill(processes)
-        _leave_interrupted()
-
-    def interrupt(signum: int, frame: object) -> None:
-        processes = descendants()
-        signal.signal(signal.SIGINT, lambda *_: stop_hard(processes))
-        signal.signal(signal.SIGTERM, lambda *_: stop_hard(processes))
-        watchdog = threading.Timer(_STOP_SECONDS, stop_hard, args=(processes,))
-        watchdog.daemon = True
-        watchdog.start()
-        release_terminal()  # the thread that draws there may never get to it
-        print("stopping ...", file=sys.stderr, flush=True)
-        raise KeyboardInterrupt
-
     previous = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)
     }
     yield
     for number, handler in previous.items():
         signal.signal(number, handler)
 
 
+def _interrupt(signum: int, frame: object) -> None:
+    """The first signal: begin to unwind, and see to it that the unwinding ends."""
+    processes = child_processes()
+    signal.signal(signal.SIGINT, lambda *_: _stop_at_once(processes))
+    signal.signal(signal.SIGTERM, lambda *_: _stop_at_once(processes))
+    watchdog = threading.Timer(_STOP_SECONDS, _stop_at_once, args=(processes,))
+    watchdog.daemon = True
+    watchdog.start()
+    release_terminal()  # the thread that draws on it may never do so
+    print("stopping ...", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
+
+
+def _stop_at_once(processes: list[psutil.Process]) -> None:
+    kill_processes(processes)
+    _leave_interrupted()
+
+
 def _leave_interrupted() -> None:
-    """One line how to go on, then exit at once: the body's thread may still be computing."""
+    """Say how to go on, then exit at once: the body's thread may still be computing."""
     command = shlex.join(["python", *sys.argv])
     print(
         f"stopped; what is complete is kept. To go on, run the same command again: {command}",

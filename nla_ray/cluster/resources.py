@@ -10,10 +10,15 @@ from nla_ray.cluster.environment import kind_environment
 from nla_ray.settings.config import ComputeConfig, RunConfig
 from nla_ray.settings.resources import Kind, resources_of
 
+_MANY = 100
+"""Nodes that a cluster without a limit is taken to have."""
+
 
 def worker_options(compute: ComputeConfig, kind: Kind) -> dict[str, Any]:
-    """What one process of a kind is given, as arguments of `.options(...)`, `map_batches(...)` or
-    `ray_actor_options`."""
+    """What one process of a kind is given, as arguments of `.options(...)` and `map_batches(...)`.
+
+    Ray Serve takes them as `ray_actor_options`.
+    """
     resources = resources_of(compute, kind)
     options: dict[str, Any] = {
         "num_cpus": resources.pop("CPU"),
@@ -27,10 +32,10 @@ def worker_options(compute: ComputeConfig, kind: Kind) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """`count` processes that must run at the same time, and what one of them asks for.
+    """`count` processes that must run at the same time, and what each of them asks for.
 
-    Example: Demand(name="trainer", count=4, resources={"CPU": 8.0, "GPU": 1.0, "trainer_node":
-    1.0})
+    >>> str(Demand(name="trainer", count=4, resources={"CPU": 8.0, "GPU": 1.0}))
+    '4 x trainer (8 CPU, 1 GPU each)'
     """
 
     name: str
@@ -47,11 +52,10 @@ def demand(compute: ComputeConfig, kind: Kind, count: int = 1) -> Demand:
 
 
 def require_resources(demands: Iterable[Demand]) -> None:
-    """Check, before anything starts, that all demands fit into the cluster at once, nodes it may
-    still add included.
+    """Check, before anything starts, that all demands fit into the cluster at once.
 
-    Raises ValueError that says what is missing: a request that can never be met would wait for
-    ever.
+    Nodes that the cluster may still add count. Raises ValueError that says what is missing: a
+    request that can never be met would wait for ever.
     """
     wanted = list(demands)
     nodes = _node_capacities()
@@ -70,26 +74,17 @@ def require_resources(demands: Iterable[Demand]) -> None:
 
 
 def unmet_demands(demands: Iterable[Demand], nodes: Iterable[dict[str, float]]) -> list[Demand]:
-    """The part of the demands that finds no place when they are laid into the nodes, the largest
-    first."""
+    """The part of the demands that finds no room in the nodes; the largest are laid in first.
+
+    >>> unmet_demands([Demand(name="actor", count=3, resources={"CPU": 1.0})], [{"CPU": 2.0}])
+    [Demand(name='actor', count=1, resources={'CPU': 1.0})]
+    """
     free = [dict(node) for node in nodes]
     unmet = []
-    for wanted in sorted(
-        demands, key=lambda one: (-one.resources.get("GPU", 0.0), -one.resources.get("CPU", 0.0))
-    ):
+    for wanted in sorted(demands, key=_size, reverse=True):
         missing = 0
         for _ in range(wanted.count):
-            node = next(
-                (
-                    node
-                    for node in free
-                    if all(
-                        node.get(name, 0.0) >= amount - 1e-9
-                        for name, amount in wanted.resources.items()
-                    )
-                ),
-                None,
-            )
+            node = next((node for node in free if _has_room(node, wanted.resources)), None)
             if node is None:
                 missing += 1
                 continue
@@ -98,6 +93,14 @@ def unmet_demands(demands: Iterable[Demand], nodes: Iterable[dict[str, float]]) 
         if missing:
             unmet.append(Demand(name=wanted.name, count=missing, resources=wanted.resources))
     return unmet
+
+
+def _size(wanted: Demand) -> tuple[float, float]:
+    return wanted.resources.get("GPU", 0.0), wanted.resources.get("CPU", 0.0)
+
+
+def _has_room(node: dict[str, float], resources: dict[str, float]) -> bool:
+    return all(node.get(name, 0.0) >= amount - 1e-9 for name, amount in resources.items())
 
 
 def _node_capacities() -> list[dict[str, float]]:
@@ -113,34 +116,29 @@ def _node_capacities() -> list[dict[str, float]]:
     config = state.get_cluster_config()
     if config is not None:
         for group in config.node_group_configs:
-            present = sum(
-                all(node.get(name, 0) >= amount for name, amount in group.resources.items())
-                for node in nodes
-            )
-            more = (100 if group.max_count < 0 else group.max_count) - present
-            nodes += [
-                {name: float(amount) for name, amount in group.resources.items()}
-                for _ in range(max(0, more))
-            ]
+            resources = {name: float(amount) for name, amount in group.resources.items()}
+            num_present = sum(_has_room(node, resources) for node in nodes)
+            most = _MANY if group.max_count < 0 else group.max_count
+            nodes += [dict(resources) for _ in range(most - num_present)]
     return nodes
 
 
 def _amounts(resources: dict[str, float]) -> str:
-    shown = {
-        name: amount
-        for name, amount in resources.items()
+    """`8 CPU, 1 GPU`: what Ray adds by itself is left out."""
+    shown = [
+        f"{amount:g} {name}"
+        for name, amount in sorted(resources.items())
         if not name.startswith(("node:", "accelerator_type:"))
         and name not in ("memory", "object_store_memory")
-    }
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"
+    ]
+    return ", ".join(shown) or "nothing"
 
 
 def run_placed(config: RunConfig, kind: Kind, work: Callable[[RunConfig], None]) -> None:
-    """`work(config)` in one Ray process that is placed like one of `kind`, or in this process when
-    Ray is not there.
+    """`work(config)` in one Ray process that is placed like a process of `kind`.
 
-    Raises ValueError when the cluster has no room for it. A process that dies is started again,
-    three times at most.
+    Without Ray it runs in this process. Raises ValueError when the cluster has no room for it. A
+    process that dies is started again, three times at most.
     """
     import ray
 
@@ -148,8 +146,5 @@ def run_placed(config: RunConfig, kind: Kind, work: Callable[[RunConfig], None])
         work(config)
         return
     require_resources([demand(config.compute, kind)])
-    ray.get(
-        ray.remote(work)
-        .options(max_retries=3, **worker_options(config.compute, kind))
-        .remote(config)
-    )
+    options = worker_options(config.compute, kind)
+    ray.get(ray.remote(work).options(max_retries=3, **options).remote(config))

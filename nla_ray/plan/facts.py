@@ -82,13 +82,12 @@ class PlanFacts:
     @classmethod
     def of(cls, run: Run) -> PlanFacts:
         """Facts of a run. Raises ValueError when the sizes of its base cannot be known."""
-        corpus = run.find("corpus")
-        counted = corpus is not None and isinstance(corpus.metrics.get("num_chunks"), int)
+        num_chunks = _counted_chunks(run)
         return cls(
             config=run.config,
             sizes=base_sizes(run.config),
-            texts=corpus.metrics["num_chunks"] if counted else run.config.corpus.max_chunks,
-            texts_counted=counted,
+            texts=run.config.corpus.max_chunks if num_chunks is None else num_chunks,
+            texts_counted=num_chunks is not None,
             labels_per_text=_labels_per_text(run),
         )
 
@@ -162,6 +161,12 @@ class PlanFacts:
         if processes.on_gpu:
             return _FLOPS["gpu"]
         return _FLOPS[f"cpu {self.config.base.dtype}"] * self.config.compute.threads
+
+
+def _counted_chunks(run: Run) -> int | None:
+    corpus = run.find("corpus")
+    count = corpus.metrics.get("num_chunks") if corpus is not None else None
+    return count if isinstance(count, int) else None
 
 
 def _labels_per_text(run: Run) -> float:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nla_ray.run.location import Location, copied_while, copy_files
+from nla_ray.run.location import Location, copy_files, mirror_folder
 from nla_ray.run.lock import Lease, LocalLock
 from nla_ray.run.manifest import MANIFEST_NAME, Manifest
 from nla_ray.run.stages import job_of, stage_named
@@ -145,7 +145,7 @@ class Artifact:
             return
         with tempfile.TemporaryDirectory(prefix="nla_ray_") as folder:
             copy_files(self.location, Location.of(folder))
-            with copied_while(Path(folder), self.location):
+            with mirror_folder(Path(folder), self.location):
                 yield Path(folder)
 
 

@@ -1,5 +1,7 @@
-"""A file or folder on a local disk or an object store; what is in it, and copies that follow
-changes."""
+"""A file or folder on a local disk or an object store, and copies that follow changes.
+
+It protects the rule that a reader sees a file whole or not at all. It knows no artifact.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +21,35 @@ from nla_ray.run.manifest import FileRecord
 
 logger = get_logger(__name__)
 
-
 _COPY_SECONDS = 60.0
+"""Seconds between two copies of a local folder that belongs to a store."""
 _BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder or file on a pyarrow filesystem. Local paths and URIs are handled alike."""
+    """A folder or file on a pyarrow filesystem; local paths and URIs are handled alike.
+
+    >>> str(Location.of("/runs") / "nano")
+    '/runs/nano'
+    """
 
     filesystem: pafs.FileSystem
     path: str
 
     @classmethod
-    def of(cls, where: str | Path) -> Location:
-        """From a local path or a URI (file://, s3://, gs://, hdfs://, or any fsspec scheme that is
-        installed)."""
-        text = str(where)
+    def of(cls, path_or_uri: str | Path) -> Location:
+        """From a local path or a URI: file://, s3://, gs://, hdfs://, or a scheme of fsspec.
+
+        Raises ValueError for a scheme that neither pyarrow nor fsspec speaks.
+        """
+        text = str(path_or_uri)
         if "://" not in text:
             return cls(pafs.LocalFileSystem(), str(Path(text).absolute()))
         try:
             filesystem, path = pafs.FileSystem.from_uri(text)
         except (OSError, ValueError) as error:
-            filesystem, path = _fsspec(text, error)
+            filesystem, path = _through_fsspec(text, error)
         return cls(filesystem, path)
 
     @property
@@ -96,8 +104,7 @@ class Location:
         self.write_bytes(content.encode())
 
     def delete(self) -> None:
-        """Remove the file or the folder with everything in it; nothing happens when it is not
-        there."""
+        """Remove the file, or the folder with everything in it; what does not exist is no error."""
         kind = self.filesystem.get_file_info(self.path).type
         if kind == pafs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
@@ -114,9 +121,8 @@ class Location:
         return FileRecord(size=size, sha256=digest.hexdigest())
 
 
-def _fsspec(uri: str, reason: Exception) -> tuple[pafs.FileSystem, str]:
-    """A filesystem that pyarrow itself does not speak, through fsspec. Raises ValueError when there
-    is none."""
+def _through_fsspec(uri: str, reason: Exception) -> tuple[pafs.FileSystem, str]:
+    """A filesystem that pyarrow itself does not speak."""
     try:
         import fsspec
 
@@ -130,42 +136,42 @@ def _fsspec(uri: str, reason: Exception) -> tuple[pafs.FileSystem, str]:
 
 
 def copy_files(source: Location, target: Location) -> None:
+    """Copy every file of a folder."""
     for path in source.list_files():
         (target / path).write_bytes((source / path).read_bytes())
 
 
 @contextmanager
-def copied_while(folder: Path, target: Location) -> Iterator[None]:
-    """Copies what changes in a local folder every _COPY_SECONDS, and what is left on exit."""
-    copied = _state(folder)
+def mirror_folder(folder: Path, target: Location) -> Iterator[None]:
+    """Copy what changes in a local folder every _COPY_SECONDS, and what is left on exit."""
+    states = _file_states(folder)
     stopped = threading.Event()
 
-    def copy() -> None:
-        for path, state in _state(folder).items():
-            if copied.get(path) != state:
+    def copy_changes() -> None:
+        for path, state in _file_states(folder).items():
+            if states.get(path) != state:
                 (target / path).write_bytes((folder / path).read_bytes())
-                copied[path] = state
+                states[path] = state
 
-    def keep() -> None:
+    def keep_copying() -> None:
         while not stopped.wait(_COPY_SECONDS):
             try:
-                copy()
-            except OSError as error:  # the next round or the last one tries again
+                copy_changes()
+            except OSError as error:  # the next round tries again
                 logger.warning("%s: not copied this time: %s", target, error)
 
-    thread = threading.Thread(target=keep, daemon=True)
+    thread = threading.Thread(target=keep_copying, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stopped.set()
         thread.join()
-        copy()
+        copy_changes()
 
 
-def _state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file, by its path below the folder; files on their way to
-    another name are left out."""
+def _file_states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file, by its path; half-written files are left out."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".tmp")
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)

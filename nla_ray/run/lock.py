@@ -1,5 +1,8 @@
-"""One process works on a run directory at a time: a lock of the kernel's, or a lease on an object
-store."""
+"""One process works on a run directory at a time: by a lock of the kernel, or by a lease.
+
+It protects the rule that a process that died holds nothing: the kernel drops its lock, and a lease
+that is not renewed is stale.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from nla_ray.run.log import get_logger
 
 logger = get_logger(__name__)
 
-
 _LOCK_NAME = ".lock"
 _LEASE_SECONDS = 90.0
+"""How long a lease is valid; it is renewed every third of this time."""
 
 
 class LocalLock:
@@ -28,7 +31,8 @@ class LocalLock:
     def __init__(self, root: Location) -> None:
         try:
             Path(root.path).mkdir(parents=True, exist_ok=True)
-            self._file = open(f"{root.path}/{_LOCK_NAME}", "a+")
+            # Open as long as the lock is held.
+            self._file = open(f"{root.path}/{_LOCK_NAME}", "a+")  # noqa: SIM115
         except OSError as error:
             raise ValueError(
                 f"run directory {root}: got {error.strerror}, expected a folder that can be"
@@ -40,35 +44,33 @@ class LocalLock:
             self._file.seek(0)
             raise ValueError(_busy(root, self._file.read().strip())) from None
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.write(_this_process())
         self._file.flush()
 
     def release(self) -> None:
+        """Give the run directory back."""
         self._file.close()
 
 
 class Lease:
-    """The same on an object store: a file renewed every third of its validity, stale when it is not
-    renewed."""
+    """The same on an object store: a file that says who works here, and since when."""
 
     def __init__(self, root: Location) -> None:
-        self._file, self._owner = (
-            root / _LOCK_NAME,
-            f"process {os.getpid()} on {platform.node()} {uuid.uuid4().hex[:6]}",
-        )
+        self._file = root / _LOCK_NAME
+        self._owner = f"{_this_process()} {uuid.uuid4().hex[:6]}"
         if self._file.exists():
             lease = json.loads(self._file.read_text())
             if time.time() - lease["time"] < _LEASE_SECONDS:
                 raise ValueError(_busy(root, lease["owner"]))
         self._renew()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
         self._thread.start()
 
     def _renew(self) -> None:
         self._file.write_text(json.dumps({"owner": self._owner, "time": time.time()}))
 
-    def _keep(self) -> None:
+    def _keep_renewing(self) -> None:
         while not self._stop.wait(_LEASE_SECONDS / 3):
             try:
                 self._renew()
@@ -76,9 +78,14 @@ class Lease:
                 logger.warning("%s: not renewed this time: %s", self._file, error)
 
     def release(self) -> None:
+        """Give the run directory back."""
         self._stop.set()
         self._thread.join()
         self._file.delete()
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def _busy(root: Location, owner: str) -> str:

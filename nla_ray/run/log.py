@@ -1,7 +1,7 @@
-"""What a run tells its user: log lines, progress of a stage, and metrics as one JSON object a line.
+"""What a run tells its user: log lines, and the progress of a stage.
 
-Knows nothing of Ray or of any stage. Protects the rule that a metrics file can always be read,
-however its writer died.
+It knows nothing of Ray or of any stage. It protects the rule that a terminal has one writer: lines
+and what is drawn below them never go through each other.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.progress import Progress
 
-
 _ROOT = "nla_ray"
+"""The logger of the package, above those of its modules."""
 _QUIET_LIBRARIES = (
     "ray",
     "ray.data",
@@ -40,16 +40,18 @@ _LINE_SECONDS = 10.0
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module (`get_logger(__name__)`), silent below WARNING until `configure` or
-    `configure_worker` ran."""
+    """The logger of a module: `get_logger(__name__)`.
+
+    It is silent below WARNING until `configure_logging` or `configure_worker_logging` ran.
+    """
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
 
 
-def configure(log_path: Path | None = None) -> None:
-    """Show nla_ray's lines from INFO and libraries' from WARNING on stderr; with `log_path`, all in
-    that file too.
+def configure_logging(log_path: Path | None = None) -> None:
+    """Show nla_ray's lines from INFO on stderr, and those of libraries from WARNING.
 
-    A file that cannot be written is left out: the run itself will say why.
+    With `log_path` all lines go into that file too. A file that cannot be written is left out: the
+    run itself will say why.
     """
     handlers: list[logging.Handler] = [_terminal_handler()]
     if log_path is not None:
@@ -64,11 +66,11 @@ def configure(log_path: Path | None = None) -> None:
     _install(handlers)
 
 
-def configure_worker() -> None:
-    """The same in a Ray worker, whose lines Ray carries to the driver: message only, libraries from
-    ERROR.
+def configure_worker_logging() -> None:
+    """The same in a worker process: messages alone, and libraries from ERROR.
 
-    Ray runs it in every worker process of a job, before any task (`worker_process_setup_hook`).
+    Ray runs it in every worker process of a job, before any task (`worker_process_setup_hook`), and
+    carries the lines to the driver.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -88,9 +90,8 @@ def _install(handlers: list[logging.Handler]) -> None:
     logger.propagate = False
     for name in _QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").addFilter(
-        _is_error
-    )  # it sets its own level when it is imported; a filter stays
+    # DeepSpeed sets its own level when it is imported; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
 
 
 def _is_error(record: logging.LogRecord) -> bool:
@@ -119,8 +120,10 @@ _displays: list[Live | Progress] = []
 
 
 def terminal() -> Console | None:
-    """The console on stderr, one for all: a line that another console wrote would go through what
-    is drawn. None without a terminal."""
+    """The console on stderr, the same for all; None where stderr is no terminal.
+
+    A line that a second console wrote would go through what is drawn.
+    """
     return _stderr_console() if sys.stderr.isatty() else None
 
 
@@ -186,14 +189,15 @@ def _bar(title: str, total: int, console: Console) -> Iterator[Callable[..., Non
 
 @contextmanager
 def _lines(title: str, total: int) -> Iterator[Callable[..., None]]:
-    done, started, last = 0, time.monotonic(), time.monotonic()
+    started = written = time.monotonic()
+    done = 0
     logger = get_logger("progress")
 
     def advance(count: int = 1, note: str = "") -> None:
-        nonlocal done, last
+        nonlocal done, written
         done += count
-        if time.monotonic() - last >= _LINE_SECONDS:
-            last = time.monotonic()
+        if time.monotonic() - written >= _LINE_SECONDS:
+            written = time.monotonic()
             logger.info("%s: %d of %d%s", title, done, total, f", {note}" if note else "")
 
     yield advance

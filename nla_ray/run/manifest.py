@@ -1,7 +1,7 @@
-"""The manifest: the file beside every artifact that says what it is and what it was made from.
+"""The manifest: the file in every artifact that says what it is and what it was made from.
 
-It is written last, so its presence means that the artifact is complete. It knows nothing of folders
-or file systems.
+It is written last: an artifact with a manifest is complete. This module knows nothing of folders or
+file systems. It protects lineage: no document that was learned from is reported on.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Manifest:
     """Identity of one artifact."""
 
     name: str
-    """Which artifact of the run: corpus, activations, labels, reward_scorer, judge_scorer, sft,
-    grpo, report."""
+    """The artifact's name in the run: that of its stage, or a name of its own."""
     config: dict[str, Any]
     """The resolved configuration it was made with (the sections that shape it)."""
     config_hash: str
+    """Hash of `config` and `parents`."""
     parents: dict[str, str] = field(default_factory=dict)
     """Fingerprint of every artifact it was made from, by name."""
     files: dict[str, FileRecord] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class Manifest:
     documents: dict[str, list[str]] = field(default_factory=dict)
     """doc_ids by use: `train` (learned from), `validation` (chosen on), `test` (reported on)."""
     model: dict[str, Any] = field(default_factory=dict)
-    """The base: name, digest, tokenizer digest, layer, d_model, injection norm, marker and its
-    neighbours."""
+    """The base: name, digests, layer, d_model, injection norm, marker and its neighbours."""
     metrics: dict[str, Any] = field(default_factory=dict)
+    """Figures of the stage: counts, losses, the best step."""
     environment: dict[str, str] = field(default_factory=dict)
     """Versions of Python and of the libraries that shape the numbers."""
     created: str = ""
@@ -54,28 +54,27 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the artifact IS (name, configuration, parents, files), not of when it was
-        made."""
+        """Hash of what the artifact IS: name, configuration, parents and files.
+
+        When it was made, and on what, changes nothing.
+        """
         files = {path: record.sha256 for path, record in sorted(self.files.items())}
         return config_hash(
             {"name": self.name, "config": self.config_hash, "parents": self.parents, "files": files}
         )
 
     def to_json(self) -> str:
-        return (
-            json.dumps(
-                {**dataclasses.asdict(self), "fingerprint": self.fingerprint},
-                indent=1,
-                sort_keys=True,
-            )
-            + "\n"
-        )
+        """The manifest as its file holds it, with its fingerprint."""
+        values = {**dataclasses.asdict(self), "fingerprint": self.fingerprint}
+        return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:
-        """Raises ValueError, naming `source`, when the text is not a manifest of this schema, or
-        when its fingerprint (of files, configuration and parents; not of documents, metrics and
-        model) is not its own.
+        """The manifest that a file holds.
+
+        Raises ValueError, naming `source`, for a text that is not a manifest of this schema, and
+        for one that was edited. The fingerprint tells of files, configuration and parents; not of
+        documents, metrics and model.
         """
         try:
             fields = json.loads(text)
@@ -101,8 +100,7 @@ def check_lineage(
     ancestors: Mapping[str, Manifest],
     uses: Sequence[str] = ("train", "validation"),
 ) -> None:
-    """Raise ValueError when a document of a report was learned from, or chosen on, by any
-    ancestor."""
+    """Raise ValueError when an ancestor learned from a report's document, or was chosen on it."""
     reported = set(report_documents)
     for name, manifest in ancestors.items():
         for use in uses:
@@ -116,11 +114,9 @@ def check_lineage(
 
 
 def check_disjoint(first: Manifest, second: Manifest) -> None:
-    """Raise ValueError when two artifacts (the reward scorer and the judge) learned from a common
-    document."""
-    common = sorted(
-        set(first.documents.get("train", ())).intersection(second.documents.get("train", ()))
-    )
+    """Raise ValueError when two scorers learned from a common document."""
+    learned_from = set(first.documents.get("train", ()))
+    common = sorted(learned_from.intersection(second.documents.get("train", ())))
     if common:
         raise ValueError(
             f"{first.name} and {second.name} share {len(common)} train documents: {common[:3]},"

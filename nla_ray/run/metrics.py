@@ -1,4 +1,7 @@
-"""A file of metrics, one JSON object a line, that can always be read, however its writer died."""
+"""A file of metrics, one JSON object a line.
+
+It protects the rule that the file can always be read, however its writer died.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,10 @@ METRICS_NAME = "metrics.jsonl"
 """What a training stage wrote down step by step, inside its artifact."""
 
 
-# Metrics ------------------------------------------------------------------------------------------
-
-
 class MetricsLog:
-    """A file of metrics, one JSON object a line, that its writer may be killed on.
+    """A file of metrics whose writer may be killed at any time.
 
-    The first line appended cuts off a torn last one; reading skips it, and changes nothing.
+    A torn last line is skipped by readers; the next writer cuts it off before it appends.
 
     Example: `log.append({"step": 3, "loss": 2.5})` writes `{"step": 3, "loss": 2.5}`.
     """
@@ -40,9 +40,8 @@ class MetricsLog:
         """Every whole line, oldest first. Raises ValueError for a damaged one."""
         if not self.path.exists():
             return []
-        *lines, _torn = self.path.read_text().split(
-            "\n"
-        )  # what no line break ends is not there yet: the next append cuts it off
+        # Text after the last line break is torn, or empty.
+        *lines, _ = self.path.read_text().split("\n")
         records = []
         for number, line in enumerate(lines, 1):
             try:

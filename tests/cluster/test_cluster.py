@@ -208,9 +208,8 @@ def test_a_full_disk_is_one_message_whoever_notices_it() -> None:
     ):
         with pytest.raises(Exception) as caught:
             write()
-        assert "no space left on device" in user_message(
-            caught.value
-        ) and "make room" in user_message(caught.value), caught.value
+        message = user_message(caught.value)
+        assert message and "no space left on device" in message and "make room" in message
     said_by_safetensors = (
         "Error while serializing: I/O error: No space left on device (os error 28)"
     )
@@ -278,7 +277,7 @@ def test_an_interrupted_job_stops_within_ten_seconds_leaves_no_process_and_says_
     assert any("raylet" in process.name() for process in started)
     sent = time.monotonic()
     job.send_signal(number)
-    output, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=60)
     assert job.returncode == 130, errors
     assert time.monotonic() - sent < 10
     _, alive = psutil.wait_procs(started, timeout=2)
@@ -292,11 +291,9 @@ def test_an_interrupted_job_stops_within_ten_seconds_leaves_no_process_and_says_
 
 def test_a_users_error_ends_a_job_with_one_line_and_status_1(tmp_path: Path) -> None:
     job = start_job(tmp_path, "fail", ray=False)
-    output, errors = job.communicate(timeout=120)
-    assert (job.returncode, errors.strip().splitlines()[-1]) == (
-        1,
-        "error: thing: got 2, expected 1. Change it.",
-    )
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert errors.strip().splitlines()[-1] == "error: thing: got 2, expected 1. Change it."
     assert "Traceback" not in errors
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text(), (
         "the details are in the run's log"
@@ -330,64 +327,33 @@ def test_an_address_where_no_cluster_is_is_one_message(tmp_path: Path) -> None:
 def test_a_job_submitted_to_a_running_cluster_runs_there(
     tmp_path: Path, tiny_base, tiny_run, publish_corpus
 ) -> None:
-    """`ray start --head`, then `ray job submit --working-dir . -- python jobs/capture.py`, in a Ray
-    of its own ports."""
+    """A head node is started, and jobs/capture.py submitted to it, in a Ray on ports of its own."""
     run = tiny_run("run")
     publish_corpus(run)
     programs = Path(sys.executable).parent
     tool = str(programs / "ray")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{programs}:{environment['PATH']}"}
+    options = """
+        --head --block --port=26379 --dashboard-port=28265 --num-cpus=2
+        --dashboard-agent-listen-port=0 --ray-client-server-port=26380
+        --include-dashboard=true --object-store-memory=100000000
+    """.split()
     head = subprocess.Popen(
-        [
-            tool,
-            "start",
-            "--head",
-            "--block",
-            "--port=26379",
-            "--dashboard-port=28265",
-            "--num-cpus=2",
-            "--dashboard-agent-listen-port=0",
-            "--ray-client-server-port=26380",
-            "--include-dashboard=true",
-            "--object-store-memory=100000000",
-            "--temp-dir",
-            f"/tmp/nla_{os.getpid()}",
-        ],
+        [tool, "start", *options, "--temp-dir", f"/tmp/nla_{os.getpid()}"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        entry = [
-            "python",
-            "jobs/capture.py",
-            "--run-dir",
-            run.config.run_dir,
-            "--base.model",
-            tiny_base.model,
-            "--base.layer",
-            "1",
-            "--base.injection-norm",
-            "4",
-            "--base.max-tokens",
-            "256",
-            "--base.device",
-            "cpu",
-            "--compute.capture-cpus",
-            "0.5",
-        ]
-        submit = [
-            tool,
-            "job",
-            "submit",
-            "--address",
-            "http://127.0.0.1:28265",
-            "--working-dir",
-            str(ROOT),
-            "--",
-            *entry,
-        ]
+        paths = ["--run-dir", run.config.run_dir, "--base.model", tiny_base.model]
+        flags = """
+            --base.layer 1 --base.injection-norm 4 --base.max-tokens 256 --base.device cpu
+            --compute.capture-cpus 0.5
+        """.split()
+        address = ["--address", "http://127.0.0.1:28265", "--working-dir", str(ROOT)]
+        entry = ["python", "jobs/capture.py", *paths, *flags]
+        submit = [tool, "job", "submit", *address, "--", *entry]
         for _ in range(20):
             done = subprocess.run(
                 submit, env=environment, capture_output=True, text=True, timeout=300

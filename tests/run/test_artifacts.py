@@ -1,5 +1,4 @@
-"""Artifacts: the same on every file system; complete, resumed, damaged, mismatched, locked; and
-what their lineage proves."""
+"""Artifacts on every file system: complete, resumed, damaged, mismatched, locked, their lineage."""
 
 from __future__ import annotations
 
@@ -47,19 +46,19 @@ def where(request, tmp_path: Path) -> str:
 
 def test_an_artifact_is_complete_when_its_manifest_is_there(where: str) -> None:
     run = run_at(where)
-    stage = run.open_artifact("corpus", "corpus")
-    assert not stage.complete and run.find("corpus") is None
-    (stage.location / "part-00000.parquet").write_bytes(b"rows")
-    (stage.location / "deep" / "notes.txt").write_text("hello")
-    (stage.location / "scratch" / "checkpoint").write_bytes(b"lost")
-    (stage.location / "half.tmp").write_bytes(b"lost")
-    manifest = stage.publish(documents={"train": ["b", "a", "b"]}, metrics={"rows": 4})
+    artifact = run.open_artifact("corpus", "corpus")
+    assert not artifact.complete and run.find("corpus") is None
+    (artifact.location / "part-00000.parquet").write_bytes(b"rows")
+    (artifact.location / "deep" / "notes.txt").write_text("hello")
+    (artifact.location / "scratch" / "checkpoint").write_bytes(b"lost")
+    (artifact.location / "half.tmp").write_bytes(b"lost")
+    manifest = artifact.publish(documents={"train": ["b", "a", "b"]}, metrics={"rows": 4})
     assert set(manifest.files) == {"part-00000.parquet", "deep/notes.txt"}
     assert manifest.files["deep/notes.txt"] == FileRecord(
         size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     )
     assert manifest.documents == {"train": ["a", "b"]}
-    assert not (stage.location / "scratch" / "checkpoint").exists()
+    assert not (artifact.location / "scratch" / "checkpoint").exists()
     again = run_at(where)
     assert again.find("corpus") == manifest
     assert again.open_artifact("corpus", "corpus").complete
@@ -74,8 +73,8 @@ def test_the_manifest_holds_the_resolved_configuration_and_the_versions(where: s
 
 
 def test_an_interrupted_stage_is_continued_with_the_files_it_has(where: str) -> None:
-    stage = run_at(where).open_artifact("corpus", "corpus")
-    (stage.location / "part-00000.parquet").write_bytes(b"first")
+    artifact = run_at(where).open_artifact("corpus", "corpus")
+    (artifact.location / "part-00000.parquet").write_bytes(b"first")
     again = run_at(where).open_artifact("corpus", "corpus")
     assert not again.complete
     assert (again.location / "part-00000.parquet").read_bytes() == b"first"
@@ -86,9 +85,9 @@ def test_an_interrupted_stage_is_continued_with_the_files_it_has(where: str) -> 
 def test_another_configuration_on_the_same_directory_is_an_error_that_names_the_field(
     where: str, published: bool
 ) -> None:
-    stage = run_at(where).open_artifact("corpus", "corpus")
+    artifact = run_at(where).open_artifact("corpus", "corpus")
     if published:
-        stage.publish()
+        artifact.publish()
     with pytest.raises(
         ValueError,
         match=(
@@ -123,11 +122,11 @@ def test_a_missing_artifact_is_an_error_that_names_the_job(where: str) -> None:
 
 def test_files_written_into_the_local_folder_land_in_the_artifact(where: str) -> None:
     run = run_at(where)
-    stage = run.open_artifact("sft", "sft")
-    with stage.local_folder() as folder:
+    artifact = run.open_artifact("sft", "sft")
+    with artifact.local_folder() as folder:
         (folder / "adapter").mkdir()
         (folder / "adapter" / "config.json").write_text("{}")
-    manifest = stage.publish()
+    manifest = artifact.publish()
     assert set(manifest.files) == {"adapter/config.json"}
     with run.local_copy("sft", manifest, "adapter") as folder:
         assert (folder / "config.json").read_text() == "{}"
@@ -137,19 +136,18 @@ def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(location, "_COPY_SECONDS", 0.05)
-    stage = run_at(where).open_artifact("sft", "sft")
-    with pytest.raises(RuntimeError, match="cut off"), stage.local_folder() as folder:
+    artifact = run_at(where).open_artifact("sft", "sft")
+    with pytest.raises(RuntimeError, match="cut off"), artifact.local_folder() as folder:
         (folder / "half.tmp").write_text("on its way")
         (folder / "first").write_text("1")
         deadline = time.monotonic() + 30
-        while not (
-            stage.location / "first"
-        ).exists():  # there while the work goes on: a kill would leave it
+        # Copied while the work goes on: a kill would leave it.
+        while not (artifact.location / "first").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         (folder / "second").write_text("2")
         raise RuntimeError("cut off")
-    with stage.local_folder() as folder:
+    with artifact.local_folder() as folder:
         assert [(folder / name).read_text() for name in ("first", "second")] == ["1", "2"]
 
 
@@ -159,10 +157,10 @@ def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_a_damaged_file_is_one_message_that_names_it(where: str, damage: str) -> None:
     run = run_at(where)
-    stage = run.open_artifact("corpus", "corpus")
-    file = stage.location / "part-00000.parquet"
+    artifact = run.open_artifact("corpus", "corpus")
+    file = artifact.location / "part-00000.parquet"
     file.write_bytes(b"four")
-    manifest = stage.publish()
+    manifest = artifact.publish()
     if damage == "gone":
         file.delete()
     else:
@@ -229,19 +227,21 @@ def test_two_runs_on_one_directory_are_refused(kind: str, tmp_path: Path, reques
         pass
 
 
+LOCK_AND_DIE = """
+import dataclasses, os, sys
+from nla_ray.run.artifact import Run
+from nla_ray.settings.presets import nano
+
+with Run(dataclasses.replace(nano(), run_dir=sys.argv[1])).locked():
+    os.kill(os.getpid(), 9)
+"""
+
+
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, dataclasses\nfrom nla_ray.run.artifact import Run\nfrom nla_ray.settings.presets"
-        " import nano\nwith Run(dataclasses.replace(nano(),"
-        f" run_dir={str(tmp_path)!r})).locked():\n    os.kill(os.getpid(), 9)"
-    )
     root = Path(__file__).resolve().parents[2]
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}
-        ).returncode
-        == -9
-    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", LOCK_AND_DIE, str(tmp_path)]
+    assert subprocess.run(command, env=environment).returncode == -9
     with run_at(tmp_path).locked():
         pass
 
@@ -294,18 +294,17 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 def test_a_full_disk_is_one_message_and_damages_nothing(small_disk) -> None:
     folder, _ = small_disk
-    stage = run_at(folder).open_artifact("corpus", "corpus")
-    (stage.location / "part-00000.parquet").write_bytes(b"a" * 50_000)
+    artifact = run_at(folder).open_artifact("corpus", "corpus")
+    (artifact.location / "part-00000.parquet").write_bytes(b"a" * 50_000)
     with pytest.raises(OSError) as caught:
-        (stage.location / "part-00001.parquet").write_bytes(b"b" * 500_000)
+        (artifact.location / "part-00001.parquet").write_bytes(b"b" * 500_000)
     assert caught.value.errno == errno.ENOSPC
-    assert "no space left on device" in user_message(caught.value) and "make room" in user_message(
-        caught.value
-    )
-    assert stage.location.list_files() == ["part-00000.parquet", "started.json"], (
+    message = user_message(caught.value)
+    assert message and "no space left on device" in message and "make room" in message
+    assert artifact.location.list_files() == ["part-00000.parquet", "started.json"], (
         "no half-written file is left"
     )
-    (stage.location / "part-00001.parquet").write_bytes(b"b" * 5_000)
+    (artifact.location / "part-00001.parquet").write_bytes(b"b" * 5_000)
     assert len(run_at(folder).open_artifact("corpus", "corpus").publish().files) == 2
 
 
@@ -346,13 +345,8 @@ def learned_from(name: str, *train: str, validation: tuple[str, ...] = ()) -> Ma
 
 
 def test_a_report_on_documents_nobody_learned_from_passes() -> None:
-    check_lineage(
-        ["t1", "t2"],
-        {
-            "sft": learned_from("sft", "a", "b"),
-            "grpo": learned_from("grpo", "a", validation=("v",)),
-        },
-    )
+    sft, grpo = learned_from("sft", "a", "b"), learned_from("grpo", "a", validation=("v",))
+    check_lineage(["t1", "t2"], {"sft": sft, "grpo": grpo})
 
 
 @pytest.mark.parametrize(
@@ -410,7 +404,7 @@ def test_a_metrics_log_goes_back_to_the_step_a_run_resumes_from(tmp_path: Path) 
 def test_a_damaged_line_in_the_middle_of_a_metrics_log_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl, line 2: got 'nonsense"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: got 'nonsense"):
         MetricsLog(path).read()
 
 

@@ -49,7 +49,7 @@ from nla_ray.nano.pretrain.model import (
 )
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of, split_of
-from nla_ray.run.log import configure_worker, get_logger
+from nla_ray.run.log import configure_worker_logging, get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import PretrainConfig, PretrainRunConfig, require
 
@@ -168,7 +168,7 @@ def pretrain_worker(rank: int, work: Work) -> None:
     model."""
     from transformers import Qwen2Tokenizer
 
-    configure_worker()
+    configure_worker_logging()
     torch.set_num_threads(1)
     config = work.config
     torch.distributed.init_process_group(
