@@ -86,10 +86,11 @@ class ActorPool:
         Raises RuntimeError when an actor died more often than is made good.
         """
         import ray
+        from ray.exceptions import RayActorError
 
         try:
             return ray.get(list(calls))
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise RuntimeError(
                 f"{self.kind} actors: got one that died {MAX_RETRIES + 1} times under one call or"
                 f" {MAX_RESTARTS + 1} times in all, expected it to come back"
@@ -128,14 +129,16 @@ class SharedArray:
 
     def __init__(self, array: np.ndarray) -> None:
         import ray
+        from ray import cloudpickle
 
-        self._pickled_reference = ray.cloudpickle.dumps(ray.put(array))
+        self._pickled_reference = cloudpickle.dumps(ray.put(array))
 
     def read(self) -> np.ndarray:
         """The array, in the store's own memory."""
         import ray
+        from ray import cloudpickle
 
-        return ray.get(ray.cloudpickle.loads(self._pickled_reference))
+        return ray.get(cloudpickle.loads(self._pickled_reference))
 
 
 def shared_tensor(array: SharedArray | np.ndarray) -> Tensor:

@@ -43,8 +43,10 @@ def user_message(error: BaseException) -> str | None:
 
 
 def _message_in(text: str) -> str | None:
-    """A user's error in the text of Ray's: Ray Data, and an actor that died in __init__, keep only
-    that."""
+    """The message of a user's error inside the text of Ray's.
+
+    Ray Data, and an actor that died in __init__, keep nothing but the text.
+    """
     if value_error := re.search(r"^ValueError: (.+)$", text, re.MULTILINE):
         return value_error[1].strip()
     os_error = re.search(r"^(?:OSError|PermissionError): \[Errno (\d+)\]", text, re.MULTILINE)

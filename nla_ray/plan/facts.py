@@ -46,6 +46,7 @@ class Processes:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether each of them books a GPU, or a part of it."""
         return bool(self.resources.get("GPU"))
 
 

@@ -54,6 +54,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
+        """Whether libraries that know only paths can open it."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def __truediv__(self, name: str) -> Location:
@@ -63,6 +64,7 @@ class Location:
         return self.path if self.is_local else f"{self.filesystem.type_name}:{self.path}"
 
     def exists(self) -> bool:
+        """Whether there is a file or a folder."""
         return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
 
     def list_files(self) -> list[str]:
@@ -76,10 +78,12 @@ class Location:
         )
 
     def read_bytes(self) -> bytes:
+        """The file's content."""
         with self.filesystem.open_input_stream(self.path) as stream:
             return stream.read()
 
     def read_text(self) -> str:
+        """The file's content, as UTF-8."""
         return self.read_bytes().decode()
 
     def write_bytes(self, content: bytes) -> None:
@@ -101,6 +105,7 @@ class Location:
             raise
 
     def write_text(self, content: str) -> None:
+        """Replace the file whole, as UTF-8."""
         self.write_bytes(content.encode())
 
     def delete(self) -> None:

@@ -54,10 +54,9 @@ class MetricsLog:
         return records
 
     def rewind(self, key: str, last: float) -> None:
-        """Drop the records whose `key` is above `last`: a run that resumes from step `last` writes
-        them again.
+        """Drop the records whose `key` is above `last`; records without the key stay.
 
-        Records without the key stay.
+        A run that resumes from step `last` writes them again.
         """
         kept = [record for record in self.read() if record.get(key, last) <= last]
         temporary = self.path.with_name(f"{self.path.name}.tmp")

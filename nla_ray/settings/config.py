@@ -566,17 +566,16 @@ def from_dict(kind: type[Section], values: Mapping[str, Any]) -> Section:
     Raises TypeError for a field that `kind` does not have.
     """
     types = get_type_hints(kind)
-
-    def restored(name: str, value: Any) -> Any:
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
         if dataclasses.is_dataclass(types.get(name)) and isinstance(value, dict):
-            return from_dict(types[name], value)
-        return _tuples(value) if isinstance(value, list) else value
+            value = from_dict(types[name], value)
+        fields[name] = _as_tuple(value)
+    return kind(**fields)
 
-    return kind(**{name: restored(name, value) for name, value in values.items()})
 
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 def config_hash(value: Any) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nla_ray.settings.command_line import parse_arguments
-from nla_ray.settings.config import PretrainRunConfig, RunConfig, config_hash, to_dict
+from nla_ray.settings.config import PretrainRunConfig, RunConfig, config_hash, from_dict, to_dict
 from nla_ray.settings.presets import PRESETS, nano, override, preset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +75,7 @@ def test_a_preset_without_overrides_is_itself(name: str) -> None:
 def test_a_preset_survives_json_and_its_hash_is_stable(name: str) -> None:
     plain = to_dict(PRESETS[name]())
     assert json.loads(json.dumps(plain)) == plain
+    assert from_dict(RunConfig, plain) == PRESETS[name]()
     assert (
         config_hash(PRESETS[name]())
         == config_hash(plain)
