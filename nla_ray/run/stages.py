@@ -31,7 +31,7 @@ TIMINGS_NAME = "timings.json"
 PIPELINE_TARGET = "report"
 """`jobs/pipeline.py` makes the report, and so everything before it."""
 
-Kind = Literal["data", "scorer", "verbalizer", "report"]
+ArtifactKind = Literal["data", "scorer", "verbalizer", "report"]
 
 logger = get_logger(__name__)
 
@@ -51,7 +51,7 @@ class Stage:
     function: str
     """`module:function` of a Run, which returns the artifact's manifest. It skips an artifact that
     is complete and raises ValueError when that artifact was made under other settings."""
-    kind: Kind | None = None
+    kind: ArtifactKind | None = None
     """What the artifact is. None: the stage publishes no artifact, and its function returns what
     it found."""
     parents: tuple[str, ...] = ()
@@ -231,7 +231,7 @@ def job_of(artifact: str) -> str:
     raise KeyError(artifact)
 
 
-def artifacts_of_kind(kind: Kind) -> tuple[str, ...]:
+def artifacts_of_kind(kind: ArtifactKind) -> tuple[str, ...]:
     """The artifacts of a kind, in the order of the table, without variants.
 
     >>> artifacts_of_kind("verbalizer")

@@ -12,12 +12,14 @@ from nla_ray.settings.presets import preset
 _LONG_NAMES = {"--run": "--run-dir", "--import": "--label.import-path"}
 """Short names of flags that are typed often."""
 
-Config = TypeVar("Config", bound=RunConfig)
+_Config = TypeVar("_Config", bound=RunConfig)
 
 
 def parse_arguments(
-    description: str, arguments: Sequence[str] | None = None, config_class: type[Config] = RunConfig
-) -> Config:
+    description: str,
+    arguments: Sequence[str] | None = None,
+    config_class: type[_Config] = RunConfig,
+) -> _Config:
     """The configuration that a command line asks for; None: the process's own command line.
 
     `--preset NAME` chooses the start, every other flag overrides one field. Exits with status 2 and

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
-Section = TypeVar("Section")
+_Section = TypeVar("_Section")
 Relation = Literal[">=", ">", "<=", "<"]
 Gate = tuple[str, Relation, float]
 """A figure of the report, a relation, and the threshold that the figure must keep to."""
@@ -560,7 +560,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(kind: type[Section], values: Mapping[str, Any]) -> Section:
+def from_dict(kind: type[_Section], values: Mapping[str, Any]) -> _Section:
     """The configuration that `to_dict` has written: lists become tuples, inner objects dataclasses.
 
     Raises TypeError for a field that `kind` does not have.
