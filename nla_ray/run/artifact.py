@@ -29,6 +29,7 @@ from nla_ray.settings.config import RunConfig, config_hash, to_dict
 _STARTED_NAME = "started.json"
 """Configuration of an artifact that is being made; gone when its manifest is there."""
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "pyarrow")
+"""Whose versions a manifest records: those that shape the numbers."""
 
 
 class Artifact:
@@ -66,13 +67,9 @@ class Artifact:
         if marker.exists():
             started = json.loads(marker.read_text())
             self._require_same(started["config_hash"], started["config"], started["parents"])
-        else:
-            marker.write_text(
-                json.dumps(
-                    {"config_hash": self._hash, "config": self.config, "parents": self._parents},
-                    indent=1,
-                )
-            )
+            return
+        identity = {"config_hash": self._hash, "config": self.config, "parents": self._parents}
+        marker.write_text(json.dumps(identity, indent=1))
 
     def _require_same(
         self, stored_hash: str, stored_config: dict[str, Any], stored_parents: dict[str, str]
@@ -107,19 +104,19 @@ class Artifact:
         metrics: dict[str, Any] | None = None,
     ) -> Manifest:
         """Hash every file, write the manifest last, and return it."""
-        paths = [
-            path
+        files = {
+            path: (self.location / path).record()
             for path in self.location.list_files()
             if path not in (MANIFEST_NAME, _STARTED_NAME)
             and not path.startswith("scratch/")
             and not path.endswith(".tmp")
-        ]
+        }
         manifest = Manifest(
             name=self.name,
             config=self.config,
             config_hash=self._hash,
             parents=self._parents,
-            files={path: (self.location / path).record() for path in paths},
+            files=files,
             documents={use: sorted(set(ids)) for use, ids in (documents or {}).items()},
             model=model or {},
             metrics=metrics or {},
