@@ -182,8 +182,9 @@ def show_report(run: Run) -> None:
 def make_card(run: Run, report: Mapping[str, Any]) -> Path:
     """Write the published report as the preset's card into the package.
 
-    Its figures are the report's; only the texts written for it are described anew. Raises ValueError for a report on validation, of another arm, or with verbalizers beside the
-    run's own: a card is of the preset as it is.
+    Its figures are the report's; only the texts written for it are described anew. Raises
+    ValueError for a report on validation, of another arm, or with verbalizers beside the run's own:
+    a card is of the preset as it is.
     """
     name = run.config.report_artifact
     if name != "report":

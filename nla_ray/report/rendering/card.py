@@ -12,7 +12,12 @@ from pathlib import PurePath
 from typing import Any
 
 from nla_ray.report.rendering.content import Examples, Section, Table, TableRow
-from nla_ray.report.rendering.markdown import opening_markdown, section_markdown, text_sections
+from nla_ray.report.rendering.markdown import (
+    fenced,
+    opening_markdown,
+    section_markdown,
+    text_sections,
+)
 from nla_ray.report.rendering.rows import plain_columns
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -70,7 +75,7 @@ def examples_markdown(examples: Sequence[Mapping[str, Any]]) -> str:
             for name, content in rows.items()
             for number, line in enumerate(content.splitlines())
         ]
-        parts.append("\n".join(["```text", *lines, "```"]))
+        parts.append(fenced("\n".join(lines)))
     return "\n\n".join(parts)
 
 

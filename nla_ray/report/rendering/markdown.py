@@ -100,12 +100,14 @@ def _escaped(cell: str) -> str:
 
 
 def _example(number: int, example: Mapping[str, Any]) -> str:
-    """A text and its descriptions in fences longer than any run of backticks in them."""
-    texts = [example["text"], *example["descriptions"].values()]
-    runs = re.findall(r"`+", "\n".join(texts))
-    fence = "`" * (3 + max(map(len, runs), default=0))
     parts = [f"### Example {number}: {example['domain']}", f"`{example['activation_id']}`"]
-    parts.append(f"{fence}text\n{example['text']}\n{fence}")
+    parts.append(fenced(example["text"]))
     for name, description in example["descriptions"].items():
-        parts += [f"{name}:", f"{fence}text\n{description}\n{fence}"]
+        parts += [f"{name}:", fenced(description)]
     return "\n\n".join(parts)
+
+
+def fenced(text: str) -> str:
+    """A text between fences that are longer than any run of backticks in it."""
+    fence = "`" * (3 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
