@@ -21,7 +21,8 @@ from nla_ray.reinforce.rollouts import PublishedWeights, RolloutRequest, generat
 from nla_ray.reinforce.scoring import reconstruct
 from nla_ray.score.bootstrap import DocumentBootstrap
 from nla_ray.score.claims import claim_precision, repeats_item
-from nla_ray.score.metrics import Comparisons, Figure
+from nla_ray.score.comparisons import Comparisons
+from nla_ray.score.metrics import Figure
 from nla_ray.settings.config import GRPOSettings
 
 PREFIX = "monitor/"

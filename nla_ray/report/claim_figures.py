@@ -85,8 +85,8 @@ def _recall(rows: ClaimRows) -> Figure:
 
 
 def _gold_recall(description: str, gold: str) -> float:
-    wanted = claims.salient_words(gold)
-    return len(wanted & claims.salient_words(description)) / len(wanted) if wanted else 0.0
+    wanted = claims.claimed_words(gold)
+    return len(wanted & claims.claimed_words(description)) / len(wanted) if wanted else 0.0
 
 
 def _source_recall(rows: ClaimRows) -> Figure:

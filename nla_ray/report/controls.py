@@ -23,7 +23,7 @@ from torch import Tensor
 from nla_ray.base.prompts import GENERIC_DESCRIPTION
 from nla_ray.run.identity import seed_of
 from nla_ray.run.stages import artifacts_of_kind
-from nla_ray.score.metrics import derangement, nearest_rows
+from nla_ray.score.comparisons import derangement, nearest_rows
 
 SCORERS = tuple(name.removesuffix("_scorer") for name in artifacts_of_kind("scorer"))
 """Who scores: reward, judge, linear. The artifact of each is `{scorer}_scorer`."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from nla_ray.report.claim_figures import claim_figures
 from nla_ray.report.controls import SCORERS
 from nla_ray.score import claims
-from nla_ray.score.metrics import Comparisons, Figure, figures
+from nla_ray.score.comparisons import Comparisons
+from nla_ray.score.metrics import Figure, figures
 
 if TYPE_CHECKING:
     from nla_ray.description.record import Description

@@ -23,7 +23,7 @@ from nla_ray.report.readings import reconstruct_texts
 from nla_ray.report.summary import PREFIX_TOKENS
 from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
-from nla_ray.score.metrics import Comparisons
+from nla_ray.score.comparisons import Comparisons
 from nla_ray.settings.config import BaseConfig
 from nla_ray.text.domains import DOMAIN_NAMES
 from nla_ray.text.words import WordStatistics, salient_words

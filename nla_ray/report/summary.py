@@ -23,7 +23,7 @@ from nla_ray.report.gates import Gate, judge_gate
 from nla_ray.report.samples import sample_sections
 from nla_ray.score import claims
 from nla_ray.score.bootstrap import DocumentBootstrap, Interval
-from nla_ray.score.metrics import Figure, figures, retrieval
+from nla_ray.score.metrics import Figure, chances, figures, retrieval
 
 PREFIX_TOKENS = (4, 8, 16)
 """Lengths at which descriptions are cut for the prefix curve. Its last point is the whole text."""
@@ -47,7 +47,7 @@ def summarise(
         {
             "n": len(evaluated.doc_ids),
             "documents": len(set(evaluated.doc_ids)),
-            "chance": evaluated.comparisons.chances(),
+            "chance": chances(evaluated.comparisons),
             "results": _results(bootstrap, evaluated),
             "claims": _claims(bootstrap, evaluated),
             "paired": _paired_differences(bootstrap, evaluated),

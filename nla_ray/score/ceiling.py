@@ -12,8 +12,9 @@ from torch import Tensor
 from nla_ray.activation import vectors
 from nla_ray.activation.vectors import norm
 from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.linear import PENALTIES, fit, predict
-from nla_ray.score.metrics import Comparisons, Figure, figures
+from nla_ray.score.metrics import Figure, figures
 
 PUBLIC_DEPTH = 20 / 28
 """Share of the blocks below the layer that public verbalizers read (block 20 of 28)."""

@@ -60,7 +60,8 @@ def _checked(reconstructions: Tensor, fewest: int) -> tuple[int, int, int]:
     if reconstructions.ndim != 3 or reconstructions.shape[1] < fewest:
         raise ValueError(
             f"samples: got reconstructions of shape {tuple(reconstructions.shape)}, expected"
-            f" [n, N, d_model] with N at least {fewest}. Draw more samples of each activation, in groups of one size."
+            f" [n, N, d_model] with N at least {fewest}. Draw more samples of each activation, in"
+            " groups of one size."
         )
     batch, samples, d_model = reconstructions.shape
     return batch, samples, d_model

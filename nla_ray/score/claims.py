@@ -1,16 +1,16 @@
-"""What a description claims, and whether its text bears it out: items, repeats, salient words, the
-domain it names.
+"""What a description claims, and whether its text bears it out.
 
-Pure string work on the standard library, so that rewards may use it too. It knows neither models
-nor teachers; domain names are passed in. A description has bullets; a bullet is free prose or a
-list under a heading (`- Python test: frame, index`). The rule it protects: a description that
-claims nothing has precision 0, so that silence never raises the figure.
+Items, repeats, claimed words, the domain it names. Pure string work on the standard library, so
+that rewards may use it too. It knows neither models nor teachers; domain names are passed in. A
+description has bullets; a bullet is free prose or a list under a heading (`- Python test: frame,
+index`). The rule it protects: a description that claims nothing has precision 0, so that silence
+never raises the figure.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 from typing import Literal
 
@@ -23,27 +23,29 @@ PLACEHOLDERS = ("no word stands out", "no word in particular", "nothing in parti
 MIN_WORD_LETTERS = 3
 MAX_HEADING_WORDS = 4
 MAX_ITEM_WORDS = 2
-"""A bullet whose comma-separated parts are all this short is a list under a heading; anything
-longer is prose."""
+"""A bullet whose comma-separated parts are all this short is a list under a heading, else prose."""
 
 FUNCTION_WORDS = frozenset(
-    """a about above across after again against all almost also although always among an and another any anything are
-    around as at be because been before being below between both but by can cannot could did do does doing done down
-    during each either else etc even ever every everything few for from further get gets give given goes had has have
-    having he her here hers him his how however if in indicating instead into is it its itself just least less let
-    like likely lot made make makes making many may maybe me might more most much must my near need neither no nor not
-    nothing now of off often on once one only onto or other our out over own per perhaps possibly probably quite
-    rather same see seem seems several she should since so some something still such than that the their them then
-    there these they this those though through thus to together too toward towards under until up upon us use used
-    uses using very via was way we well were what when where whether which while who whom whose why will with within
-    without would yet you your yours""".split()
+    """a about above across after again against all almost also although always among an and another
+    any anything are around as at be because been before being below between both but by can cannot
+    could did do does doing done down during each either else etc even ever every everything few for
+    from further get gets give given goes had has have having he her here hers him his how however
+    if in indicating instead into is it its itself just least less let like likely lot made make
+    makes making many may maybe me might more most much must my near need neither no nor not nothing
+    now of off often on once one only onto or other our out over own per perhaps possibly probably
+    quite rather same see seem seems several she should since so some something still such than that
+    the their them then there these they this those though through thus to together too toward
+    towards under until up upon us use used uses using very via was way we well were what when where
+    whether which while who whom whose why will with within without would yet you your
+    yours""".split()
 )
 """English words without content of their own; they are true of every text."""
 DESCRIBING_WORDS = frozenset(
-    """activation answer assistant bullet content context continue continues continuation description discussion
-    document explanation focus follow following followed format involving language likely mention mentions model next
-    output passage pattern phrase preparing predict prediction related response salient sentence sequence starting
-    structure suggests text token tokens tone topic topics word words""".split()
+    """activation answer assistant bullet content context continue continues continuation
+    description discussion document explanation focus follow following followed format involving
+    language likely mention mentions model next output passage pattern phrase preparing predict
+    prediction related response salient sentence sequence starting structure suggests text token
+    tokens tone topic topics word words""".split()
 )
 """Words that describe any text rather than this one."""
 
@@ -89,8 +91,8 @@ def split_heading(bullet: str) -> tuple[str, str]:
 def items(description: str) -> list[str]:
     """The comma-separated parts of every bullet, headings left out, casefolded.
 
-    Example: "- Python test: frame, index\\n- next: another check" -> ["frame", "index", "another
-    check"]
+    >>> items("- Python test: frame, index\\n- next: another check")
+    ['frame', 'index', 'another check']
     """
     bodies = (split_heading(bullet)[1] for bullet in bullets(description))
     parts = (part.strip(_TRIMMED).casefold() for body in bodies for part in body.split(","))
@@ -98,8 +100,7 @@ def items(description: str) -> list[str]:
 
 
 def repeats_item(description: str) -> bool:
-    """Whether it lists an item twice, or says a word twice in a row inside one ("assert
-    assert")."""
+    """Whether it lists an item twice, or says a word twice in a row in one ("assert assert")."""
     listed = items(description)
     if len(set(listed)) < len(listed):
         return True
@@ -107,33 +108,34 @@ def repeats_item(description: str) -> bool:
 
 
 def word_pieces(text: str) -> list[str]:
-    """Words in order, casefolded, identifiers cut at `_`, digits and camelCase (a word beyond ASCII
-    stays whole).
+    """Words in order, casefolded; identifiers are cut at `_`, digits and camelCase.
 
-    Example: "readFrameIndex(df_test, x1)" -> ["read", "frame", "index", "df", "test", "x"]
+    A word beyond ASCII stays whole.
+
+    >>> word_pieces("readFrameIndex(df_test, x1)")
+    ['read', 'frame', 'index', 'df', 'test', 'x']
     """
-    runs = _LETTERS.findall(text)
-    return [
-        piece.casefold()
-        for run in runs
-        for piece in (_CAMEL_PIECE.findall(run) if run.isascii() else [run])
-    ]
+    pieces: list[str] = []
+    for run in _LETTERS.findall(text):
+        pieces += _CAMEL_PIECE.findall(run) if run.isascii() else [run]
+    return [piece.casefold() for piece in pieces]
 
 
 def found_words(text: str) -> frozenset[str]:
-    """What a one-word claim may match in a source text: identifiers whole and in pieces, and
-    numbers; casefolded."""
+    """What a one-word claim may match in a source text, casefolded.
+
+    These are identifiers, whole and in pieces, and numbers.
+    """
     whole = (identifier.casefold() for identifier in _IDENTIFIER.findall(text))
     return frozenset([*word_pieces(text), *whole, *_NUMBER.findall(text)])
 
 
-def salient_words(description: str) -> frozenset[str]:
-    """What a description claims to stand in THIS text: content words, names, numbers and quoted
-    strings, casefolded.
+def claimed_words(description: str) -> frozenset[str]:
+    """What a description claims to stand in THIS text, casefolded.
 
-    Left out are a list's heading (the kind of text: see `named_domain`) and everything under
-    `next:`, which forecasts what is not in the text. Quoted strings keep their spaces and count as
-    one claim.
+    These are content words, names, numbers and quoted strings. Left out are a list's heading (the
+    kind of text: see `named_domain`) and everything under `next:`, which forecasts what is not in
+    the text. Quoted strings keep their spaces and count as one claim.
     """
     claimed: set[str] = set()
     for bullet in bullets(description):
@@ -142,66 +144,70 @@ def salient_words(description: str) -> frozenset[str]:
         heading, body = split_heading(bullet)
         if heading.casefold() == NEXT_HEADING:
             continue
-        quoted = [
-            " ".join((double or single).casefold().split())
-            for double, single in _QUOTED.findall(body)
-        ]
         prose = _QUOTED.sub(" ", body)
-        claimed.update(string for string in quoted if string)
+        claimed.update(string for string in _quoted_strings(body) if string)
         claimed.update(_NUMBER.findall(prose))
         claimed.update(_content_words(prose, listed=bool(heading)))
     return frozenset(claimed)
 
 
 def specifics(description: str) -> frozenset[str]:
-    """The claims that only reading THIS text can bear out: quoted strings, numbers, names, and what
-    `tokens:` lists.
+    """The claims that only reading THIS text can bear out, casefolded.
 
-    Names are identifiers with an inner capital, digit or underscore, and capitalised words inside a
-    sentence; casefolded.
-    Example: 'mentions Alice and "two words" in 1984, near df_test' -> {"alice", "two words",
-    "1984", "df_test"}
+    These are quoted strings, numbers, names, and what `tokens:` lists. Names are identifiers with
+    an inner capital, digit or underscore, and capitalised words inside a sentence.
+
+    >>> sorted(specifics('mentions Alice and "two words" in 1984, near df_test'))
+    ['1984', 'alice', 'df_test', 'two words']
     """
-    told: set[str] = set()
+    claimed: set[str] = set()
     for bullet in bullets(description):
         heading, body = split_heading(bullet)
         if heading.casefold() == NEXT_HEADING:
             continue
-        told.update(
-            " ".join((double or single).casefold().split())
-            for double, single in _QUOTED.findall(body)
-        )
+        claimed.update(_quoted_strings(body))
         prose = _QUOTED.sub(" ", body)
-        told.update(name.casefold() for name in _NAME.findall(prose))
-        told.update(_NUMBER.findall(_NAME.sub(" ", prose)))
+        claimed.update(name.casefold() for name in _NAME.findall(prose))
+        claimed.update(_NUMBER.findall(_NAME.sub(" ", prose)))
         if heading.casefold() == TOKENS_HEADING and not any(
             placeholder in body for placeholder in PLACEHOLDERS
         ):
-            told.update(part.strip(_TRIMMED).casefold() for part in prose.split(","))
-    return frozenset(told - {""})
+            claimed.update(part.strip(_TRIMMED).casefold() for part in prose.split(","))
+    return frozenset(claimed - {""})
+
+
+def _quoted_strings(body: str) -> list[str]:
+    """Casefolded, with single spaces."""
+    return [
+        " ".join((double or single).casefold().split()) for double, single in _QUOTED.findall(body)
+    ]
 
 
 def missing_specifics(description: str, text: str) -> tuple[int, int]:
-    """(specifics that do not occur in the text, specifics told)."""
-    told = specifics(description)
+    """(specifics that do not occur in the text, all specifics)."""
+    claimed = specifics(description)
     found, flat = found_words(text), " ".join(text.casefold().split())
-    return sum(not (one in found or _stands_in(one, flat)) for one in told), len(told)
+    missing = [claim for claim in claimed if not (claim in found or _stands_in(claim, flat))]
+    return len(missing), len(claimed)
 
 
 def source_recall(description: str, words: Collection[str]) -> float:
-    """Share of a text's most salient words (given by the caller) that the description names; 0 for
-    a text without any."""
-    return len(salient_words(description) & set(words)) / len(words) if words else 0.0
+    """Share of a text's most salient words, which the caller gives, that the description names.
+
+    0 for a text without any.
+    """
+    return len(claimed_words(description) & set(words)) / len(words) if words else 0.0
 
 
 def similarity(first: str, second: str) -> float:
-    """Jaccard overlap of two descriptions' salient words, headings included: 1 for the same
-    template line, 0 for nothing shared."""
-    one, other = (
-        frozenset(word_pieces(first)) - FUNCTION_WORDS,
-        frozenset(word_pieces(second)) - FUNCTION_WORDS,
-    )
-    return len(one & other) / len(one | other) if one | other else 1.0
+    """Jaccard overlap of two descriptions' content words, headings included.
+
+    1 for the same template line, 0 for nothing shared.
+    """
+    first_words = frozenset(word_pieces(first)) - FUNCTION_WORDS
+    second_words = frozenset(word_pieces(second)) - FUNCTION_WORDS
+    union = first_words | second_words
+    return len(first_words & second_words) / len(union) if union else 1.0
 
 
 def quotes_something(description: str) -> bool:
@@ -218,35 +224,37 @@ def strip_quotes(description: str) -> str:
 
 
 def non_ascii_share(description: str) -> float:
-    """Share of characters beyond ASCII: rises when a verbalizer drifts into another language or
-    into noise."""
-    return (
-        sum(not character.isascii() for character in description) / len(description)
-        if description
-        else 0.0
-    )
+    """Share of characters beyond ASCII.
+
+    It rises when a verbalizer drifts into another language or into noise.
+    """
+    if not description:
+        return 0.0
+    return sum(not character.isascii() for character in description) / len(description)
 
 
 def marked(description: str, text: str) -> list[tuple[str, Mark]]:
-    """The description cut into pieces, each claim marked by whether the text bears it out; joined
-    they are the description.
+    """The description cut into pieces, each claim marked by whether the text bears it out.
 
-    Example: marked("- Python test: frame, qux", "def frame") ->
-        [("- Python test: ", ""), ("frame", "found"), (", ", ""), ("qux", "missing")]
+    Joined, the pieces are the description.
+
+    >>> marked("- Python test: frame, qux", "def frame")
+    [('- Python test: ', ''), ('frame', 'found'), (', ', ''), ('qux', 'missing')]
     """
-    claims, found = salient_words(description), found_words(text)
+    claims, found = claimed_words(description), found_words(text)
     flat = " ".join(text.casefold().split())
+    marks: dict[str, Mark] = {
+        claim: "found" if claim in found or _stands_in(claim, flat) else "missing"
+        for claim in claims
+    }
     pieces: list[tuple[str, Mark]] = []
     for line in re.split(r"(\n)", description):
-        pieces += _marked_line(
-            line, claims, lambda claim: claim in found or _stands_in(claim, flat)
-        )
+        pieces += _marked_line(line, marks)
     return _joined(pieces)
 
 
-def _marked_line(
-    line: str, claims: frozenset[str], stands: Callable[[str], bool]
-) -> Iterable[tuple[str, Mark]]:
+def _marked_line(line: str, marks: Mapping[str, Mark]) -> list[tuple[str, Mark]]:
+    """A line cut into pieces; `marks`: of every claim of the description."""
     head = _BULLET.match(line)
     start = head.end() if head else 0
     heading, body = split_heading(line[start:].strip())
@@ -257,11 +265,8 @@ def _marked_line(
     last = start
     for match in _CLAIM.finditer(line, start):
         claim = " ".join(match[0].strip(_QUOTES).casefold().split())
-        if claim in claims:
-            pieces += [
-                (line[last : match.start()], ""),
-                (match[0], "found" if stands(claim) else "missing"),
-            ]
+        if claim in marks:
+            pieces += [(line[last : match.start()], ""), (match[0], marks[claim])]
             last = match.end()
     return [*pieces, (line[last:], "")]
 
@@ -278,8 +283,10 @@ def _joined(pieces: Iterable[tuple[str, Mark]]) -> list[tuple[str, Mark]]:
 
 
 def _content_words(text: str, listed: bool) -> Iterable[str]:
-    """Word pieces that say something. In a list even "next" or "model" is a word of the text, not
-    one about it."""
+    """Word pieces that say something.
+
+    In a list even "next" or "model" is a word of the text, not about the text.
+    """
     excluded = FUNCTION_WORDS if listed else FUNCTION_WORDS | DESCRIBING_WORDS
     return (
         piece
@@ -291,23 +298,24 @@ def _content_words(text: str, listed: bool) -> Iterable[str]:
 def claim_counts(description: str, text: str) -> tuple[int, int]:
     """(claims found in the text, claims made), each distinct claim once. A quoted string is found
     as a whole."""
-    claims = salient_words(description)
+    claims = claimed_words(description)
     found = found_words(text)
     flat = " ".join(text.casefold().split())
     return sum(claim in found or _stands_in(claim, flat) for claim in claims), len(claims)
 
 
 def _stands_in(claim: str, flat_text: str) -> bool:
-    """A quoted string with spaces or signs, between word boundaries; words and numbers were looked
-    up already."""
+    """Whether a quoted string with spaces or signs occurs between word boundaries.
+
+    Words and numbers were looked up already.
+    """
     if claim.isalpha() or _NUMBER.fullmatch(claim):
         return False
     return re.search(rf"(?<!\w){re.escape(claim)}(?!\w)", flat_text) is not None
 
 
 def claim_precision(description: str, text: str) -> float:
-    """Share of the claimed words that occur in the text: 0 to 1, and 0 for a description that
-    claims nothing."""
+    """Share of the claimed words that occur in the text; 0 for a description without claims."""
     found, claimed = claim_counts(description, text)
     return found / claimed if claimed else 0.0
 

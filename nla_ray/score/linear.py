@@ -98,7 +98,7 @@ class LinearReconstructor:
         """A fitted one. `model`: a loaded base to share, with or without adapters in it."""
         file = Path(folder) / FILE_NAME
         with safe_open(file, framework="pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no dict)
             settings = json.loads(content.metadata()[_SETTINGS])
         model = load_backbone(base, num_blocks=settings["layer"] + 1) if model is None else model
         return cls(DescriptionFeatures(model, load_tokenizer(base), **settings), tensors)

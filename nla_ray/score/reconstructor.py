@@ -143,7 +143,7 @@ class Reconstructor(nn.Module):
             prompts.reconstructor_prompt(self._cut(text), self.marker) for text in descriptions
         ]
         encoded = self.tokenizer(texts)["input_ids"] if texts else []
-        for ids, text in zip(encoded, texts):
+        for ids, text in zip(encoded, texts, strict=True):
             if ids[-1] != self.marker_id or ids.count(self.marker_id) != 1:
                 raise ValueError(
                     f"reconstructor prompt: got {ids.count(self.marker_id)} markers and last id"

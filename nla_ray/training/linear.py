@@ -18,8 +18,8 @@ from nla_ray.cluster.resources import run_placed
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
+from nla_ray.score.comparisons import derangement
 from nla_ray.score.linear import PENALTIES, DescriptionFeatures, LinearReconstructor, fit, predict
-from nla_ray.score.metrics import derangement
 from nla_ray.settings.config import RunConfig
 from nla_ray.training.reconstruction import load_examples, validation_figures
 

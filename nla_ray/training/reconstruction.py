@@ -24,7 +24,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.identity import document_half, seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.score.metrics import derangement
+from nla_ray.score.comparisons import derangement
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.score.scorer import ScorerName
 from nla_ray.settings.config import ReconstructorConfig, RunConfig

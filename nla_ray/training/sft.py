@@ -30,7 +30,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.score.metrics import derangement
+from nla_ray.score.comparisons import derangement
 from nla_ray.settings.config import RunConfig
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow

@@ -18,7 +18,7 @@ from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.readings import Readings
 from nla_ray.report.summary import summarise
 from nla_ray.score import claims
-from nla_ray.score.metrics import Comparisons
+from nla_ray.score.comparisons import Comparisons
 from nla_ray.settings.presets import nano
 
 ROWS, D_MODEL, WORDS_IN_TEXT = 400, 64, 6

@@ -32,7 +32,8 @@ from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Run
 from nla_ray.run.location import Location
 from nla_ray.run.manifest import Manifest
-from nla_ray.score.metrics import METRICS, Comparisons
+from nla_ray.score.comparisons import Comparisons
+from nla_ray.score.metrics import METRICS
 from nla_ray.settings.config import EvaluationConfig, GRPOSettings, RunConfig
 from nla_ray.settings.presets import PRESETS
 

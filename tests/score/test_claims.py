@@ -58,16 +58,16 @@ def test_a_description_repeats_when_an_item_or_a_neighbouring_word_comes_twice(
     assert claims.repeats_item(description) is repeats
 
 
-def test_salient_words_of_the_list_form_leave_out_kind_headings_and_forecast() -> None:
-    assert claims.salient_words(DESCRIPTION) == {"frame", "index", "assert", "dtype", "load"}
+def test_claimed_words_of_the_list_form_leave_out_kind_headings_and_forecast() -> None:
+    assert claims.claimed_words(DESCRIPTION) == {"frame", "index", "assert", "dtype", "load"}
 
 
-def test_salient_words_of_prose_are_content_words_names_numbers_and_quotes() -> None:
+def test_claimed_words_of_prose_are_content_words_names_numbers_and_quotes() -> None:
     prose = (
         '- The text is about cooking with Maria, 250 grams of "brown sugar"\n- likely to continue'
         " with a recipe"
     )
-    assert claims.salient_words(prose) == {
+    assert claims.claimed_words(prose) == {
         "cooking",
         "maria",
         "250",
@@ -78,13 +78,13 @@ def test_salient_words_of_prose_are_content_words_names_numbers_and_quotes() -> 
 
 
 def test_a_list_may_claim_a_word_that_prose_uses_about_any_text() -> None:
-    assert claims.salient_words("- tokens: model, token") == {"model", "token"}
-    assert claims.salient_words("- the model reads a token stream") == {"reads", "stream"}
+    assert claims.claimed_words("- tokens: model, token") == {"model", "token"}
+    assert claims.claimed_words("- the model reads a token stream") == {"reads", "stream"}
 
 
 def test_a_placeholder_claims_nothing() -> None:
     assert (
-        claims.salient_words("- tokens: no word stands out\n- Python test: nothing in particular")
+        claims.claimed_words("- tokens: no word stands out\n- Python test: nothing in particular")
         == frozenset()
     )
 
@@ -249,6 +249,6 @@ def test_marked_pieces_join_to_the_description_and_mark_exactly_its_claims(
         for piece, mark in pieces
         if mark == "missing"
     }
-    assert found | missing == claims.salient_words(description) and not found & missing
+    assert found | missing == claims.claimed_words(description) and not found & missing
     count, made = claims.claim_counts(description, text)
     assert (len(found), len(found) + len(missing)) == (count, made)

@@ -14,6 +14,7 @@ from test_sft import LABELS, StopAt
 
 from nla_ray.activation import vectors
 from nla_ray.score import metrics
+from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.settings.config import BaseConfig, ComputeConfig, LoraSettings, ReconstructorConfig
 from nla_ray.settings.presets import nano
@@ -138,9 +139,7 @@ def test_validation_figures_are_those_of_the_report() -> None:
     target = torch.randn(40, 8, generator=generator) + 2.0
     reconstruction = target + torch.randn(40, 8, generator=generator)
     mean = vectors.mean_direction(target) * 0.9
-    comparisons = metrics.Comparisons.draw(
-        target, [f"doc-{row}" for row in range(40)], mean, seed=4
-    )
+    comparisons = Comparisons.draw(target, [f"doc-{row}" for row in range(40)], mean, seed=4)
     expected = metrics.figures(reconstruction, comparisons)
     found = validation_figures(reconstruction, target, mean, comparisons.wrong)
     for name, same in (
