@@ -35,7 +35,7 @@ from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest, check_disjoint
 from nla_ray.run.metrics import METRICS_NAME
-from nla_ray.score.metrics import Comparisons, hard_rows
+from nla_ray.score.comparisons import Comparisons, hard_rows
 from nla_ray.settings.config import GRPOSettings, RunConfig, require
 from nla_ray.training.workers import run_training
 
