@@ -13,7 +13,7 @@ from nla_ray.activation.stage import capture_activations, load_stats
 from nla_ray.base.adapters import adapter_state, add_lora, save_adapter, set_adapter_state
 from nla_ray.base.identity import base_info
 from nla_ray.base.load import load_backbone
-from nla_ray.label.schema import LABEL_SCHEMA
+from nla_ray.label.rows import LABEL_SCHEMA
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import SPLITS, document_half, split_of
 from nla_ray.score.reconstructor import Reconstructor

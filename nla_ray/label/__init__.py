@@ -1,8 +1,8 @@
 """Labels: what teachers say of the texts, cleaned to bullets; or labels made elsewhere.
 
-Nouns: a teacher (text -> raw label), a label (two or three bullets), the drawn one of a text.
+Nouns: a teacher (text -> raw label), a label (two or three bullets), the label drawn for a text.
 
-Read: teacher, cleaner, imports, schema, stage.
+Read: stage, teacher, cleaner, rows, imports.
 
 It knows no activation.
 """

@@ -70,13 +70,14 @@ _SALIENT = re.compile(r"^Salient tokens include (?P<words>.+?)\.?$")
 def clean_label(raw: str, max_words: int = 70) -> str:
     """Bullets `- ...`, one a line, three at most; an empty string when nothing is left to say.
 
-    Example: "1. **Tokens**: frame, index.\\n2. **Next**: the model is preparing a new sentence."
-             -> "- tokens: frame, index\\n- next: a new sentence"
+    >>> print(clean_label("1. **Tokens**: frame.\\n2. **Next**: the model is preparing a list."))
+    - tokens: frame
+    - next: a list
     """
     bullets: list[str] = []
     for item in _split_items(_drop_cut_off(raw.strip())):
         bullet = _clean_item(item)
-        if bullet and bullet.lower() not in {known.lower() for known in bullets}:
+        if bullet and bullet.lower() not in [earlier.lower() for earlier in bullets]:
             bullets.append(bullet)
         if len(bullets) == MAX_BULLETS:
             break
@@ -85,8 +86,10 @@ def clean_label(raw: str, max_words: int = 70) -> str:
 
 
 def _split_items(raw: str) -> list[str]:
-    """List items when the label is a list (numbers must count 1, 2, 3, so that "in 2. The" is
-    none), else sentences."""
+    """List items when the label is a list, else sentences.
+
+    Numbers must count 1, 2, 3, so that "in 2. The" begins no item.
+    """
     starts: list[tuple[int, int]] = []
     for match in _NUMBER.finditer(raw):
         if int(match.group(1)) == len(starts) + 1:
@@ -94,9 +97,10 @@ def _split_items(raw: str) -> list[str]:
     if len(starts) < 2:
         starts = [match.span() for match in _BULLET_LINE.finditer(raw)]
     if len(starts) < 2:
-        return [
-            piece for line in raw.splitlines() for piece in _split_sentences(line) if piece.strip()
-        ]
+        sentences: list[str] = []
+        for line in raw.splitlines():
+            sentences += [piece for piece in _split_sentences(line) if piece.strip()]
+        return sentences
     ends = [start for start, _ in starts[1:]] + [len(raw)]
     return [raw[begin:end] for (_, begin), end in zip(starts, ends, strict=True)]
 
@@ -113,7 +117,7 @@ def _split_sentences(text: str) -> list[str]:
 
 
 def _drop_cut_off(raw: str) -> str:
-    """Without its last sentence when that has no end mark and another one stands before it."""
+    """Without its last sentence when that has no end mark and is not the only one."""
     if raw.rstrip("\"'”’*`) ").endswith(_END_MARKS):
         return raw
     ends = [match.end() for match in re.finditer(r"[.!?][\"'”’*`)]*(?=\s)", raw)]
@@ -138,8 +142,7 @@ def _clean_item(item: str) -> str:
 
 
 def _split_heading(item: str) -> tuple[str, str]:
-    """`**Heading**: rest` or `"Heading" - rest` -> both without markup; otherwise an empty
-    heading."""
+    """`**Heading**: rest` or `"Heading" - rest` -> both without markup; else an empty heading."""
     if match := _BOLD_HEADING.match(item):
         heading = match["heading"]
     elif match := _QUOTED_HEADING.match(item):
@@ -150,8 +153,11 @@ def _split_heading(item: str) -> tuple[str, str]:
 
 
 def _offline_fact(sentence: str) -> str:
-    """`... is likely reading Python test on frame and index` -> `Python test: frame, index`;
-    likewise the other facts."""
+    """A sentence of the offline teachers as its fact; empty for any other sentence.
+
+    >>> _offline_fact("The model is likely reading unit test on frame and index.")
+    'unit test: frame, index'
+    """
     if match := _READS.search(sentence):
         return f"{match['kind']}: {match['topics'].replace(' and ', ', ')}"
     if match := _CONTINUES.search(sentence):

@@ -21,8 +21,8 @@ class ImportedLabel:
     """One teacher's raw description of the text with this hash.
 
     Example:
-        ImportedLabel(line=17, text_hash="9f86d0...", teacher="teacher_a", raw="1. **Use
-        memoization** ...")
+        ImportedLabel(line=17, text_hash="9f86d0...", teacher="teacher_a",
+        raw="1. **Use memoization** ...")
     """
 
     line: int
@@ -32,11 +32,11 @@ class ImportedLabel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """One row, or one label of a row, that is not taken.
+class RefusedLabel:
+    """A row, or a label of a row, that is not taken.
 
     Example:
-        Refusal(line=18, doc_id="A01_code_001", reason="text is not in the corpus")
+        RefusedLabel(line=18, doc_id="A01_code_001", reason="text is not in the corpus")
     """
 
     line: int
@@ -45,13 +45,13 @@ class Refusal:
 
 
 def read_labels(
-    path: Path, text_of_document: Mapping[str, set[str]]
-) -> Iterator[ImportedLabel | Refusal]:
+    path: Path, hashes_by_document: Mapping[str, set[str]]
+) -> Iterator[ImportedLabel | RefusedLabel]:
     """Every label of a JSONL file, or its refusal.
 
     Rows hold `text` or `text_hash`, and `teacher` with `label`, or `labels` {teacher: label}.
-    `text_of_document`: the corpus' text hashes by doc_id; a row that names a document must carry a
-    text of that document.
+    `hashes_by_document`: doc_id -> hashes of the document's texts in the corpus; a row that names a
+    document must carry a text of that document.
     """
     require(
         path.is_file(),
@@ -60,7 +60,7 @@ def read_labels(
         "a JSONL file",
         "Correct --label.import-path.",
     )
-    in_corpus = set().union(*text_of_document.values())
+    in_corpus: set[str] = set().union(*hashes_by_document.values())
     seen: set[tuple[str, str]] = set()
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
@@ -68,14 +68,14 @@ def read_labels(
                 continue
             try:
                 row = _parse(raw)
-                digest = _matching_hash(row, in_corpus, text_of_document)
+                digest = _matching_hash(row, in_corpus, hashes_by_document)
                 labels = _labels_of(row)
             except ValueError as reason:
-                yield Refusal(line=line, doc_id=_doc_id(raw), reason=str(reason))
+                yield RefusedLabel(line=line, doc_id=_doc_id(raw), reason=str(reason))
                 continue
             for teacher, label in labels.items():
                 if (digest, teacher) in seen:
-                    yield Refusal(
+                    yield RefusedLabel(
                         line=line, doc_id=str(row.get("doc_id", "")), reason="label is there twice"
                     )
                     continue
@@ -94,24 +94,24 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _matching_hash(
-    row: dict[str, Any], in_corpus: set[str], text_of_document: Mapping[str, set[str]]
+    row: dict[str, Any], in_corpus: set[str], hashes_by_document: Mapping[str, set[str]]
 ) -> str:
     text, digest = row.get("text"), row.get("text_hash")
     if isinstance(text, str):
         try:
-            own = text_hash(text)
+            actual = text_hash(text)
         except UnicodeEncodeError:
             raise ValueError("text is not valid Unicode") from None
-        if digest is not None and digest != own:
+        if digest is not None and digest != actual:
             raise ValueError("text_hash is not the hash of text")
-        digest = own
+        digest = actual
     if not isinstance(digest, str):
         raise ValueError("neither text nor text_hash")
     document = row.get("doc_id")
-    if digest not in text_of_document.get(str(document), in_corpus):
+    if digest not in hashes_by_document.get(str(document), in_corpus):
         raise ValueError(
             "text differs from the document's in the corpus"
-            if str(document) in text_of_document
+            if str(document) in hashes_by_document
             else "text is not in the corpus"
         )
     if digest not in in_corpus:

@@ -1,4 +1,7 @@
-"""What a teacher is, and which teachers a configuration names."""
+"""What a teacher is, and the table of those that a configuration may name.
+
+Protects the rule that a teacher sees a text and the words of train texts, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,34 @@ TEACHERS = {
     "offline-content-first": "nla_ray.nano.offline_teachers:ContentFirstTeacher",
     "offline-format-first": "nla_ray.nano.offline_teachers:FormatFirstTeacher",
 }
-"""Every teacher that `label.teachers` may name, and its class, loaded when it is named.
+"""Name -> class of every teacher that `label.teachers` may name; a class is loaded when named.
 
-To add one: write a class with `name` and `describe`, made from WordStatistics, and name it here.
+To add a teacher:
+1. Write a class with `name` and `describe` (see Teacher). It is called with the WordStatistics of
+   the train texts: how many there are, and in how many of them each word occurs.
+2. Add its line here. Nothing else: cleaning, the draw and the files are the same for all teachers.
 """
 
 
 class Teacher(Protocol):
-    """Describes texts; knows nothing of activations, of splits or of the other teachers.
-
-    `describe` returns the raw description, as long and as marked up as it comes; the cleaner is
-    elsewhere. It must not depend on the texts described before.
-    """
+    """Describes texts; knows nothing of activations, of splits or of the other teachers."""
 
     name: str
 
-    def describe(self, text: str, domain: str) -> str: ...
+    def describe(self, text: str, domain: str) -> str:
+        """The raw description of one text, as long and as marked up as it comes.
+
+        It gets the text and the slug of its domain, and must not depend on earlier calls. The
+        cleaner is elsewhere.
+        """
+        ...
 
 
 def make_teachers(names: Sequence[str], statistics: WordStatistics) -> list[Teacher]:
-    """One teacher for each name, in that order. Raises ValueError for an unknown, a repeated or no
-    name."""
+    """One teacher for each name, in that order.
+
+    Raises ValueError for an unknown name, a repeated name or no name.
+    """
     require(
         len(names) > 0 and len(set(names)) == len(names),
         "label.teachers",

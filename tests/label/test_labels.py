@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nla_ray.label.cleaner import clean_label
-from nla_ray.label.stage import label_row, label_texts, load_labels
+from nla_ray.label.rows import label_rows
+from nla_ray.label.stage import label_texts, load_labels
 from nla_ray.label.teacher import make_teachers
 from nla_ray.nano.offline_teachers import (
     ContentFirstTeacher,
@@ -294,14 +295,14 @@ def test_the_draw_depends_on_the_text_id_and_the_seed_alone() -> None:
     drawn = [
         [
             label["drawn"]
-            for label in label_row({**row, "text_id": f"d#{index}"}, raw, LabelConfig())
+            for label in label_rows({**row, "text_id": f"d#{index}"}, raw, LabelConfig())
         ]
         for index in range(200)
     ]
     assert drawn == [
         [
             label["drawn"]
-            for label in label_row({**row, "text_id": f"d#{index}"}, raw[::-1], LabelConfig())
+            for label in label_rows({**row, "text_id": f"d#{index}"}, raw[::-1], LabelConfig())
         ]
         for index in range(200)
     ]

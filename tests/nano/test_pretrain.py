@@ -12,22 +12,11 @@ import torch
 
 from nla_ray.base.pretrained import check_never_seen, digest, never_nearly_seen
 from nla_ray.base.prompts import chat_prompt
-from nla_ray.nano.pretrain.data import (
-    ANSWER,
-    CHATS_PER_ROW,
-    DOCUMENT,
-    RAW,
-    Chat,
-    PretrainTexts,
-    Rows,
-    build_chats,
+from nla_ray.nano.pretrain.answers import (
     compose_answer,
     list_targets,
     next_word_shares,
-    pack_rows,
     prompt_target,
-    raw_segments,
-    train_tokenizer,
 )
 from nla_ray.nano.pretrain.model import (
     build_model,
@@ -35,6 +24,17 @@ from nla_ray.nano.pretrain.model import (
     run_blocks,
     soft_cross_entropy,
     training_losses,
+)
+from nla_ray.nano.pretrain.rows import (
+    ANSWER,
+    CHATS_PER_ROW,
+    DOCUMENT,
+    RAW,
+    Chat,
+    Rows,
+    build_chats,
+    pack_rows,
+    raw_segments,
 )
 from nla_ray.nano.pretrain.stage import (
     Progress,
@@ -45,6 +45,8 @@ from nla_ray.nano.pretrain.stage import (
     save_model,
     train,
 )
+from nla_ray.nano.pretrain.texts import PretrainTexts
+from nla_ray.nano.pretrain.tokenizer import train_tokenizer
 from nla_ray.run.identity import split_of
 from nla_ray.settings.config import BaseConfig, PretrainConfig
 from nla_ray.text.chunks import Chunk

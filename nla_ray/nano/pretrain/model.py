@@ -1,5 +1,4 @@
-"""The small base model: its architecture, its loss, its optimizers, and how well it names a
-document's words.
+"""The small base: its architecture, loss and optimizers, and how well it names a document's words.
 
 Knows tensors and packed rows; files, processes and documents are elsewhere.
 """
@@ -7,6 +6,7 @@ Knows tensors and packed rows; files, processes and documents are elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,13 @@ from torch.nn import functional
 
 from nla_ray.base.prompts import chat_prompt
 from nla_ray.nano.offline_teachers import observe
-from nla_ray.nano.pretrain.data import ANSWER, CHATS_PER_ROW, DOCUMENT, RAW
+from nla_ray.nano.pretrain.rows import ANSWER, CHATS_PER_ROW, DOCUMENT, RAW
 from nla_ray.settings.config import PretrainConfig
 from nla_ray.text.chunks import Chunk
 from nla_ray.text.words import WordStatistics, salient_words
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
 
 LOSS_NAMES = ("raw", "document", "answer", "first", "first_read", "next_word")
 """Plain means in nats: next token in raw text, in documents and in answers; the soft target at
@@ -27,7 +30,7 @@ ADAM_BETAS = (0.9, 0.95)
 CLIP_NORM = 1.0
 
 
-def build_model(config: PretrainConfig, tokenizer) -> nn.Module:
+def build_model(config: PretrainConfig, tokenizer: Any) -> Qwen2ForCausalLM:
     """A Qwen2-architecture model in float32 with tied embeddings and seeded weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -52,21 +55,15 @@ def build_model(config: PretrainConfig, tokenizer) -> nn.Module:
 
 
 def run_blocks(
-    model: nn.Module, tokens: Tensor, positions: Tensor, segments: Tensor, read_layer: int
+    model: Qwen2ForCausalLM, tokens: Tensor, positions: Tensor, segments: Tensor, read_layer: int
 ) -> tuple[Tensor, Tensor]:
-    """States after the final norm and the raw output of block `read_layer`, both [batch, seq,
-    d_model].
+    """States after the final norm and the output of block `read_layer`: both [batch, seq, d_model].
 
-    All three inputs are [batch, seq]; a token sees the earlier tokens of its own segment only.
+    All three inputs are [batch, seq]; a token sees the earlier tokens of its segment only.
     """
-    body = model.model
+    body, seq = model.model, tokens.shape[1]
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    mask = (
-        same
-        & torch.ones(
-            tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device
-        ).tril()
-    )
+    mask = same & torch.ones(seq, seq, dtype=torch.bool, device=tokens.device).tril()
     states = body.embed_tokens(tokens)
     rotary = body.rotary_emb(states, positions)
     read = states
@@ -79,19 +76,19 @@ def run_blocks(
     return final_norm(model)(states), read
 
 
-def final_norm(model: nn.Module) -> nn.Module:
+def final_norm(model: Qwen2ForCausalLM) -> nn.Module:
     """The norm before the output matrix."""
     return model.model.norm
 
 
 def training_losses(
-    model: nn.Module, batch: dict[str, Tensor], config: PretrainConfig, read_layer: int
+    model: Qwen2ForCausalLM, batch: dict[str, Tensor], config: PretrainConfig, read_layer: int
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss, and the plain means of LOSS_NAMES [6].
 
-    At a generation prompt the soft target replaces the next token; it is asked twice, of the
-    model's output and of the output of `read_layer`, so that what the activation holds can be read
-    from it directly.
+    At a generation prompt the soft target replaces the next token. It counts twice, for the model's
+    output and for the output of `read_layer`, so that what the activation holds can be read from it
+    directly.
     """
     states, read = run_blocks(
         model, batch["tokens"], batch["positions"], batch["segments"], read_layer
@@ -113,15 +110,12 @@ def training_losses(
     )
     first, next_word = soft[:, :CHATS_PER_ROW].sum(), soft[:, CHATS_PER_ROW:].sum()
     first_read = (soft_read * used[:, :CHATS_PER_ROW]).sum()
-    num_prompts, num_inside = (
-        used[:, :CHATS_PER_ROW].sum().clamp(min=1),
-        used[:, CHATS_PER_ROW:].sum(),
-    )
+    num_prompts = used[:, :CHATS_PER_ROW].sum().clamp(min=1)
+    num_inside = used[:, CHATS_PER_ROW:].sum()
     total = (losses * weights).sum() + config.boundary_weight * next_word
     total = total + config.prompt_weight * first + config.read_weight * first_read
-    soft_weight = (
-        config.prompt_weight + config.read_weight
-    ) * num_prompts + config.boundary_weight * num_inside
+    soft_weight = (config.prompt_weight + config.read_weight) * num_prompts
+    soft_weight = soft_weight + config.boundary_weight * num_inside
     total = total / (weights.sum() + soft_weight)
     chosen = [hard * (parts == part) for part in (RAW, DOCUMENT, ANSWER)]
     means = [(losses * mask).sum() / mask.sum().clamp(min=1.0) for mask in chosen]
@@ -130,8 +124,10 @@ def training_losses(
 
 
 def soft_cross_entropy(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """-sum_i p_i log q_i over the candidates of the first `slots` soft targets: [batch, slots,
-    vocab] -> [batch, slots]."""
+    """-sum_i p_i log q_i over a target's candidates: [batch, slots, vocab] -> [batch, slots].
+
+    The first `slots` soft targets of the batch are taken.
+    """
     slots = logits.shape[1]
     log_probabilities = functional.log_softmax(logits.float(), dim=-1).gather(
         -1, batch["soft_ids"][:, :slots]
@@ -145,31 +141,27 @@ class Optimizers:
     Source: Jordan et al. 2024 (Muon).
     """
 
-    def __init__(self, model: nn.Module, config: PretrainConfig) -> None:
+    def __init__(self, model: Qwen2ForCausalLM, config: PretrainConfig) -> None:
         self.config = config
         matrices = [
             parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2
         ]
         inside = {id(parameter) for parameter in matrices}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-        decayed = {"params": [parameter for parameter in others if parameter.ndim == 2]}
-        vectors = {
-            "params": [parameter for parameter in others if parameter.ndim < 2],
-            "weight_decay": 0.0,
-        }
+        outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+        decayed = {"params": [parameter for parameter in outside if parameter.ndim == 2]}
+        vectors = [parameter for parameter in outside if parameter.ndim < 2]
         self.muon = torch.optim.Muon(
             matrices, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM
         )
         self.adam = torch.optim.AdamW(
-            [decayed, vectors],
+            [decayed, {"params": vectors, "weight_decay": 0.0}],
             lr=config.peak_lr,
             betas=ADAM_BETAS,
             weight_decay=config.weight_decay,
         )
 
-    def step(self, model: nn.Module, step: int) -> float:
-        """Clip, update and clear; returns the gradient norm before clipping. `step` counts from
-        0."""
+    def step(self, model: Qwen2ForCausalLM, step: int) -> float:
+        """Clip, update and clear; returns the norm before clipping. `step` counts from 0."""
         factor = lr_factor(step, self.config.warmup_steps, self.config.steps)
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item()
         for optimizer, peak in ((self.muon, self.config.muon_lr), (self.adam, self.config.peak_lr)):
@@ -188,8 +180,10 @@ class Optimizers:
 
 
 def lr_factor(step: int, warmup_steps: int, num_steps: int) -> float:
-    """Share of the peak rate: a rising line over the warm-up, then a falling one that would reach 0
-    after the last step."""
+    """Share of the peak rate: a rising line over the warm-up, then a line that falls to 0.
+
+    It would reach 0 after the last step.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return (num_steps - step) / max(1, num_steps - warmup_steps)
@@ -197,14 +191,13 @@ def lr_factor(step: int, warmup_steps: int, num_steps: int) -> float:
 
 @torch.no_grad()
 def list_repeats(
-    model: nn.Module,
-    tokenizer,
+    model: Qwen2ForCausalLM,
+    tokenizer: Any,
     chunks: Sequence[Chunk],
     config: PretrainConfig,
     max_tokens: int = 48,
 ) -> float:
-    """Share of greedily written labels, begun by their bullet, that name a word twice in the list
-    after a heading."""
+    """Share of greedily written labels, begun by their bullet, that list a word twice."""
     repeats = 0
     for chunk in chunks:
         prompt = tokenizer(chat_prompt(tokenizer, chunk.text))["input_ids"][
@@ -225,15 +218,14 @@ def list_repeats(
 
 @torch.no_grad()
 def word_precision(
-    model: nn.Module,
-    tokenizer,
+    model: Qwen2ForCausalLM,
+    tokenizer: Any,
     chunks: Sequence[Chunk],
     statistics: WordStatistics,
     config: PretrainConfig,
     read_layer: int,
 ) -> dict[str, float]:
-    """Of the likeliest next tokens at the generation prompt, the share that begins a salient word
-    of the document.
+    """Share of the likeliest next tokens at the generation prompt that begin a salient word.
 
     As many tokens are looked at as the document has salient words (`num_words` at most); bullet and
     domain are left out. `final` reads the model's output, `read` the output of `read_layer` through
@@ -245,10 +237,8 @@ def word_precision(
     for chunk in chunks:
         words = [word for word, _ in salient_words(chunk.text, statistics, config.num_words)]
         wanted = {tokenizer(word)["input_ids"][0] for word in words}
-        banned = {
-            bullet,
-            tokenizer(observe(chunk.text, chunk.domain, statistics).kind)["input_ids"][0],
-        } - wanted
+        kind = observe(chunk.text, chunk.domain, statistics).kind
+        banned = {bullet, tokenizer(kind)["input_ids"][0]} - wanted
         ids = tokenizer(chat_prompt(tokenizer, chunk.text))["input_ids"][-config.max_positions :]
         tokens = torch.tensor([ids])
         states, read = run_blocks(
@@ -258,7 +248,6 @@ def word_precision(
         for name, last in (("final", states[0, -1]), ("read", final_norm(model)(read[0, -1]))):
             logits = model.lm_head(last).float()
             logits[list(banned)] = -torch.inf
-            hits[name] += (
-                len(wanted & set(logits.topk(len(wanted)).indices.tolist())) if wanted else 0
-            )
+            likeliest = logits.topk(len(wanted)).indices.tolist() if wanted else []
+            hits[name] += len(wanted & set(likeliest))
     return {name: count / max(1, num_wanted) for name, count in hits.items()}

@@ -1,9 +1,9 @@
-"""Pretrains the small base model of the embedded default and writes it with tokenizer and card.
+"""The stage `base`: the small base of the embedded default, with tokenizer and card.
 
-The stage prepares packed rows once, then trains with single-threaded processes that share every
-step. It goes on from its last checkpoint when it is run again. It protects one rule: every document
-it learned from belongs to the train split, and the card lists them all, so that a report can prove
-it.
+It prepares packed rows once, then trains with single-threaded processes that share every step, and
+continues from its last checkpoint when it is run again. Protects the rule that every document it
+learned from belongs to the train split, and that the card lists them all, so that a report can
+prove it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from nla_ray.base.pretrained import digest
-from nla_ray.nano.pretrain.data import (
-    ANSWER,
-    DOCUMENT,
-    RAW,
-    PretrainTexts,
-    Rows,
-    build_chats,
-    gather_texts,
-    pack_rows,
-    raw_segments,
-    train_tokenizer,
-)
+from nla_ray.base.sources import EMBEDDED_DIR
 from nla_ray.nano.pretrain.model import (
     LOSS_NAMES,
     Optimizers,
@@ -47,24 +34,38 @@ from nla_ray.nano.pretrain.model import (
     training_losses,
     word_precision,
 )
+from nla_ray.nano.pretrain.rows import (
+    ANSWER,
+    DOCUMENT,
+    RAW,
+    Rows,
+    build_chats,
+    pack_rows,
+    raw_segments,
+)
+from nla_ray.nano.pretrain.texts import PretrainTexts, gather_texts
+from nla_ray.nano.pretrain.tokenizer import train_tokenizer
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of, split_of
 from nla_ray.run.log import configure_worker_logging, get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import PretrainConfig, PretrainRunConfig, require
 
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
+
 logger = get_logger(__name__)
 
 
 LOG_STEPS = 20
 CHECK_TEXTS = 60
-"""Validation texts looked at beside a checkpoint."""
+"""Validation texts looked at before a checkpoint."""
 _PREPARED, _TEXTS, _STATE, _TOKENIZER = "prepared", "texts.pickle", "state.pt", "tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one process of the training is given."""
+    """What a process of the training needs."""
 
     config: PretrainConfig
     read_layer: int
@@ -76,12 +77,11 @@ class Work:
 
 
 def pretrain(run: Run) -> Manifest:
-    """The stage `base`: config, bf16 weights, tokenizer and card.json in the run's folder. Skipped
-    when complete.
+    """The stage: config, bf16 weights, tokenizer and card.json. Skipped when complete.
 
     With `pretrain.install` the model is also copied into the package. Whole processes, not threads,
-    share a step: a thread that loses its core stalls every operation of the others, a process only
-    the end of the step.
+    share a step: a thread that loses its core stalls every operation of the other threads, a
+    process only the end of the step.
     """
     run_config = PretrainRunConfig.of(run.config)
     install = run_config.pretrain.install
@@ -117,8 +117,7 @@ def pretrain(run: Run) -> Manifest:
 
 
 def prepare_data(texts: PretrainTexts, config: PretrainConfig, marker: str, folder: Path) -> None:
-    """Everything the processes read: packed rows as memory-mapped arrays, tokenizer, texts for
-    validation."""
+    """Write everything the processes read: packed rows, tokenizer, texts for validation."""
     from transformers import Qwen2Tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,18 +153,17 @@ def prepare_data(texts: PretrainTexts, config: PretrainConfig, marker: str, fold
 
 def check_train_only(doc_ids: Iterable[str]) -> None:
     """Raise RuntimeError unless every document belongs to the train split."""
-    strangers = [doc_id for doc_id in doc_ids if split_of(doc_id) != "train"]
-    if strangers:
+    held_out = [doc_id for doc_id in doc_ids if split_of(doc_id) != "train"]
+    if held_out:
         raise RuntimeError(
-            f"pretraining: got {len(strangers)} documents outside the train split (first:"
-            f" {strangers[0]}), expected none. The choice of documents and the split function"
+            f"pretraining: got {len(held_out)} documents outside the train split (first:"
+            f" {held_out[0]}), expected none. The choice of documents and the split function"
             " disagree."
         )
 
 
 def pretrain_worker(rank: int, work: Work) -> None:
-    """One process of the training; the first one logs, checkpoints, and writes the finished
-    model."""
+    """A process of the training; the first logs, checkpoints, and writes the finished model."""
     from transformers import Qwen2Tokenizer
 
     configure_worker_logging()
@@ -181,16 +179,16 @@ def pretrain_worker(rank: int, work: Work) -> None:
         model.load_state_dict(
             type(model).from_pretrained(config.start_from, dtype=torch.float32).state_dict()
         )
-    some = texts.validation[:CHECK_TEXTS]
+    few = texts.validation[:CHECK_TEXTS]
     check = partial(
-        word_precision, model, tokenizer, some, texts.statistics, config, work.read_layer
+        word_precision, model, tokenizer, few, texts.statistics, config, work.read_layer
     )
     progress = train(model, Rows.load(work.folder), work, rank, check)
     if rank == 0:
         precision = word_precision(
             model, tokenizer, texts.validation, texts.statistics, config, work.read_layer
         )
-        repeats = list_repeats(model, tokenizer, texts.validation[:CHECK_TEXTS], config)
+        repeats = list_repeats(model, tokenizer, few, config)
         logger.info(
             "pretrain: done; on validation texts, precision of salient words %s, labels that repeat"
             " a word %.2f",
@@ -205,7 +203,7 @@ def pretrain_worker(rank: int, work: Work) -> None:
 
 @dataclass
 class Progress:
-    """How far the training is, in what a checkpoint keeps beside weights and optimizers."""
+    """How far the training is: what a checkpoint keeps apart from weights and optimizers."""
 
     step: int
     seconds: float
@@ -213,7 +211,11 @@ class Progress:
 
 
 def train(
-    model: nn.Module, rows: Rows, work: Work, rank: int, check: Callable[[], dict[str, float]]
+    model: Qwen2ForCausalLM,
+    rows: Rows,
+    work: Work,
+    rank: int,
+    check: Callable[[], dict[str, float]],
 ) -> Progress:
     """All steps from the last checkpoint on. Every process sees its share of each step's rows.
 
@@ -258,7 +260,7 @@ def train(
     return progress
 
 
-def average_gradients(model: nn.Module, num_processes: int) -> None:
+def average_gradients(model: Qwen2ForCausalLM, num_processes: int) -> None:
     """Replace each gradient by its mean over the processes, in one message."""
     if num_processes == 1:
         return
@@ -278,7 +280,9 @@ def _mean_losses(step: int, window: Sequence[np.ndarray]) -> dict[str, float]:
     }
 
 
-def _save_state(model: nn.Module, optimizers: Optimizers, progress: Progress, path: Path) -> None:
+def _save_state(
+    model: Qwen2ForCausalLM, optimizers: Optimizers, progress: Progress, path: Path
+) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(
         {
@@ -291,9 +295,8 @@ def _save_state(model: nn.Module, optimizers: Optimizers, progress: Progress, pa
     os.replace(temporary, path)
 
 
-def _load_state(model: nn.Module, optimizers: Optimizers, path: Path) -> Progress:
-    """What the last checkpoint holds, put into model and optimizers; the beginning when there is
-    none."""
+def _load_state(model: Qwen2ForCausalLM, optimizers: Optimizers, path: Path) -> Progress:
+    """Put the last checkpoint into model and optimizers; without one, start at the beginning."""
     if not path.exists():
         return Progress(step=0, seconds=0.0, history=[])
     state = torch.load(path, weights_only=True)
@@ -306,10 +309,13 @@ def _load_state(model: nn.Module, optimizers: Optimizers, path: Path) -> Progres
 def make_card(
     work: Work, texts: PretrainTexts, progress: Progress, figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the model is and what it was made from; `doc_id_digests` lists every document it or its
-    start learned from, `twin_digests` the held-out ones that nearly repeat one of them."""
+    """What the model is and what it was made from.
+
+    `doc_id_digests` lists every document that it or its start learned from, `twin_digests` the
+    held-out documents that nearly repeat one of those.
+    """
     config = work.config
-    digests, twins = ({digest(doc_id) for doc_id in ids} for ids in (texts.doc_ids, texts.twins))
+    digests, twins = set(map(digest, texts.doc_ids)), set(map(digest, texts.twins))
     start = None
     if config.start_from is not None:
         start = json.loads((Path(config.start_from) / "card.json").read_text())
@@ -337,7 +343,7 @@ def make_card(
     }
 
 
-def save_model(model: nn.Module, tokenizer, card: dict[str, Any], folder: Path) -> None:
+def save_model(model: Qwen2ForCausalLM, tokenizer: Any, card: dict[str, Any], folder: Path) -> None:
     """bf16 safetensors, configuration, tokenizer and card.json into an existing folder."""
     # The output matrix is the embedding matrix: written once.
     state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
@@ -353,8 +359,8 @@ def save_model(model: nn.Module, tokenizer, card: dict[str, Any], folder: Path) 
 
 
 def install_model(folder: Path) -> Path:
-    """Copy a finished base model into the package, whole; returns its place there."""
-    target = Path(str(resources.files("nla_ray"))) / "data" / "nano_base"
+    """Copy a finished base into the package, whole; returns its folder there."""
+    target = EMBEDDED_DIR / "nano_base"
     staging = target.with_name(f"{target.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(
