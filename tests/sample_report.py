@@ -185,11 +185,13 @@ def full_report() -> dict[str, Any]:
 
 
 def make_gallery(rows: int = 40) -> list[dict[str, Any]]:
-    """Row i: domain by turns, judge's score of grpo i/100, one found and i missing words; row 7 is
-    hostile, row 9 empty."""
+    """Row i: domain by turns, scores of i/100, one found and i missing words.
+
+    Row 7 is hostile, row 9 empty.
+    """
     gallery = []
     for row in range(rows):
-        lies = [part for place in range(row) for part in ([", ", ""], [f"lie{place}", "missing"])]
+        lies = [part for number in range(row) for part in ([", ", ""], [f"lie{number}", "missing"])]
         segments = [["- tokens: ", ""], [f"word{row}", "found"], *lies]
         score = {
             "centred_cosine": row / 100,

@@ -1,5 +1,5 @@
 // As much of a browser as the scripts of the report page ask for: nodes, simple selectors, events.
-// Sizes are told by the test; nothing is laid out.
+// Sizes are set by the test; nothing is laid out.
 
 class FakeNode {
   constructor(tag) {
@@ -44,8 +44,8 @@ class FakeNode {
   getAttribute(name) { return this.attributes[name] ?? null; }
   addEventListener(name, listener) { (this.listeners[name] ??= []).push(listener); }
   fire(name, event = {}) {
-    const told = { target: this, preventDefault() {}, ...event };
-    for (const listener of this.listeners[name] ?? []) listener(told);
+    const fired = { target: this, preventDefault() {}, ...event };
+    for (const listener of this.listeners[name] ?? []) listener(fired);
   }
 
   append(...added) { this.insert(this.childNodes.length, added); }

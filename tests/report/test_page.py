@@ -1,5 +1,4 @@
-"""The report's page: one file that loads nothing, whose every number is the report's, as a browser
-shows it."""
+"""The report's page: one file that loads nothing, and whose every number is the report's."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def page() -> str:
 
 
 class Scripts(HTMLParser):
-    """The contents of script and style elements, by id or type, and how many scripts there are."""
+    """The contents of script and style elements, and how many scripts a page has."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -219,10 +218,10 @@ def page_path(page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(browser: Any, page_path: Path) -> Iterator[Opened]:
-    one = Opened(browser, page_path)
-    yield one
-    one.tab.close()
-    assert one.complaints == []
+    page = Opened(browser, page_path)
+    yield page
+    page.tab.close()
+    assert page.complaints == []
 
 
 def shown(value: float | None) -> str:
@@ -236,13 +235,15 @@ def shown(value: float | None) -> str:
 def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_sideways(
     browser: Any, page_path: Path, width: int, scheme: str
 ) -> None:
-    one = Opened(browser, page_path, viewport={"width": width, "height": 800}, color_scheme=scheme)
-    assert (
-        one.complaints == []
-        and one.addresses == [page_path.as_uri(), "data:,"][: len(one.addresses)]
+    opened = Opened(
+        browser, page_path, viewport={"width": width, "height": 800}, color_scheme=scheme
     )
-    assert one.tab.evaluate("document.documentElement.scrollWidth") == width
-    assert one.texts("nav a") == [
+    assert (
+        opened.complaints == []
+        and opened.addresses == [page_path.as_uri(), "data:,"][: len(opened.addresses)]
+    )
+    assert opened.tab.evaluate("document.documentElement.scrollWidth") == width
+    assert opened.texts("nav a") == [
         "Warnings",
         "Results",
         "Gates",
@@ -267,30 +268,30 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
         "Definitions",
     ]
     assert all(
-        "NaN" not in part and "undefined" not in part for part in one.texts("main > section")
+        "NaN" not in part and "undefined" not in part for part in opened.texts("main > section")
     )
-    assert one.tab.evaluate(
+    assert opened.tab.evaluate(
         "[...document.querySelectorAll('.chart')].every((chart) =>"
         " chart.querySelector('svg[aria-label]'))"
     )
-    assert one.tab.evaluate(
+    assert opened.tab.evaluate(
         "[...document.querySelectorAll('.chart svg')].every((svg) =>"
         " svg.getBoundingClientRect().width <= innerWidth)"
     )
-    one.tab.close()
+    opened.tab.close()
 
 
 def test_a_report_without_optional_parts_is_drawn_without_complaint(
     browser: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "minimal.html").write_text(to_html(minimal_report(), [], {}), encoding="utf-8")
-    one = Opened(browser, tmp_path / "minimal.html")
+    opened = Opened(browser, tmp_path / "minimal.html")
     assert (
-        one.complaints == []
-        and one.texts("nav a") == ["Definitions"]
-        and "60 activations of 33" in one.texts("header")[0]
+        opened.complaints == []
+        and opened.texts("nav a") == ["Definitions"]
+        and "60 activations of 33" in opened.texts("header")[0]
     )
-    one.tab.close()
+    opened.tab.close()
 
 
 def test_figures_that_are_missing_or_null_are_dashes(browser: Any, tmp_path: Path) -> None:
@@ -313,28 +314,28 @@ def test_figures_that_are_missing_or_null_are_dashes(browser: Any, tmp_path: Pat
     (tmp_path / "holes.html").write_text(
         to_html(report, make_gallery(), {"grpo": []}), encoding="utf-8"
     )
-    one = Opened(browser, tmp_path / "holes.html")
-    assert one.complaints == [] and "Training" not in one.texts("nav a")
+    opened = Opened(browser, tmp_path / "holes.html")
+    assert opened.complaints == [] and "Training" not in opened.texts("nav a")
     assert (
-        one.texts("#results tr[data-row=sft] td[data-column=fve], #results tr[data-row=grpo] td")
+        opened.texts("#results tr[data-row=sft] td[data-column=fve], #results tr[data-row=grpo] td")
         == ["–"] * 8
     )
-    one.tab.close()
+    opened.tab.close()
 
 
 def test_without_scripts_the_page_says_what_it_needs(browser: Any, page_path: Path) -> None:
-    one = Opened.__new__(Opened)
-    one.tab = browser.new_page(java_script_enabled=False)
-    one.tab.goto(page_path.as_uri())
+    opened = Opened.__new__(Opened)
+    opened.tab = browser.new_page(java_script_enabled=False)
+    opened.tab.goto(page_path.as_uri())
     assert (
-        "Allow JavaScript" in one.tab.locator("noscript").inner_text()
-        and one.tab.locator("dl").is_visible()
+        "Allow JavaScript" in opened.tab.locator("noscript").inner_text()
+        and opened.tab.locator("dl").is_visible()
     )
-    assert all(table.is_visible() for table in one.tab.locator("#results table").all())
-    assert one.texts("#results h3") == [f"Under the {name} scorer" for name in SCORER_ORDER]
-    assert one.texts("#drawn pre") == [HOSTILE, "(empty)", HOSTILE]
-    assert not any(frame.is_visible() for frame in one.tab.locator(".charts").all())
-    one.tab.close()
+    assert all(table.is_visible() for table in opened.tab.locator("#results table").all())
+    assert opened.texts("#results h3") == [f"Under the {name} scorer" for name in SCORER_ORDER]
+    assert opened.texts("#drawn pre") == [HOSTILE, "(empty)", HOSTILE]
+    assert not any(frame.is_visible() for frame in opened.tab.locator(".charts").all())
+    opened.tab.close()
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -350,8 +351,8 @@ def test_the_main_table_shows_every_figure_of_the_report(opened: Opened, scorer:
     )
     assert cells == {
         name: {
-            metric: f"{shown(one['value'])} [{shown(one['low'])}, {shown(one['high'])}]"
-            for metric, one in by[scorer].items()
+            metric: f"{shown(figure['value'])} [{shown(figure['low'])}, {shown(figure['high'])}]"
+            for metric, figure in by[scorer].items()
         }
         for name, by in full_report()["results"].items()
     }
@@ -376,7 +377,7 @@ def test_the_judge_and_the_main_metrics_are_shown_first(opened: Opened) -> None:
 def test_the_claims_table_shows_every_figure_and_sorts_by_its_columns(opened: Opened) -> None:
     claims = full_report()["claims"]
     assert opened.texts("#claims td .value") == [
-        shown(one["value"]) for by in claims.values() for one in by.values()
+        shown(figure["value"]) for by in claims.values() for figure in by.values()
     ]
     ascending = sorted(claims, key=lambda name: claims[name]["tokens"]["value"])
     orders = []
@@ -408,7 +409,8 @@ def test_charts_show_the_figures_of_the_report(opened: Opened) -> None:
     ]
     opened.wait_for_charts()
     assert opened.texts("#paired .note") == [
-        f"{shown(one['value'])} [{shown(one['low'])}, {shown(one['high'])}]" for one in paired
+        f"{shown(figure['value'])} [{shown(figure['low'])}, {shown(figure['high'])}]"
+        for figure in paired
     ]
     precision = report["domains"]["licence"]["grpo"]["precision"]
     assert (
@@ -441,8 +443,8 @@ def test_growth_is_drawn_along_every_axis_with_its_numbers(opened: Opened) -> No
     table = opened.tab.locator("#growth details").first
     rows = table.locator("tr[data-row=judge]").all_text_contents()
     assert len(rows) == 3 and all(
-        f"{shown(one['top1_2way']['value'])} [{shown(one['top1_2way']['low'])}" in row
-        for one, row in zip(points, rows, strict=True)
+        f"{shown(point['top1_2way']['value'])} [{shown(point['top1_2way']['low'])}" in row
+        for point, row in zip(points, rows, strict=True)
     )
 
 
@@ -469,13 +471,13 @@ def test_differences_stand_on_their_side_of_zero_and_are_hollow_where_the_interv
     )
     paired = full_report()["paired"]
     figures = [paired[pair]["judge"][metric] for metric in ("top1", "delta") for pair in paired]
-    for (low, value, high, hollow), one in zip(drawn, figures, strict=True):
-        pixels = value / one["value"]  # one unit of the axis of this plot
+    for (low, value, high, hollow), figure in zip(drawn, figures, strict=True):
+        pixels = value / figure["value"]  # one unit of the axis of this plot
         assert (low, high) == (
-            pytest.approx(one["low"] * pixels, abs=0.01),
-            pytest.approx(one["high"] * pixels, abs=0.01),
+            pytest.approx(figure["low"] * pixels, abs=0.01),
+            pytest.approx(figure["high"] * pixels, abs=0.01),
         ) and pixels > 0
-        assert hollow == (one["low"] <= 0 <= one["high"])
+        assert hollow == (figure["low"] <= 0 <= figure["high"])
 
 
 def test_a_readout_under_the_pointer_gives_the_values_at_the_nearest_point(opened: Opened) -> None:
@@ -525,17 +527,17 @@ def test_the_gallery_fills_a_tall_window_with_short_cards(opened: Opened) -> Non
 def test_texts_are_texts_and_marks_are_the_segments_that_were_marked(opened: Opened) -> None:
     rows = make_gallery()[:12]
     assert opened.texts("#examples .source") == [row["text"] for row in rows]
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         segments = row["descriptions"]["grpo"]["segments"]
         said = (
             opened.tab.locator("#examples .card")
-            .nth(place)
+            .nth(number)
             .locator(".said[data-verbalizer=grpo] pre")
         )
         assert said.text_content() == ("".join(content for content, _ in segments) or "(empty)")
         for mark in ("found", "missing"):
             assert said.locator(f"mark.{mark}").all_text_contents() == [
-                content for content, one in segments if one == mark
+                content for content, marked in segments if marked == mark
             ]
     assert (
         opened.tab.evaluate("window.stolen") is None
@@ -577,7 +579,7 @@ def test_the_gallery_is_sorted_by_scores_words_and_domain_with_missing_scores_la
 ) -> None:
     def order(sort: str) -> list[str]:
         opened.tab.locator("#examples select[name=sort]").select_option(sort)
-        return [one.split("@")[0] for one in ids(opened)]
+        return [name.split("@")[0] for name in ids(opened)]
 
     opened.tab.locator("#examples select[name=of]").select_option("grpo")
     opened.tab.locator("#examples select[name=under]").select_option("linear")
@@ -601,8 +603,8 @@ def test_the_gallery_is_sorted_by_scores_words_and_domain_with_missing_scores_la
 def test_check_boxes_choose_whose_descriptions_are_shown(opened: Opened) -> None:
     def names() -> list[str]:
         return opened.tab.evaluate(
-            "[...document.querySelectorAll('#examples .card:first-child .said')].map((one) =>"
-            " one.dataset.verbalizer)"
+            "[...document.querySelectorAll('#examples .card:first-child .said')].map((said) =>"
+            " said.dataset.verbalizer)"
         )
 
     assert names() == ["gold", "sft", "grpo", "grpo_no_contrast", "read_by_a_human"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from nla_ray.report.rendering.content import Examples, Section, Table, TableRow
+from nla_ray.report.rendering.content import DrawnExamples, Section, Table, TableRow
 from nla_ray.report.rendering.markdown import (
     fenced,
     opening_markdown,
@@ -58,7 +58,7 @@ def to_card(
 
 
 def _holds_texts(section: Section) -> bool:
-    return any(isinstance(block, Examples) for block in section.blocks)
+    return any(isinstance(block, DrawnExamples) for block in section.blocks)
 
 
 def examples_markdown(examples: Sequence[Mapping[str, Any]]) -> str:

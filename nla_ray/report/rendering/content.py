@@ -166,7 +166,7 @@ class Definitions:
 
 
 @dataclass(frozen=True)
-class Examples:
+class DrawnExamples:
     """`{activation_id, domain, text, descriptions}`: texts of the corpus."""
 
     examples: Sequence[Mapping[str, Any]]
@@ -179,7 +179,7 @@ class Gallery:
     num_rows: int
 
 
-Block = Table | ChartGroup | Warnings | Bullets | Definitions | Examples | Gallery
+ReportBlock = Table | ChartGroup | Warnings | Bullets | Definitions | DrawnExamples | Gallery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class Section:
     name: str
     """In the list of sections."""
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[ReportBlock]
     intro: str = ""
     how_to_read: str = ""
     """Of the charts: for the page alone."""

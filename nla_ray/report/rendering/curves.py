@@ -9,21 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nla_ray.report.rendering.content import (
-    Block,
     Cell,
     ChartGroup,
     Column,
     LineChart,
+    ReportBlock,
     Section,
     Series,
     Table,
     TableRow,
     number,
 )
-from nla_ray.report.rendering.rows import judge_first, keys_of, plain_columns
+from nla_ray.report.rendering.rows import Report, judge_first, keys_of, plain_columns
 from nla_ray.report.rendering.vocabulary import SUPERVISED_TITLES, TRAINING_TITLES, spaced, title_of
 
-Report = Mapping[str, Any]
 _GROWTH = {
     "labels": ("labels", "labels that SFT learned from", "With the labels that SFT learned from"),
     "steps": ("step", "step of GRPO", "With the steps of GRPO, on validation"),
@@ -80,7 +79,7 @@ def training_section(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Sec
             reinforced[name] = records
         elif records:
             supervised[name] = records
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for written, titles in ((reinforced, TRAINING_TITLES), (supervised, SUPERVISED_TITLES)):
         if written:
             blocks += [_training_charts(written, titles), _training_table(written, titles)]
@@ -145,7 +144,7 @@ def _training_table(
     return Table(
         title="first and last of " + ", ".join(spaced(name) for name in training),
         head="artifact",
-        columns=plain_columns(["figure", "first step", "value", "last step", "value there"]),
+        columns=plain_columns(["figure", "first step", "value", "last step", "value then"]),
         rows=rows,
         is_folded=True,
     )
@@ -165,7 +164,7 @@ def _record_point(record: Mapping[str, Any], key: str) -> dict[str, float | None
 
 def growth_section(report: Report) -> Section:
     """How figures grow along every axis that the report has."""
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for axis, by_series in report.get("growth", {}).items():
         head, x_label, title = _GROWTH[axis]
         names = judge_first(by_series)
@@ -206,7 +205,7 @@ def growth_section(report: Report) -> Section:
 def prefix_section(report: Report) -> Section:
     """Scores of descriptions cut after so many tokens."""
     prefix = report.get("prefix", {})
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for scorer in judge_first(keys_of(prefix.values())):
         curves = {name: by_scorer.get(scorer) or [] for name, by_scorer in prefix.items()}
         metrics = keys_of(point for curve in curves.values() for point in curve)
@@ -241,7 +240,7 @@ def prefix_section(report: Report) -> Section:
 def retrieval_section(report: Report) -> Section:
     """How often the right activation is nearest among k."""
     retrieval = report.get("retrieval", {})
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for scorer in judge_first(keys_of(retrieval.values())):
         points = {}
         for name, by_scorer in retrieval.items():
@@ -280,7 +279,7 @@ def best_of_section(report: Report) -> Section:
     """What the best of N samples by the reward scorer is worth, by every scorer."""
     best_of = report.get("best_of", [])
     scorers = judge_first(name for name in keys_of(best_of) if name != "samples")
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for metric in keys_of(best[scorer] for best in best_of for scorer in scorers):
         points = {
             scorer: {best["samples"]: (best[scorer] or {}).get(metric) for best in best_of}

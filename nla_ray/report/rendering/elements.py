@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nla_ray.report.rendering.content import (
-    Block,
     Bullets,
     Cell,
     ChartGroup,
     Column,
     Definitions,
-    Examples,
+    DrawnExamples,
     Gallery,
+    ReportBlock,
     Section,
     Table,
     TableRow,
@@ -41,11 +41,14 @@ _SHARES = 10
 """Shades of a cell of counts: `share-0` to `share-10` in page.css."""
 
 
+Attributes = Mapping[str, str | float | None]
+
+
 class Markup(str):
     """HTML that may stand in the page as it is."""
 
 
-def tag(name: str, attributes: Mapping[str, str | int | None], *children: str) -> Markup:
+def tag(name: str, attributes: Attributes, *children: str) -> Markup:
     """An element; children that are not Markup are escaped, attributes that are None left out.
 
     >>> tag("p", {"class": "note", "title": None}, "a & b", tag("br", {}))
@@ -61,8 +64,10 @@ def tag(name: str, attributes: Mapping[str, str | int | None], *children: str) -
 
 
 def section_markup(section: Section, groups: Sequence[ChartGroup]) -> Markup:
-    """A section as it stands on the page; `groups`: all charts of the page, by whose place in it a
-    frame finds its own."""
+    """A section as it stands on the page.
+
+    `groups`: all charts of the page; the number of a group there leads its frame to its data.
+    """
     parts = [tag("h2", {}, section.title)]
     introduced = " ".join(part for part in (section.intro, section.how_to_read) if part)
     if introduced:
@@ -72,12 +77,14 @@ def section_markup(section: Section, groups: Sequence[ChartGroup]) -> Markup:
     return tag("section", {"id": section.id}, *parts)
 
 
-def _block_markup(block: Block, section: Section, groups: Sequence[ChartGroup]) -> list[Markup]:
+def _block_markup(
+    block: ReportBlock, section: Section, groups: Sequence[ChartGroup]
+) -> list[Markup]:
     if isinstance(block, Table):
         return [] if block.only == "text" else [_chosen(block.choice, _table_block(block, section))]
     if isinstance(block, ChartGroup):
-        place = next(number for number, group in enumerate(groups) if group is block)
-        frame = tag("div", {"class": "charts", "data-group": place, "hidden": ""})
+        number = next(index for index, group in enumerate(groups) if group is block)
+        frame = tag("div", {"class": "charts", "data-group": number, "hidden": ""})
         return [_chosen(block.choice, frame)]
     if isinstance(block, Warnings):
         return [tag("p", {"class": "warning"}, line) for line in block.lines]
@@ -90,7 +97,7 @@ def _block_markup(block: Block, section: Section, groups: Sequence[ChartGroup]) 
             for part in (tag("dt", {}, term), tag("dd", {}, meaning))
         ]
         return [tag("dl", {}, *entries)]
-    if isinstance(block, Examples):
+    if isinstance(block, DrawnExamples):
         return [_example(example) for example in block.examples]
     assert isinstance(block, Gallery)
     return [tag("noscript", {}, tag("p", {"class": "warning"}, _NO_GALLERY)), _keys_of_gallery()]
@@ -119,7 +126,7 @@ def _table_block(table: Table, section: Section) -> Markup:
 def _table(table: Table) -> Markup:
     heads = [tag("th", {"scope": "col"}, table.head)]
     heads += [_column_head(column, table) for column in table.columns]
-    axes = [_axis(table, place) for place in range(len(table.columns))]
+    axes = [_axis(table, index) for index in range(len(table.columns))]
     rows = []
     for row in table.rows:
         cells = [tag("th", {"scope": "row"}, _breakable(row.title))]
@@ -145,7 +152,7 @@ def _column_head(column: Column, table: Table) -> Markup:
 def _cell(
     column: Column, cell: Cell, axis: tuple[float, float], table: Table, row: TableRow
 ) -> Markup:
-    attributes: dict[str, str | int | None] = {
+    attributes: dict[str, str | float | None] = {
         "data-column": column.name,
         "class": None if column.is_main else "more",
     }
@@ -175,11 +182,10 @@ def _badge(passed: bool) -> Markup:
     return tag("span", {"class": "badge fail"}, "✗ FAIL")
 
 
-def _count(
-    attributes: Mapping[str, str | int | None], column: Column, cell: Cell, row: TableRow
-) -> Markup:
+def _count(attributes: Attributes, column: Column, cell: Cell, row: TableRow) -> Markup:
     """A count, shaded by its share of the row."""
-    count, total = int(cell or 0), sum(int(other or 0) for other in row.cells)
+    count = cell if isinstance(cell, int) else 0
+    total = sum(counted for counted in row.cells if isinstance(counted, int))
     classes = f"share-{round(_SHARES * count / (total or 1))}"
     if column.name == row.name:
         classes += " right"
@@ -187,11 +193,11 @@ def _count(
     return tag("td", {**attributes, "class": classes, "title": title}, str(count or "·"))
 
 
-def _axis(table: Table, place: int) -> tuple[float, float]:
+def _axis(table: Table, index: int) -> tuple[float, float]:
     """The least and the most of a column's intervals and chance."""
-    column, values = table.columns[place], []
+    column, values = table.columns[index], []
     for row in table.rows:
-        cell = row.cells[place]
+        cell = row.cells[index]
         if isinstance(cell, Mapping):
             values += [cell.get(key) for key in ("value", "low", "high")]
     known = [value for value in [column.chance, *values] if value is not None]

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nla_ray.report.rendering.content import (
-    Block,
     Bullets,
     ChartGroup,
     Definitions,
-    Examples,
+    DrawnExamples,
     Gallery,
+    ReportBlock,
     Section,
     Table,
     Warnings,
@@ -68,14 +68,14 @@ def table_markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
 
 
-def _is_text(block: Block) -> bool:
+def _is_text(block: ReportBlock) -> bool:
     """Whether a block can be read without the page."""
     if isinstance(block, Table):
         return block.only != "page"
     return not isinstance(block, ChartGroup | Gallery)
 
 
-def _block_markdown(block: Block) -> str:
+def _block_markdown(block: ReportBlock) -> str:
     if isinstance(block, Table):
         return table_markdown(block)
     if isinstance(block, Warnings):
@@ -84,7 +84,7 @@ def _block_markdown(block: Block) -> str:
         return _bullets(block.lines)
     if isinstance(block, Definitions):
         return _bullets([f"{term}: {meaning}" for term, meaning in block.entries])
-    if isinstance(block, Examples):
+    if isinstance(block, DrawnExamples):
         return "\n\n".join(
             _example(number, example) for number, example in enumerate(block.examples, 1)
         )

@@ -120,7 +120,7 @@ def _opening(report: Mapping[str, Any]) -> Markup:
 
 
 def _read(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files("nla_ray.report.rendering").joinpath(name).read_text(encoding="utf-8")
 
 
 def _digest(content: str) -> str:

@@ -12,6 +12,9 @@ from nla_ray.report.controls import CONTROLS
 from nla_ray.report.rendering.content import Cell, Column, TableRow
 from nla_ray.report.rendering.vocabulary import DEFINITIONS, spaced, title_of
 
+Report = Mapping[str, Any]
+"""The dictionary that report.json holds."""
+
 
 def keys_of(mappings: Iterable[Mapping[str, Any] | None]) -> list[str]:
     """The keys of all mappings, each once, in the order in which they come first.
@@ -40,9 +43,7 @@ def plain_columns(titles: Iterable[str]) -> list[Column]:
     return [Column(name=title, title=title) for title in titles]
 
 
-def figure_columns(
-    report: Mapping[str, Any], figures: Sequence[str], main: Sequence[str]
-) -> list[Column]:
+def figure_columns(report: Report, figures: Sequence[str], main: Sequence[str]) -> list[Column]:
     """Columns of figures with definition and chance."""
     chance = report.get("chance", {})
     return [

@@ -12,17 +12,17 @@ from typing import Any
 from nla_ray.report.controls import CONTROLS
 from nla_ray.report.rendering import curves
 from nla_ray.report.rendering.content import (
-    Block,
     Bullets,
     Cell,
     ChartGroup,
     Column,
     Definitions,
-    Examples,
+    DrawnExamples,
     Gallery,
     IntervalChart,
     IntervalMark,
     IntervalRow,
+    ReportBlock,
     Section,
     Table,
     TableRow,
@@ -31,6 +31,7 @@ from nla_ray.report.rendering.content import (
     shows_nothing,
 )
 from nla_ray.report.rendering.rows import (
+    Report,
     figure_columns,
     judge_first,
     keys_of,
@@ -46,7 +47,6 @@ from nla_ray.report.rendering.vocabulary import (
     title_of,
 )
 
-Report = Mapping[str, Any]
 _TERMINAL_METRICS = (
     "top1",
     "top1_2way",
@@ -139,7 +139,7 @@ def _results_section(report: Report) -> Section:
     scored = [figures for by_scorer in results.values() for figures in by_scorer.values()]
     metrics = keys_of(scored)
     metrics = list(dict.fromkeys([name for name in MAIN_METRICS if name in metrics] + metrics))
-    tables: list[Block] = []
+    tables: list[ReportBlock] = []
     for scorer in judge_first(keys_of(results.values())):
         cells = {}
         for name, by_scorer in results.items():
@@ -203,7 +203,7 @@ def _gates_section(report: Report) -> Section:
 def _paired_section(report: Report) -> Section:
     """Differences on the same activations and resamples, by scorer and of what is claimed."""
     paired = report.get("paired", {})
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for scorer in judge_first(keys_of(paired.values())):
         blocks += [_paired_charts(paired, scorer), _paired_table(report, scorer)]
     return Section(
@@ -325,7 +325,7 @@ def _domains_section(report: Report) -> Section:
     """Every figure by domain, without the controls, which are in report.json."""
     domains = report.get("domains", {})
     by_name = [figures for named in domains.values() for figures in named.values()]
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for figure in keys_of(by_name):
         blocks += [_domain_chart(domains, figure), _domain_table(domains, figure)]
     if domains:
@@ -403,7 +403,7 @@ def _domain_chart(domains: Mapping[str, Any], figure: str) -> ChartGroup:
 
 def _confusion_section(report: Report) -> Section:
     """Which domain descriptions name, by the true one; the verbalizer trained last comes first."""
-    tables: list[Block] = []
+    tables: list[ReportBlock] = []
     for name, counts in reversed(list(report.get("confusion", {}).items())):
         named = list(dict.fromkeys([*counts, *keys_of(counts.values())]))
         rows = [
@@ -441,7 +441,7 @@ def _confusion_section(report: Report) -> Section:
 def _warnings_section(report: Report) -> Section:
     """What a reader must know before any figure."""
     lines = report.get("warnings", [])
-    blocks: list[Block] = [Warnings(lines)] if lines else []
+    blocks: list[ReportBlock] = [Warnings(lines)] if lines else []
     return Section(id="warnings", name="Warnings", title="Warnings", blocks=blocks)
 
 
@@ -474,13 +474,13 @@ def _examples_section(report: Report) -> Section:
         name="Examples",
         title="Examples",
         intro="Drawn by seed from different domains, not chosen by hand or by score.",
-        blocks=[Examples(examples)] if examples else [],
+        blocks=[DrawnExamples(examples)] if examples else [],
     )
 
 
 def _gallery_section(gallery: Sequence[Mapping[str, Any]]) -> Section:
     """Every text beside everything that was said of it."""
-    blocks: list[Block] = [Gallery(len(gallery))] if gallery else []
+    blocks: list[ReportBlock] = [Gallery(len(gallery))] if gallery else []
     return Section(id="examples", name="Gallery", title="Texts and descriptions", blocks=blocks)
 
 
@@ -561,7 +561,7 @@ def _lineage_section(report: Report) -> Section:
 def _notes_section(report: Report) -> Section:
     """What is missing, and what a reader of the descriptions wrote down."""
     lines = report.get("notes", [])
-    blocks: list[Block] = [Bullets(lines)] if lines else []
+    blocks: list[ReportBlock] = [Bullets(lines)] if lines else []
     return Section(id="notes", name="Notes", title="Notes", blocks=blocks)
 
 

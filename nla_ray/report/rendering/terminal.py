@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nla_ray.report.rendering.content import Examples, Table, Warnings, cell_text
+from nla_ray.report.rendering.content import DrawnExamples, Table, Warnings, cell_text
 from nla_ray.report.rendering.sections import sections
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         " intervals over documents"
     )
     for block in blocks:
-        if isinstance(block, Examples):
+        if isinstance(block, DrawnExamples):
             _print_examples(console, block)
 
 
@@ -61,7 +61,7 @@ def _rich_table(table: Table) -> RichTable:
     return rich
 
 
-def _print_examples(console: Console, block: Examples) -> None:
+def _print_examples(console: Console, block: DrawnExamples) -> None:
     from rich.markup import escape
 
     for example in block.examples:
