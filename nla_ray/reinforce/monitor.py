@@ -16,7 +16,7 @@ from torch import Tensor
 from nla_ray.activation import vectors
 from nla_ray.cluster.actors import ActorPool
 from nla_ray.description.record import Description
-from nla_ray.reinforce.rewards import contrast
+from nla_ray.reinforce.rewards import score_term
 from nla_ray.reinforce.rollouts import PublishedWeights, RolloutRequest, generate
 from nla_ray.reinforce.scoring import reconstruct
 from nla_ray.score.bootstrap import DocumentBootstrap
@@ -100,15 +100,15 @@ class Monitor:
 
     def _paid(self, reconstruction: Tensor) -> Tensor:
         """What the score term would pay for these reconstructions: [rows]."""
-        raw = vectors.cosine(reconstruction, self._comparisons.originals)
-        if self.settings.contrast == "none":
-            return raw
         repeated = reconstruction.unsqueeze(1)
         wrong = self._comparisons.pool[self._comparisons.others]
-        if not self.settings.centred:
-            return contrast(raw, vectors.cosine(repeated, wrong))
-        centred_wrong = vectors.centred_cosine(repeated, wrong, self._comparisons.mean)
-        return contrast(self._centred(reconstruction), centred_wrong)
+        return score_term(
+            self.settings,
+            right=vectors.cosine(reconstruction, self._comparisons.originals),
+            wrong=vectors.cosine(repeated, wrong),
+            centred_right=self._centred(reconstruction),
+            centred_wrong=vectors.centred_cosine(repeated, wrong, self._comparisons.mean),
+        )
 
 
 def text_figures(written: Sequence[Description], texts: Sequence[str]) -> dict[str, float]:

@@ -3,10 +3,10 @@
     reward = score(right) - mean score(wrong) - unclosed - empty - over-long - repeated (+ evidence)
 
 Every term has a name, under which it is logged, and a weight, which comes from the configuration.
-To add a term, compute it in `text_terms`, name it in TEXT_TERMS and weigh it in `reward_weights`.
-Knows neither models nor Ray nor TRL. Protects two rules: wrong activations come from OTHER
-documents and are the same for the whole group of an activation, so that the draw cancels in the
-advantage; no description is left out, however bad it is.
+`score_term` is what a score pays. To add a term, compute it in `text_terms`, name it in TEXT_TERMS
+and weigh it in `reward_weights`. Knows neither models nor Ray nor TRL. Protects two rules: wrong
+activations come from OTHER documents and are the same for the whole group of an activation, so that
+the draw cancels in the advantage; no description is left out, however bad it is.
 """
 
 from __future__ import annotations
@@ -38,6 +38,26 @@ def contrast(right: Tensor, wrong: Tensor) -> Tensor:
     tensor([0.3750])
     """
     return right - wrong.mean(dim=1)
+
+
+def score_term(
+    settings: GRPOSettings,
+    *,
+    right: Tensor,
+    wrong: Tensor,
+    centred_right: Tensor,
+    centred_wrong: Tensor,
+) -> Tensor:
+    """What is paid for the reward scorer's cosines: [n].
+
+    The contrast, centred or not; the ablation's raw cosine. `right`, `centred_right`: [n], with the
+    right activation. `wrong`, `centred_wrong`: [n, k], with wrong ones.
+    """
+    if settings.contrast == "none":
+        return right
+    if settings.centred:
+        return contrast(centred_right, centred_wrong)
+    return contrast(right, wrong)
 
 
 def reward_weights(settings: GRPOSettings) -> dict[str, float]:

@@ -25,7 +25,7 @@ from nla_ray.reinforce.rewards import (
     TEXT_TERMS,
     WrongActivations,
     beginning_worth,
-    contrast,
+    score_term,
     text_terms,
 )
 from nla_ray.reinforce.rollouts import WeightPublisher, generate, group_rows, train_request
@@ -183,7 +183,13 @@ class StepSampler:
         with self.clock.measure("score"):
             scores = ScoreBatch.join(self._scorers.collect(self._scoring))
         self.clock.add("score_busy", scores.seconds)
-        values = self._rewarded(scores)
+        values = score_term(
+            self.settings,
+            right=scores.right,
+            wrong=scores.wrong,
+            centred_right=scores.centred_right,
+            centred_wrong=scores.centred_wrong,
+        )
         whole = len(values) - sum(len(lines.beginnings) for lines in self._lines)
         self._beginning_scores = values[whole:].tolist()
         log_metric("score/right", scores.right[:whole].mean().item())
@@ -191,14 +197,6 @@ class StepSampler:
         if self.settings.contrast == "wrong":
             log_metric("score/centred_wrong", scores.centred_wrong[:whole].mean().item())
         return values[:whole].tolist()
-
-    def _rewarded(self, scores: ScoreBatch) -> Tensor:
-        """What is paid for a score: the contrast, centred or not, or the ablation's raw cosine."""
-        if self.settings.contrast == "none":
-            return scores.right
-        if self.settings.centred:
-            return contrast(scores.centred_right, scores.centred_wrong)
-        return contrast(scores.right, scores.wrong)
 
     def share_out(self, advantages: Tensor, length: int) -> tuple[Tensor, float]:
         """`credit.share_out` of the rollouts scored last: [n] -> [n, length]."""
