@@ -25,10 +25,10 @@ TEXTS = (
 
 
 def explain_examples(run: Run) -> list[dict[str, Any]]:
-    """`text`, greedy `description`, and the judge's centred cosine with its own activation
-    (`right`) and with the mean of the other texts' (`wrong`).
+    """A row a text: `text`, its greedy `description`, and the judge's centred cosines.
 
-    The activation is the one at the end of the prompt, as in capture of `last`.
+    `right` is the cosine with the text's activation, `wrong` the mean cosine with those of the
+    other texts. The activation is at the end of the prompt, as in capture of `last`.
     """
     config, capture = run.config, CaptureConfig(positions="last")
     arm, model = config.grpo.artifact, load_backbone(config.base)
@@ -39,16 +39,21 @@ def explain_examples(run: Run) -> list[dict[str, Any]]:
     with run.local_copy(arm, run.require(arm), "adapter") as folder:
         verbalizer = Verbalizer.load(config.base, folder, model=model)
     longest = config.grpo.max_new_tokens
-    descriptions = [said.text for said in verbalizer.describe(activations, max_new_tokens=longest)]
+    written = verbalizer.describe(activations, max_new_tokens=longest)
+    descriptions = [description.text for description in written]
     with run.local_copy("judge_scorer", run.require("judge_scorer")) as folder:
         judge = Reconstructor.load(config.base, folder)
-    others = [[row for row in range(len(TEXTS)) if row != number] for number in range(len(TEXTS))]
-    scores = compare(
-        judge.reconstruct(descriptions),
-        activations,
-        activations[torch.tensor(others)],
-        judge.mean.cpu(),
-    )
+    every = range(len(TEXTS))
+    wrong_rows = torch.tensor([[row for row in every if row != number] for number in every])
+    reconstruction = judge.reconstruct(descriptions)
+    scores = compare(reconstruction, activations, activations[wrong_rows], judge.mean.cpu())
     right, wrong = scores.centred_right.tolist(), scores.centred_wrong.mean(1).tolist()
-    rows = zip(TEXTS, descriptions, right, wrong, strict=True)
-    return [dict(zip(("text", "description", "right", "wrong"), row, strict=True)) for row in rows]
+    return [
+        {
+            "text": TEXTS[row],
+            "description": descriptions[row],
+            "right": right[row],
+            "wrong": wrong[row],
+        }
+        for row in every
+    ]

@@ -171,7 +171,7 @@ def show_report(run: Run) -> None:
         " report.json beside it"
     )
     if run.config.card:
-        print(f"card: {make_card(run, report)}")
+        print(f"card: {publish_card(run, report)}")
     failed = [gate["name"] for gate in report["gates"] if not gate["passed"]]
     if run.config.gate and failed:
         raise SystemExit(
@@ -179,7 +179,7 @@ def show_report(run: Run) -> None:
         )
 
 
-def make_card(run: Run, report: Mapping[str, Any]) -> Path:
+def publish_card(run: Run, report: Mapping[str, Any]) -> Path:
     """Write the published report as the preset's card into the package.
 
     Its figures are the report's; only the texts written for it are described anew. Raises

@@ -13,7 +13,7 @@ from sample_report import HOSTILE, full_report
 from nla_ray.report import cards
 from nla_ray.report.rendering.card import commands_of, to_card
 from nla_ray.report.rendering.content import interval
-from nla_ray.report.stage import make_card, make_report, read_report
+from nla_ray.report.stage import make_report, publish_card, read_report
 from nla_ray.run.artifact import Run
 from nla_ray.settings.config import RunConfig
 from nla_ray.settings.presets import PRESETS, preset
@@ -90,7 +90,7 @@ def test_a_card_is_made_of_no_other_report_than_the_presets_own() -> None:
     on_validation = dataclasses.replace(nano.evaluation, split="validation")
     config = dataclasses.replace(nano, evaluation=on_validation)
     with pytest.raises(ValueError, match="--card: got the report 'report_validation', expected"):
-        make_card(Run(config), {})
+        publish_card(Run(config), {})
 
 
 def test_the_published_report_becomes_the_card_of_its_preset(
@@ -101,7 +101,7 @@ def test_the_published_report_becomes_the_card_of_its_preset(
     make_report(run.config)
     monkeypatch.setattr(cards, "FOLDER", tmp_path)
     report = read_report(run)
-    path = make_card(run, report)
+    path = publish_card(run, report)
     card = path.read_text(encoding="utf-8")
     assert path == tmp_path / f"{run.config.preset}.md"
     assert interval(report["results"]["grpo"]["judge"]["top1"]) in card
