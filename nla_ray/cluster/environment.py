@@ -16,8 +16,10 @@ from nla_ray.settings.resources import Kind
 
 
 def job_environment(compute: ComputeConfig, *, offline: bool = True) -> dict[str, str]:
-    """What every process of a job gets: no telemetry, quiet libraries, no hub when `offline`; and
-    the CPU's variables where none books a GPU."""
+    """What every process of a job gets: no telemetry, quiet libraries, no hub when `offline`.
+
+    Where no kind of process books a GPU, the CPU's variables too.
+    """
     environment = {
         # A process that has booked no GPU sees none: by itself Ray leaves all of them visible to
         # it, and torch would take the first.
@@ -37,8 +39,10 @@ def job_environment(compute: ComputeConfig, *, offline: bool = True) -> dict[str
 
 
 def kind_environment(compute: ComputeConfig, kind: Kind) -> dict[str, str]:
-    """What a process of one kind gets beyond its job's: the CPU's variables, where another kind
-    books a GPU and it does not."""
+    """What a process of one kind gets beyond its job's environment.
+
+    The CPU's variables, where it books no GPU and another kind does.
+    """
     if door.is_for_kind(compute, kind) and not door.is_for_every_kind(compute):
         return cpu_environment(compute.threads)
     return {}

@@ -35,9 +35,11 @@ def grouped_attention(
     dropout: float = 0.0,
     **ignored,
 ) -> tuple[Tensor, None]:
-    """What the library asks of an attention: query [batch, heads, new, dim], key and value [batch,
-    key heads, seq, dim] and an additive mask [batch or 1, 1, new, seq] -> [batch, new, heads,
-    dim]."""
+    """Attention in the form the library asks for it: -> ([batch, new, heads, dim], None).
+
+    query [batch, heads, new, dim], key and value [batch, key heads, seq, dim], and an additive mask
+    [batch or 1, 1, new, seq].
+    """
     batch, heads, new, dim = query.shape
     key_heads, seq = key.shape[1:3]
     rows = heads // key_heads * new

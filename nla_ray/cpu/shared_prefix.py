@@ -20,10 +20,10 @@ def decode_sharing_prefix(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """The decoder's output [batch, seq, d_model] for ids [batch, seq], with `prefix_ids` computed
-    once where every row begins with them.
+    """The decoder's output [batch, seq, d_model] for ids [batch, seq] that begin with `prefix_ids`.
 
-    Another batch, or one under gradient checkpointing (which has no caches), is computed as it is.
+    The prefix is computed once. A batch in which a row begins otherwise, or one under gradient
+    checkpointing (which has no caches), is computed as it is.
     """
     prefix = torch.tensor([list(prefix_ids)], dtype=torch.long, device=input_ids.device)
     checkpoints = getattr(decoder, "gradient_checkpointing", False) and decoder.training
@@ -45,8 +45,10 @@ def decode_sharing_prefix(
 
 
 def _all_begin_with(prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether several rows [batch, seq] begin with prefix [1, length], go on after it, and see all
-    of it."""
+    """Whether several rows [batch, seq] begin with prefix [1, length].
+
+    They must also go on after it, and see all of it.
+    """
     rows, length = len(input_ids), prefix.shape[1]
     if not length or rows < 2 or input_ids.shape[1] <= length:
         return False

@@ -44,7 +44,7 @@ def share_beginnings(sequences: Sequence[Sequence[int]]) -> list[PackedRow]:
     row has room.
     """
     groups: list[list[int]] = []
-    for number in sorted(range(len(sequences)), key=lambda number: sequences[number]):
+    for number in sorted(range(len(sequences)), key=lambda number: tuple(sequences[number])):
         before = sequences[groups[-1][-1]] if groups else ()
         shared = _common(before, sequences[number])
         if shared and 2 * shared >= min(len(before), len(sequences[number])):

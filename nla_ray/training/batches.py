@@ -19,13 +19,12 @@ between epochs."""
 
 
 class LengthBatches(Sampler[int]):
-    """Indices in an order that, cut into batches of `batch_size`, gives batches of like length in
-    random order.
+    """Indices in an order that, cut into batches, gives batches of like length in random order.
 
     The last, smaller batch stays last. `set_epoch` draws anew.
 
-    Example: lengths [9, 2, 8, 1] in batches of 2 may come as [3, 1, 0, 2]: (1, 2 tokens), then (9,
-    8 tokens).
+    >>> list(LengthBatches([9, 2, 8, 1], batch_size=2, seed=0))
+    [0, 2, 3, 1]
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

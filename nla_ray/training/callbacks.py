@@ -25,8 +25,11 @@ _TRIM_STEPS = 20
 
 
 class StageCallback(TrainerCallback):
-    """Writes a trainer's logs to the metrics file and trackers, tells progress every ten seconds,
-    marks checkpoints complete."""
+    """What a trainer tells while it runs.
+
+    It writes the logs to the metrics file and the trackers, tells progress every ten seconds, and
+    marks checkpoints complete.
+    """
 
     def __init__(self, checkpoints: Checkpoints, title: str) -> None:
         self.checkpoints, self.title = checkpoints, title
@@ -34,11 +37,12 @@ class StageCallback(TrainerCallback):
         self._last_line = time.monotonic()
 
     def record(self, metrics: dict[str, float]) -> None:
-        """One record of metrics, with its `step`, to all places."""
+        """Write one record of metrics, with its `step`, and show it in the trackers."""
         self._log.append(metrics)
         self._trackers.write(metrics)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Record the trainer's logs; tell the loss."""
         if not state.is_world_process_zero or not logs:
             return
         self.record(
@@ -55,10 +59,12 @@ class StageCallback(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Keep the heap small."""
         if state.global_step % _TRIM_STEPS == 0 and door.is_for_device(args.device):
             give_back_free_memory()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        """Tell the validation figures."""
         if state.is_world_process_zero and metrics:
             figures = ", ".join(
                 f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()
@@ -72,15 +78,15 @@ class StageCallback(TrainerCallback):
             )
 
     def on_save(self, args, state, control, **kwargs) -> None:
+        """Declare the checkpoint that was just written whole."""
         self.checkpoints.mark_complete(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Close the trackers."""
         self._trackers.close()
 
 
-def follow(trainer: Trainer, checkpoints: Checkpoints, title: str) -> Trainer:
-    """Give a trainer the stage's callback in place of the library's printing; returns the
-    trainer."""
+def follow(trainer: Trainer, checkpoints: Checkpoints, title: str) -> None:
+    """Give a trainer the stage's callback in place of the library's printing."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StageCallback(checkpoints, title))
-    return trainer

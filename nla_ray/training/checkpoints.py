@@ -48,12 +48,11 @@ def _step_of(checkpoint: Path) -> int:
 
 
 class Checkpoints:
-    """The scratch folder of one training stage, as a worker sees it: checkpoints, metrics.jsonl,
-    and the best files so far.
+    """The scratch folder of one training stage, as a worker sees it.
 
-    On a local run it is the run's own folder. On a remote one it is a temporary folder that is
-    filled from the run at the start and uploaded after every checkpoint, the files that declare
-    others whole last.
+    It holds checkpoints, metrics.jsonl and the best files so far. On a local run it is the run's
+    own folder. On a remote one it is a temporary folder that is filled from the run at the start
+    and uploaded after every checkpoint, the files that declare others whole last.
     """
 
     def __init__(self, run_config: RunConfig, name: str) -> None:
@@ -72,8 +71,7 @@ class Checkpoints:
         """Step, value and metrics of the best offer so far; empty before the first."""
 
     def last(self) -> str | None:
-        """The checkpoint to resume from, as `Trainer.train(resume_from_checkpoint=...)` takes
-        it."""
+        """The checkpoint that `Trainer.train(resume_from_checkpoint=...)` is to resume from."""
         found = last_checkpoint(self.folder)
         if found is not None:
             logger.info("going on from step %d", _step_of(found))
@@ -87,8 +85,10 @@ class Checkpoints:
         return log
 
     def trackers(self) -> Trackers:
-        """Where the stage's metrics are shown besides, cut back alike; nowhere for a process that
-        does not write."""
+        """Where the stage's metrics are shown besides, cut back alike.
+
+        A process that does not write metrics shows nothing.
+        """
         if not self.is_writer:
             return Trackers()
         return Trackers.of(
@@ -109,12 +109,11 @@ class Checkpoints:
         parameters: Iterable[nn.Parameter] = (),
         metrics: dict[str, float] | None = None,
     ) -> bool:
-        """Keep what `save(folder)` writes when `value` (lower is better) beats every earlier offer;
-        say whether it did.
+        """Keep what `save(folder)` writes when `value` (lower is better) beats every earlier offer.
 
-        All ranks call it with the same value; the first one saves, while `parameters` are gathered.
-        The artifact is made from the best offer: a kill at any moment leaves the one before or the
-        new one, whole.
+        Says whether it did. All ranks call it with the same value; the first one saves, while
+        `parameters` are gathered. The artifact is made from the best offer: a kill at any moment
+        leaves the one before or the new one, whole.
         """
         if not value < self.best.get("value", float("inf")):
             return False
@@ -136,8 +135,10 @@ class Checkpoints:
         return True
 
     def mark_complete(self, step: int) -> None:
-        """Declare `checkpoint-{step}` whole, on a remote run after every rank has uploaded its
-        part."""
+        """Declare `checkpoint-{step}` whole.
+
+        On a remote run that is done after every rank has uploaded its part.
+        """
         self.upload()
         _wait_for_all_ranks()
         if self.is_writer:
@@ -145,8 +146,10 @@ class Checkpoints:
             self.upload()
 
     def upload(self) -> None:
-        """On a remote run: copy new and changed files to the run, and remove there what was removed
-        here."""
+        """On a remote run: make the run's files those of this folder.
+
+        New and changed files are copied, and what was removed here is removed there.
+        """
         if self.location.is_local:
             return
         files = {
@@ -189,8 +192,10 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def checkpoint_trainable_only(model: nn.Module) -> None:
-    """Leave a module's frozen parameters out of its `state_dict`, and do not miss them when one is
-    loaded."""
+    """Leave a module's frozen parameters out of its `state_dict`.
+
+    When one is loaded, they are not missed.
+    """
     frozen = {
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)

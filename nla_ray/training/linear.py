@@ -27,8 +27,10 @@ logger = get_logger(__name__)
 
 
 def fit_linear_scorer(run: Run) -> Manifest:
-    """Artifact `linear_scorer`, unless it is complete; its manifest. Raises ValueError for too few
-    labelled documents."""
+    """Artifact `linear_scorer`, unless it is complete; its manifest.
+
+    Raises ValueError for too few labelled documents.
+    """
     if _open_stage(run).manifest is None:
         run_placed(run.config, "scorer", make_linear_scorer)
     return run.require("linear_scorer")
@@ -59,10 +61,10 @@ def make_linear_scorer(config: RunConfig) -> None:
             " two. Use a larger corpus, label more texts or raise --linear-scorer.max-examples."
         )
     wrong = derangement(validation.doc_ids, settings.seed)
-    known, held_out = features(train.descriptions), features(validation.descriptions)
+    learned, held_out = features(train.descriptions), features(validation.descriptions)
     best: tuple[float, dict[str, float], dict[str, torch.Tensor]] | None = None
     for penalty in PENALTIES:
-        tensors = fit(known, train.targets, mean, penalty)
+        tensors = fit(learned, train.targets, mean, penalty)
         figures = validation_figures(
             mean + predict(held_out, tensors), validation.targets, mean, wrong
         )

@@ -46,6 +46,7 @@ from nla_ray.training.workers import (
 TEMPERATURE = 0.1
 """Of the in-batch contrastive term: centred cosines are divided by it."""
 _HEAD_RATE = 3.0
+"""See `make_optimizer`."""
 _WARMUP_SHARE = 0.06
 _WEIGHT_DECAY = 0.01
 _EVALUATION_BATCH = 128
@@ -88,12 +89,11 @@ class Examples:
 def choose_labels(
     rows: Sequence[Mapping[str, Any]], *, teachers: Sequence[str], share: float, seed: int
 ) -> dict[str, str]:
-    """One teacher's label for every text: the first teacher's with probability `share`, else one of
-    the others' - seeded by text.
+    """One teacher's label for every text: the first teacher's with probability `share`.
 
-    The first is that of `teachers`, or by name where none of them wrote a label (imported ones have
-    teachers of their own). A text that only one side has labelled gets that label. Texts by id;
-    labels as cleaned.
+    Else it is another teacher's; the text's id is the seed. The first is that of `teachers`, or by
+    name where none of them wrote a label (imported ones have teachers of their own). A text that
+    only one side has labelled gets that label. Texts by id; labels as cleaned.
     """
     writers = sorted({row["teacher"] for row in rows})
     first_teacher = next((name for name in (*teachers, *writers) if name in writers), "")
@@ -103,12 +103,12 @@ def choose_labels(
     chosen = {}
     for text_id, by_teacher in labels.items():
         draw = seed_of(seed, "teacher", text_id)
-        others = [by_teacher[teacher] for teacher in sorted(by_teacher) if teacher != first_teacher]
+        rest = [by_teacher[teacher] for teacher in sorted(by_teacher) if teacher != first_teacher]
         takes_first = (draw % 10**6) / 10**6 < share
-        if first_teacher in by_teacher and (takes_first or not others):
+        if first_teacher in by_teacher and (takes_first or not rest):
             chosen[text_id] = by_teacher[first_teacher]
         else:
-            chosen[text_id] = others[(draw // 10**6) % len(others)]
+            chosen[text_id] = rest[(draw // 10**6) % len(rest)]
     return chosen
 
 
@@ -164,11 +164,10 @@ def load_examples(
 def reconstruction_loss(
     reconstruction: Tensor, target: Tensor, mean: Tensor, contrastive_weight: float
 ) -> Tensor:
-    """mean(1 - cos(r, v)) + weight * InfoNCE, both over the batch: r, v [batch, d_model], mean mu
-    [d_model].
+    """mean(1 - cos(r, v)) + weight * InfoNCE, both over the batch.
 
-    InfoNCE: cross entropy of row i among all rows j under cos(c(r_i), c(v_j)) / 0.1. Source: van
-    den Oord et al. 2018, arXiv 1807.03748.
+    r, v [batch, d_model], mean mu [d_model]. InfoNCE: cross entropy of row i among all rows j under
+    cos(c(r_i), c(v_j)) / 0.1. Source: van den Oord et al. 2018, arXiv 1807.03748.
     """
     loss = (1.0 - vectors.cosine(reconstruction, target)).mean()
     if contrastive_weight:
@@ -185,8 +184,11 @@ def reconstruction_loss(
 def validation_figures(
     reconstruction: Tensor, target: Tensor, mean: Tensor, wrong: Tensor
 ) -> dict[str, float]:
-    """Loss (1 - cosine), cosine, centred cosine, 2-way top-1 against rows `wrong` [rows], and
-    variance explained."""
+    """Loss (1 - cosine), cosine, centred cosine, 2-way top-1, and variance explained.
+
+    `reconstruction` and `target` [rows, d_model], `mean` [d_model]; top-1 is against the target in
+    row `wrong` [rows].
+    """
     right = vectors.cosine(reconstruction, target)
     return {
         "eval_loss": (1.0 - right).mean().item(),
@@ -201,8 +203,10 @@ def validation_figures(
 
 
 def _train(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best
-    figures."""
+    """The body of one Ray Train worker: build and train.
+
+    Returns the documents, the base and the best figures.
+    """
     run_config, name = config["run"], config["name"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), getattr(run_config, name)
@@ -254,8 +258,7 @@ class Validation:
 
 
 class ReconstructionTrainer(Trainer):
-    """The loss, the order of batches, the head's learning rate and the validation figures; the rest
-    is the library's."""
+    """The library's trainer with our loss, order of batches, optimizer and validation figures."""
 
     def __init__(
         self,
@@ -289,8 +292,10 @@ class ReconstructionTrainer(Trainer):
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The figures of the validation examples; the weights are offered by the centred cosine,
-        because the loss is mostly the mean direction."""
+        """The figures of the validation examples; the weights are offered to be published.
+
+        They are compared by the centred cosine, because the loss is mostly the mean direction.
+        """
         held_out = self._validation
         reconstruction = _reconstruct(
             self.model, self.model_wrapped, held_out.examples.descriptions
@@ -314,8 +319,7 @@ class ReconstructionTrainer(Trainer):
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleCollator:
-    """Makes a batch of rows: what the reconstructor reads, and the `target` activations [batch,
-    d_model]."""
+    """Makes a batch of rows: the prompts' ids, and the `target` activations [batch, d_model]."""
 
     reconstructor: Reconstructor
     encoded: Sequence[Sequence[int]]
@@ -369,7 +373,8 @@ def make_reconstruction_trainer(
         train_dataset=range(len(encoded)),
         eval_dataset=range(len(validation.doc_ids)),
     )
-    return follow(trainer, checkpoints, checkpoints.name)
+    follow(trainer, checkpoints, checkpoints.name)
+    return trainer
 
 
 def make_optimizer(reconstructor, learning_rate: float) -> torch.optim.Optimizer:
@@ -396,8 +401,10 @@ def make_optimizer(reconstructor, learning_rate: float) -> torch.optim.Optimizer
 def _reconstruct(
     reconstructor, forward: Callable[[Tensor, Tensor], Tensor], descriptions: Sequence[str]
 ) -> Tensor:
-    """Reconstructions in the order given [n, d_model], by `forward` (the model, or what DeepSpeed
-    has made of it)."""
+    """Reconstructions [n, d_model] in the order given.
+
+    `forward`: the model, or what DeepSpeed has made of it.
+    """
     encoded = reconstructor.encode(descriptions)
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
     result = torch.empty(len(encoded), reconstructor.mean.shape[0])

@@ -1,5 +1,4 @@
-"""Supervised training of the verbalizer: label given activation, by TRL's SFTTrainer inside Ray
-Train.
+"""Supervised training of the verbalizer, label given activation, by TRL in Ray Train workers.
 
 Examples are token ids already: the prompt with the virtual id of an activation in place of the
 marker, then the drawn label, closing tag and end of sequence, which alone carry loss. So an
@@ -54,8 +53,7 @@ logger = get_logger(__name__)
 
 
 def train_sft(run: Run) -> Manifest:
-    """Train the verbalizer on the drawn labels of train documents, unless it is complete; return
-    its manifest."""
+    """Train the verbalizer on labels of train documents, unless it is complete; its manifest."""
     return train_on_labels(run, "sft", _train)
 
 
@@ -87,10 +85,10 @@ def load_pairs(
     first_row: int,
     every_label: bool = False,
 ) -> Pairs:
-    """The split's activations with the label drawn for their text, or each with every label of it;
-    at most `limit` (chosen by seed).
+    """The split's activations with the label drawn for their text, or each with every label of it.
 
-    Bank rows count from `first_row`. Raises ValueError when there is none.
+    At most `limit` activations, chosen by seed. Bank rows count from `first_row`. Raises ValueError
+    when there is none.
     """
     labels = (
         all_labels(run, split)
@@ -153,11 +151,10 @@ def encode_pairs(
 
 
 def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of the labelled tokens, and their number. `model`: one that knows
-    `fused_lm_head`.
+    """Summed cross entropy of the labelled tokens, and their number.
 
-    `inputs`: input_ids, attention_mask and labels, all [batch, seq], labels -100 where there is no
-    loss.
+    `model`: one that knows `fused_lm_head`. `inputs`: input_ids, attention_mask and labels, all
+    [batch, seq], labels -100 where there is no loss.
     """
     labels = inputs["labels"]
     log_probs = model(
@@ -189,8 +186,10 @@ def validation_loss(
 
 
 def _train(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in a Ray Train worker: build, train, and tell the documents, the base and the best
-    figures."""
+    """The body of one Ray Train worker: build and train.
+
+    Returns the documents, the base and the best figures.
+    """
     run_config = config["run"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), run_config.sft
@@ -234,8 +233,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class SupervisedTrainer(SFTTrainer):
-    """TRL's trainer with our order of batches, our loss (the same one, without its side figures)
-    and our validation; the rest is TRL's."""
+    """TRL's trainer with our order of batches, loss and validation figures.
+
+    The loss is TRL's, without the figures it computes beside it.
+    """
 
     def __init__(
         self,
@@ -332,4 +333,5 @@ def make_sft_trainer(
         eval_dataset=Dataset.from_list(held_out["eval_loss"]),
         processing_class=tokenizer,
     )
-    return follow(trainer, checkpoints, "sft")
+    follow(trainer, checkpoints, "sft")
+    return trainer

@@ -32,31 +32,34 @@ logger = get_logger(__name__)
 
 
 def wandb_is_wanted() -> bool:
-    """Whether the environment asks for W&B: a key, or its offline mode. Nothing else may start it,
-    or ask for a login."""
+    """Whether the environment asks for W&B: a key, or its offline mode.
+
+    Nothing else may start it, or ask for a login.
+    """
     return "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a folder of its name beside the job (W&B makes one) is
-    none."""
+    """Whether a package can be imported.
+
+    A folder of its name beside the job (W&B makes one) is none.
+    """
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 class Trackers:
-    """All trackers that are there, for one stage of a run: `write` takes a record of
-    metrics.jsonl."""
+    """All trackers of one stage of a run: `write` takes a record of metrics.jsonl."""
 
     def __init__(self) -> None:
         self._open: dict[str, GeneralTracker] = {}
 
     @classmethod
     def of(cls, run_config: RunConfig, name: str, *, scratch: Path, first_step: int) -> Trackers:
-        """The trackers of stage `name`, which goes on with `first_step`: what it showed from there
-        on before is hidden.
+        """The trackers of stage `name`, which goes on with `first_step`.
 
-        TensorBoard's files lie in the run, in `tensorboard/`. `scratch`: the stage's folder.
+        What it showed from that step on before is hidden. TensorBoard's files lie in the run, in
+        `tensorboard/`. `scratch`: the stage's folder.
         """
         trackers = cls()
         if is_installed("tensorboard"):
@@ -91,8 +94,10 @@ class Trackers:
 
     @contextmanager
     def _tolerated(self, title: str) -> Iterator[None]:
-        """Any error ends this tracker, with a line, and is over: what a tracker may raise is not
-        ours to know."""
+        """Any error ends this tracker, with a line, and is over.
+
+        What a tracker may raise is not ours to know.
+        """
         try:
             yield
         except Exception as error:
@@ -107,8 +112,10 @@ class Trackers:
 
 
 def _wandb_tracker(run_config: RunConfig, name: str, scratch: Path) -> WandBTracker:
-    """A W&B run of the stage, of which libraries that look for a current run know nothing. W&B
-    drops steps that it has by itself."""
+    """A W&B run of the stage, of which libraries that look for a current run know nothing.
+
+    W&B drops steps that it has by itself.
+    """
     import wandb
 
     root, run_id = Run(run_config).root, scratch / _WANDB_ID_NAME

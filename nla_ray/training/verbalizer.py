@@ -48,11 +48,10 @@ class TrainableVerbalizer(AdaptedModel):
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> None:
-        """`model`, `config` and `adapter_name` as PEFT takes them; `temperature` is that of the
-        trainer's log-probs.
+        """`model`, `config` and `adapter_name` as PEFT takes them.
 
         `prefix_ids` begin every prompt. `in_bf16`: matrix products run in bfloat16; weights and
-        gradients stay as they are.
+        gradients stay as they are. `temperature`: of the log-probs.
         """
         super().__init__(model, config, adapter_name)
         self.prefix_ids, self.in_bf16 = prefix_ids, in_bf16
@@ -70,8 +69,10 @@ class TrainableVerbalizer(AdaptedModel):
         *,
         seed: int,
     ) -> TrainableVerbalizer:
-        """A new one for supervised training. `bank` [rows, d_model]: the activations that virtual
-        tokens name."""
+        """A new one for supervised training.
+
+        `bank` [rows, d_model]: the activations that virtual tokens name.
+        """
         wrap = partial(cls, prefix_ids=prompt.prefix_ids, in_bf16=computes_in_bf16(base))
         return add_lora(_injected_backbone(base, bank), lora, seed=seed, wrap=wrap)
 
@@ -85,8 +86,10 @@ class TrainableVerbalizer(AdaptedModel):
         *,
         temperature: float,
     ) -> TrainableVerbalizer:
-        """One that goes on from a saved adapter, as GRPO's policy: its log-probs come with their
-        entropy."""
+        """One that goes on from a saved adapter, as GRPO's policy.
+
+        Its log-probs, at `temperature`, come with their entropy.
+        """
         wrap = partial(
             cls,
             prefix_ids=prompt.prefix_ids,
@@ -105,10 +108,10 @@ class TrainableVerbalizer(AdaptedModel):
         fused_lm_head: bool = False,
         **arguments: Any,
     ) -> ModelOutput:
-        """ids [batch, seq] -> logits, or with `fused_lm_head` the log-probs of the labels [batch,
-        seq - 1].
+        """ids [batch, seq] -> logits [batch, seq, vocab], or with `fused_lm_head` log-probs.
 
-        `arguments` are the library's; on a CPU log-probs take none.
+        Those are of the labels, [batch, seq - 1]. `arguments` are the library's; log-probs on a CPU
+        take none.
         """
         with self._precision():
             if not (fused_lm_head and self.scores_labels):

@@ -1,12 +1,10 @@
-"""What every training stage shares: Ray Train workers, restarts, checkpoints, precision and
-DeepSpeed.
+"""What every training stage shares: Ray Train workers, restarts, precision and DeepSpeed.
 
 A stage calls `run_training`, which starts Ray Train workers that each run the stage's
 `worker_fn(config)`; a worker makes its trainer from `trainer_arguments`, resumes from
-`Checkpoints.last()` and hands what is to be published to `Checkpoints.offer`. The one module that
-mentions DeepSpeed. Knows nothing of models, losses or data. Protects two rules: a stage that is cut
-off anywhere goes on from its newest complete checkpoint, and the best evaluation is what is
-published.
+`Checkpoints.last()` and hands what is to be published to `Checkpoints.offer`. Knows nothing of
+models, losses or data. Protects two rules: a stage that is cut off anywhere goes on from its newest
+complete checkpoint, and the best evaluation is what is published.
 """
 
 from __future__ import annotations
@@ -44,9 +42,12 @@ logger = get_logger(__name__)
 
 
 _REFUSED = "refused"
+"""Key of a worker's result that is the message of its ValueError."""
 _MAX_FAILURES = 3
+"""Deaths of workers in one stage that are made good."""
 _CHECKPOINTS_KEPT = 2
 _POLL_SECONDS = 0.2
+"""How often Ray Train asks its workers whether they are done."""
 _CLUSTER_HELPERS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 
 
@@ -59,22 +60,20 @@ def run_training(
     worker_fn: Callable[[dict[str, Any]], dict[str, Any] | None],
     worker_config: dict[str, Any],
 ) -> dict[str, Any]:
-    """Run `worker_fn` in Ray Train workers, put their result into artifact `name`'s folder, and
-    return what rank 0 returned.
+    """Run `worker_fn` in Ray Train workers; their best offer becomes artifact `name`'s files.
 
-    `worker_fn` gets `worker_config` with two keys added: `run` (the RunConfig, its run directory
-    made absolute) and `name`. A worker that dies is started again, three times at most, and goes on
-    from its last checkpoint. Raises ValueError when the cluster has no room for the workers, and
-    the workers' own ValueError at once: starting again would not mend it.
+    Returns what rank 0 returned. `worker_fn` gets `worker_config` with two keys added: `run` (the
+    RunConfig, its run directory made absolute) and `name`. A worker that dies is started again,
+    three times at most, and goes on from its last checkpoint. Raises ValueError when the cluster
+    has no room for the workers, and the workers' own ValueError at once: starting again would not
+    mend it.
     """
     compute = run.config.compute
     require_resources([demand(compute, "trainer", compute.trainer_workers)])
-    os.environ.setdefault(
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_SECONDS)
-    )  # two seconds by default: at every start and end
-    os.environ.setdefault(
-        "RAY_TRAIN_ENABLE_PRINT_PATCH", "0"
-    )  # it prints what libraries print into a captured stdout, twice
+    # Two seconds by default, at every start and end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_SECONDS))
+    # It prints what libraries print into a captured stdout, twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     absolute = dataclasses.replace(
         run.config, run_dir=str(run.root) if run.root.is_local else run.config.run_dir
     )
@@ -107,8 +106,11 @@ def run_training(
 def _telling_refusals(
     worker_fn: Callable[[dict[str, Any]], dict[str, Any] | None],
 ) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
-    """A ValueError is what a user caused, and so the same on every rank: it is told instead of
-    raised, for which Ray Train would start the workers again."""
+    """`worker_fn`, returning the message of a ValueError instead of raising it.
+
+    A ValueError is what a user caused, and so the same on every rank; Ray Train would start the
+    workers again for it.
+    """
 
     def work(config: dict[str, Any]) -> dict[str, Any] | None:
         try:
@@ -122,11 +124,11 @@ def _telling_refusals(
 def train_on_labels(
     run: Run, name: str, worker_fn: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Manifest:
-    """The artifact of stage `name`, learned by `worker_fn` from activations and labels under the
-    settings of the section of that name; its manifest.
+    """The artifact of a stage that `worker_fn` learns from activations and labels; its manifest.
 
-    Skipped when complete. `worker_fn` returns `documents`, `model` and `metrics` for the manifest.
-    What a user can have set wrong is said before anything is begun.
+    Its settings are the section of the stage's name. Skipped when complete. `worker_fn` returns
+    `documents`, `model` and `metrics` for the manifest. What a user can have set wrong is said
+    before anything is begun.
     """
     check_base(run.require("activations"), base_info(run.config.base))
     # What the engine cannot run is not worth a scorer.
@@ -143,8 +145,10 @@ def train_on_labels(
 
 
 def collect_result(run: Run, name: str) -> None:
-    """Copy the best offer and the metrics from scratch into the artifact's folder. Raises
-    RuntimeError when there is none."""
+    """Copy the best offer and the metrics from scratch into the artifact's folder.
+
+    Raises RuntimeError when there is none.
+    """
     scratch = run.root / name / "scratch"
     if not (scratch / BEST_NAME).exists():
         raise RuntimeError(
@@ -159,8 +163,7 @@ def collect_result(run: Run, name: str) -> None:
 
 
 class LeanTorchTrainer(TorchTrainer):
-    """Ray Train's TorchTrainer for a single node, without the helper processes that only a cluster
-    needs.
+    """Ray Train's TorchTrainer without the helper processes that only a cluster needs.
 
     The cleaner of orphaned placement groups asks the dashboard every second whether the controller
     lives (an embedded Ray has no dashboard), and the data set manager serves Ray Data sets, of
@@ -174,8 +177,10 @@ class LeanTorchTrainer(TorchTrainer):
 
 
 def _trainer_class() -> type[TorchTrainer]:
-    """The lean trainer on a single node, which needs no watcher either that waits for the cloud to
-    take a node away."""
+    """The lean trainer on a single node.
+
+    There Ray Train needs no watcher either, which waits for the cloud to take a node away.
+    """
     if len(ray.nodes()) > 1:
         return TorchTrainer
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -186,8 +191,7 @@ def _trainer_class() -> type[TorchTrainer]:
 
 
 def prepare_worker(compute: ComputeConfig) -> None:
-    """Set up a worker process: torch threads, one voice for all workers, DeepSpeed's kind of
-    device."""
+    """Set up a worker process: torch threads, one voice for all workers, DeepSpeed's device."""
     if os.environ.get("RANK", "0") != "0":
         logger.parent.setLevel(logging.WARNING)
     torch.set_num_threads(compute.threads)
@@ -196,8 +200,10 @@ def prepare_worker(compute: ComputeConfig) -> None:
 
 
 def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict[str, Any]:
-    """Arguments that every trainer (transformers' or TRL's) gets: device, DeepSpeed, checkpoints,
-    seeds, no telemetry."""
+    """Arguments that every trainer (transformers' or TRL's) gets.
+
+    They are the device, DeepSpeed, checkpoints and seeds; there is no telemetry.
+    """
     compute = run_config.compute
     on_gpu = not door.is_for_kind(compute, "trainer")
     return {
@@ -221,8 +227,10 @@ def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict
 
 
 def worker_batch(compute: ComputeConfig, batch_size: int) -> int:
-    """One worker's share of an optimizer step's examples. Raises ValueError when they cannot be
-    shared out evenly."""
+    """One worker's share of an optimizer step's examples.
+
+    Raises ValueError when they cannot be shared out evenly.
+    """
     require(
         batch_size % compute.trainer_workers == 0,
         "batch_size",

@@ -1,5 +1,7 @@
-"""DeepSpeed: its configuration for every trainer, and parameters that ZeRO-3 has spread. The one
-module that mentions it."""
+"""DeepSpeed: its configuration for every trainer, and parameters that ZeRO-3 has spread.
+
+The one module that mentions it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ _BUCKET_ELEMENTS = 2**23
 
 
 def deepspeed_config(compute: ComputeConfig) -> dict[str, Any] | None:
-    """DeepSpeed's configuration for `TrainingArguments(deepspeed=...)`; None trains without it. On
-    CPU nothing is compiled."""
+    """DeepSpeed's configuration for `TrainingArguments(deepspeed=...)`; None trains without it.
+
+    On a CPU nothing is compiled.
+    """
     if compute.zero_stage == 0:
         return None
     on_cpu = door.is_for_kind(compute, "trainer")
@@ -48,11 +52,11 @@ def deepspeed_config(compute: ComputeConfig) -> dict[str, Any] | None:
 
 
 def _skip_shared_memory_collectives() -> None:
-    """Spare CPU workers an op that DeepSpeed would compile when it starts: its inference calls it,
-    its training never does.
+    """Spare CPU workers an op that DeepSpeed would compile when it starts.
 
-    It needs a C++ compiler and half a minute on first use, and a build that is killed leaves a lock
-    for which every later run would wait without end.
+    Its inference calls the op, its training never does. It needs a C++ compiler and half a minute
+    on first use, and a build that is killed leaves a lock for which every later run would wait
+    without end.
     """
     import deepspeed
 
@@ -61,8 +65,10 @@ def _skip_shared_memory_collectives() -> None:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Make parameters that ZeRO-3 has spread over the workers whole for the length of a with-block;
-    all ranks must enter."""
+    """Make parameters that ZeRO-3 has spread over the workers whole, for a with-block.
+
+    All ranks must enter.
+    """
     parameters = list(parameters)
     spread = any(hasattr(parameter, "ds_id") for parameter in parameters)
     if not spread:

@@ -1,5 +1,4 @@
-"""The shared prefix is an exact rewriting of the forward: same logits, same gradients, and plain
-where it does not apply."""
+"""The shared prefix is an exact rewriting of the forward: same logits, same gradients."""
 
 from __future__ import annotations
 
@@ -96,13 +95,13 @@ def test_the_prefix_is_computed_once_and_only_the_rest_for_every_row(tiny_base: 
 
 def test_other_batches_are_computed_as_before(tiny_base: BaseConfig) -> None:
     model = build(tiny_base)
-    other = batch()
-    other["input_ids"][1, 2] = 200
+    otherwise = batch()
+    otherwise["input_ids"][1, 2] = 200
     left_padded = batch()
     left_padded["attention_mask"][0, 0] = 0
     single = {name: tensor[:1] for name, tensor in batch().items()}
     short = {name: tensor[:, :4] for name, tensor in batch().items()}
-    for inputs in (other, left_padded, single, short):
+    for inputs in (otherwise, left_padded, single, short):
         assert computed_tokens(model, inputs) == [tuple(inputs["input_ids"].shape)]
     causal_model(model).gradient_checkpointing_enable()
     model.train()

@@ -21,9 +21,8 @@ def test_sequences_that_begin_alike_share_a_row_and_every_sequence_is_there_once
     both = share_beginnings([first, *ends[:2], second, ends[2]])
     assert both == [PackedRow(3, ((4, 7), (2, 3)), 12), PackedRow(0, ((1, 6),), 10)]
     alike = share_beginnings([[*range(50), 50 + number, *range(50)] for number in range(30)])
-    assert (
-        max(row.length for row in alike) <= 2 * 101
-    )  # of a template no row is made that all others are padded to
+    # of a template no row is made to whose length every row would be padded
+    assert max(row.length for row in alike) <= 2 * 101
     draw = random.Random(0)
     sequences = [[draw.randrange(3) for _ in range(draw.randrange(1, 12))] for _ in range(200)]
     rows = share_beginnings(sequences)

@@ -1,5 +1,4 @@
-"""What training stages share: checkpoints and the best result through kills, remote runs,
-DeepSpeed, Ray Train workers."""
+"""What training stages share: checkpoints and the best result through kills, DeepSpeed, workers."""
 
 from __future__ import annotations
 
@@ -131,7 +130,7 @@ def test_a_kill_while_the_best_is_being_saved_leaves_the_one_before(tmp_path: Pa
 
 
 def test_a_training_without_a_result_is_a_broken_promise(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="best.json"):
+    with pytest.raises(RuntimeError, match=r"best\.json"):
         collect_result(run_in(tmp_path), "sft")
 
 
@@ -182,7 +181,7 @@ def test_frozen_parameters_stay_out_of_checkpoints_and_are_not_missed() -> None:
     nn.init.zeros_(model[1].weight)
     model.load_state_dict(state)
     assert torch.equal(model[1].weight, state["1.weight"]) and torch.equal(model[0].weight, frozen)
-    with pytest.raises(RuntimeError, match="1.bias"):
+    with pytest.raises(RuntimeError, match=r"1\.bias"):
         model.load_state_dict({"1.weight": state["1.weight"]})
 
 
@@ -244,10 +243,10 @@ def test_a_worker_that_is_killed_goes_on_from_its_last_complete_checkpoint(
             os.kill(os.getpid(), signal.SIGKILL)
         checkpoints.metrics_log().append({"step": 6})
         checkpoints.offer(6, 0.5, lambda folder: (folder / "adapter").write_text("done"))
-        return {"told": config["told"]}
+        return {"answer": config["answer"]}
 
     run, starts = run_in(tmp_path / "run", trainer_cpus=0.5), tmp_path / "starts"
-    assert run_training(run, "sft", work, {"starts": str(starts), "told": 7}) == {"told": 7}
+    assert run_training(run, "sft", work, {"starts": str(starts), "answer": 7}) == {"answer": 7}
     (first, from_nothing), (second, from_checkpoint) = [
         line.split() for line in starts.read_text().splitlines()
     ]
@@ -304,10 +303,10 @@ def kill_worker_after_first_checkpoint(scratch: Path) -> threading.Thread:
 
 def relative_difference(first: Path, second: Path) -> float:
     """Mean absolute difference of two files of weights over their mean size."""
-    one, two = load_file(first), load_file(second)
-    assert one.keys() == two.keys()
-    difference = sum((one[name] - two[name]).abs().sum().item() for name in one)
-    return difference / sum(tensor.abs().sum().item() for tensor in two.values())
+    weights, expected = load_file(first), load_file(second)
+    assert weights.keys() == expected.keys()
+    difference = sum((weights[name] - expected[name]).abs().sum().item() for name in weights)
+    return difference / sum(tensor.abs().sum().item() for tensor in expected.values())
 
 
 ADAPTER = "sft/adapter/adapter_model.safetensors"
@@ -394,11 +393,11 @@ def test_every_training_stage_is_built_from_the_7b_preset_at_reduced_width(
         run.find("activations").model["layer"] == 20
         and load_activations(run, "train").vectors.shape[1] == 112
     )
-    for name, told in (
+    for name, result in (
         ("reward_scorer", reconstruction._train({"run": config, "name": "reward_scorer"})),
         ("sft", sft._train({"run": config, "name": "sft"})),
     ):
-        assert told["metrics"]["examples"] > 0 and told["metrics"]["eval_loss"] > 0, name
+        assert result["metrics"]["examples"] > 0 and result["metrics"]["eval_loss"] > 0, name
     prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
     data = grpo.TrainingData(
         schedule=[],
@@ -418,7 +417,7 @@ def test_every_training_stage_is_built_from_the_7b_preset_at_reduced_width(
 def test_a_batch_that_workers_cannot_share_evenly_is_refused() -> None:
     assert worker_batch(ComputeConfig(trainer_workers=2), 64) == 32
     with pytest.raises(
-        ValueError, match="batch_size: got 9, expected a multiple of compute.trainer_workers = 2"
+        ValueError, match=r"batch_size: got 9, expected a multiple of compute\.trainer_workers = 2"
     ):
         worker_batch(ComputeConfig(trainer_workers=2), 9)
 
@@ -441,10 +440,10 @@ def test_a_scorer_in_a_ray_worker_under_zero_3_equals_the_plain_loop(
     }
 
     twin = twin_of(stage_run, tmp_path, zero_stage=0)
-    told = reconstruction._train({"run": twin.config, "name": "reward_scorer"})
+    result = reconstruction._train({"run": twin.config, "name": "reward_scorer"})
     collect_result(twin, "reward_scorer")
     assert manifest.metrics["eval_cosine"] == pytest.approx(
-        told["metrics"]["eval_cosine"], abs=1e-3
+        result["metrics"]["eval_cosine"], abs=1e-3
     )
     for file in ("adapter/adapter_model.safetensors", "head.safetensors"):
         assert (
@@ -490,8 +489,6 @@ def test_every_label_of_a_text_can_be_learned_with_its_activation(
     assert sorted(text for half in halves for text in half.descriptions) == wanted
     drawn = load_pairs(twin, "train", limit=None, seed=0, first_row=0)
     assert 2 * len(drawn.labels) == len(wanted)
-    for label, vector in zip(drawn.labels, drawn.vectors):
-        assert any(
-            text == label and torch.equal(vector, other)
-            for text, other in zip(pairs.labels, pairs.vectors)
-        )
+    for label, vector in zip(drawn.labels, drawn.vectors, strict=True):
+        rows = [row for row, text in enumerate(pairs.labels) if text == label]
+        assert any(torch.equal(vector, pairs.vectors[row]) for row in rows)

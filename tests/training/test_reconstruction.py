@@ -1,5 +1,4 @@
-"""Training of a reconstructor: which labels and documents, the loss by hand, what is saved,
-resuming."""
+"""Training of a reconstructor: labels and documents, the loss by hand, what is saved, resuming."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ SETTINGS = ReconstructorConfig(
 
 
 def make_examples(count: int, seed: int) -> Examples:
-    """Activations in four clusters around a common direction, described by their cluster's
-    label."""
+    """Activations in four clusters around a common direction, described by the cluster's label."""
     generator = torch.Generator().manual_seed(0)
     common, centres = torch.randn(32, generator=generator), torch.randn(4, 32, generator=generator)
     noise = 0.05 * torch.randn(count, 32, generator=torch.Generator().manual_seed(seed))

@@ -1,5 +1,4 @@
-"""Supervised training of the verbalizer: which tokens carry loss, the oracle losses, what is saved,
-resuming."""
+"""Supervised training of the verbalizer: what carries loss, the oracle losses, saving, resuming."""
 
 from __future__ import annotations
 
@@ -146,15 +145,16 @@ def test_the_loss_equals_a_loop_over_tokens_with_input_embeddings_made_by_hand(
     table = model.get_input_embeddings().weight
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for row, example in enumerate(examples):  # one unpadded row at a time, one token at a time
+        # an unpadded row at a time, a token at a time
+        for row, example in enumerate(examples):
             ids = torch.tensor(example["input_ids"])
             embedded = functional.embedding(ids.clamp(max=len(table) - 1), table)
             embedded[len(prompt.prefix_ids)] = (
                 pairs.vectors[row] / vectors.norm(pairs.vectors[row]) * tiny_base.injection_norm
             )
             log_probs = model(inputs_embeds=embedded[None]).logits[0].log_softmax(-1)
-            for place in range(len(prompt), len(ids)):
-                total -= log_probs[place - 1, ids[place]].item()
+            for position in range(len(prompt), len(ids)):
+                total -= log_probs[position - 1, ids[position]].item()
                 tokens += 1
     assert count.item() == tokens
     assert summed.item() == pytest.approx(total, rel=1e-5)
@@ -168,15 +168,14 @@ def test_the_loss_is_the_one_that_trl_computes(tiny_base: BaseConfig, tmp_path: 
     tokens = (batch["labels"] != IGNORED).sum()
     trainer.model.eval()
     with torch.no_grad():
-        assert isinstance(
-            trainer.model(**batch, fused_lm_head=True), TokenLogProbs
-        )  # labels only, not what TRL has put there
-        own = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens)
+        # labels only, not what TRL has put inside
+        assert isinstance(trainer.model(**batch, fused_lm_head=True), TokenLogProbs)
+        ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens)
         trainer.model.scores_labels = False  # TRL's own, as on a GPU
         library = SFTTrainer.compute_loss(
             trainer, trainer.model, dict(batch), num_items_in_batch=tokens
         )
-    assert own.item() == pytest.approx(library.item(), rel=2e-3)
+    assert ours.item() == pytest.approx(library.item(), rel=2e-3)
 
 
 def test_validation_loss_is_the_mean_over_tokens_however_they_are_batched(
@@ -184,7 +183,7 @@ def test_validation_loss_is_the_mean_over_tokens_however_they_are_batched(
 ) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    model, batch, prompt, _, examples = encoded_batch(tiny_base)
+    model, batch, _, _, examples = encoded_batch(tiny_base)
     with torch.no_grad():
         summed, count = completion_loss(model, batch)
     collate = DataCollatorForLanguageModeling(pad_token_id=0)

@@ -1,5 +1,4 @@
-"""The figures in TensorBoard and W&B: the same as in the records, no step twice, and no harm when a
-tracker fails."""
+"""The figures in TensorBoard and W&B: those of the records, no step twice, no harm by a failure."""
 
 from __future__ import annotations
 
@@ -29,13 +28,13 @@ class Settings:
     def __init__(self, **settings): pass
 class Run:
     def log(self, figures, step):
-        with (HERE / "told").open("a") as file: file.write(f"{step} {figures}\\n")
+        with (HERE / "calls").open("a") as file: file.write(f"{step} {figures}\\n")
         if step == 3: raise ConnectionError("the server has gone\\nand more")
     def finish(self):
-        with (HERE / "told").open("a") as file: file.write("finished\\n")
+        with (HERE / "calls").open("a") as file: file.write("finished\\n")
 def init(**arguments):
     begun = f"{arguments['name']} {arguments['id']} {arguments['resume']}\\n"
-    with (HERE / "told").open("a") as file: file.write(begun)
+    with (HERE / "calls").open("a") as file: file.write(begun)
     return Run()
 """
 """A stand-in for the package: it writes down what it is told, and loses its server at step 3."""
@@ -64,7 +63,7 @@ def wandb_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     (tmp_path / "site" / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    yield tmp_path / "site" / "told"
+    yield tmp_path / "site" / "calls"
     sys.modules.pop("wandb", None)
 
 
