@@ -1,9 +1,13 @@
 """Supervised training: the verbalizer's SFT and the scorers, in Ray Train workers.
 
-Nouns: a worker (one process of a training stage), a checkpoint, an offer (what is published when it
-is the best so far).
+Nouns: a trainable verbalizer (base, adapter and a forward of its own; GRPO trains it too), a worker
+(one process of a training stage), a checkpoint, an offer (published when it is the best).
 
-Read: sft, reconstruction, linear, workers, checkpoints, callbacks, precision, zero, batches.
+Read: verbalizer, sft, reconstruction, linear, workers, checkpoints, callbacks, trackers, batches,
+attention, zero.
 
-TRL and transformers own the loops.
+A scorer needs no such class: `score.Reconstructor` is a module with its own forward. Stages are the
+first functions of sft, reconstruction and linear, which stand beside their trainers.
+
+It owns no loop: TRL and transformers do.
 """

@@ -26,7 +26,7 @@ from nla_ray.settings.config import BaseConfig, LoraSettings
 from nla_ray.training.attention import training_attention
 
 if TYPE_CHECKING:
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
 
 class TrainableVerbalizer(AdaptedModel):
