@@ -24,7 +24,7 @@ class LengthBatches(Sampler[int]):
     The last, smaller batch stays last. `set_epoch` draws anew.
 
     >>> list(LengthBatches([9, 2, 8, 1], batch_size=2, seed=0))
-    [0, 2, 3, 1]
+    [3, 1, 2, 0]
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
