@@ -62,6 +62,19 @@ def test_a_card_holds_figures_notes_seconds_commands_and_findings() -> None:
         assert line in card
 
 
+def test_texts_written_for_a_card_stand_in_fences_with_their_scores() -> None:
+    example = {"text": "```\nwritten", "description": "- code", "right": 0.53, "wrong": -0.0123}
+    card = to_card(full_report(), seconds={}, commands=["make it"], examples=[example])
+    assert (
+        "## Texts written for this card\n\n````text\n"
+        "text         ```\n"
+        "             written\n"
+        "description  - code\n"
+        "score        centred cosine 0.530 with its own activation, -0.012 with the other text's"
+        " (judge)\n````\n" in card
+    )
+
+
 def test_commands_name_every_setting_that_differs_and_of_a_file_its_name_alone() -> None:
     defaults = {
         "corpus": {"path": None, "seed": 0},

@@ -1,7 +1,7 @@
 """The card of a preset: its report without any text, how to make it again, and what people found.
 
 Pure: it takes a report, seconds, settings and findings as values. The rule it protects: a card goes
-into the package, so no text of a corpus and no description may stand in it.
+into the package, so no text of a corpus and no description of one may stand in it.
 """
 
 from __future__ import annotations

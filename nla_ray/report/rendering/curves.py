@@ -6,11 +6,12 @@ A chart and the table of its numbers are made from the same points. Computes no 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from nla_ray.report.rendering.content import (
     Cell,
     ChartGroup,
+    Choice,
     Column,
     LineChart,
     ReportBlock,
@@ -29,43 +30,46 @@ _GROWTH = {
     "layers": ("layer", "layer", "The gold ceiling by layer, on validation"),
 }
 """axis -> head of its column, words on its chart, title of its table."""
+Points = Mapping[str, Mapping[float, Mapping[str, Any] | None]]
+"""name of a line -> x -> figure."""
 _WARNED = "monitor/warned"
 """1 in the record of a step at which the monitor warned."""
 
 
-def point(x: float, figure: Mapping[str, Any] | None) -> dict[str, float | None]:
+def to_point(x: float, figure: Mapping[str, Any] | None) -> dict[str, float | None]:
     """A figure as a point of a line."""
     figure = figure or {}
     return {"x": x, "y": figure.get("value"), "low": figure.get("low"), "high": figure.get("high")}
 
 
+def lines_of(points: Points) -> list[Series]:
+    """A line for each name; one without points is left out."""
+    lines = []
+    for name, by_x in points.items():
+        if by_x:
+            line = [to_point(x, figure) for x, figure in by_x.items()]
+            lines.append(Series(name=name, points=line))
+    return lines
+
+
 def points_table(
-    points: Mapping[str, Mapping[float, Mapping[str, Any] | None]],
-    *,
-    title: str,
-    head: str,
-    **kwargs: Any,
+    points: Points, *, title: str, head: str, choice: Choice, only: Literal["", "page"] = ""
 ) -> Table:
-    """A row for each series, a column for each x at which any series has a point."""
+    """A row for each name, a column for each x at which any name has a point."""
     positions = sorted({x for by_x in points.values() for x in by_x})
     rows = []
     for name, by_x in points.items():
         cells: list[Cell] = [by_x.get(x) for x in positions]
         rows.append(TableRow(name=name, title=spaced(name), cells=cells))
-    columns = plain_columns(f"{x:g}" for x in positions)
-    return Table(title=title, head=head, columns=columns, rows=rows, is_folded=True, **kwargs)
-
-
-def points_chart(
-    points: Mapping[str, Mapping[float, Mapping[str, Any] | None]], **kwargs: Any
-) -> LineChart:
-    """A line for each series; one without points is left out."""
-    series = []
-    for name, by_x in points.items():
-        if by_x:
-            line = [point(x, figure) for x, figure in by_x.items()]
-            series.append(Series(name=name, points=line))
-    return LineChart(series=series, **kwargs)
+    return Table(
+        title=title,
+        head=head,
+        columns=plain_columns(f"{x:g}" for x in positions),
+        rows=rows,
+        choice=choice,
+        is_folded=True,
+        only=only,
+    )
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -168,21 +172,21 @@ def growth_section(report: Report) -> Section:
     for axis, by_series in report.get("growth", {}).items():
         head, x_label, title = _GROWTH[axis]
         names = judge_first(by_series)
-        figures = keys_of(point for points in by_series.values() for point in points)
+        figures = keys_of(measured for curve in by_series.values() for measured in curve)
         figures.remove("at")
         for figure in figures:
             points = {
-                name: {point["at"]: point.get(figure) for point in by_series[name]}
+                name: {measured["at"]: measured.get(figure) for measured in by_series[name]}
                 for name in names
             }
             label = f"{title_of(figure)} by {x_label}"
-            chart = points_chart(points, label=label, x_label=x_label)
+            chart = LineChart(series=lines_of(points), label=label, x_label=x_label)
             choice = {f"figure by {head}": figure}
             blocks.append(ChartGroup(charts=[chart], legend=names, choice=choice))
         rows = []
         for name in names:
-            for point in by_series[name]:
-                cells = [point["at"], *(point.get(figure) for figure in figures)]
+            for measured in by_series[name]:
+                cells = [measured["at"], *(measured.get(figure) for figure in figures)]
                 rows.append(TableRow(name=name, title=spaced(name), cells=cells))
         columns = [Column(name=name, title=title_of(name)) for name in (head, *figures)]
         blocks.append(Table(title=title, head="of", columns=columns, rows=rows, is_folded=True))
@@ -208,16 +212,18 @@ def prefix_section(report: Report) -> Section:
     blocks: list[ReportBlock] = []
     for scorer in judge_first(keys_of(prefix.values())):
         curves = {name: by_scorer.get(scorer) or [] for name, by_scorer in prefix.items()}
-        metrics = keys_of(point for curve in curves.values() for point in curve)
+        metrics = keys_of(measured for curve in curves.values() for measured in curve)
         for metric in metrics:
             if metric == "tokens":
                 continue
             points = {
-                name: {point["tokens"]: point.get(metric) for point in curve}
+                name: {measured["tokens"]: measured.get(metric) for measured in curve}
                 for name, curve in curves.items()
             }
             title = title_of(metric)
-            chart = points_chart(points, label=f"{title} by tokens kept", x_label="tokens kept")
+            chart = LineChart(
+                series=lines_of(points), label=f"{title} by tokens kept", x_label="tokens kept"
+            )
             choice = {"scorer": scorer, "metric": metric}
             is_main = scorer == "judge" and metric == "centred_cosine"
             table = points_table(
@@ -244,11 +250,12 @@ def retrieval_section(report: Report) -> Section:
     for scorer in judge_first(keys_of(retrieval.values())):
         points = {}
         for name, by_scorer in retrieval.items():
-            points[name] = {point["k"]: point["top1"] for point in by_scorer.get(scorer, [])}
+            found = by_scorer.get(scorer, [])
+            points[name] = {measured["k"]: measured["top1"] for measured in found}
         sizes = sorted({size for by_size in points.values() for size in by_size})
-        chance = Series(name="chance", points=[point(k, {"value": 1 / k}) for k in sizes])
-        chart = points_chart(
-            points,
+        chance = Series(name="chance", points=[to_point(k, {"value": 1 / k}) for k in sizes])
+        chart = LineChart(
+            series=lines_of(points),
             label="Top-1 among k activations",
             x_label="k, the number of activations",
             is_logarithmic=True,
@@ -286,8 +293,11 @@ def best_of_section(report: Report) -> Section:
             for scorer in scorers
         }
         title = title_of(metric)
-        chart = points_chart(
-            points, label=f"{title} by samples", x_label="samples", is_logarithmic=True
+        chart = LineChart(
+            series=lines_of(points),
+            label=f"{title} by samples",
+            x_label="samples",
+            is_logarithmic=True,
         )
         table = points_table(
             points,
@@ -361,7 +371,7 @@ def calibration_section(report: Report) -> Section:
 
 
 def _bin_point(bin: Mapping[str, Any], figure: str) -> dict[str, float | None]:
-    return point((bin["confidence_low"] + bin["confidence_high"]) / 2, bin.get(figure))
+    return to_point((bin["confidence_low"] + bin["confidence_high"]) / 2, bin.get(figure))
 
 
 def _sample_count(confidence: Mapping[str, Any] | None) -> str:

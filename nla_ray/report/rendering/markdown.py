@@ -109,5 +109,6 @@ def _example(number: int, example: Mapping[str, Any]) -> str:
 
 def fenced(text: str) -> str:
     """A text between fences that are longer than any run of backticks in it."""
-    fence = "`" * (3 + max(map(len, re.findall(r"`+", text)), default=0))
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

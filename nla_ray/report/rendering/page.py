@@ -43,7 +43,8 @@ def to_html(
 
     `gallery`: one row for each activation, with its text and what every verbalizer said of it, in
     segments that are marked "found", "missing" or "". `training`: records of metrics.jsonl by
-    artifact. Values that are not finite are shown as missing.
+    artifact. Values that are not finite are shown as missing. Report and training stand in the page
+    as they are, too: a page that travels alone can be read by programs.
     """
     style, script = _read("page.css"), joined_scripts()
     shown = sections(report, training, gallery)
