@@ -7,10 +7,12 @@ than its tokenizer has tokens, as real models have.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nla_ray.settings.config import BaseConfig
+from nla_ray.text.words import WordStatistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +36,23 @@ SENTENCES = (
     ),
     "Activation: user assistant system\n",
 )
+WORD_STATISTICS = WordStatistics(
+    num_documents=1_000,
+    document_frequency={
+        "frame": 20,
+        "index": 50,
+        "assert": 80,
+        "dtype": 20,
+        "columns": 40,
+        "column": 40,
+        "result": 200,
+        "expected": 125,
+        "common": 600,
+        "rare": 2,
+    },
+)
+WORDY_TEXT = "frame = read_frame(index)\nassert frame.dtype == expected\nresult common rare columns"
+"""A text whose words fall into all bands of WORD_STATISTICS."""
 _TABLE_ROWS_BEYOND_TOKENIZER = 13
 
 
@@ -125,3 +144,12 @@ def random_state(state: dict[str, Tensor], scale: float = 0.2, seed: int = 0) ->
     return {
         name: torch.randn(value.shape, generator=generator) * scale for name, value in state.items()
     }
+
+
+def random_sentences(seed: int, count: int) -> str:
+    """`count` made-up words, of which two seeds share few in the same order."""
+    draw = random.Random(seed)
+    words = [
+        f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "rk", "lt", "s", "m")
+    ]
+    return " ".join(draw.choice(words) for _ in range(count))

@@ -44,8 +44,10 @@ class ResidualReader:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
-        """`model`: a causal model, wrapped by adapters or not. Raises ValueError for a layer that
-        it lacks."""
+        """`model`: a causal model, wrapped by adapters or not.
+
+        Raises ValueError for a layer that it lacks, and for a model of an unsupported family.
+        """
         num_blocks = len(blocks_of(model))
         for layer in layers:
             check_layer(layer, num_blocks)

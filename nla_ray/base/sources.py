@@ -111,8 +111,8 @@ def cache_dir() -> Path:
 def _convert_gguf(file: Path, remedy: str) -> Path:
     """The GGUF file as bf16 safetensors in the cache, made on first use.
 
-    Other processes see it whole or not at all. Raises ValueError, with the `remedy`, for a file that
-    cannot be read.
+    Other processes see it whole or not at all. Raises ValueError, with the `remedy`, for a file
+    that cannot be read.
     """
     target = cache_dir() / f"{file.stem}-{_file_digest(file)[:16]}"
     if (target / "config.json").is_file():

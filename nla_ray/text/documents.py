@@ -249,6 +249,7 @@ def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
     for source, part in parts.items():
         columns = _wanted_columns(part.column_names, path, config)
         number = 0
+        table: Any
         for table in part.select_columns(columns).with_format("arrow").iter(batch_size=BATCH_ROWS):
             yield from _read_table(table, source, number, config)
             number += table.num_rows

@@ -1,8 +1,6 @@
-"""The labels: two offline teachers, the cleaner, the draw of one style, and labels made
-elsewhere."""
+"""The stage of labels: teachers, the draw of one label a text, and labels made elsewhere."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,234 +8,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny import WORD_STATISTICS
 
-from nla_ray.label.cleaner import clean_label
 from nla_ray.label.rows import label_rows
 from nla_ray.label.stage import label_texts, load_labels
 from nla_ray.label.teacher import make_teachers
-from nla_ray.nano.offline_teachers import (
-    ContentFirstTeacher,
-    FormatFirstTeacher,
-    TextFacts,
-    describe_ending,
-    observe,
-)
 from nla_ray.plan.text import describe_plan
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import split_of, text_hash
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import LabelConfig
 from nla_ray.text.chunks import CHUNK_SCHEMA
-from nla_ray.text.words import WordStatistics, salient_words, split_words
-
-STATISTICS = WordStatistics(
-    num_documents=1_000,
-    document_frequency={
-        "frame": 20,
-        "index": 50,
-        "assert": 80,
-        "dtype": 20,
-        "columns": 40,
-        "column": 40,
-        "result": 200,
-        "expected": 125,
-        "common": 600,
-        "rare": 2,
-    },
-)
-TEXT = "frame = read_frame(index)\nassert frame.dtype == expected\nresult common rare columns"
-
-
-# Words --------------------------------------------------------------------------------------------
-
-
-def test_identifiers_are_cut_into_words_and_stop_words_left_out() -> None:
-    assert split_words("readFrameIndex(df_test, x1) HTTPServer for the_self") == [
-        "read",
-        "frame",
-        "index",
-        "test",
-        "http",
-        "server",
-    ]
-
-
-def test_document_frequency_counts_a_word_once_a_text() -> None:
-    statistics = WordStatistics.fit(["frame frame index", "frame dtype"])
-    assert (statistics.num_documents, statistics.document_frequency) == (
-        2,
-        {"frame": 2, "index": 1, "dtype": 1},
-    )
-
-
-def test_salient_words_are_ranked_by_tf_idf() -> None:
-    ranked = salient_words(TEXT, STATISTICS, 4)
-    assert [word for word, _ in ranked] == ["frame", "dtype", "columns", "index"]
-    assert ranked[0][1] == pytest.approx((1 + math.log(3)) * math.log(1_000 / 20))
-    assert ranked[1][1] == pytest.approx(math.log(50))
-
-
-def test_words_that_are_too_rare_or_too_common_are_never_named() -> None:
-    assert not {"rare", "common"} & {word for word, _ in salient_words(TEXT, STATISTICS, 20)}
-
-
-def test_a_plural_is_not_named_beside_its_singular() -> None:
-    assert [word for word, _ in salient_words("columns column", STATISTICS, 5)] == ["column"]
-
-
-def test_words_fall_into_bands_by_their_share_of_all_tellable_words() -> None:
-    """Frequencies 20, 20, 40, 40, 50, 80, 125, 200: the middle of `columns` is at 100/575 = .17, of
-    `index` at 145/575 = .25 (in no band), of `assert` at .37 (none), of `expected` at 312.5/575 =
-    .54, of `result` at .83."""
-    assert STATISTICS.band_of == {
-        "dtype": 2,
-        "frame": 2,
-        "column": 2,
-        "columns": 2,
-        "expected": 1,
-        "result": 0,
-    }
-
-
-def test_a_text_is_told_by_the_best_word_of_every_band() -> None:
-    facts = observe(TEXT, "python_test", STATISTICS)
-    assert facts == TextFacts(
-        kind="unit test",
-        topics=["result"],
-        tokens=["expected", "frame"],
-        ending="the rest of a sentence",
-    )
-
-
-def test_a_band_without_a_word_of_the_text_stays_empty() -> None:
-    facts = observe("dtype of the index", "python_test", STATISTICS)
-    assert (facts.topics, facts.tokens) == ([], ["dtype"])
-
-
-@pytest.mark.parametrize(
-    ("text", "ending"),
-    [
-        ("for row in rows:", "the body of an opened block"),
-        ("call(a,", "the next item of an open list"),
-        ("x = 3\n}\n", "a new part after a closed block"),
-        ("#include <vector>", "a preprocessor line"),
-        ("    # a remark", "more of a comment"),
-        (">>> f(1)", "the output of an example"),
-        ("- a first point", "another list item"),
-        ("    return x", "a new function or branch"),
-        ("assert x == 1", "another check"),
-        ("int x;", "another statement or member"),
-        ("x = 3", "another assignment"),
-        ("That was all.", "a new sentence"),
-        ("run(x)", "another call"),
-        ("        deeper", "more of an indented block"),
-        ("and so the", "the rest of a sentence"),
-        ("", "the rest of a sentence"),
-    ],
-)
-def test_the_end_of_a_text_says_how_it_goes_on(text: str, ending: str) -> None:
-    assert describe_ending(text) == ending
-
-
-# Teachers -----------------------------------------------------------------------------------------
-
-
-def test_the_two_teachers_say_the_same_facts_in_clearly_different_form() -> None:
-    content, form = (
-        ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test"),
-        FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test"),
-    )
-    assert content.startswith("1. **Tokens**: expected, frame.")
-    assert form.startswith(
-        "This text appears to be unit test on result. The model is likely to continue"
-    )
-
-
-def test_the_cleaned_forms_differ_in_order_only() -> None:
-    content = clean_label(
-        ContentFirstTeacher(STATISTICS).describe(TEXT, "python_test")
-    ).splitlines()
-    form = clean_label(FormatFirstTeacher(STATISTICS).describe(TEXT, "python_test")).splitlines()
-    assert content[0] == form[2] and content[0].startswith("- tokens: ")
-    assert content[1] == form[0] == "- unit test: result"
-    assert content[2] == form[1] == "- next: the rest of a sentence"
-
-
-def test_a_text_without_a_word_to_name_still_has_a_label() -> None:
-    label = clean_label(ContentFirstTeacher(STATISTICS).describe("zzz", "licence"))
-    assert (
-        label
-        == "- tokens: no word stands out\n- licence: nothing in particular\n- next: the rest of a"
-        " sentence"
-    )
 
 
 def test_an_unknown_teacher_is_refused_by_name() -> None:
     with pytest.raises(
         ValueError, match="got 'gpt', expected one of offline-content-first, offline-format-first"
     ):
-        make_teachers(["gpt"], STATISTICS)
-
-
-# Cleaner ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("raw", "clean"),
-    [
-        pytest.param(
-            '1. **"Use a lock"**: The model is likely preparing to name the remedy.\n\n2. **"Or a'
-            ' queue"**: It predicts a second way. More.',
-            "- Use a lock: name the remedy\n- Or a queue: a second way",
-            id="numbered list with bold headings",
-        ),
-        pytest.param(
-            "1. 'A lock' – the model expects the usual remedy. 2. 'A queue' – a second way. 3."
-            " 'Neither",
-            "- A lock: the usual remedy\n- A queue: a second way",
-            id="one paragraph, cut off",
-        ),
-        pytest.param(
-            "“Take a lock.” The model expects a remedy. “Or use a queue?” A second way is offered.",
-            "- Take a lock: a remedy\n- Or use a queue?: A second way is offered",
-            id="quotations and remarks",
-        ),
-        pytest.param(
-            "- first point.\n- second point.\n- third point.\n- fourth point.",
-            "- first point\n- second point\n- third point",
-            id="more bullets than three",
-        ),
-        pytest.param(
-            "This text appears to be about locks. It is long.",
-            "- about locks\n- It is long",
-            id="sentences",
-        ),
-        pytest.param("Same thing. Same thing.", "- Same thing", id="repeated"),
-        pytest.param(
-            "As in 2. The lock is held.",
-            "- As in 2\n- The lock is held",
-            id="a number that counts nothing",
-        ),
-        pytest.param("", "", id="nothing"),
-        pytest.param("** **", "", id="only markup"),
-    ],
-)
-def test_raw_labels_become_bullets(raw: str, clean: str) -> None:
-    assert clean_label(raw) == clean
-
-
-def test_a_long_label_is_capped_at_the_end_of_a_clause() -> None:
-    raw = "1. one two three four, five six seven eight nine ten.\n2. short."
-    assert clean_label(raw, max_words=12) == "- one two three four\n- short"
-
-
-def test_cleaning_a_clean_label_changes_nothing() -> None:
-    for teacher in make_teachers(["offline-content-first", "offline-format-first"], STATISTICS):
-        once = clean_label(teacher.describe(TEXT, "python_test"))
-        assert clean_label(once) == once
-
-
-# The stage ----------------------------------------------------------------------------------------
+        make_teachers(["gpt"], WORD_STATISTICS)
 
 
 def write_corpus(run: Run, texts: dict[str, str], shard_rows: int = 4) -> Manifest:

@@ -171,10 +171,12 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
         return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
 

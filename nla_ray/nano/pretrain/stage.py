@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch.multiprocessing.spawn import spawn
 
 from nla_ray.base.pretrained import digest
 from nla_ray.base.sources import EMBEDDED_DIR
@@ -60,6 +61,8 @@ logger = get_logger(__name__)
 LOG_STEPS = 20
 CHECK_TEXTS = 60
 """Validation texts looked at before a checkpoint."""
+_METRICS = ("tokens_seen", "final_losses_nats", "validation_word_precision", "seconds")
+"""Entries of the card that the manifest repeats."""
 _PREPARED, _TEXTS, _STATE, _TOKENIZER = "prepared", "texts.pickle", "state.pt", "tokenizer"
 
 
@@ -88,32 +91,36 @@ def pretrain(run: Run) -> Manifest:
     # A copy in the package is no other model.
     config = dataclasses.replace(run_config.pretrain, install=False)
     run = Run(dataclasses.replace(run_config, pretrain=config))
-    stage = run.open("base")
+    artifact = run.open("base")
     _check_shape(config, run.config.base.layer)
-    if stage.manifest is None:
-        with stage.local_folder() as folder:
-            work = Work(
-                config=config,
-                read_layer=run.config.base.layer,
-                folder=folder / "scratch",
-                target=folder,
-                rendezvous=folder / "scratch" / f"rendezvous-{os.getpid()}",
-            )
-            if not (work.folder / _PREPARED).exists():
-                prepare_data(gather_texts(config), config, run.config.base.marker, work.folder)
-            work.rendezvous.unlink(missing_ok=True)
-            torch.multiprocessing.spawn(pretrain_worker, (work,), nprocs=config.num_processes)
-            texts: PretrainTexts = pickle.loads((work.folder / _TEXTS).read_bytes())
+    manifest = artifact.manifest
+    if manifest is None:
+        with artifact.local_folder() as folder:
+            doc_ids = _make_model(run, config, folder)
             card = json.loads((folder / "card.json").read_text())
-        metrics = {
-            name: card[name]
-            for name in ("tokens_seen", "final_losses_nats", "validation_word_precision", "seconds")
-        }
-        stage.publish(documents={"train": texts.doc_ids}, metrics=metrics)
+        metrics = {name: card[name] for name in _METRICS}
+        manifest = artifact.publish(documents={"train": doc_ids}, metrics=metrics)
     if install:
-        with run.local_copy("base", stage.manifest) as folder:
+        with run.local_copy("base", manifest) as folder:
             install_model(folder)
-    return stage.manifest
+    return manifest
+
+
+def _make_model(run: Run, config: PretrainConfig, folder: Path) -> list[str]:
+    """Prepare the data if that is not done yet, and train; returns the documents learned from."""
+    work = Work(
+        config=config,
+        read_layer=run.config.base.layer,
+        folder=folder / "scratch",
+        target=folder,
+        rendezvous=folder / "scratch" / f"rendezvous-{os.getpid()}",
+    )
+    if not (work.folder / _PREPARED).exists():
+        prepare_data(gather_texts(config), config, run.config.base.marker, work.folder)
+    work.rendezvous.unlink(missing_ok=True)
+    spawn(pretrain_worker, (work,), nprocs=config.num_processes)
+    texts: PretrainTexts = pickle.loads((work.folder / _TEXTS).read_bytes())
+    return texts.doc_ids
 
 
 def prepare_data(texts: PretrainTexts, config: PretrainConfig, marker: str, folder: Path) -> None:
@@ -196,7 +203,7 @@ def pretrain_worker(rank: int, work: Work) -> None:
             repeats,
         )
         figures = {"validation_word_precision": precision, "validation_label_repeats": repeats}
-        save_model(model, tokenizer, make_card(work, texts, progress, figures), work.target)
+        save_model(model, tokenizer, pretrain_card(work, texts, progress, figures), work.target)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -264,7 +271,7 @@ def average_gradients(model: Qwen2ForCausalLM, num_processes: int) -> None:
     """Replace each gradient by its mean over the processes, in one message."""
     if num_processes == 1:
         return
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(num_processes)
     torch.distributed.all_reduce(flat)
     pieces = flat.split([gradient.numel() for gradient in gradients])
@@ -306,7 +313,7 @@ def _load_state(model: Qwen2ForCausalLM, optimizers: Optimizers, path: Path) -> 
     return Progress(**state["progress"])
 
 
-def make_card(
+def pretrain_card(
     work: Work, texts: PretrainTexts, progress: Progress, figures: dict[str, Any]
 ) -> dict[str, Any]:
     """What the model is and what it was made from.

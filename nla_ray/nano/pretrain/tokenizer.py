@@ -36,7 +36,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, marker: str) -> An
     )
     backend.train_from_iterator(texts, trainer)
     learned = json.loads(backend.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
+    tokenizer: Any = Qwen2Tokenizer(
         vocab=learned["vocab"],
         merges=[tuple(pair) for pair in learned["merges"]],
         eos_token=TURN_END,
