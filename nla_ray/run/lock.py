@@ -41,8 +41,10 @@ class LocalLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            raise ValueError(_busy(root, self._file.read().strip())) from None
+            with self._file:
+                self._file.seek(0)
+                owner = self._file.read().strip()
+            raise ValueError(_busy(root, owner)) from None
         self._file.truncate(0)
         self._file.write(_this_process())
         self._file.flush()
