@@ -30,9 +30,9 @@ ORDER = (
 )
 """The rooms, in the direction data walks. None imports what stands to its right.
 
-`cpu` stands far left because it knows torch alone, and `score` before `description` because training
-and the report compare both by its figures. What looks at a base before anything is trained on it
-(`score.stage`) is in `score`: it needs labels and figures.
+`cpu` stands far left because it knows torch alone, and `score` before `description` because
+training and the report compare both by its figures. What looks at a base before anything is trained
+on it (`score.stage`) is in `score`: it needs labels and figures.
 """
 NAMED_BY_STRING = {"run/stages.py", "label/teacher.py", "text/stage.py"}
 """Tables that name functions to their right, `module:name`, loaded when they are chosen."""
@@ -141,7 +141,8 @@ def test_the_configuration_layer_is_light() -> None:
     import sys
 
     code = (
-        "import sys, nla_ray, nla_ray.settings.command_line, nla_ray.run.stages, nla_ray.plan.text; "
+        "import sys, nla_ray, nla_ray.settings.command_line; "
+        "import nla_ray.run.stages, nla_ray.plan.text; "
         "print(sorted({'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     assert (
