@@ -24,8 +24,8 @@ from nla_ray.report.gates import check_gates, judge_gate
 from nla_ray.report.growth import growth
 from nla_ray.report.readings import Readings
 from nla_ray.report.rendering.content import interval
+from nla_ray.report.rendering.domains import domains_table
 from nla_ray.report.rendering.markdown import to_markdown
-from nla_ray.report.rendering.sections import domains_table
 from nla_ray.report.samples import rank_correlation
 from nla_ray.report.stage import check_corpus, evaluate, make_report, read_report, show_report
 from nla_ray.report.summary import summarise

@@ -1,6 +1,6 @@
 """Rows and columns as the report's dictionary has them: verbalizers, scorers, figures.
 
-Shared by `sections.py` and `curves.py`; knows no section.
+Shared by `sections.py`, `curves.py` and `domains.py`; knows no section.
 """
 
 from __future__ import annotations
