@@ -1,5 +1,4 @@
-"""Intervals: 95% percentile bootstrap over documents, for figures and for paired differences of
-figures.
+"""Intervals: 95% percentile bootstrap over documents, of figures and of paired differences.
 
 Rows of one document are not independent, so documents are drawn, not rows: a resample is a count
 per document, and a figure on it is the ratio of two count-weighted sums. One set of resamples
@@ -40,6 +39,7 @@ class Interval:
     """Documents that these come from."""
 
     def to_dict(self) -> dict[str, float | int]:
+        """As a report holds it."""
         return dataclasses.asdict(self)
 
 
@@ -55,8 +55,10 @@ class DocumentBootstrap:
         self._counts = _draw_counts(self.documents, resamples, seed)
 
     def intervals(self, figures: Mapping[str, Figure]) -> dict[str, Interval]:
-        """Every figure (of these rows, in their order) with its interval. Raises ValueError for an
-        undefined figure."""
+        """Every figure (of these rows, in their order) with its interval.
+
+        Raises ValueError for an undefined figure.
+        """
         sampled = self._sample(list(figures.values()))
         return {
             name: self._interval(name, figure.value, values, figure.denominator != 0)
@@ -129,8 +131,10 @@ class DocumentBootstrap:
 
 
 def _draw_counts(documents: int, resamples: int, seed: int) -> Tensor:
-    """How often each document is drawn in each resample: [resamples, documents] int16, rows sum to
-    `documents`."""
+    """How often each document is drawn in each resample: [resamples, documents] int16.
+
+    Rows sum to `documents`.
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for start in range(0, resamples, _BLOCK_RESAMPLES):

@@ -1,5 +1,8 @@
-"""The gold ceiling of a layer: how well labels, through a ridge regression, tell its activations
-apart."""
+"""The gold ceiling of a layer: how well labels tell its activations apart.
+
+From features of labels to activations goes a ridge regression. Pure arithmetic on vectors, and the
+lines that tell a terminal of it; it knows neither models nor files.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from nla_ray.activation import vectors
-from nla_ray.activation.vectors import norm
 from nla_ray.score.bootstrap import DocumentBootstrap
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.linear import PENALTIES, fit, predict
@@ -23,43 +26,44 @@ _CEILING = ("top1_2way", "top1_10way", "centred_cosine", "fve")
 
 
 def inspect_layer(
-    known: Tensor, unknown: Tensor, features: Tensor, held_out: Tensor, doc_ids: Sequence[str]
+    train: Float[Tensor, "train d_model"],
+    validation: Float[Tensor, "validation d_model"],
+    train_features: Float[Tensor, "train d_features"],
+    validation_features: Float[Tensor, "validation d_features"],
+    doc_ids: Sequence[str],
 ) -> dict[str, Any]:
-    """One layer: norms of the train activations [n, d_model], and the gold ceiling on validation
-    activations [m, d_model].
+    """One layer: norms of its train activations, and the gold ceiling on validation activations.
 
-    `features`, `held_out`: of their labels, [n, d_model] and [m, d_model]. The ridge penalty with
-    the best centred cosine counts: it is chosen on the rows that the ceiling is told of, so the
-    ceiling serves to choose by and is no evidence. The 2-way choice is by centred cosine: raw, gold
-    labels fail it where activations differ in their distance to the mean.
+    The features are those of the texts' labels; `doc_ids` are the validation texts'. The ridge
+    penalty with the best centred cosine counts. It is chosen on the rows that the ceiling is
+    measured on, so the ceiling serves to choose a layer and is no evidence. The 2-way choice is by
+    centred cosine: raw, gold labels fail it where activations differ in their distance to the mean.
     """
-    norms, mean = norm(known)[:, 0], vectors.mean_direction(known)
-    comparisons, bootstrap = (
-        Comparisons.draw(unknown, doc_ids, mean, seed=0),
-        DocumentBootstrap(doc_ids),
-    )
-    tried: list[tuple[float, dict[str, Figure]]] = []
+    norms, mean = vectors.norm(train)[:, 0], vectors.mean_direction(train)
+    comparisons = Comparisons.draw(validation, doc_ids, mean, seed=0)
+    by_penalty: dict[float, dict[str, Figure]] = {}
     for penalty in PENALTIES:
-        read = mean + predict(held_out, fit(features, known, mean, penalty))
-        tried.append((penalty, figures(read, comparisons)))
-    penalty, best = max(tried, key=lambda one: one[1]["centred_cosine"].value)
+        fitted = fit(train_features, train, mean, penalty)
+        by_penalty[penalty] = figures(mean + predict(validation_features, fitted), comparisons)
+    penalty = max(by_penalty, key=lambda penalty: by_penalty[penalty]["centred_cosine"].value)
+    ceiling = {name: by_penalty[penalty][name] for name in _CEILING}
+    intervals = DocumentBootstrap(doc_ids).intervals(ceiling)
     return {
         "mean_norm": norms.mean().item(),
         "norm_quantiles": {str(share): norms.quantile(share).item() for share in (0.01, 0.5, 0.99)},
         "injection_norm": round_up(norms.mean().item()),
-        "cosine_with_mean": vectors.cosine(known, mean).mean().item(),
+        "cosine_with_mean": vectors.cosine(train, mean).mean().item(),
         "penalty": penalty,
-        "ceiling": {
-            name: interval.to_dict()
-            for name, interval in bootstrap.intervals(
-                {name: best[name] for name in _CEILING}
-            ).items()
-        },
+        "ceiling": {name: interval.to_dict() for name, interval in intervals.items()},
     }
 
 
 def round_up(value: float) -> float:
-    """The next number of two digits whose second one is 0 or 5: 472 -> 500, 43.2 -> 45."""
+    """The next number of two digits whose second one is 0 or 5.
+
+    >>> round_up(472.0), round_up(50.0)
+    (500, 50)
+    """
     step = 5 * 10 ** (math.floor(math.log10(value)) - 1)
     return math.ceil(value / step) * step
 
@@ -82,17 +86,17 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
             " cosine, 95%    FVE"
         ),
     ]
-    for layer, one in results["layers"].items():
-        ceiling, quantiles = (
-            {name: figure["value"] for name, figure in one["ceiling"].items()},
-            one["norm_quantiles"],
+    for layer, inspected in results["layers"].items():
+        ceiling = {name: figure["value"] for name, figure in inspected["ceiling"].items()}
+        quantiles = inspected["norm_quantiles"]
+        interval = "{value:.3f} {low:.3f} to {high:.3f}".format(
+            **inspected["ceiling"]["centred_cosine"]
         )
-        told = "{value:.3f} {low:.3f} to {high:.3f}".format(**one["ceiling"]["centred_cosine"])
         lines.append(
-            f"{layer:>5}  {int(layer) / results['num_layers']:5.2f}  {one['mean_norm']:9.1f} "
-            f" {quantiles['0.01']:7.1f} {quantiles['0.99']:8.1f}  {one['cosine_with_mean']:13.3f} "
-            f" {ceiling['top1_2way']:5.3f}  {ceiling['top1_10way']:6.3f}  {told:>19} "
-            f" {ceiling['fve']:5.3f}"
+            f"{layer:>5}  {int(layer) / results['num_layers']:5.2f}  {inspected['mean_norm']:9.1f} "
+            f" {quantiles['0.01']:7.1f} {quantiles['0.99']:8.1f} "
+            f" {inspected['cosine_with_mean']:13.3f}  {ceiling['top1_2way']:5.3f} "
+            f" {ceiling['top1_10way']:6.3f}  {interval:>19}  {ceiling['fve']:5.3f}"
         )
     best = results["proposed_layer"]
     lines.append(

@@ -266,7 +266,8 @@ def _marked_line(line: str, marks: Mapping[str, Mark]) -> list[tuple[str, Mark]]
     for match in _CLAIM.finditer(line, start):
         claim = " ".join(match[0].strip(_QUOTES).casefold().split())
         if claim in marks:
-            pieces += [(line[last : match.start()], ""), (match[0], marks[claim])]
+            pieces.append((line[last : match.start()], ""))
+            pieces.append((match[0], marks[claim]))
             last = match.end()
     return [*pieces, (line[last:], "")]
 
@@ -296,8 +297,10 @@ def _content_words(text: str, listed: bool) -> Iterable[str]:
 
 
 def claim_counts(description: str, text: str) -> tuple[int, int]:
-    """(claims found in the text, claims made), each distinct claim once. A quoted string is found
-    as a whole."""
+    """(claims found in the text, claims made), each distinct claim once.
+
+    A quoted string is found as a whole.
+    """
     claims = claimed_words(description)
     found = found_words(text)
     flat = " ".join(text.casefold().split())

@@ -1,5 +1,4 @@
-"""The linear reconstructor: description -> activation by ridge regression on features of the frozen
-base.
+"""The linear reconstructor: description -> activation by ridge regression on the frozen base.
 
 phi(d) = mean over the description's tokens of the residual stream after a middle block, no adapter
 active; r = mu + b + W (phi(d) - mean phi), W by ridge. It is fitted in closed form, so it has no
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,8 +34,7 @@ _BATCH = 64
 
 
 class DescriptionFeatures:
-    """phi: the mean of a description's tokens in the stream after block `layer` of the plain
-    base."""
+    """phi: the mean over a description's tokens of the stream after a block of the plain base."""
 
     def __init__(self, model, tokenizer, *, layer: int, max_tokens: int) -> None:
         self.layer, self.max_tokens = layer, max_tokens
@@ -48,11 +47,9 @@ class DescriptionFeatures:
     @torch.no_grad()
     def __call__(self, descriptions: Sequence[str], batch_size: int = _BATCH) -> Tensor:
         """[n, d_model] float32 on CPU; zeros for a description without tokens."""
-        encoded = (
-            self._tokenizer(list(descriptions), add_special_tokens=False)["input_ids"]
-            if descriptions
-            else []
-        )
+        encoded: list[list[int]] = []
+        if descriptions:
+            encoded = self._tokenizer(list(descriptions), add_special_tokens=False)["input_ids"]
         encoded = [ids[: self.max_tokens] for ids in encoded]
         device = next(self._model.parameters()).device
         features = torch.zeros(len(encoded), self._model.config.hidden_size)
@@ -63,19 +60,16 @@ class DescriptionFeatures:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 longest = len(encoded[rows[-1]])
-                ids = torch.tensor(
-                    [
-                        self._prefix + encoded[row] + [0] * (longest - len(encoded[row]))
-                        for row in rows
-                    ],
-                    device=device,
-                )
-                own = torch.tensor(
-                    [[place < len(encoded[row]) for place in range(longest)] for row in rows],
-                    device=device,
-                )
-                stream = self._reader.read(ids)[self.layer][:, len(self._prefix) :].float()
-                features[rows] = ((stream * own[..., None]).sum(1) / own.sum(1, keepdim=True)).cpu()
+                lengths = torch.tensor([len(encoded[row]) for row in rows], device=device)
+                padded = [
+                    self._prefix + encoded[row] + [0] * (longest - len(encoded[row]))
+                    for row in rows
+                ]
+                stream = self._reader.read(torch.tensor(padded, device=device))[self.layer]
+                stream = stream[:, len(self._prefix) :].float()
+                is_token = torch.arange(longest, device=device) < lengths[:, None]
+                total = (stream * is_token[..., None]).sum(1)
+                features[rows] = (total / is_token.sum(1, keepdim=True)).cpu()
         return features
 
 
@@ -83,8 +77,10 @@ class LinearReconstructor:
     """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
 
     def __init__(self, features: DescriptionFeatures, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors`: `weight` [d_model, d_model], `feature_mean` [d_model], `offset` b [d_model],
-        `mean` mu [d_model]."""
+        """`tensors`: `weight` [d_model, d_model], and of [d_model] `feature_mean`, `offset`, `mean`.
+
+        `offset` is b and `mean` is mu.
+        """
         self._features, self._tensors = features, dict(tensors)
         self.mean = tensors["mean"]
 
@@ -118,12 +114,17 @@ class LinearReconstructor:
         """Reconstructions [n, d_model] in the order given, float32 on CPU."""
         unique = list(dict.fromkeys(descriptions))
         read = self._tensors["mean"] + predict(self._features(unique, batch_size), self._tensors)
-        place = {text: index for index, text in enumerate(unique)}
-        return read[[place[text] for text in descriptions]]
+        index_of = {text: index for index, text in enumerate(unique)}
+        return read[[index_of[text] for text in descriptions]]
 
 
-def fit(features: Tensor, targets: Tensor, mean: Tensor, penalty: float) -> dict[str, Tensor]:
-    """Ridge from features [n, d] to c(v) of targets [n, d_model]; `mean` mu [d_model]. In float64.
+def fit(
+    features: Float[Tensor, "rows d_features"],
+    targets: Float[Tensor, "rows d_model"],
+    mean: Float[Tensor, " d_model"],
+    penalty: float,
+) -> dict[str, Tensor]:
+    """Ridge from features to c(v) of targets, in float64; `mean` is mu.
 
     W = argmin sum |c(v) - b - W (phi - mean phi)|^2 + penalty * (mean squared feature) * n * |W|^2.
     """
@@ -134,21 +135,23 @@ def fit(features: Tensor, targets: Tensor, mean: Tensor, penalty: float) -> dict
     gram.diagonal().add_(penalty * gram.diagonal().mean())
     weight = torch.linalg.solve(gram, centred.T @ (deviation - offset)).T
     return {
-        name: tensor.float()
-        for name, tensor in {
-            "weight": weight,
-            "feature_mean": feature_mean,
-            "offset": offset,
-            "mean": mean,
-        }.items()
+        "weight": weight.float(),
+        "feature_mean": feature_mean.float(),
+        "offset": offset.float(),
+        "mean": mean.float(),
     }
 
 
-def predict(features: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """b + W (phi - mean phi): the predicted deviation from the train mean [n, d_model]; b alone
-    where phi is zero."""
-    told = features.any(1, keepdim=True)
-    return tensors["offset"] + (features - tensors["feature_mean"]) * told @ tensors["weight"].T
+def predict(
+    features: Float[Tensor, "rows d_features"], tensors: Mapping[str, Tensor]
+) -> Float[Tensor, "rows d_model"]:
+    """b + W (phi - mean phi): the predicted deviation from the train mean.
+
+    It is b alone where phi is zero: a description without tokens.
+    """
+    has_tokens = features.any(1, keepdim=True)
+    deviation = (features - tensors["feature_mean"]) * has_tokens
+    return tensors["offset"] + deviation @ tensors["weight"].T
 
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)

@@ -55,8 +55,10 @@ def share_beginnings(sequences: Sequence[Sequence[int]]) -> list[PackedRow]:
 
 
 def _rows_of(sequences: Sequence[Sequence[int]], group: Sequence[int]) -> list[PackedRow]:
-    """The longest with what shares half of itself with it, then the longest of what is left, until
-    nothing is."""
+    """The longest with what shares half of itself with it, then the longest of what is left.
+
+    And so on, until nothing is left.
+    """
     rows: list[PackedRow] = []
     left = sorted(group, key=lambda number: len(sequences[number]), reverse=True)
     while left:
@@ -87,8 +89,7 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 def pack(
     sequences: Sequence[Sequence[int]], rows: Sequence[PackedRow], pad_id: int, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[int, tuple[int, int]]]:
-    """A batch of rows as a decoder takes it, and number -> (row, column) of each sequence's last
-    token.
+    """A batch of rows as a decoder takes it, and (row, column) of each sequence's last token.
 
     `input_ids`, `position_ids` [rows, length] and `attention_mask` [rows, 1, length, length], which
     is added to attention's weights in type `dtype`: 0 where a token sees another one.

@@ -1,5 +1,4 @@
-"""A reconstructor: description -> activation. The first blocks of the base, a LoRA adapter and a
-linear head.
+"""A reconstructor: description -> activation, by a LoRA adapter on the base and a linear head.
 
 r = mu + W h, in the space of directions n(v): h is the residual stream of layer K at the marker
 that ends the prompt, with its norm made sqrt(d_model); mu the train mean direction, which alone has
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ _SETTINGS = "reconstructor"
 class Reconstructor(nn.Module):
     """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
 
+    mean: Tensor
+    """mu: [d_model] float32, a buffer."""
+
     def __init__(
         self,
         model,
@@ -49,8 +52,10 @@ class Reconstructor(nn.Module):
         max_tokens: int,
         in_bf16: bool = False,
     ) -> None:
-        """`in_bf16`: the blocks' matrix products run in bfloat16, in training as in reading; the
-        head stays in float32."""
+        """`in_bf16`: the blocks' matrix products run in bfloat16, in training as in reading.
+
+        The head stays in float32. Raises ValueError for a mean of another width than the base's.
+        """
         super().__init__()
         d_model = causal_width(model)
         if mean.shape != (d_model,):
@@ -63,9 +68,8 @@ class Reconstructor(nn.Module):
         self.layer, self.max_tokens, self.marker, self.in_bf16 = layer, max_tokens, marker, in_bf16
         self.marker_id = marker_token(tokenizer, marker)
         self.head = nn.Linear(d_model, d_model, bias=False, device=device, dtype=torch.float32)
-        nn.init.zeros_(
-            self.head.weight
-        )  # so that training starts from the mean, not from noise around it
+        # So that training starts from the mean, not from noise around it.
+        nn.init.zeros_(self.head.weight)
         self.register_buffer("mean", mean.detach().to(device, torch.float32, copy=True))
         self._reader = ResidualReader(model, [layer])
 
@@ -81,8 +85,10 @@ class Reconstructor(nn.Module):
         adapter: str = "default",
         attention: str | None = None,
     ) -> Reconstructor:
-        """A new one for training: only the adapter and the head have gradients. `mean`: train mean
-        direction [d_model]. `attention`: as `load_backbone` takes it."""
+        """A new one for training: only the adapter and the head have gradients.
+
+        `mean`: train mean direction [d_model]. `attention`: as `load_backbone` takes it.
+        """
         model = load_backbone(base, num_blocks=base.layer + 1, attention=attention)
         model = add_lora(model, lora, adapter, num_blocks=base.layer + 1, seed=seed)
         return cls(
@@ -100,9 +106,12 @@ class Reconstructor(nn.Module):
     def load(
         cls, base: BaseConfig, folder: Path | str, *, adapter: str = "default", model=None
     ) -> Reconstructor:
-        """A saved one, frozen. `model`: a loaded base to share, for example another reconstructor's
-        `.model`; it gets the weights as a further adapter, so `adapter` must be a new name
-        there."""
+        """A saved one, frozen.
+
+        `model`: a loaded base to share, for example another reconstructor's `.model`. It gets the
+        weights as a further adapter, so `adapter` must be a new name in it. Raises ValueError for a
+        folder of another layer.
+        """
         weight, mean, layer, max_tokens = _read_head(Path(folder) / HEAD_NAME)
         if layer != base.layer:
             raise ValueError(
@@ -111,7 +120,7 @@ class Reconstructor(nn.Module):
             )
         model = load_backbone(base, num_blocks=base.layer + 1) if model is None else model
         model = load_adapter(model, Path(folder) / ADAPTER_NAME, adapter)
-        own = cls(
+        loaded = cls(
             model,
             load_tokenizer(base),
             adapter=adapter,
@@ -121,8 +130,8 @@ class Reconstructor(nn.Module):
             max_tokens=max_tokens,
             in_bf16=computes_in_bf16(base),
         )
-        own.head.weight.data.copy_(weight)
-        return own.eval().requires_grad_(False)
+        loaded.head.weight.data.copy_(weight)
+        return loaded.eval().requires_grad_(False)
 
     def save(self, folder: Path | str) -> None:
         """Write adapter/ and head.safetensors (`weight` [d, d], `mean` [d])."""
@@ -137,8 +146,10 @@ class Reconstructor(nn.Module):
         )
 
     def encode(self, descriptions: Sequence[str]) -> list[list[int]]:
-        """The prompts as ids, each ending in the marker. A description of more than `max_tokens`
-        tokens is cut at its end."""
+        """The prompts as ids, each ending in the marker.
+
+        A description of more than `max_tokens` tokens is cut at its end.
+        """
         texts = [
             prompts.reconstructor_prompt(self._cut(text), self.marker) for text in descriptions
         ]
@@ -153,9 +164,8 @@ class Reconstructor(nn.Module):
         return encoded
 
     def _cut(self, description: str) -> str:
-        if (
-            len(description.encode()) <= self.max_tokens
-        ):  # no tokenizer makes more tokens than bytes
+        # No tokenizer makes more tokens than bytes.
+        if len(description.encode()) <= self.max_tokens:
             return description
         ids = self.tokenizer.encode(description, add_special_tokens=False)
         if len(ids) <= self.max_tokens:
@@ -176,13 +186,13 @@ class Reconstructor(nn.Module):
         return input_ids.to(device), attention_mask.to(device)
 
     def activation_checkpointing_enable(self, **arguments) -> None:
-        """What a trainer calls where activations are computed twice to save memory: the blocks are
-        the base's."""
+        """What a trainer calls to compute activations twice and save memory, in the base's blocks."""
         self.model.activation_checkpointing_enable(**arguments)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Right-padded prompts [batch, seq] -> reconstructions [batch, d_model] float32, under the
-        adapter that is active.
+    def forward(
+        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch d_model"]:
+        """Right-padded prompts -> reconstructions in float32, under the adapter that is active.
 
         The mask says where each prompt ends; attention needs none, being causal.
         """
@@ -200,18 +210,19 @@ class Reconstructor(nn.Module):
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.in_bf16):
             return self._reader.read(input_ids, position_ids, attention_mask)[self.layer]
 
-    def _reconstruct(self, marker_stream: Tensor) -> Tensor:
-        """[n, d_model] of the stream at markers -> reconstructions."""
+    def _reconstruct(
+        self, marker_stream: Float[Tensor, "batch d_model"]
+    ) -> Float[Tensor, "batch d_model"]:
+        """The stream at markers -> reconstructions."""
         scaled = vectors.rescale(marker_stream, self.mean.shape[0] ** 0.5)
         with torch.autocast(marker_stream.device.type, enabled=False):
             return self.mean + self.head(scaled)
 
     @torch.no_grad()
     def reconstruct(self, descriptions: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Reconstructions [n, d_model] in the order given, float32 on CPU; this reconstructor's
-        adapter is made active.
+        """Reconstructions [n, d_model] in the order given, float32 on CPU.
 
-        Batches hold `batch_size` rows of like length; a description that occurs twice is read once,
+        This reconstructor's adapter is made active. Batches hold `batch_size` rows of like length; a description that occurs twice is read once,
         and so is what one shares with the beginning of another.
         """
         unique = list(dict.fromkeys(descriptions))
@@ -227,8 +238,8 @@ class Reconstructor(nn.Module):
                     result[numbers] = read.cpu()
         finally:
             self.train(was_training)
-        place = {text: index for index, text in enumerate(unique)}
-        return result[[place[text] for text in descriptions]]
+        index_of = {text: index for index, text in enumerate(unique)}
+        return result[[index_of[text] for text in descriptions]]
 
     def _read_rows(
         self, encoded: Sequence[Sequence[int]], rows: Sequence[PackedRow]
