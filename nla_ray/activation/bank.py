@@ -1,7 +1,7 @@
-"""Activations in memory and on disk: the Arrow schema of a captured row, and the table of one split
-and layer.
+"""Activations as rows: the Arrow schema of a captured row, and the table of one split and layer.
 
-Protects the rule that row i of every field belongs together, in the order of activation_id.
+It knows neither models nor run directories. Protects the rule that row i of every field belongs
+together, in the order of activation_id.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def activation_schema(d_model: int) -> pa.Schema:
-    """One residual-stream vector, raw float32, never normalised; `activation_id` =
-    `{text_id}@{layer}:{position}`.
+    """One residual-stream vector a row, raw float32, never normalised.
 
-    `position` is the 0-based index of the token in the chat-formatted prompt, `token` its id.
+    `activation_id` is `{text_id}@{layer}:{position}`; `position` is the 0-based index of the token
+    in the chat-formatted prompt, `token` its id.
     """
     return pa.schema(
         [
@@ -39,20 +39,20 @@ def activation_schema(d_model: int) -> pa.Schema:
 
 
 def activation_id(text_id: str, layer: int, position: int) -> str:
-    """The identity of one captured vector."""
+    """The identity of one captured vector.
+
+    >>> activation_id("a#0", layer=4, position=31)
+    'a#0@4:31'
+    """
     return f"{text_id}@{layer}:{position}"
 
 
 TEXT_COLUMNS = ["text_id", "doc_id", "split", "domain", "text"]
 
 
-# Reading them back --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class ActivationTable:
-    """Activations of one split and layer, sorted by activation_id; row i of every field belongs
-    together.
+    """Activations of one split and layer, sorted by activation_id.
 
     Example: ActivationTable(ids=["a#0@4:31"], text_ids=["a#0"], doc_ids=["a"], domains=["licence"],
     texts=["..."], vectors=<float32 [1, d_model]>)

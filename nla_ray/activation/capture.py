@@ -1,8 +1,7 @@
-"""Runs blocks 0..K of a base and keeps the residual stream at wanted positions: [positions,
-d_model].
+"""Runs blocks 0..K of a base and keeps the residual stream at wanted positions.
 
-Protects the rule that what is captured depends on the text and the base alone, not on what else
-was in the batch.
+It knows no run directory. Protects the rule that what is captured depends on the text and the base
+alone, not on what else was in the batch.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from nla_ray.activation.bank import TEXT_COLUMNS, activation_id
 from nla_ray.activation.positions import EncodedText, plan_batches
 from nla_ray.settings.config import BaseConfig, CaptureConfig
-
-# Running the model --------------------------------------------------------------------------------
 
 
 def wanted_layers(base: BaseConfig, capture: CaptureConfig) -> tuple[int, ...]:
@@ -39,8 +35,7 @@ class ActivationReader:
         self.layers, self.d_model = self._residual.layers, model.config.hidden_size
 
     def read(self, texts: Sequence[EncodedText]) -> dict[int, list[np.ndarray]]:
-        """For every layer, one float32 array [positions, d_model] a text, in the order of
-        `texts`."""
+        """For every layer one float32 array [positions, d_model] a text, in the order given."""
         found: dict[int, list[np.ndarray]] = {
             layer: [np.empty(0)] * len(texts) for layer in self.layers
         }
@@ -60,12 +55,13 @@ class ActivationReader:
         rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(
             self._device
         )
-        places = torch.tensor(
-            [place for text in texts for place in text.positions], device=self._device
-        )
+        positions = [position for text in texts for position in text.positions]
+        columns = torch.tensor(positions, device=self._device)
         with torch.inference_mode():
             residual = self._residual.read(ids.to(self._device))
-            kept = {layer: values[rows, places].float().cpu() for layer, values in residual.items()}
+            kept = {
+                layer: values[rows, columns].float().cpu() for layer, values in residual.items()
+            }
         return {
             layer: [part.numpy() for part in values.split(counts)] for layer, values in kept.items()
         }
@@ -86,10 +82,12 @@ class Capture:
         )
 
     def __call__(self, texts: pa.Table) -> pa.Table:
-        """Columns of `read_texts` -> one row an activation (columns of `activation_schema`); texts
-        left out come last."""
-        is_kept = pc.is_null(texts["skipped"])
-        kept, left_out = texts.filter(is_kept), texts.filter(pc.invert(is_kept))
+        """Columns of `read_texts` -> those of `activation_schema`, one row an activation.
+
+        Texts that are left out come last.
+        """
+        kept = texts.filter(texts["skipped"].is_null())
+        left_out = texts.filter(texts["skipped"].is_valid())
         encoded = [
             EncodedText(ids=ids, positions=positions)
             for ids, positions in zip(
@@ -105,21 +103,20 @@ class Capture:
         ]
         activations = np.array([vectors[layer][row][slot] for row, layer, slot in rows], np.float32)
         activations = activations.reshape(-1, self._reader.d_model)  # also where there is none
-        places = [encoded[row].positions[slot] for row, _, slot in rows]
+        positions = [encoded[row].positions[slot] for row, _, slot in rows]
         found = _activation_rows(
             kept.take(pa.array([row for row, _, _ in rows], pa.int64())),
             activations,
             [layer for _, layer, _ in rows],
-            places,
-            [encoded[row].ids[place] for (row, _, _), place in zip(rows, places, strict=True)],
+            positions,
+            [
+                encoded[row].ids[position]
+                for (row, _, _), position in zip(rows, positions, strict=True)
+            ],
         )
-        nowhere, nothing = (
-            [-1] * len(left_out),
-            np.zeros((len(left_out), self._reader.d_model), np.float32),
-        )
-        return pa.concat_tables(
-            [found, _activation_rows(left_out, nothing, nowhere, nowhere, nowhere)]
-        )
+        none = [-1] * len(left_out)
+        zeros = np.zeros((len(left_out), self._reader.d_model), np.float32)
+        return pa.concat_tables([found, _activation_rows(left_out, zeros, none, none, none)])
 
 
 def _activation_rows(
@@ -129,15 +126,17 @@ def _activation_rows(
     positions: Sequence[int],
     tokens: Sequence[int],
 ) -> pa.Table:
-    """Rows of texts with their activations [rows, d_model]; a vector that is not finite is marked
-    as skipped."""
+    """Rows of texts with their activations [rows, d_model].
+
+    A vector that is not finite is marked as skipped.
+    """
     ids = [
         activation_id(text_id, layer, position)
         for text_id, layer, position in zip(
             texts["text_id"].to_pylist(), layers, positions, strict=True
         )
     ]
-    finite = np.isfinite(activations).all(axis=1)
+    finite = np.isfinite(activations).all(axis=1).tolist()
     skipped = [
         reason
         or (None if ok else f"non_finite: {name} holds NaN or infinity, expected finite numbers")

@@ -1,5 +1,4 @@
-"""An activation is a token: marker, neighbour check, virtual ids and the embedding that looks them
-up.
+"""An activation is a token: virtual ids, and the embedding that looks them up.
 
 Id `vocab_size + row` stands for row `row` of an activation bank. Ids, not tensors, then travel
 through padding, shuffling, micro-batching and generation, so that a vector cannot be paired with
@@ -46,6 +45,7 @@ class ActivationEmbedding(nn.Module):
 
     @property
     def bank(self) -> Tensor:
+        """The activations that virtual ids refer to: [rows, d_model] float32."""
         return self._bank[0]
 
     @property
@@ -55,15 +55,19 @@ class ActivationEmbedding(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
+        """As the wrapped table has it: virtual ids do not count."""
         return self.vocab_size
 
     @property
     def embedding_dim(self) -> int:
+        """d_model."""
         return self.embedding.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[batch, seq] int64 -> [batch, seq, d_model]. Raises IndexError for a row that the bank
-        does not have."""
+        """[batch, seq] int64 -> [batch, seq, d_model].
+
+        Raises IndexError for a row that the bank does not have.
+        """
         virtual = ids >= self.vocab_size
         embedded = self.embedding(ids.masked_fill(virtual, 0))
         if not virtual.any():
@@ -82,8 +86,7 @@ class ActivationEmbedding(nn.Module):
 
 
 def attach_activations(model, bank: Tensor, injection_norm: float) -> ActivationEmbedding:
-    """Wrap the model's input embedding so that virtual ids of `bank` can be fed; returns the
-    wrapper.
+    """Wrap the model's input embedding so that it takes virtual ids of `bank`; the wrapper.
 
     A model that is already wrapped keeps its wrapper and gets the new bank.
     """

@@ -1,5 +1,7 @@
-"""From a text to token ids and the positions whose activations are wanted; texts in batches of like
-length."""
+"""From a text to token ids and the positions whose activations are wanted.
+
+And texts in batches of like length. It knows neither models nor run directories.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ MAX_PADDING = 0.05
 _SENTINEL = "nla-ray-text"
 
 
-# From text to token positions ---------------------------------------------------------------------
-
-
 class Skipped(ValueError):
-    """A text that has no activation. The message starts with the reason: `no_tokens`, `too_long` or
-    `non_finite`."""
+    """A text that has no activation.
+
+    The message starts with the reason: `no_tokens`, `too_long` or `non_finite`.
+    """
 
     @property
     def reason(self) -> str:
+        """One word."""
         return str(self).partition(":")[0]
 
 
@@ -41,8 +43,7 @@ class EncodedText:
 
 
 class TextEncoder:
-    """Formats a text as one user turn with the generation prompt appended, and picks positions in
-    it."""
+    """Formats a text as a user turn with the generation prompt appended; picks positions in it."""
 
     def __init__(self, tokenizer, base: BaseConfig, capture: CaptureConfig) -> None:
         if not tokenizer.is_fast:
@@ -63,14 +64,17 @@ class TextEncoder:
         self._before, self._after = len(around[0]), len(around[1])
 
     def encode(self, text_id: str, text: str) -> EncodedText:
-        """Raises Skipped for a text without tokens or with more than base.max_tokens, template
-        included."""
+        """The prompt's ids and the wanted positions in it.
+
+        Raises Skipped for a text without tokens or with more than base.max_tokens, template
+        included.
+        """
         prompt = prompts.chat_prompt(self._tokenizer, text)
         encoding = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         ids, end = encoding["input_ids"], len(prompt) - self._after
         inside = [
-            place
-            for place, (left, right) in enumerate(encoding["offset_mapping"])
+            position
+            for position, (left, right) in enumerate(encoding["offset_mapping"])
             if left < right and left < end and right > self._before
         ]
         if not inside:
@@ -89,11 +93,13 @@ class TextEncoder:
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of texts in batches of like length: at most `batch_tokens` padded tokens and
-    MAX_PADDING padding in each.
+    """Indices of texts in batches of like length.
 
-    A text longer than `batch_tokens` is a batch of its own. Example: plan_batches([10, 5, 10, 5],
-    20) == [[1, 3], [0, 2]].
+    Each batch has at most `batch_tokens` padded tokens and MAX_PADDING padding; a text longer than
+    `batch_tokens` is a batch by itself.
+
+    >>> plan_batches([10, 5, 10, 5], batch_tokens=20)
+    [[1, 3], [0, 2]]
     """
     batches: list[list[int]] = []
     tokens = 0

@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nla_ray.activation.bank import activation_schema
@@ -16,13 +15,17 @@ from nla_ray.run.location import Location
 from nla_ray.run.manifest import FileRecord
 
 _SCRATCH = "scratch"
+_REPEATED = ["split", "domain", "doc_id", "text"]
+"""Columns whose values come often."""
 
 
 def write_shard(
     rows: pa.Table, *, target: Location, batch_tokens: int, base_digest: str
 ) -> pa.Table:
-    """Write the activations of a shard under the shard's name, then the record that it is complete;
-    returns its counts."""
+    """Write the activations of a shard under the shard's name, then the record; its counts.
+
+    The record says that the file is complete. Raises RuntimeError for rows of several shards.
+    """
     shards = set(rows["shard"].to_pylist())
     if len(shards) != 1:
         raise RuntimeError(
@@ -30,21 +33,19 @@ def write_shard(
             "Ray Data has joined blocks."
         )
     [shard] = shards
-    is_kept = pc.is_null(rows["skipped"])
-    kept, left_out = rows.filter(is_kept), rows.filter(pc.invert(is_kept))
+    kept = rows.filter(rows["skipped"].is_null())
+    left_out = rows.filter(rows["skipped"].is_valid())
     schema = activation_schema(rows.schema.field("activation").type.list_size)
     buffer = io.BytesIO()
     pq.write_table(
         kept.select(schema.names).cast(schema),
         buffer,
         compression="zstd",
-        use_dictionary=["split", "domain", "doc_id", "text"],
+        use_dictionary=_REPEATED,  # pyright: ignore[reportArgumentType]  (a list of columns works)
     )
     (target / shard).write_bytes(buffer.getvalue())
-    lengths = list(
-        dict(zip(rows["text_id"].to_pylist(), rows["num_tokens"].to_pylist(), strict=True)).values()
-    )
-    lengths = [length for length in lengths if length]
+    text_ids, num_tokens = rows["text_id"].to_pylist(), rows["num_tokens"].to_pylist()
+    lengths = [length for length in dict(zip(text_ids, num_tokens, strict=True)).values() if length]
     record = ShardRecord(
         shard=shard,
         base_digest=base_digest,
@@ -85,6 +86,7 @@ class ShardRecord:
     skipped: list[dict[str, str]]
 
     def save(self, target: Location) -> None:
+        """Write it beside the shard's file, in the scratch folder."""
         content = {**vars(self), "file": vars(self.file)}
         (target / _SCRATCH / f"{self.shard}.json").write_text(json.dumps(content))
 
@@ -92,21 +94,16 @@ class ShardRecord:
     def load(
         cls, target: Location, shard: str, base_digest: str, *, check_file: bool = True
     ) -> ShardRecord | None:
-        """The record of a shard that is complete, whole and of this base; None when it must be
-        captured (again).
+        """The record of a shard that is complete, whole and of this base.
 
-        `check_file=False` trusts the record, for shards that this process has just seen written.
+        None: the shard must be captured (again). `check_file=False` trusts the record, for shards
+        that this process has just seen written.
         """
         try:
             content = json.loads((target / _SCRATCH / f"{shard}.json").read_text())
             record = cls(**{**content, "file": FileRecord(**content["file"])})
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-        ):  # absent, or torn: either way it is captured again
-            return None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None  # absent or torn: either way it is captured again
         is_whole = not check_file or (
             (target / shard).exists() and (target / shard).record() == record.file
         )

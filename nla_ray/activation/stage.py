@@ -1,5 +1,4 @@
-"""The second stage: which residual-stream vectors of which texts, captured with Ray Data into one
-file a corpus shard.
+"""The second stage: activations of the corpus, captured with Ray Data into a file a corpus shard.
 
 One corpus shard is one block and one output file, written whole and recorded beside it, so that a
 run that died goes on with the shards it lacks. Protects the rule that what is captured depends on
@@ -38,7 +37,7 @@ from nla_ray.run.identity import Split
 from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
-from nla_ray.settings.config import BaseConfig, CaptureConfig
+from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from nla_ray.base.identity import BaseInfo
 
 logger = get_logger(__name__)
-
 
 STATS_NAME = "stats.json"
 SKIPPED_NAME = "skipped.jsonl"
@@ -67,8 +65,7 @@ def _encoder(base: BaseConfig, capture: CaptureConfig) -> TextEncoder:
 
 
 def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
-    """A table with one `shard` name -> its texts, verified against the corpus manifest and
-    tokenised.
+    """A table with the name of one `shard` -> its texts, verified by the manifest and tokenised.
 
     Adds the columns ids, positions, num_tokens and skipped (null, or why there is nothing to
     capture).
@@ -104,10 +101,9 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
 
 
 def capture_activations(run: Run) -> Manifest:
-    """Capture every text of the corpus that this run has; the manifest's metrics count what was
-    left out, by reason.
+    """Capture every text of the corpus that this run has.
 
-    Needs Ray. Raises ValueError when the corpus is missing or damaged, or when no activation is
+    Needs Ray. The manifest's metrics count what was left out, by reason. Raises ValueError when the corpus is missing or damaged, or when no activation is
     left.
     """
     from nla_ray.base.identity import base_info
@@ -116,7 +112,7 @@ def capture_activations(run: Run) -> Manifest:
     corpus = run.require("corpus")
     stage = run.open("activations")
     info = base_info(run.config.base)
-    if stage.complete:
+    if stage.manifest is not None:
         check_base(stage.manifest, info)
         return stage.manifest
     for layer in run.config.capture.layers:
@@ -130,9 +126,11 @@ def capture_activations(run: Run) -> Manifest:
 def _capture_shards(
     run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
 ) -> None:
-    """Capture the shards that have no record yet; when an actor or node was lost, go on with those
-    that are left."""
-    import ray
+    """Capture the shards that have no record yet.
+
+    When an actor or node was lost, it goes on with those that are left.
+    """
+    from ray.exceptions import RayError, RayTaskError
 
     for attempts_left in reversed(range(_ATTEMPTS)):
         todo = [
@@ -149,10 +147,8 @@ def _capture_shards(
         try:
             _stream_shards(run, stage, corpus, todo, digest)
             return
-        except ray.exceptions.RayError as error:
-            is_ours = user_message(error) is not None or isinstance(
-                error, ray.exceptions.RayTaskError
-            )
+        except RayError as error:
+            is_ours = user_message(error) is not None or isinstance(error, RayTaskError)
             if is_ours or not attempts_left:
                 raise
             logger.warning(
@@ -169,13 +165,7 @@ def _stream_shards(
 
     config = run.config
     num_actors = min(config.capture.num_actors, len(shards))
-    options = worker_options(config.compute, "capture")
-    # On CPU the reader asks for the same as the actor, so that Ray Data can run it inside the
-    # actor: one process less.
-    reader = {"num_cpus": _READER_CPUS} if options["num_gpus"] else options
-    # On one node, restarting an actor gains nothing over starting again on what is left, and Ray
-    # prints an error line about it.
-    capture = {**options, "max_restarts": -1 if len(ray.nodes()) > 1 else 0}
+    reader, capture = _stream_options(config.compute)
     # Ray Data waits for ever where its tasks find no room beside the actors.
     require_resources(
         [
@@ -189,7 +179,7 @@ def _stream_shards(
             [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
         )
         texts = blocks.map_batches(
-            read_texts,
+            read_texts,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
             fn_kwargs={"run": run, "corpus": replace(corpus, documents={})},
             batch_size=None,
             batch_format="pyarrow",
@@ -209,25 +199,36 @@ def _stream_shards(
             "base_digest": digest,
         }
         written = rows.map_batches(
-            write_shard,
+            write_shard,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
             fn_kwargs=target,
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=_WRITER_CPUS,
         )
         for counts in written.iter_rows():
-            advance(
-                note=(
-                    f"{counts['activations']} activations of {counts['tokens']} tokens in"
-                    f" {counts['shard']}"
-                )
-            )
+            captured = f"{counts['activations']} activations of {counts['tokens']} tokens"
+            advance(note=f"{captured} in {counts['shard']}")
+
+
+def _stream_options(compute: ComputeConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What Ray Data gives the reader and the capture actor."""
+    import ray
+
+    options = worker_options(compute, "capture")
+    # On CPU the reader asks for the same as the actor, so that Ray Data can run it inside the
+    # actor: one process less.
+    reader = {"num_cpus": _READER_CPUS} if options["num_gpus"] else options
+    # On one node, restarting an actor gains nothing over starting again on what is left, and Ray
+    # prints an error line about it.
+    return reader, {**options, "max_restarts": -1 if len(ray.nodes()) > 1 else 0}
 
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without its own bars and log lines (errors come as exceptions), and with blocks that
-    are never split."""
+    """Ray Data without its own bars and log lines, and with blocks that are never split.
+
+    Errors come as exceptions.
+    """
     from ray.data import DataContext
     from ray.util.annotations import RayDeprecationWarning
 
@@ -247,14 +248,15 @@ def _quiet_ray_data() -> Iterator[None]:
 
 def _publish(stage: Artifact, shards: list[str], digest: str, info: BaseInfo) -> Manifest:
     """Gather the shards' records into stats.json and skipped.jsonl, and write the manifest."""
-    records = [
-        ShardRecord.load(stage.location, shard, digest, check_file=False) for shard in shards
-    ]
-    if None in records:
-        raise RuntimeError(
-            f"{stage.location}: shard {shards[records.index(None)]} is not complete after capture, "
-            "expected a whole file."
-        )
+    records: list[ShardRecord] = []
+    for shard in shards:
+        record = ShardRecord.load(stage.location, shard, digest, check_file=False)
+        if record is None:
+            raise RuntimeError(
+                f"{stage.location}: shard {shard} is not complete after capture, expected a whole"
+                " file."
+            )
+        records.append(record)
     counts = _counts(records)
     if not counts["activations"]:
         raise ValueError(
@@ -278,16 +280,14 @@ def _publish(stage: Artifact, shards: list[str], digest: str, info: BaseInfo) ->
 
 
 def _counts(records: list[ShardRecord]) -> dict[str, Any]:
-    tokens, padded = (
-        sum(record.tokens for record in records),
-        sum(record.padded_tokens for record in records),
-    )
+    """The manifest's metrics, over all shards."""
+    tokens = sum(record.tokens for record in records)
+    padded = sum(record.padded_tokens for record in records)
+    reasons = Counter(row["reason"] for record in records for row in record.skipped)
     return {
         "texts": sum(record.texts for record in records),
         "activations": sum(record.activations for record in records),
-        "skipped": dict(
-            sorted(Counter(row["reason"] for record in records for row in record.skipped).items())
-        ),
+        "skipped": dict(sorted(reasons.items())),
         "tokens": tokens,
         "padded_tokens": padded,
         "padding": 1 - tokens / padded if padded else 0.0,
@@ -297,10 +297,9 @@ def _counts(records: list[ShardRecord]) -> dict[str, Any]:
 def _train_stats(
     location: Location, shards: list[str], d_model: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Mean direction and norm quantiles of every layer over the train rows, and the train doc_ids,
-    a shard at a time.
+    """Mean direction and norm quantiles of every layer over the train rows; the train doc_ids.
 
-    What grows with the corpus is four bytes an activation (its norm) and the names of the
+    A shard at a time: what grows with the corpus is four bytes an activation (its norm) and the names of the
     documents.
     """
     import torch
@@ -315,15 +314,11 @@ def _train_stats(
             location / shard, ["split", "layer", "doc_id", "activation"], split="train"
         )
         documents.update(train["doc_id"].to_pylist())
-        for layer in pc.unique(train["layer"]).to_pylist():
-            rows = torch.tensor(
-                activation_matrix(
-                    train.filter(pc.equal(train["layer"], layer))["activation"], d_model
-                )
-            )
-            sums[layer] = sums.get(layer, torch.zeros(d_model, dtype=torch.float64)) + direction(
-                rows
-            ).double().sum(0)
+        for layer in train["layer"].unique().to_pylist():
+            of_layer = train.filter(_equal(train["layer"], layer))
+            rows = torch.tensor(activation_matrix(of_layer["activation"], d_model))
+            before = sums.get(layer, torch.zeros(d_model, dtype=torch.float64))
+            sums[layer] = before + direction(rows).double().sum(0)
             norms.setdefault(layer, []).append(norm(rows).squeeze(-1).numpy())
     stats = {}
     for layer in sorted(sums):
@@ -338,10 +333,9 @@ def _train_stats(
 
 
 def load_activations(run: Run, split: Split, layer: int | None = None) -> ActivationTable:
-    """The activations of one split at one layer (the base's, when None), verified against the
-    manifest.
+    """The activations of one split at one layer, verified against the manifest.
 
-    Raises ValueError when there are no activations, or none of this layer.
+    `layer` None: the base's. Raises ValueError when there are no activations, or none of this layer.
     """
     import torch
 
@@ -379,8 +373,10 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
 
 
 def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
-    """Train statistics of a layer: mean_direction (list of d_model floats), norm_quantiles,
-    mean_norm, count."""
+    """Train statistics of a layer (None: the base's).
+
+    mean_direction (list of d_model floats), norm_quantiles, mean_norm, count.
+    """
     manifest = run.require("activations")
     stats = json.loads(run.verified("activations", manifest, STATS_NAME).read_text())
     return stats["layers"][str(run.config.base.layer if layer is None else layer)]
@@ -391,7 +387,10 @@ def _read_rows(
 ) -> pa.Table:
     with location.filesystem.open_input_file(location.path) as file:
         table = pq.read_table(file, columns=columns)
-    wanted = pc.equal(table["split"], split)
-    return table.filter(
-        wanted if layer is None else pc.and_(wanted, pc.equal(table["layer"], layer))
-    )
+    table = table.filter(_equal(table["split"], split))
+    return table if layer is None else table.filter(_equal(table["layer"], layer))
+
+
+def _equal(column: pa.ChunkedArray, value: str | int) -> pa.ChunkedArray:
+    """Which values equal `value`."""
+    return pc.equal(column, value)  # pyright: ignore[reportAttributeAccessIssue]  (made at import)

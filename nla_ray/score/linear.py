@@ -77,7 +77,7 @@ class LinearReconstructor:
     """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
 
     def __init__(self, features: DescriptionFeatures, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors`: `weight` [d_model, d_model], and of [d_model] `feature_mean`, `offset`, `mean`.
+        """`tensors`: `weight` [d_model, d_model]; of [d_model] `feature_mean`, `offset`, `mean`.
 
         `offset` is b and `mean` is mu.
         """

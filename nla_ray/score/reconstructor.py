@@ -186,7 +186,7 @@ class Reconstructor(nn.Module):
         return input_ids.to(device), attention_mask.to(device)
 
     def activation_checkpointing_enable(self, **arguments) -> None:
-        """What a trainer calls to compute activations twice and save memory, in the base's blocks."""
+        """What a trainer calls to save memory: the base's blocks compute activations twice."""
         self.model.activation_checkpointing_enable(**arguments)
 
     def forward(
@@ -222,8 +222,9 @@ class Reconstructor(nn.Module):
     def reconstruct(self, descriptions: Sequence[str], batch_size: int = 64) -> Tensor:
         """Reconstructions [n, d_model] in the order given, float32 on CPU.
 
-        This reconstructor's adapter is made active. Batches hold `batch_size` rows of like length; a description that occurs twice is read once,
-        and so is what one shares with the beginning of another.
+        This reconstructor's adapter is made active. Batches hold `batch_size` rows of like length.
+        A description that occurs twice is read once, and so is what it shares with the beginning
+        of another one.
         """
         unique = list(dict.fromkeys(descriptions))
         encoded = self.encode(unique)
