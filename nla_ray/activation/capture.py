@@ -136,7 +136,7 @@ def _activation_rows(
             texts["text_id"].to_pylist(), layers, positions, strict=True
         )
     ]
-    finite = np.isfinite(activations).all(axis=1).tolist()
+    finite = np.logical_and.reduce(np.isfinite(activations), axis=1)
     skipped = [
         reason
         or (None if ok else f"non_finite: {name} holds NaN or infinity, expected finite numbers")

@@ -103,8 +103,8 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
 def capture_activations(run: Run) -> Manifest:
     """Capture every text of the corpus that this run has.
 
-    Needs Ray. The manifest's metrics count what was left out, by reason. Raises ValueError when the corpus is missing or damaged, or when no activation is
-    left.
+    Needs Ray. The manifest's metrics count what was left out, by reason. Raises ValueError when the
+    corpus is missing or damaged, or when no activation is left.
     """
     from nla_ray.base.identity import base_info
     from nla_ray.base.layers import check_layer
@@ -299,8 +299,8 @@ def _train_stats(
 ) -> tuple[dict[str, Any], list[str]]:
     """Mean direction and norm quantiles of every layer over the train rows; the train doc_ids.
 
-    A shard at a time: what grows with the corpus is four bytes an activation (its norm) and the names of the
-    documents.
+    A shard at a time: what grows with the corpus is four bytes an activation (its norm) and the
+    names of the documents.
     """
     import torch
 
@@ -335,7 +335,8 @@ def _train_stats(
 def load_activations(run: Run, split: Split, layer: int | None = None) -> ActivationTable:
     """The activations of one split at one layer, verified against the manifest.
 
-    `layer` None: the base's. Raises ValueError when there are no activations, or none of this layer.
+    `layer` None: the base's. Raises ValueError when there are no activations, or none of this
+    layer.
     """
     import torch
 

@@ -1,5 +1,4 @@
-"""Choosing tokens: greedy, or by noise that belongs to (seed, row, sample, step, token) and to
-nothing else.
+"""Choosing tokens: greedy, or by noise that belongs to (seed, row, sample, step, token) alone.
 
 The noise of a token is a hash, so a description does not depend on slots, batching or the order of
 rows: a change in the last bit of a logit changes a choice only at a near tie (an inverse-CDF
@@ -30,8 +29,10 @@ def rollout_keys(seed: int, rows: Sequence[int], samples: Sequence[int]) -> Tens
 
 
 def _splitmix(x: np.ndarray) -> np.ndarray:
-    """One output of SplitMix64. Source: Steele, Lea, Flood, Fast splittable pseudorandom number
-    generators, 2014."""
+    """One output of SplitMix64.
+
+    Source: Steele, Lea, Flood, Fast splittable pseudorandom number generators, 2014.
+    """
     x = x + np.uint64(_GOLDEN)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -54,12 +55,12 @@ class Sampler:
         self._tokens = torch.from_numpy(tokens.astype(np.uint32).view(np.int32)).to(device)
 
     def choose(self, logits: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [rows, vocab], keys and steps [rows] int64 -> token ids and their
-        log-probabilities, both [rows].
+        """Token ids and their log-probabilities, both [rows].
 
-        Log-probabilities are those of the distribution sampled from (logits / temperature; greedy:
-        temperature 1), in float32. Exponential race: the token with the largest p / E, E standard
-        exponential, is a sample from p.
+        Logits [rows, vocab]; keys and steps [rows] int64. Log-probabilities are those of the
+        distribution sampled from (logits / temperature; greedy: temperature 1), in float32.
+        Exponential race: the token with the largest p / E, E standard exponential, is a sample
+        from p.
         """
         logits = logits.float()
         if self.temperature == 0:
@@ -72,11 +73,10 @@ class Sampler:
         return chosen, probabilities.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).log()
 
     def negative_noise(self, keys: Tensor, steps: Tensor) -> Tensor:
-        """-E for every token, E standard exponential noise by (key, step): [rows, vocab] float32,
-        never zero.
+        """-E for every token, E standard exponential noise by (key, step): [rows, vocab] float32.
 
-        Two multiply-xorshift rounds on int32, in place. The arithmetic shifts cost the sign, which
-        leaves the 31 bits used.
+        It is never zero. Two multiply-xorshift rounds on int32, in place. The arithmetic shifts
+        cost the sign, which leaves the 31 bits used.
         """
         mixed = (keys + steps * (_GOLDEN - (1 << 64))).unsqueeze(-1)
         low, high = mixed.to(torch.int32), (mixed >> 32).to(torch.int32)

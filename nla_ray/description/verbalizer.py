@@ -61,9 +61,10 @@ class Verbalizer:
         rows: Sequence[int] | None = None,
         group_size: int = 1,
     ) -> list[Description]:
-        """`group_size` descriptions of each activation of [n, d_model], ordered by (activation,
-        sample); `rows` seed the samples, as in the engine. A sample does not depend on how many are
-        drawn."""
+        """`group_size` descriptions of each activation of [n, d_model], by (activation, sample).
+
+        `rows` seed the samples, as in the engine. A sample does not depend on how many are drawn.
+        """
         return self.engine.generate(
             activations,
             group_size=group_size,

@@ -1,5 +1,7 @@
-"""Capture: which positions, which layer, which rows; and that neither batches, actors, shards nor
-crashes change them."""
+"""Capture: which positions, which layer, which rows.
+
+Neither batches, actors, shards nor crashes change them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +87,9 @@ def test_random_positions_depend_on_the_text_id_and_nothing_else(tokenizer, tiny
 
 def test_a_text_without_tokens_and_one_that_is_too_long_are_named(tokenizer, tiny_base) -> None:
     encoder = TextEncoder(tokenizer, replace(tiny_base, max_tokens=30), CaptureConfig())
-    with pytest.raises(Skipped, match="no_tokens: .*expected at least one"):
+    with pytest.raises(Skipped, match=r"no_tokens: .*expected at least one"):
         encoder.encode("a", "")
-    with pytest.raises(Skipped, match="too_long: the prompt has .*expected at most 30") as caught:
+    with pytest.raises(Skipped, match=r"too_long: the prompt has .*expected at most 30") as caught:
         encoder.encode("a", "a b c " * 50)
     assert caught.value.reason == "too_long"
 
@@ -117,8 +120,10 @@ def test_padding_stays_below_five_percent_whatever_the_lengths() -> None:
 
 
 def residual_by_transformers(base, ids: list[int]) -> list[torch.Tensor]:
-    """Outputs of all blocks for one unpadded text: `output_hidden_states`, and a hook for the last
-    (which has the final norm)."""
+    """Outputs of all blocks for one unpadded text: `output_hidden_states`, and a hook for the last.
+
+    The last of `output_hidden_states` has the final norm.
+    """
     model = load_backbone(base)
     last = {}
     hook = model.model.layers[-1].register_forward_hook(
@@ -325,7 +330,7 @@ def test_neither_actors_nor_shards_change_an_activation(
     for run, cuts in ((one, [0, 20]), (two, [0, 3, 9, 14, 20])):
         stage = run.open_artifact("corpus", "corpus")
         Path(stage.location.path).mkdir(parents=True, exist_ok=True)
-        for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for number, (start, end) in enumerate(pairwise(cuts)):
             pq.write_table(
                 table.slice(start, end - start), f"{stage.location.path}/part-{number:05}.parquet"
             )
@@ -368,7 +373,7 @@ def test_when_nothing_can_be_captured_the_stage_says_so(
     run = tiny_run(base=replace(tiny_base, max_tokens=3))
     publish_corpus(run)
     with pytest.raises(
-        ValueError, match="got none from 10 texts .*too_long.*expected at least one"
+        ValueError, match=r"got none from 10 texts .*too_long.*expected at least one"
     ):
         capture_activations(run)
 
@@ -377,14 +382,14 @@ def test_artifacts_of_another_model_or_tokenizer_are_refused(tiny_run, tiny_base
     info = base_info(tiny_base)
     manifest = tiny_run().open_artifact("activations", "base").publish(model=info.to_dict())
     check_base(manifest, info)
-    with pytest.raises(ValueError, match="got weights 0 .*expected .*was made"):
+    with pytest.raises(ValueError, match=r"got weights 0 .*expected .*was made"):
         check_base(manifest, replace(info, digest="0"))
     with pytest.raises(ValueError, match="got tokenizer 0 "):
         check_base(manifest, replace(info, tokenizer_digest="0"))
     check_base(manifest, replace(info, injection_norm=1.5))  # activations are captured without it
     adapter = replace(manifest, name="sft")
     check_base(adapter, info)
-    with pytest.raises(ValueError, match="artifact 'sft': got injection norm 1.5 "):
+    with pytest.raises(ValueError, match=r"artifact 'sft': got injection norm 1\.5 "):
         check_base(adapter, replace(info, injection_norm=1.5))
     with pytest.raises(ValueError, match="artifact 'sft': got marker x "):
         check_base(adapter, replace(info, marker="x"))

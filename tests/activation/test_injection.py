@@ -1,5 +1,4 @@
-"""An activation is a token: encoding, the wrapper, and the oracle, the slow obvious way through
-`inputs_embeds`."""
+"""An activation is a token: encoding, the wrapper, and the slow obvious way as oracle."""
 
 from pathlib import Path
 
@@ -32,8 +31,7 @@ def bank() -> torch.Tensor:
 
 
 def obvious_logits(model, ids: list[list[int]], bank: torch.Tensor) -> torch.Tensor:
-    """One loop per token: look up ids, put the rescaled activation where an id lies beyond the
-    vocabulary."""
+    """One loop per token: look up ids; beyond the vocabulary, put the rescaled activation."""
     table = model.get_input_embeddings().weight
     rows = []
     for sequence in ids:

@@ -1,5 +1,4 @@
-"""The generation engine against transformers' own `generate` and forward pass, and its sampler
-against probabilities."""
+"""The generation engine against transformers' own `generate` and forward pass; its sampler."""
 
 import dataclasses
 from pathlib import Path
@@ -100,8 +99,10 @@ def one_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 def library_greedy(scene: Scene, max_new_tokens: int) -> list[list[int]]:
-    """New tokens of `model.generate` through the embedding wrapper, with the adapter as PEFT runs
-    it, up to the end of text."""
+    """New tokens of `model.generate` through the embedding wrapper, up to the end of text.
+
+    The adapter is run by PEFT.
+    """
     with activations_attached(
         scene.model.get_base_model(), scene.activations, scene.base.injection_norm
     ) as wrapper:
@@ -118,14 +119,13 @@ def library_greedy(scene: Scene, max_new_tokens: int) -> list[list[int]]:
     ends = set(scene.model.generation_config.eos_token_id)
     rows = []
     for row in output[:, ids.shape[1] :].tolist():
-        length = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+        length = next((count for count, token in enumerate(row, 1) if token in ends), len(row))
         rows.append(row[:length])
     return rows
 
 
 def trainer_log_probs(scene: Scene, rollout: Description, temperature: float) -> Tensor:
-    """Log-probabilities of a rollout's tokens by a forward pass of the library's model over prompt
-    and completion."""
+    """Log-probabilities of a rollout's tokens by one forward pass of the library's model."""
     with activations_attached(
         scene.model.get_base_model(), scene.activations, scene.base.injection_norm
     ) as wrapper:
@@ -214,7 +214,7 @@ def test_samples_do_not_depend_on_the_number_of_slots(one_scene: Scene, max_slot
     expected = one_scene.engine(4).generate(one_scene.activations, **arguments)
     actual = one_scene.engine(max_slots).generate(one_scene.activations, **arguments)
     assert tokens(actual) == tokens(expected)
-    for first, second in zip(actual, expected):
+    for first, second in zip(actual, expected, strict=True):
         assert first.log_probs == pytest.approx(second.log_probs, abs=1e-4)
 
 
@@ -227,8 +227,8 @@ def test_samples_belong_to_seed_row_and_sample_and_not_to_the_order_of_rows(
     order = [4, 1, 8, 0, 2, 7, 3, 6, 5]
     shuffled = engine.generate(one_scene.activations[order], rows=order, **arguments)
     assert [rollout.row for rollout in shuffled] == [row for row in order for _ in range(2)]
-    for place, row in enumerate(order):
-        assert tokens(shuffled[2 * place : 2 * place + 2]) == expected[2 * row : 2 * row + 2]
+    for index, row in enumerate(order):
+        assert tokens(shuffled[2 * index : 2 * index + 2]) == expected[2 * row : 2 * row + 2]
     larger = engine.generate(one_scene.activations, **{**arguments, "group_size": 3})
     assert [tokens(larger)[3 * row] for row in range(NUM_ACTIVATIONS)] == expected[::2]
     assert tokens(engine.generate(one_scene.activations, **{**arguments, "seed": 6})) != expected
@@ -283,7 +283,7 @@ def test_an_unsupported_architecture_is_refused_with_the_supported_ones_named(
             vocab_size=50,
         )
     )
-    with pytest.raises(ValueError, match="'gpt_neox'.*llama or qwen2"):
+    with pytest.raises(ValueError, match=r"'gpt_neox'.*llama or qwen2"):
         one_scene.engine(model=model)
 
 

@@ -1,5 +1,4 @@
-"""The look at a base before training: what it measures, on a model in which one layer's activations
-are known to tell labels apart."""
+"""The look at a base before training, where one layer's activations tell labels apart."""
 
 import dataclasses
 import json

@@ -1,5 +1,4 @@
-"""The linear reconstructor: features equal the plain sum over tokens, ridge equals the formula, and
-what it is fitted on."""
+"""The linear reconstructor: features equal the plain sum over tokens, ridge equals the formula."""
 
 from __future__ import annotations
 

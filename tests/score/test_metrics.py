@@ -1,5 +1,4 @@
-"""Figures with numbers worked out by hand, pairs with wrong rows, and the bootstrap over
-documents."""
+"""Figures with numbers worked out by hand, pairs with wrong rows, the bootstrap over documents."""
 
 from __future__ import annotations
 

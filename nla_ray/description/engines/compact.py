@@ -42,7 +42,7 @@ class _Draft:
     """A rollout in the making."""
 
     index: int
-    """Place in the result: activation * group_size + sample."""
+    """In the result: activation * group_size + sample."""
     key: int
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class _Draft:
 
 
 class CompactEngine:
-    """Generates descriptions with one model under one version of an adapter at a time."""
+    """A `GenerationEngine` by a decoder that shares the prompt's prefix among all rows."""
 
     def __init__(
         self,
@@ -61,10 +61,7 @@ class CompactEngine:
         max_slots: int = 64,
         lora: LoraSettings | None = None,
     ) -> None:
-        """`model`: the frozen base, with or without adapters in it; its own weights are read, never
-        changed. `lora`: settings of the adapters that `load_weights` will get. Raises ValueError
-        for an unsupported architecture.
-        """
+        """As `make_engine` takes it."""
         if max_slots < 1:
             raise ValueError(
                 f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
@@ -84,8 +81,7 @@ class CompactEngine:
         self.load_weights(None, 0)
 
     def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
-        """Use these adapter weights (names as in `adapters.adapter_state`; None: the plain base)
-        from now on."""
+        """Use these adapter weights from now on; None: the plain base."""
         if adapter_state is not None and self._lora is None:
             raise ValueError(
                 "generation engine: got adapter weights without their settings, expected "
@@ -112,13 +108,7 @@ class CompactEngine:
         seed: int = 0,
         rows: Sequence[int] | None = None,
     ) -> list[Description]:
-        """`group_size` rollouts for each activation of [n, d_model], ordered by (activation,
-        sample).
-
-        `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the
-        activations' rows in their bank, which name them in the rollouts and seed their samples;
-        default 0 to n - 1.
-        """
+        """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
         self._check(activations, rows, group_size, max_new_tokens)
         if not rows:
@@ -184,8 +174,10 @@ class CompactEngine:
             )
 
     def prefill(self, activations: Tensor) -> tuple[Tensor, KeysValues]:
-        """Injected token and suffix of [n, d_model] activations -> last logits [n, vocab] and their
-        keys and values."""
+        """Injected token and suffix of activations -> last logits, and keys and values.
+
+        [n, d_model] -> [n, vocab], and n rows.
+        """
         decoder = self.decoder
         injected = vectors.rescale(activations.to(decoder.device), self.injection_norm).to(
             decoder.dtype
@@ -224,8 +216,10 @@ class _Slots:
         self._hidden.fill_(-torch.inf)
 
     def fill(self, slots: Sequence[int], chunk: KeysValues, members: Sequence[int]) -> None:
-        """Give slots the suffix of members of a prefilled chunk; what the slots held before is out
-        of sight."""
+        """Give slots the suffix of members of a prefilled chunk.
+
+        What the slots held before is out of sight.
+        """
         target, source = (
             torch.tensor(part, device=self._hidden.device) for part in (slots, members)
         )
@@ -247,16 +241,18 @@ class _Slots:
         return self._suffix + min(self._steps, self._ring)
 
     def advance(self, active: int) -> tuple[KeysValues, int, Tensor]:
-        """Open the next column to the active rows: their cache up to the last used column, the
-        column, and the mask."""
+        """Open the next column to the active rows.
+
+        Returns their cache up to the last used column, the column, and the mask.
+        """
         column = self._suffix + self._steps % self._ring
         self._steps += 1
         self._hidden[:active, ..., column] = 0
         window = self._window
-        own = KeysValues(
+        cache = KeysValues(
             self._cache.keys[:, :active, :, :window], self._cache.values[:, :active, :, :window]
         )
-        return own, column, self._hidden[:active, ..., :window].flatten(0, 1)
+        return cache, column, self._hidden[:active, ..., :window].flatten(0, 1)
 
 
 class _Generation:
@@ -280,8 +276,7 @@ class _Generation:
         )
         self._activations, self._group_size = activations, group_size
         self._unseen, self._waiting = deque(drafts), deque()
-        """Rollouts not prefilled yet; and (draft, chunk, place in the chunk) of those that have
-        their first token."""
+        """Rollouts not prefilled yet; (draft, chunk, member) of those with their first token."""
         self._active: list[_Draft] = []
         self._slots, self._prompt_length = slots, len(engine.prompt)
         self._rotations = self._decoder.rotations(len(engine.prompt) + max_new_tokens)
@@ -297,8 +292,7 @@ class _Generation:
             self._step()
 
     def _prefill_chunk(self) -> None:
-        """Prefill as many activations as fill the slots once and draw the first token of each of
-        their rollouts."""
+        """Prefill activations that fill the slots once; draw the first token of their rollouts."""
         size = max(1, self._slots.count // self._group_size) * self._group_size
         drafts = [self._unseen.popleft() for _ in range(min(size, len(self._unseen)))]
         first = drafts[0].index // self._group_size
@@ -309,7 +303,7 @@ class _Generation:
         self._record(drafts, tokens, log_probs)
         self._waiting.extend(
             (draft, chunk, member)
-            for draft, member in zip(drafts, members)
+            for draft, member in zip(drafts, members, strict=True)
             if not self._has_ended(draft)
         )
 
@@ -325,11 +319,12 @@ class _Generation:
                 taken.append(self._waiting.popleft())
             slots, free = free[: len(taken)], free[len(taken) :]
             self._slots.fill(slots, chunk, [member for _, _, member in taken])
-            for slot, (draft, _, _) in zip(slots, taken):
-                self._place(slot, draft)
+            for slot, (draft, _, _) in zip(slots, taken, strict=True):
+                self._occupy(slot, draft)
         return free
 
-    def _place(self, slot: int, draft: _Draft) -> None:
+    def _occupy(self, slot: int, draft: _Draft) -> None:
+        """Decode a draft in a slot: one that was free, or the next one."""
         if slot == len(self._active):
             self._active.append(draft)
         else:
@@ -344,10 +339,10 @@ class _Generation:
         """Decode one token for every active row and hand on the slots of those that ended."""
         active = len(self._active)
         tokens, ages, decoder = self._tokens[:active], self._ages[:active], self._decoder
-        own, column, hidden = self._slots.advance(active)
+        cache, column, hidden = self._slots.advance(active)
         rotation = self._rotations[ages + (self._prompt_length - 1)].unsqueeze(1)
         stream = decoder.step(
-            decoder.embed(tokens), rotation, own, column, hidden, self._engine.prefix
+            decoder.embed(tokens), rotation, cache, column, hidden, self._engine.prefix
         )
         chosen, log_probs = self._sampler.choose(decoder.logits(stream), self._keys[:active], ages)
         tokens.copy_(chosen)
@@ -369,7 +364,7 @@ class _Generation:
             self._active.pop()
 
     def _record(self, drafts: Sequence[_Draft], tokens: Tensor, log_probs: Tensor) -> None:
-        for draft, token, log_prob in zip(drafts, tokens.tolist(), log_probs.tolist()):
+        for draft, token, log_prob in zip(drafts, tokens.tolist(), log_probs.tolist(), strict=True):
             if log_prob != log_prob:
                 raise RuntimeError(
                     "generation engine: got a log-probability that is not a number under weight"

@@ -6,7 +6,7 @@ product, rotary pairs side by side so that a rotation is one complex product, at
 the query weights. Knows nothing of sampling or scheduling.
 
 Dimension words: rows (sequences), seq, d_model, heads, groups (key-value heads), share (query heads
-per group), head_dim, prefix (tokens common to all rows), own (a row's own tokens).
+per group), head_dim, prefix (tokens common to all rows), tail (a row's own tokens).
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class Block:
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of the same tokens in every block: each [layers, rows, groups, seq,
-    head_dim]."""
+    """Keys and values of the same tokens in every block.
+
+    Each is [layers, rows, groups, seq, head_dim].
+    """
 
     keys: Tensor
     values: Tensor
@@ -70,11 +72,10 @@ class Decoder:
         self._blocks: list[Block] = []
 
     def load(self, state: Mapping[str, Tensor] | None, scaling: float) -> None:
-        """Merge an adapter (tensors as `adapters.adapter_state` names them; None: the plain base)
-        into a copy of the weights.
+        """Merge an adapter into a copy of the weights; None: the plain base.
 
-        `scaling` = alpha / rank. Raises ValueError for tensors that belong to no projection of this
-        model.
+        `state`: tensors as `adapters.adapter_state` names them. `scaling` = alpha / rank. Raises
+        ValueError for tensors that belong to no projection of this model.
         """
         remaining = dict(state or {})
         self._blocks = [
@@ -133,8 +134,10 @@ class Decoder:
         return self._head(self._normalise(stream))
 
     def rotations(self, length: int) -> Tensor:
-        """cos + i sin of every position below `length` and every frequency: [length, head_dim / 2]
-        complex64."""
+        """cos + i sin of every position below `length` and every frequency.
+
+        [length, head_dim / 2] complex64.
+        """
         if len(self._rotations) < length:
             angles = torch.outer(
                 torch.arange(length, device=self.device).float(), self._frequencies.to(self.device)
@@ -151,8 +154,10 @@ class Decoder:
         return KeysValues(nothing, nothing)
 
     def prefill(self, embedded: Tensor, prefix: KeysValues) -> tuple[Tensor, KeysValues]:
-        """Run [rows, seq, d_model] after a common prefix -> the stream at the last token [rows,
-        d_model] and the new tokens' keys and values."""
+        """Run [rows, seq, d_model] after a common prefix.
+
+        Returns the stream at the last token [rows, d_model], and the new tokens' keys and values.
+        """
         rows, seq, d_model = embedded.shape
         shape, start = self.shape, prefix.keys.shape[3]
         rotation = self.rotations(start + seq)[start:].repeat(rows, 1).unsqueeze(1)
@@ -199,21 +204,21 @@ class Decoder:
         self,
         embedded: Tensor,
         rotation: Tensor,
-        own: KeysValues,
+        tail: KeysValues,
         column: int,
         hidden: Tensor,
         prefix: KeysValues,
     ) -> Tensor:
         """One token per row: [rows, d_model] -> the stream after the last block.
 
-        `own` holds keys and values of [layers, rows, groups, columns, head_dim]; the new ones are
+        `tail` holds keys and values of [layers, rows, groups, columns, head_dim]; the new ones are
         written to `column`. `hidden` [rows * groups, 1, columns] is 0 where a row may look and -inf
         elsewhere; `rotation` [rows, 1, head_dim / 2].
         """
         shape, stream, rows = self.shape, embedded, len(embedded)
         for layer, block in enumerate(self._blocks):
             query, new = self._attention_inputs(block, stream, rotation)
-            keys, values = own.keys[layer], own.values[layer]
+            keys, values = tail.keys[layer], tail.values[layer]
             new = new.view(rows, 2, shape.groups, shape.head_dim)
             keys[:, :, column].copy_(new[:, 0])
             values[:, :, column].copy_(new[:, 1])
@@ -231,8 +236,10 @@ class Decoder:
     def _attention_inputs(
         self, block: Block, stream: Tensor, rotation: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rotated queries [rows, heads * head_dim], and rotated keys with values [rows, 2 * groups
-        * head_dim]."""
+        """Rotated queries, and rotated keys with values.
+
+        [rows, heads * head_dim] and [rows, 2 * groups * head_dim].
+        """
         shape = self.shape
         joined = block.query_key_value(self._normalise(stream))
         rotated = joined[:, : shape.rotated_width]
@@ -261,24 +268,27 @@ def _attend(
     prefix_keys: Tensor,
     prefix_values: Tensor,
 ) -> Tensor:
-    """Attention of [rows, groups, queries, head_dim] over a common prefix [groups, prefix,
-    head_dim] and own keys and values [rows, groups, own, head_dim]; `hidden` is added to the own
-    scores. The prefix is one product per group for all rows."""
+    """Attention of queries over a common prefix and over the tail of each row.
+
+    Queries [rows, groups, queries, head_dim], prefix [groups, prefix, head_dim], tail [rows,
+    groups, tail, head_dim]; `hidden` is added to the tail's scores. The prefix is one product per
+    group for all rows.
+    """
     rows, groups, queries, head_dim = query.shape
-    own, prefix = keys.shape[2], prefix_keys.shape[1]
-    own_scores = torch.baddbmm(
+    tail, prefix = keys.shape[2], prefix_keys.shape[1]
+    tail_scores = torch.baddbmm(
         hidden,
         query.reshape(rows * groups, queries, head_dim),
-        keys.reshape(rows * groups, own, head_dim).mT,
+        keys.reshape(rows * groups, tail, head_dim).mT,
     )
     by_group = query.transpose(0, 1).reshape(groups, rows * queries, head_dim)
     prefix_scores = (
         torch.bmm(by_group, prefix_keys.mT).view(groups, rows, queries, prefix).transpose(0, 1)
     )
-    scores = torch.cat((prefix_scores, own_scores.view(rows, groups, queries, own)), -1)
+    scores = torch.cat((prefix_scores, tail_scores.view(rows, groups, queries, tail)), -1)
     shares = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-    own_shares = shares.view(rows * groups, queries, prefix + own)[..., prefix:]
-    mixed = torch.bmm(own_shares, values.reshape(rows * groups, own, head_dim)).view(
+    tail_shares = shares.view(rows * groups, queries, prefix + tail)[..., prefix:]
+    mixed = torch.bmm(tail_shares, values.reshape(rows * groups, tail, head_dim)).view(
         rows, groups, queries, head_dim
     )
     by_group = shares[..., :prefix].transpose(0, 1).reshape(groups, rows * queries, prefix)
@@ -314,7 +324,9 @@ def _fold(weight: Tensor, norm_weight: Tensor) -> Tensor:
 
 
 def _pair(weight: Tensor, heads: int) -> Tensor:
-    """Rows (i, i + head_dim / 2) of every head, which a rotation mixes, put side by side: [heads *
-    head_dim, ...]."""
+    """Rows i and i + head_dim / 2 of every head, which a rotation mixes, put side by side.
+
+    [heads * head_dim, ...] -> the same shape.
+    """
     halves = weight.view(heads, 2, -1, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
