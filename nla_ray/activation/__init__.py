@@ -5,5 +5,6 @@ them, by row).
 
 Read: vectors, positions, capture, injection, bank, shards, stage.
 
-An activation is never normalised on disk.
+An activation is never normalised on disk. Only `stage` knows a run directory; `shards` is given the
+folder that it writes to.
 """

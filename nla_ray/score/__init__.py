@@ -3,7 +3,8 @@
 Nouns: a reconstructor (description -> activation), a scorer (it compares), a figure (a ratio that
 can be computed on any resample of documents), a claim (a word that a description says of its text).
 
-Read: reconstructor, packing, scorer, linear, metrics, claims, bootstrap, choice, ceiling, stage.
+Read: reconstructor, packing, scorer, linear; comparisons, metrics (one row a metric), claims,
+bootstrap, choice; ceiling, stage (a base before anything is trained on it).
 
 It pays nothing: rewards are made of scores in `reinforce`.
 """
