@@ -63,9 +63,10 @@ def inspect_base(run: Run) -> dict[str, Any]:
     doc_ids = [row["doc_id"] for row in validation]
     by_layer = {}
     for layer in layers:
+        # The stream in the middle below the layer: what the linear reconstructor reads.
         features = DescriptionFeatures(
             model, tokenizer, layer=layer // 2, max_tokens=config.judge_scorer.max_tokens
-        )  # the stream in the middle below the layer, as the linear reconstructor reads it
+        )
         by_layer[layer] = inspect_layer(
             train_activations[layer],
             validation_activations[layer],
