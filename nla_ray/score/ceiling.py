@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nla_ray.activation import vectors
+from nla_ray.activation.vectors import norm
 from nla_ray.score.bootstrap import DocumentBootstrap
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.linear import PENALTIES, fit, predict
@@ -39,7 +40,7 @@ def inspect_layer(
     measured on, so the ceiling serves to choose a layer and is no evidence. The 2-way choice is by
     centred cosine: raw, gold labels fail it where activations differ in their distance to the mean.
     """
-    norms, mean = vectors.norm(train)[:, 0], vectors.mean_direction(train)
+    norms, mean = norm(train)[:, 0], vectors.mean_direction(train)
     comparisons = Comparisons.draw(validation, doc_ids, mean, seed=0)
     by_penalty: dict[float, dict[str, Figure]] = {}
     for penalty in PENALTIES:
