@@ -212,7 +212,7 @@ def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict
         "deepspeed": deepspeed_config(compute),
         "bf16": False,
         "fp16": False,
-        "gradient_checkpointing": on_gpu,
+        "activation_checkpointing": on_gpu,
         "save_total_limit": _CHECKPOINTS_KEPT,
         "seed": seed,
         "data_seed": seed,

@@ -103,7 +103,7 @@ def test_other_batches_are_computed_as_before(tiny_base: BaseConfig) -> None:
     short = {name: tensor[:, :4] for name, tensor in batch().items()}
     for inputs in (otherwise, left_padded, single, short):
         assert computed_tokens(model, inputs) == [tuple(inputs["input_ids"].shape)]
-    causal_model(model).gradient_checkpointing_enable()
+    causal_model(model).activation_checkpointing_enable()
     model.train()
     assert computed_tokens(model, batch())[0] == (3, 15)
 
