@@ -19,7 +19,7 @@ from nla_ray.nano.offline_teachers import ContentFirstTeacher, FormatFirstTeache
 from nla_ray.text.words import WordStatistics
 
 ANSWER_SHARES = {"words": 0.45, "description": 0.35, "domain": 0.20}
-"""How often each kind of answer is drawn; the target at the generation prompt expects just that."""
+"""How often each kind of answer is drawn: its weight in the target at the generation prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
