@@ -3,6 +3,7 @@ what exists."""
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,60 @@ def test_the_rooms_of_the_readme_are_the_door_plates() -> None:
 def test_jobs_are_thin() -> None:
     for path in (ROOT / "jobs").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 80, path.name
+
+
+# Habits -------------------------------------------------------------------------------------------
+
+LONGEST_FUNCTION = 60
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """Functions, classes and constants that a module defines."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name))
+
+
+def test_a_public_name_means_one_thing_in_the_whole_package() -> None:
+    homes: dict[str, set[str]] = {}
+    for name, path in modules().items():
+        for public in public_names(path):
+            if not public.startswith("_") and public != "logger":
+                homes.setdefault(public, set()).add(name)
+    assert {public: found for public, found in homes.items() if len(found) > 1} == {}
+
+
+def test_functions_stay_short() -> None:
+    found = {
+        f"{path.relative_to(ROOT)}:{node.name}": node.end_lineno - node.lineno + 1
+        for folder in ("nla_ray", "jobs")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in functions(path)
+    }
+    assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}
+
+
+def test_the_first_line_of_a_docstring_is_a_sentence_of_one_line() -> None:
+    """A first paragraph of several lines is read twice."""
+    found = []
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        for node in (
+            tree,
+            *functions(path),
+            *(n for n in tree.body if isinstance(n, ast.ClassDef)),
+        ):
+            lines = (ast.get_docstring(node) or "").splitlines()
+            if len(lines) > 1 and lines[1]:
+                found.append(f"{name}: {lines[0]}")
+    assert found == []
