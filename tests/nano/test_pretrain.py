@@ -464,3 +464,22 @@ def test_the_shipped_model_is_small_and_its_card_gives_seed_data_steps_and_loss(
         "validation_word_precision",
     } <= set(card)
     assert {"seed", "steps"} <= set(card["settings"])
+
+
+def test_a_base_is_installed_where_it_is_read_and_keeps_its_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nla_ray.base.sources import base_folder
+    from nla_ray.nano.pretrain import stage
+
+    assert base_folder("embedded:nano") == stage.EMBEDDED_DIR / "nano_base"
+    made, installed = tmp_path / "made", tmp_path / "package" / "nano_base"
+    (made / "scratch").mkdir(parents=True)
+    (made / "config.json").write_text("new")
+    installed.mkdir(parents=True)
+    (installed / "README.md").write_text("by hand")
+    (installed / "old.json").write_text("old")
+    monkeypatch.setattr(stage, "EMBEDDED_DIR", tmp_path / "package")
+    assert stage.install_model(made) == installed
+    content = {path.name: path.read_text() for path in installed.iterdir()}
+    assert content == {"README.md": "by hand", "config.json": "new"}

@@ -366,13 +366,18 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: Any, card: dict[str, Any], fo
 
 
 def install_model(folder: Path) -> Path:
-    """Copy a finished base into the package, whole; returns its folder there."""
+    """Copy a finished base into the package, whole; returns its folder there.
+
+    The folder's README.md, which people write, stays: a test compares it with the new card.
+    """
     target = EMBEDDED_DIR / "nano_base"
     staging = target.with_name(f"{target.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(
         folder, staging, ignore=shutil.ignore_patterns("scratch", "manifest.json", "started.json")
     )
+    if (target / "README.md").is_file():
+        shutil.copy2(target / "README.md", staging)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(staging, target)
     return target
