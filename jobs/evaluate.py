@@ -4,10 +4,12 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.report.stage import show_report
+    from nla_ray.report.stage import check_corpus, show_report
     from nla_ray.run.stages import make_stages
 
-    list(make_stages(run, "evaluate"))
+    for stage, _ in make_stages(run, "evaluate"):
+        if stage.name == "corpus":
+            check_corpus(run)
     show_report(run)
 
 

@@ -9,7 +9,7 @@ def body(run) -> None:
     from nla_ray.base.load import load_model_config
     from nla_ray.report.stage import check_corpus, show_report
     from nla_ray.run.log import get_logger
-    from nla_ray.run.stages import TIMINGS_NAME, make_stages, read_timings
+    from nla_ray.run.stages import TIMINGS_NAME, make_stages, pipeline_timings
 
     logger = get_logger("pipeline")
     info = base_info(run.config.base)
@@ -27,7 +27,7 @@ def body(run) -> None:
         if stage.name == "corpus":
             check_corpus(run)
     show_report(run)
-    seconds = sum(read_timings(run).values())
+    seconds = sum(pipeline_timings(run).values())
     logger.info("all stages together: %.1f s (%s)", seconds, run.root / TIMINGS_NAME)
 
 

@@ -31,8 +31,9 @@ def body(run) -> None:
     prompt = build_injection_prompt(tokenizer, base.marker)
     ids = prompt.encode(0, model.get_input_embeddings().num_embeddings)
     print(f" 5. v as a token at norm {base.injection_norm:g}: {ids}")
-    print(f" 6. SFT, then GRPO: adapter {run.config.grpo.artifact}, version 0 of its weights")
-    with run.local_copy("grpo", run.require("grpo"), "adapter") as folder:
+    arm = run.config.grpo.artifact
+    print(f" 6. SFT, then GRPO: adapter {arm}, version 0 of its weights")
+    with run.local_copy(arm, run.require(arm), "adapter") as folder:
         verbalizer = Verbalizer.load(base, folder, model=model)
     [said] = verbalizer.describe(v, max_new_tokens=run.config.grpo.max_new_tokens)
     print(f" 7. description, {said.num_sampled} tokens:\n{said.text}\n")

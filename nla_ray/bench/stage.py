@@ -26,7 +26,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import MANIFEST_NAME
 from nla_ray.run.metrics import METRICS_NAME
-from nla_ray.run.stages import BENCHMARK_NAME, read_timings
+from nla_ray.run.stages import BENCHMARK_NAME, pipeline_timings
 
 logger = get_logger(__name__)
 
@@ -74,7 +74,7 @@ def train_breakdown(run: Run, stage: str) -> dict[str, Any] | None:
 
 def pipeline_seconds(run: Run) -> dict[str, Any] | None:
     """Seconds of every stage that a job completed in the run, and their sum; None without any."""
-    stages = read_timings(run)
+    stages = pipeline_timings(run)
     if not stages:
         return None
     return {"stages": stages, "seconds": sum(stages.values())}

@@ -2,7 +2,8 @@
 
 Protects the rule that a process with a GPU gets no variable that is made for CPUs. Where no kind of
 process books a GPU, all processes get the same ones, so that Ray can use a process again for
-another purpose; elsewhere those without a GPU add theirs, and Ray starts them apart.
+another purpose; elsewhere those without a GPU add theirs, and Ray starts them apart. The job's own
+process and Ray Data's readers and writers then go without: they hold no model.
 """
 
 from __future__ import annotations

@@ -28,8 +28,11 @@ def describe_plan(config: RunConfig, job: str) -> str:
         f"plan of {job!r}, preset {config.preset}, run directory {run.root} (nothing is started)",
         *_base_lines(facts),
     ]
-    for stage in stages_of_job(job):
-        is_complete = run.find(stage.artifact(config)) is not None
+    stages = stages_of_job(job)
+    if not stages:
+        lines.append("  nothing is made: the job reads what a run holds")
+    for stage in stages:
+        is_complete = run.find(stage.artifact_of_job(job, config)) is not None
         lines.append(f"{stage.name}{'  (complete: skipped)' if is_complete else ''}")
         lines += _stage_lines(FORMULAS[stage.name](facts), facts)
     return "\n".join(lines)

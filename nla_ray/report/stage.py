@@ -42,7 +42,7 @@ from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.run.stages import read_timings
+from nla_ray.run.stages import pipeline_timings
 from nla_ray.settings.config import RunConfig, to_dict
 from nla_ray.settings.presets import preset
 
@@ -75,9 +75,10 @@ def evaluate(run: Run) -> Manifest:
 def check_corpus(run: Run) -> None:
     """Raise ValueError when no report can be made of the corpus, before anything is trained on it.
 
-    Checks the gates too: a name that no report has would be found hours later.
+    Checks the gates and what is to be compared too: a wrong name would be found hours later.
     """
     check_gates(run.config.evaluation.gates)
+    _compared(run.config)
     check_documents(run)
 
 
@@ -198,7 +199,7 @@ def publish_card(run: Run, report: Mapping[str, Any]) -> Path:
     preset_name = run.config.preset
     card = to_card(
         report,
-        seconds=read_timings(run),
+        seconds=pipeline_timings(run),
         commands=commands_of(preset_name, recorded, to_dict(preset(preset_name))),
         findings=findings(preset_name),
         examples=explain_examples(run),

@@ -28,7 +28,7 @@ BENCHMARK_NAME = "benchmark.json"
 """What `jobs/benchmark.py` measured, inside the run."""
 TIMINGS_NAME = "timings.json"
 """Seconds of every artifact that a job has completed in the run."""
-PIPELINE_TARGET = "report"
+PIPELINE_JOB, PIPELINE_TARGET = "pipeline", "report"
 """`jobs/pipeline.py` makes the report, and so everything before it."""
 
 ArtifactKind = Literal["data", "scorer", "verbalizer", "report"]
@@ -71,6 +71,10 @@ class Stage:
     def parent_artifact(self, config: RunConfig) -> str:
         """The artifact that stages with this parent are made from."""
         return self.artifact(config) if self.passes_name_on else self.name
+
+    def artifact_of_job(self, job: str, config: RunConfig) -> str:
+        """The artifact that a job makes of the stage, or takes as a parent."""
+        return self.artifact(config) if self.job == job else self.parent_artifact(config)
 
     def make(self, run: Run) -> Any:
         """Call the stage's function."""
@@ -207,13 +211,13 @@ def closure(names: Collection[str]) -> tuple[Stage, ...]:
 def stages_of_job(job: str) -> tuple[Stage, ...]:
     """The stages that a job is named after and, before them, the closure of their parents.
 
-    A job that no stage names works on what the pipeline makes.
+    The pipeline makes the report; a job that no stage names makes nothing.
 
     >>> [stage.name for stage in stages_of_job("label")]
     ['corpus', 'labels']
     """
     targets = [stage.name for stage in STAGES if stage.job == job]
-    return closure(targets or [PIPELINE_TARGET])
+    return closure([PIPELINE_TARGET] if job == PIPELINE_JOB else targets)
 
 
 def job_of(artifact: str) -> str:
@@ -251,8 +255,10 @@ def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[S
     stages = stages_of_job(job)
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
-        artifact, started = stage.artifact(run.config), time.monotonic()
+        artifact, started = stage.artifact_of_job(job, run.config), time.monotonic()
         result = run.find(artifact)
+        if result is None and stage.kind is not None and artifact != stage.artifact(run.config):
+            run.require(artifact)  # the function would make the one with a name of its own
         if result is None:
             logger.info("%s", title)
             result = stage.make(run)
@@ -265,6 +271,12 @@ def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[S
             if strict or stage.job == job:
                 result = stage.make(run)
         yield stage, result
+
+
+def pipeline_timings(run: Run) -> dict[str, float]:
+    """Seconds of what the pipeline makes, by artifact: trials and other reports are left out."""
+    artifacts = {stage.artifact(run.config) for stage in stages_of_job(PIPELINE_JOB)}
+    return {name: seconds for name, seconds in read_timings(run).items() if name in artifacts}
 
 
 def read_timings(run: Run) -> dict[str, float]:

@@ -17,8 +17,8 @@ import torch
 
 from nla_ray.base.load import load_backbone
 from nla_ray.run.artifact import Run
-from nla_ray.run.stages import STAGES, artifacts_of_kind
-from nla_ray.serve.application import find_models
+from nla_ray.run.stages import STAGES
+from nla_ray.serve.application import SERVED_VERBALIZERS, find_models
 from nla_ray.serve.deployments import CaptureService, Endpoint, ScorerService, VerbalizerService
 from nla_ray.serve.schema import (
     DescribeRequest,
@@ -48,7 +48,8 @@ def run_config(run_dir: str) -> RunConfig:
     """
     presets = [make() for make in PRESETS.values()]
     run = Run(dataclasses.replace(presets[0], run_dir=run_dir))
-    base = run.require(artifacts_of_kind("verbalizer")[0]).config["base"]
+    found = [manifest for name in SERVED_VERBALIZERS if (manifest := run.find(name))]
+    base = (found or [run.require(SERVED_VERBALIZERS[-1])])[0].config["base"]
     preset = next((config for config in presets if config.base.model == base["model"]), presets[0])
     types = {
         field.name: type(getattr(run.config, field.name)) for field in dataclasses.fields(RunConfig)

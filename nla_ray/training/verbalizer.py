@@ -114,7 +114,7 @@ class TrainableVerbalizer(AdaptedModel):
         take none.
         """
         with self._precision():
-            if not (fused_lm_head and self.scores_labels):
+            if not (fused_lm_head and self.scores_labels and door.is_for_device(self.device)):
                 return super().forward(
                     input_ids=input_ids,
                     attention_mask=attention_mask,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import pkgutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from nla_ray.run.stages import (
     closure,
     job_of,
     make_stages,
+    pipeline_timings,
     read_timings,
     stage_named,
     stages_of_job,
@@ -71,6 +73,7 @@ def test_every_function_section_parent_job_and_plan_that_the_table_names_exists(
         ("inspect_base", ("corpus", "labels", "inspection")),
         ("benchmark", ("corpus", "benchmark")),
         ("serve", ("serve",)),
+        ("tour", ()),
     ],
 )
 def test_a_job_makes_the_closure_of_its_stages_parents_first_and_plans_just_that(
@@ -120,6 +123,29 @@ def test_grpo_passes_its_name_on_and_sft_does_not() -> None:
     assert (sft.artifact(config), sft.parent_artifact(config)) == ("sft_few", "sft")
     assert grpo.artifact(config) == grpo.parent_artifact(config) == "grpo_no_contrast_kl0"
     assert report.artifact(config) == "report_no_contrast_kl0"
+
+
+def test_the_pipelines_seconds_are_those_of_its_own_artifacts(tmp_path: Path) -> None:
+    run = run_at(tmp_path, nano())
+    assert pipeline_timings(run) == {}
+    seconds = {"base": 9.0, "corpus": 1.5, "grpo": 3.0, "grpo_kl0": 4.0, "report_validation": 5.0}
+    (run.root / stages.TIMINGS_NAME).write_text(json.dumps(seconds))
+    assert pipeline_timings(run) == {"corpus": 1.5, "grpo": 3.0}
+
+
+def test_a_missing_parent_is_asked_for_by_its_own_name_when_a_variant_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making it would make the variant, of which nothing is made."""
+    [sft] = [stage for stage in stages.STAGES if stage.name == "sft"]
+    table = (
+        dataclasses.replace(sft, parents=(), function=f"{__name__}:make_second"),
+        Stage(name="after", job="after", parents=("sft",), function=f"{__name__}:look"),
+    )
+    monkeypatch.setattr(stages, "STAGES", table)
+    run = run_at(tmp_path, nano(), sft={"name": "few"})
+    with pytest.raises(ValueError, match=r"artifact 'sft': got none .* jobs/sft\.py"):
+        list(make_stages(run, "after"))
 
 
 # Making -------------------------------------------------------------------------------------------
