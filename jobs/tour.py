@@ -30,9 +30,9 @@ def body(run) -> None:
     print(f" 4. label:\n{drawn_labels(run, 'test').get(text_id, '(none)')}\n")
     prompt = build_injection_prompt(tokenizer, base.marker)
     ids = prompt.encode(0, model.get_input_embeddings().num_embeddings)
-    print(f" 5. v as a token at norm {base.injection_norm:g}: {ids}")
+    print(f" 5. v as a token at norm {base.injection_norm:g}, id {max(ids)}: {ids}")
     arm = run.config.grpo.artifact
-    print(f" 6. SFT, then GRPO: adapter {arm}, version 0 of its weights")
+    print(f" 6. SFT, then GRPO: adapter {arm}")
     with run.local_copy(arm, run.require(arm), "adapter") as folder:
         verbalizer = Verbalizer.load(base, folder, model=model)
     [said] = verbalizer.describe(v, max_new_tokens=run.config.grpo.max_new_tokens)
@@ -44,9 +44,8 @@ def body(run) -> None:
     scores = compare(r, v, captured.vectors[None, -8:], judge.mean.cpu())
     right, wrong = scores.centred_right, scores.centred_wrong
     print(f" 9. centred cosine with v: {right.item():.3f}; with 8 others: {wrong.mean():.3f}")
-    print(
-        f"10. contrast, which GRPO pays (of the reward scorer): {contrast(right, wrong).item():.3f}"
-    )
+    paid = contrast(right, wrong).item()
+    print(f"10. contrast {paid:.3f} (the judge's; GRPO pays the reward scorer's)")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ The tour: one text becomes an activation, a description and a score in ten steps
  2. A chunk becomes a chat prompt and a position.       activation/positions.py::TextEncoder
  3. Blocks 0..K leave an activation there: v [d_model]. activation/capture.py::ActivationReader
  4. Teachers describe the chunk in bullets: a label.    label/stage.py::label_texts
- 5. v is injected as a token, at the injection norm.    activation/injection.py::ActivationEmbedding
+ 5. v is injected as a token, at the injection norm.    activation/injection.py::as_embeddings
  6. SFT teaches an adapter to write labels after it.    training/sft.py::train_sft
  7. The verbalizer says what it reads: a description.   description/verbalizer.py::Verbalizer
  8. A reconstructor reads it and makes a vector: r.     score/reconstructor.py::Reconstructor
- 9. The score is the cosine of r with v, and others.    score/scorer.py::compare
+ 9. The score: cosine(r, v) against cosine(r, others).  score/scorer.py::compare
 10. GRPO pays score(right) less score(wrong).           reinforce/rewards.py::contrast
 
 For answers instead of the tour:

@@ -37,6 +37,11 @@ def test_every_figure_of_the_results_stands_in_the_card_of_the_same_verbalizer()
             assert any(f" {figure} " in line for line in of_verbalizer), f"{name}: {figure}"
 
 
+def test_it_says_how_many_gates_pass_as_the_card_does() -> None:
+    [gates] = re.findall(r"\d+ of \d+ gates", README)
+    assert f"- {gates} passed" in CARD
+
+
 def test_the_example_is_the_cards() -> None:
     example = block("example").strip()
     assert FIGURE.search(example)

@@ -79,10 +79,19 @@ class ActivationEmbedding(nn.Module):
                 " size of the activation bank. The prompts were encoded against another bank;"
                 " encode them again."
             )
-        injected = vectors.rescale(self.bank[rows], self.injection_norm).to(
-            device=embedded.device, dtype=embedded.dtype
-        )
+        injected = as_embeddings(self.bank[rows], self.injection_norm, like=embedded)
         return embedded.masked_scatter(virtual.unsqueeze(-1), injected)
+
+
+def as_embeddings(activations: Tensor, injection_norm: float, *, like: Tensor) -> Tensor:
+    """What a model is fed in place of a token's embedding: THE injection, [..., d_model].
+
+    Each activation's L2 norm is made equal to the injection norm in float32, before it gets the
+    type and the device of `like`. Training feeds it through ActivationEmbedding, the generation
+    engine at the start of a description.
+    """
+    injected = vectors.rescale(activations, injection_norm)
+    return injected.to(device=like.device, dtype=like.dtype)
 
 
 def attach_activations(model, bank: Tensor, injection_norm: float) -> ActivationEmbedding:

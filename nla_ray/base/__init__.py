@@ -1,4 +1,4 @@
-"""The frozen base: where it comes from, where its parts are, what layer K means, what it is told.
+"""The frozen base: where it comes from, where its parts are, what layer K means, its prompts.
 
 Nouns: a base (model and tokenizer), an adapter (LoRA weights over it), a prompt.
 

@@ -1,6 +1,6 @@
 """What only a process on a CPU runs: faster kernels and a heap that keeps its pages.
 
-Nothing of it is used where a process has a GPU: every use is asked for at the door.
+Nothing of it is used where a process has a GPU: whoever wants something of it asks `door` first.
 
 Nouns: a kernel (the library's arithmetic, faster), a kind (of process, which books a GPU or none).
 

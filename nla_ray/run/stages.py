@@ -61,8 +61,8 @@ class Stage:
     named_by: str | None = None
     """Property of RunConfig that names the artifact, where one run may hold several of them."""
     passes_name_on: bool = False
-    """Whether later stages are made from the artifact that `named_by` says. Else they are made
-    from the artifact that has the stage's name."""
+    """True: later stages are made from the variant that `named_by` names. False: they are always
+    made from the artifact with the stage's own name."""
 
     def artifact(self, config: RunConfig) -> str:
         """The artifact's name under a configuration: `grpo_no_contrast` of stage `grpo`."""

@@ -1,4 +1,4 @@
-"""What a description is worth: reconstructors, scorers, and the figures they are told by.
+"""What a description is worth: reconstructors, scorers, and the figures of both.
 
 Nouns: a reconstructor (description -> activation), a scorer (it compares), a figure (a ratio that
 can be computed on any resample of documents), a claim (a word that a description says of its text).

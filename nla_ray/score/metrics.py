@@ -2,8 +2,8 @@
 
 To add a metric, add a row to METRICS: the report shows it under its name, or under a title of
 `report/rendering/vocabulary.py`. Pure arithmetic on reconstructions and originals: it knows neither
-text nor files, so training's monitor may call it too. What rows are compared with is
-`comparisons`', intervals are `bootstrap`'s.
+text nor files, so training's monitor may call it too. `comparisons` says
+what each row is compared with; `bootstrap` makes the intervals.
 Source: the evaluation definitions; notation as in `activation.vectors`, v' a wrong row.
 """
 

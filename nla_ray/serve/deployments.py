@@ -479,10 +479,15 @@ async def _answer_refusal(request: Request, refusal: Refusal) -> JSONResponse:
 
 async def _answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:
     """The first error in the body's form, answered as every refusal is."""
-    first: Mapping[str, Any] = error.errors()[0]
+    return _refused(refusal_of(error.errors()))
+
+
+def refusal_of(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+    """The first of pydantic's errors as a refusal."""
+    first = errors[0]
     field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
     missing = first["type"] == "missing"
-    return _refused(Refusal(field, "nothing" if missing else first.get("input"), first["msg"]))
+    return Refusal(field, "nothing" if missing else first.get("input"), first["msg"])
 
 
 def _refused(refusal: Refusal) -> JSONResponse:

@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import warnings
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from nla_ray.base.load import load_backbone
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import STAGES
 from nla_ray.serve.application import SERVED_VERBALIZERS, find_models
-from nla_ray.serve.deployments import CaptureService, Endpoint, ScorerService, VerbalizerService
+from nla_ray.serve.deployments import (
+    CaptureService,
+    Endpoint,
+    ScorerService,
+    VerbalizerService,
+    refusal_of,
+)
 from nla_ray.serve.schema import (
     DescribeRequest,
     DescriptionBody,
     ExplainRequest,
     ExplainResponse,
+    Refusal,
     ScoreBody,
     ScoreItem,
     ScoreRequest,
@@ -49,7 +58,12 @@ def run_config(run_dir: str) -> RunConfig:
     presets = [make() for make in PRESETS.values()]
     run = Run(dataclasses.replace(presets[0], run_dir=run_dir))
     found = [manifest for name in SERVED_VERBALIZERS if (manifest := run.find(name))]
-    base = (found or [run.require(SERVED_VERBALIZERS[-1])])[0].config["base"]
+    if not found:
+        raise ValueError(
+            f"run {run_dir}: got no verbalizer ({', '.join(SERVED_VERBALIZERS)}) in it, expected a"
+            f" finished run. Make it with: python jobs/pipeline.py --run-dir {run_dir}"
+        )
+    base = found[0].config["base"]
     preset = next((config for config in presets if config.base.model == base["model"]), presets[0])
     types = {
         field.name: type(getattr(run.config, field.name)) for field in dataclasses.fields(RunConfig)
@@ -95,11 +109,10 @@ class LoadedRun:
         (temperature, max_new_tokens, seed, samples, min_confidence); greedy without any. Raises
         ValueError for what the endpoint refuses.
         """
-        if isinstance(inputs, str):
-            raise ValueError("inputs: got one text, expected a list of texts. Put it into a list.")
+        _require_list("inputs", inputs)
         is_texts = len(inputs) > 0 and isinstance(inputs[0], str)
         named = {"texts": list(inputs)} if is_texts else {"activations": _rows(inputs)}
-        request = DescribeRequest(**named, verbalizer=verbalizer, **sampling)
+        request = _request(DescribeRequest, **named, verbalizer=verbalizer, **sampling)
         return self._answer(self._endpoint.describe(request)).descriptions
 
     def score(
@@ -110,9 +123,17 @@ class LoadedRun:
         scorers: Sequence[str] | None = None,
     ) -> list[dict[str, ScoreBody]]:
         """Scores of each description against its row of [n, d_model], by scorer."""
-        pairs = zip(descriptions, _rows(activations), strict=True)
+        _require_list("descriptions", descriptions)
+        rows = _rows(activations)
+        if len(rows) != len(descriptions):
+            raise Refusal(
+                "activations", f"{len(rows)} rows", f"{len(descriptions)}, one for each description"
+            )
+        pairs = zip(descriptions, rows, strict=True)
         items = [ScoreItem(description=text, activation=row) for text, row in pairs]
-        request = ScoreRequest(items=items, scorers=None if scorers is None else list(scorers))
+        request = _request(
+            ScoreRequest, items=items, scorers=None if scorers is None else list(scorers)
+        )
         return self._answer(self._endpoint.score(request)).scores
 
     def explain(
@@ -128,7 +149,8 @@ class LoadedRun:
 
         Negative positions count from the prompt's end. `sampling` as in `describe`.
         """
-        request = ExplainRequest(
+        request = _request(
+            ExplainRequest,
             text=text,
             positions=list(positions),
             verbalizer=verbalizer,
@@ -142,13 +164,16 @@ class LoadedRun:
         """The endpoint over services of this process; models are loaded when it is first asked."""
         scorers = [scorer.name for scorer in self.models.scorers]
         verbalizers = [verbalizer.name for verbalizer in self.models.verbalizers]
-        base = load_backbone(self.config.base)
-        scoring = ScorerService(self.config, scorers, base)
-        services = (
-            VerbalizerService(self.config, verbalizers, scoring.model),
-            scoring,
-            CaptureService(self.config, scoring.model),
-        )
+        with warnings.catch_warnings():
+            # peft asks transformers for things by their old names.
+            warnings.simplefilter("ignore", FutureWarning)
+            base = load_backbone(self.config.base)
+            scoring = ScorerService(self.config, scorers, base)
+            services = (
+                VerbalizerService(self.config, verbalizers, scoring.model),
+                scoring,
+                CaptureService(self.config, scoring.model),
+            )
         return Endpoint(self.config.serve, self.models, *map(_Handle, services))
 
     def _answer(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -174,5 +199,21 @@ class _Method:
         return self._function(*arguments)
 
 
+def _require_list(what: str, values: Any) -> None:
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise Refusal(what, values, "a list: put a single one into a list")
+
+
 def _rows(activations: Tensor | np.ndarray) -> list[list[float]]:
-    return torch.as_tensor(activations, dtype=torch.float32).tolist()
+    rows = torch.as_tensor(activations, dtype=torch.float32)
+    if rows.ndim != 2:
+        raise Refusal("activations", f"shape {list(rows.shape)}", "[n, d_model]: one row for each")
+    return rows.tolist()
+
+
+def _request(kind: type[BaseModel], **fields: Any) -> Any:
+    """A request of the endpoint; what its form refuses is a Refusal, as over HTTP."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        raise refusal_of(error.errors()) from None

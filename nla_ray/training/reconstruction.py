@@ -91,9 +91,10 @@ def choose_labels(
 ) -> dict[str, str]:
     """One teacher's label for every text: the first teacher's with probability `share`.
 
-    Else it is another teacher's; the text's id is the seed. The first is that of `teachers`, or by
-    name where none of them wrote a label (imported ones have teachers of their own). A text that
-    only one side has labelled gets that label. Texts by id; labels as cleaned.
+    The draw is seeded by the text's id. The first teacher is the first of `teachers` who wrote a
+    label; of imported labels, whose teachers have names of their own, the first by name. The other
+    labels come from the other teachers. A text that only one of them labelled gets that label. The
+    result maps text ids to labels as cleaned.
     """
     writers = sorted({row["teacher"] for row in rows})
     first_teacher = next((name for name in (*teachers, *writers) if name in writers), "")

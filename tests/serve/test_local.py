@@ -73,8 +73,20 @@ def test_it_explains_positions_and_chooses_among_samples(
 
 
 def test_what_the_endpoint_refuses_is_a_value_error(loaded: LoadedRun) -> None:
-    with pytest.raises(ValueError, match="expected a list of texts"):
+    with pytest.raises(ValueError, match="inputs: got one text, expected a list"):
         loaded.describe("one text")
+    with pytest.raises(ValueError, match="inputs: got None, expected a list"):
+        loaded.describe(None)
+    with pytest.raises(ValueError, match=r"activations: got shape \[32\], expected \[n, d_model\]"):
+        loaded.describe(torch.ones(32))
+    with pytest.raises(ValueError, match="samples: got 0, expected"):
+        loaded.describe(["a text"], samples=0)
+    with pytest.raises(ValueError, match="sample: got 2, expected"):
+        loaded.describe(["a text"], sample=2)
+    with pytest.raises(ValueError, match="activations: got 2 rows, expected 1, one for each"):
+        loaded.score(["- licence"], torch.ones(2, 32))
+    with pytest.raises(ValueError, match="descriptions: got - licence, expected a list"):
+        loaded.score("- licence", torch.ones(1, 32))
     with pytest.raises(ValueError, match="verbalizer: got other, expected one of"):
         loaded.describe(["a text"], verbalizer="other")
     with pytest.raises(ValueError, match=r"activations\[0\]: got 3 numbers, expected 32 numbers"):
@@ -82,7 +94,9 @@ def test_what_the_endpoint_refuses_is_a_value_error(loaded: LoadedRun) -> None:
 
 
 def test_a_run_without_a_verbalizer_names_the_job_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Make it with: python jobs/sft\.py"):
+    with pytest.raises(
+        ValueError, match=r"expected a finished run\. Make it with: python jobs/pipeline\.py"
+    ):
         nla_ray.load(str(tmp_path))
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nla_ray.activation import vectors
+from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.families import causal_model
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.decoder import Decoder, KeysValues
@@ -179,10 +179,8 @@ class CompactEngine:
         [n, d_model] -> [n, vocab], and n rows.
         """
         decoder = self.decoder
-        injected = vectors.rescale(activations.to(decoder.device), self.injection_norm).to(
-            decoder.dtype
-        )
         suffix = decoder.embed(torch.tensor(self.prompt.suffix_ids, device=decoder.device))
+        injected = as_embeddings(activations.to(decoder.device), self.injection_norm, like=suffix)
         embedded = torch.cat([injected.unsqueeze(1), suffix.expand(len(activations), -1, -1)], 1)
         stream, keys_values = decoder.prefill(embedded, self.prefix)
         return decoder.logits(stream), keys_values
