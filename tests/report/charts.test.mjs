@@ -20,6 +20,7 @@ beforeEach(openDocument);
 
 test("numbers have three digits, large ones one, and none is a dash", () => {
   assert.deepEqual([0.98765, -0.5, 12.34, null].map(format), ["0.988", "-0.500", "12.3", "–"]);
+  assert.deepEqual([-0.0004, -0, -0.0006].map(format), ["0.000", "0.000", "-0.001"]);
   assert.equal(formatInterval({ low: -0.25, high: 23.456 }), "[-0.250, 23.5]");
   assert.deepEqual([0.1 + 0.2, 1000, 0.00012346].map(formatTick), ["0.3", "1000", "0.0001235"]);
 });
@@ -87,6 +88,22 @@ test("intervals stand on their side of the zero line, hollow where they hold zer
   const title = svg.querySelector("g title").textContent;
   assert.equal(title, "a − b: 0.500 [0.250, 1.000], n 60");
   assert.deepEqual(svg.querySelectorAll(".note").map((node) => node.textContent), ["0.5", "0"]);
+});
+
+test("the zero line leaves the labels of rows free", () => {
+  const marks = [{ title: "a − b", series: "grpo", figure: figure(0.5, 0.25, 1) }];
+  const rows = ["first", "second"].map((label) => ({ label, note: "", marks }));
+  const svg = intervalChart({ label: "", rows, has_zero: true, x_label: "" }, 216, toneOf);
+  const zeros = svg.querySelectorAll(".zero");
+  const labels = svg.querySelectorAll(".row-label");
+  assert.equal(zeros.length, 2);
+  zeros.forEach((zero, number) => {
+    assert.ok(attribute(zero, "y1") > attribute(labels[number], "y"));
+    assert.ok(attribute(zero, "y2") > attribute(zero, "y1"));
+  });
+  assert.ok(attribute(zeros[0], "y2") < attribute(labels[1], "y") - 10);
+  const plain = intervalChart({ label: "", rows, has_zero: false, x_label: "" }, 216, toneOf);
+  assert.equal(plain.querySelector(".zero"), null);
 });
 
 const curve = (overrides = {}) => ({

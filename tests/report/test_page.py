@@ -27,6 +27,7 @@ from sample_report import (
 )
 
 from nla_ray.report.claim_figures import CLAIM_FIGURES
+from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.rendering.page import to_html
 from nla_ray.report.rendering.vocabulary import DEFINITIONS
 from nla_ray.score.metrics import METRICS
@@ -165,6 +166,36 @@ def figure_values(part: Any) -> set[float]:
     return set().union(*map(figure_values, items))
 
 
+def section_of(page: str, name: str) -> str:
+    section = page[page.index(f'<section id="{name}">') :]
+    return section[: section.index("</section>")]
+
+
+def test_a_section_explains_what_it_shows_and_nothing_else(page: str) -> None:
+    warned = "Dashed vertical lines are steps at which the monitor warned"
+    assert warned in section_of(page, "curves")
+    growth = section_of(page, "growth")
+    assert "With the labels" in growth and "with the layer" in growth
+    report = {**full_report(), "growth": {"steps": full_report()["growth"]["steps"]}}
+    training = {"grpo": [{"step": step, "reward": 0.5} for step in (1, 2)]}
+    bare = to_html(report, [], training)
+    assert warned not in bare
+    growth = section_of(bare, "growth")
+    assert "<p>With the steps of GRPO (greedy descriptions of validation documents).</p>" in growth
+
+
+def test_nothing_is_negative_zero_and_markdown_reads_a_note_as_it_stands() -> None:
+    figure = {"value": -0.0004, "low": -0.0011, "high": -0.0, "n": 60, "documents": 33}
+    report = copy.deepcopy(full_report())
+    report["results"]["sft"]["judge"]["delta"] = figure
+    report["notes"] = ["<b> is *so* & `x` of [a](b), d_model < 1 & 2 [0.1, 0.2]", "# &lt; _a_"]
+    page, markdown = to_html(report, [], {}), to_markdown(report)
+    assert "0.000 [-0.001, 0.000]" in markdown
+    assert "-0.000" not in markdown + re.sub(r"<[^>]*>", "", section_of(page, "results"))
+    assert "- \\<b> is \\*so\\* & \\`x\\` of [a\\](b), d_model < 1 & 2 [0.1, 0.2]\n" in markdown
+    assert "- \\# \\&lt; \\_a\\_" in markdown
+
+
 # In a browser -------------------------------------------------------------------------------------
 
 
@@ -227,7 +258,7 @@ def opened(browser: Any, page_path: Path) -> Iterator[Opened]:
 def shown(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:z.3f}"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -372,6 +403,44 @@ def test_the_judge_and_the_main_metrics_are_shown_first(opened: Opened) -> None:
     ]
     assert opened.tab.locator("#results td[data-column=top1] .chance").count() == len(VERBALIZERS)
     assert opened.tab.locator("#results td[data-column=fve] .chance").count() == 0
+
+
+def test_a_table_that_goes_on_beyond_its_edge_says_so(opened: Opened) -> None:
+    opened.tab.set_viewport_size({"width": 400, "height": 800})
+    frame = opened.tab.locator("#results .scroll").first
+    widths = frame.evaluate("(frame) => [frame.scrollWidth, frame.clientWidth]")
+    attachments = frame.evaluate("(frame) => getComputedStyle(frame).backgroundAttachment")
+    assert widths[0] > widths[1] and attachments == "local, local, scroll, scroll"
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_an_interval_is_never_broken(opened: Opened, width: int) -> None:
+    opened.tab.set_viewport_size({"width": width, "height": 800})
+    beneath = opened.tab.evaluate(
+        """[...document.querySelectorAll("#results .range, #claims .range")].map((range) =>
+            range.getBoundingClientRect().top
+                > range.parentNode.querySelector(".value").getBoundingClientRect().top)"""
+    )
+    assert len(beneath) > 10 and all(beneath)
+    opened.tab.evaluate(
+        "document.querySelectorAll('details').forEach((fold) => { fold.open = true; })"
+    )
+    lines = opened.tab.evaluate(
+        """[...document.querySelectorAll("table.plain td[data-value]")].map((cell) => {
+            const range = document.createRange();
+            range.selectNodeContents(cell);
+            return new Set([...range.getClientRects()].map((box) => box.top)).size;
+        })"""
+    )
+    assert len(lines) > 10 and set(lines) == {1}
+
+
+def test_the_text_and_three_descriptions_stand_side_by_side_at_1200_pixels(opened: Opened) -> None:
+    opened.tab.set_viewport_size({"width": 1200, "height": 800})
+    columns = opened.tab.locator("#examples .sides").first.evaluate(
+        "(sides) => getComputedStyle(sides).gridTemplateColumns.split(' ').length"
+    )
+    assert columns == 4
 
 
 def test_the_claims_table_shows_every_figure_and_sorts_by_its_columns(opened: Opened) -> None:

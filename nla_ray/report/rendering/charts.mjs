@@ -19,10 +19,12 @@ export const shape = (tag, attributes = {}, ...children) =>
 
 // Numbers and scales ------------------------------------------------------------------------------
 
-/** Three digits after the point; of ten and more one: as content.py writes them. */
+/** Three digits after the point; of ten and more one; no negative zero: as content.py. */
 export const format = (value) => {
   if (value == null) return "–";
-  return Math.abs(value) >= 10 ? value.toFixed(1) : value.toFixed(3);
+  if (Math.abs(value) >= 10) return value.toFixed(1);
+  const written = value.toFixed(3);
+  return written === "-0.000" ? "0.000" : written;
 };
 export const formatInterval = ({ low, high }) => `[${format(low)}, ${format(high)}]`;
 export const formatTick = (value) => String(Number(value.toPrecision(4)));
@@ -170,6 +172,7 @@ const verticalAxis = (scale, ticks, right) => ticks.flatMap((tick) => [
 // Intervals ---------------------------------------------------------------------------------------
 
 const ROW_HEIGHT = 22;
+const LABEL_HEIGHT = 18; // the zero line leaves it free
 const MARK_HEIGHT = 13;
 
 /** Rows of intervals on one axis; a row holds one interval or several. */
@@ -183,16 +186,17 @@ export function intervalChart({ label, rows, has_zero: hasZero, x_label: xLabel 
   const height = bottom + (xLabel ? 36 : 22);
   const svg = canvas(label, width, height,
     horizontalAxis(x, niceTicks(domain, width / 80), 4, bottom),
-    hasZero && line(x(0), 4, x(0), bottom, "zero"),
     xLabel && text(xLabel, width / 2, bottom + 31, { "text-anchor": "middle" }));
   let top = 4;
   rows.forEach((row, number) => {
+    const end = top + heights[number];
     svg.append(
+      ...(hasZero ? [line(x(0), top + LABEL_HEIGHT, x(0), end, "zero")] : []),
       text(row.label, 4, top + 14, { class: "row-label" }),
       text(row.note, width - 4, top + 14, { "text-anchor": "end", class: "note" }),
       ...row.marks.map((item, count) =>
         intervalMark(item, x, top + ROW_HEIGHT + 3 + MARK_HEIGHT * count, toneOf)));
-    top += heights[number];
+    top = end;
   });
   return svg;
 }

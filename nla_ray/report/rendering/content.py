@@ -204,14 +204,14 @@ def shows_nothing(cell: Cell) -> bool:
 
 
 def number(value: float | None) -> str:
-    """Three digits after the point; of ten and more one. A dash for None.
+    """Three digits after the point; of ten and more one; no negative zero. A dash for None.
 
-    >>> number(0.98765), number(-23.456), number(None)
-    ('0.988', '-23.5', '–')
+    >>> number(0.98765), number(-23.456), number(-0.0004), number(None)
+    ('0.988', '-23.5', '0.000', '–')
     """
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:z.3f}"
 
 
 def bounds(figure: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ A chart and the table of its numbers are made from the same points. Computes no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from nla_ray.report.rendering.content import (
@@ -24,16 +25,51 @@ from nla_ray.report.rendering.content import (
 from nla_ray.report.rendering.rows import Report, judge_first, keys_of, plain_columns
 from nla_ray.report.rendering.vocabulary import SUPERVISED_TITLES, TRAINING_TITLES, spaced, title_of
 
+
+@dataclass(frozen=True, kw_only=True)
+class _GrowthAxis:
+    """What figures grow along."""
+
+    head: str
+    """Of its column."""
+    x_label: str
+    title: str
+    """Of its table."""
+    explanation: str
+    """In the section's intro."""
+
+
 _GROWTH = {
-    "labels": ("labels", "labels that SFT learned from", "With the labels that SFT learned from"),
-    "steps": ("step", "step of GRPO", "With the steps of GRPO, on validation"),
-    "layers": ("layer", "layer", "The gold ceiling by layer, on validation"),
+    "labels": _GrowthAxis(
+        head="labels",
+        x_label="labels that SFT learned from",
+        title="With the labels that SFT learned from",
+        explanation="with the labels that SFT learned from (on these documents)",
+    ),
+    "steps": _GrowthAxis(
+        head="step",
+        x_label="step of GRPO",
+        title="With the steps of GRPO, on validation",
+        explanation="with the steps of GRPO (greedy descriptions of validation documents)",
+    ),
+    "layers": _GrowthAxis(
+        head="layer",
+        x_label="layer",
+        title="The gold ceiling by layer, on validation",
+        explanation=(
+            "with the layer that is read (what labels say of validation activations, through a"
+            " ridge regression)"
+        ),
+    ),
 }
-"""axis -> head of its column, words on its chart, title of its table."""
 Points = Mapping[str, Mapping[float, Mapping[str, Any] | None]]
 """name of a line -> x -> figure."""
 _WARNED = "monitor/warned"
 """1 in the record of a step at which the monitor warned."""
+_WARNED_EXPLANATION = (
+    "Dashed vertical lines are steps at which the monitor warned of reward hacking: what is"
+    " rewarded rose while the judge fell out of its interval."
+)
 
 
 def to_point(x: float, figure: Mapping[str, Any] | None) -> dict[str, float | None]:
@@ -91,12 +127,13 @@ def training_section(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Sec
         id="curves",
         name="Training",
         title="Training",
-        how_to_read=(
-            "Dashed vertical lines are steps at which the monitor warned of reward hacking: what is"
-            " rewarded rose while the judge fell out of its interval."
-        ),
+        how_to_read=_WARNED_EXPLANATION if _warns(training) else "",
         blocks=blocks,
     )
+
+
+def _warns(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
+    return any(record.get(_WARNED) == 1 for records in training.values() for record in records)
 
 
 def _training_charts(
@@ -126,7 +163,8 @@ def _training_charts(
                 series=series,
                 x_domain=[min(steps), max(steps)],
                 rules=rules,
-                height=170,
+                x_label="step",
+                height=184,
             )
             charts.append(chart)
     return ChartGroup(charts=charts, legend=list(training))
@@ -170,7 +208,7 @@ def growth_section(report: Report) -> Section:
     """How figures grow along every axis that the report has."""
     blocks: list[ReportBlock] = []
     for axis, by_series in report.get("growth", {}).items():
-        head, x_label, title = _GROWTH[axis]
+        words = _GROWTH[axis]
         names = judge_first(by_series)
         figures = keys_of(measured for curve in by_series.values() for measured in curve)
         figures.remove("at")
@@ -179,28 +217,31 @@ def growth_section(report: Report) -> Section:
                 name: {measured["at"]: measured.get(figure) for measured in by_series[name]}
                 for name in names
             }
-            label = f"{title_of(figure)} by {x_label}"
-            chart = LineChart(series=lines_of(points), label=label, x_label=x_label)
-            choice = {f"figure by {head}": figure}
+            label = f"{title_of(figure)} by {words.x_label}"
+            chart = LineChart(series=lines_of(points), label=label, x_label=words.x_label)
+            choice = {f"figure by {words.head}": figure}
             blocks.append(ChartGroup(charts=[chart], legend=names, choice=choice))
         rows = []
         for name in names:
             for measured in by_series[name]:
                 cells = [measured["at"], *(measured.get(figure) for figure in figures)]
                 rows.append(TableRow(name=name, title=spaced(name), cells=cells))
-        columns = [Column(name=name, title=title_of(name)) for name in (head, *figures)]
-        blocks.append(Table(title=title, head="of", columns=columns, rows=rows, is_folded=True))
+        columns = [Column(name=name, title=title_of(name)) for name in (words.head, *figures)]
+        table = Table(title=words.title, head="of", columns=columns, rows=rows, is_folded=True)
+        blocks.append(table)
     return Section(
         id="growth",
         name="Growth",
         title="How results grow",
-        intro=(
-            "With the labels that SFT learned from (on these documents), with the steps of GRPO"
-            " (greedy descriptions of validation documents), and with the layer that is read (what"
-            " labels say of validation activations, through a ridge regression)."
-        ),
+        intro=_growth_intro(report.get("growth", {})),
         blocks=blocks,
     )
+
+
+def _growth_intro(axes: Iterable[str]) -> str:
+    """What the axes that are shown mean."""
+    explanations = "; ".join(_GROWTH[axis].explanation for axis in axes)
+    return f"{explanations[:1].upper()}{explanations[1:]}." if explanations else ""
 
 
 # Along tokens, choices and samples ----------------------------------------------------------------

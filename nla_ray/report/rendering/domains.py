@@ -30,6 +30,7 @@ _DOMAIN_FIGURES = {
     "domain": "domain right",
     "judge.centred_cosine": "judge's centred cosine",
 }
+_COUNT_COLUMN = Column(name="n", title="activations")
 
 
 def domains_section(report: Report) -> Section:
@@ -54,7 +55,7 @@ def domains_table(report: Report) -> Table:
     """The figures of _DOMAIN_FIGURES by domain, side by side."""
     domains = report["domains"]
     names = _speakers(domains)
-    columns = [Column(name="n", title="n")]
+    columns = [_COUNT_COLUMN]
     for name in names:
         for figure, title in _DOMAIN_FIGURES.items():
             columns.append(Column(name=f"{name}.{figure}", title=f"{spaced(name)}: {title}"))
@@ -83,7 +84,7 @@ def _domain_table(domains: Mapping[str, Any], figure: str) -> Table:
     for domain, named in domains.items():
         cells = [_count(named), *(named.get(name, {}).get(figure) for name in names)]
         rows.append(TableRow(name=domain, title=spaced(domain), cells=cells))
-    columns = [Column(name=name, title=spaced(name)) for name in ("n", *names)]
+    columns = [_COUNT_COLUMN, *(Column(name=name, title=spaced(name)) for name in names)]
     return Table(
         title=title_of(figure),
         head="domain",
@@ -105,7 +106,7 @@ def _domain_chart(domains: Mapping[str, Any], figure: str) -> ChartGroup:
             if not shows_nothing(value):
                 title = f"{spaced(domain)}, {spaced(name)}"
                 marks.append(IntervalMark(title=title, series=name, figure=value))
-        note = f"n {marks[0].figure['n']}" if marks else ""
+        note = f"{marks[0].figure['n']:,} activations" if marks else ""
         rows.append(IntervalRow(label=spaced(domain), note=note, marks=marks))
     title = title_of(figure)
     chart = IntervalChart(label=f"{title} by domain", x_label=title, rows=rows)

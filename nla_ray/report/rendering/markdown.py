@@ -1,6 +1,7 @@
 """The report as Markdown: report.md, and what the card of a preset is made of.
 
-Knows blocks, not figures. The rule it protects: no text of a corpus can end the fence it stands in.
+Knows blocks, not figures. The rules it protects: no text of a corpus can end the fence it stands
+in, and no line or cell becomes markup.
 """
 
 from __future__ import annotations
@@ -22,6 +23,21 @@ from nla_ray.report.rendering.content import (
     cell_text,
 )
 from nla_ray.report.rendering.sections import gates_passed, opening, sections
+
+_MARKUP = re.compile(
+    r"""
+    [*`~]                                    # emphasis, code, a struck text
+    | (?<!\w)_ | _(?!\w)                     # emphasis, but not inside a word
+    | <(?=[A-Za-z/!?])                       # a tag, a comment, an address
+    | &(?=\#|\w+;)                           # an entity
+    | \](?=[(\[:])                           # a link
+    | \\(?=[^\w\s])                          # an escape
+    | ^(?:\#(?=[\#\s]) | [-+](?=\s) | > )    # a head, a list, a quotation
+    | (?:(?<=^\d)|(?<=^\d\d))[.)](?=\s)     # a numbered list
+    """,
+    re.VERBOSE,
+)
+"""Signs where Markdown, or HTML inside it, would read them as markup."""
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
@@ -62,10 +78,10 @@ def section_markdown(section: Section) -> str:
 
 
 def table_markdown(table: Table) -> str:
-    """A table of Markdown; a bar inside a cell is escaped."""
+    """A table of Markdown."""
     lines = [table.heads, ["---"] * len(table.heads)]
     lines += [[row.title, *map(cell_text, row.cells)] for row in table.rows]
-    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _is_text(block: ReportBlock) -> bool:
@@ -92,11 +108,20 @@ def _block_markdown(block: ReportBlock) -> str:
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {_escaped(line)}" for line in lines)
 
 
-def _escaped(cell: str) -> str:
-    return " ".join(cell.replace("|", "\\|").split("\n"))
+def _cell(text: str) -> str:
+    return _escaped(text).replace("|", "\\|")
+
+
+def _escaped(text: str) -> str:
+    """One line that reads as the text does.
+
+    >>> print(_escaped("<b> is *so* `a_b` < 1"))
+    \\<b> is \\*so\\* \\`a_b\\` < 1
+    """
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.splitlines()))
 
 
 def _example(number: int, example: Mapping[str, Any]) -> str:

@@ -394,7 +394,7 @@ def _experiments_section(report: Report) -> Section:
         cells += [experiment["n"], experiment["kept"]]
         rows.append(TableRow(name="", title=experiment["changed"], cells=cells))
     table = Table(
-        title="Tried on validation for this preset, less SFT",
+        title="Settings tried on validation: difference from SFT",
         head="changed",
         columns=plain_columns([*figures, "n", "kept"]),
         rows=rows,

@@ -43,7 +43,7 @@ DEFINITIONS = {
         " counts against; chance 0.5"
     ),
     "top1_2way": (
-        "the same choice by centred cosine: raw, an activation that lies nearer to the mean fits"
+        "the same choice by centred cosine, because by raw cosine an activation near the mean fits"
         " every description better"
     ),
     "top1_10way": (
