@@ -188,12 +188,17 @@ def test_nothing_is_negative_zero_and_markdown_reads_a_note_as_it_stands() -> No
     figure = {"value": -0.0004, "low": -0.0011, "high": -0.0, "n": 60, "documents": 33}
     report = copy.deepcopy(full_report())
     report["results"]["sft"]["judge"]["delta"] = figure
-    report["notes"] = ["<b> is *so* & `x` of [a](b), d_model < 1 & 2 [0.1, 0.2]", "# &lt; _a_"]
+    report["notes"] = [
+        "<b> is *so* & `x` of [a](b), d_model < 1 & 2 [0.1, 0.2]",
+        "# &lt; _a_",
+        "1. > | \n- x",
+    ]
     page, markdown = to_html(report, [], {}), to_markdown(report)
     assert "0.000 [-0.001, 0.000]" in markdown
     assert "-0.000" not in markdown + re.sub(r"<[^>]*>", "", section_of(page, "results"))
     assert "- \\<b> is \\*so\\* & \\`x\\` of [a\\](b), d_model < 1 & 2 [0.1, 0.2]\n" in markdown
-    assert "- \\# \\&lt; \\_a\\_" in markdown
+    assert "- \\# \\&lt; \\_a\\_\n- 1\\. > |  - x\n" in markdown
+    assert "| sft.claims.repeats | – | < 0.1 | FAIL |" in markdown
 
 
 # In a browser -------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ _GROWTH = {
         ),
     ),
 }
+"""By axis."""
 Points = Mapping[str, Mapping[float, Mapping[str, Any] | None]]
 """name of a line -> x -> figure."""
 _WARNED = "monitor/warned"

@@ -24,20 +24,21 @@ from nla_ray.report.rendering.content import (
 )
 from nla_ray.report.rendering.sections import gates_passed, opening, sections
 
-_MARKUP = re.compile(
+_INLINE = re.compile(
     r"""
-    [*`~]                                    # emphasis, code, a struck text
-    | (?<!\w)_ | _(?!\w)                     # emphasis, but not inside a word
-    | <(?=[A-Za-z/!?])                       # a tag, a comment, an address
-    | &(?=\#|\w+;)                           # an entity
-    | \](?=[(\[:])                           # a link
-    | \\(?=[^\w\s])                          # an escape
-    | ^(?:\#(?=[\#\s]) | [-+](?=\s) | > )    # a head, a list, a quotation
-    | (?:(?<=^\d)|(?<=^\d\d))[.)](?=\s)     # a numbered list
+    [*`~]                 # emphasis, code, a struck text
+    | (?<!\w)_ | _(?!\w)  # emphasis, but not inside a word
+    | <(?=[A-Za-z/!?])    # a tag, a comment, an address
+    | &(?=\#|\w+;)        # an entity
+    | \](?=[(\[:])        # a link
+    | \\(?=[^\w\s])       # an escape
     """,
     re.VERBOSE,
 )
-"""Signs where Markdown, or HTML inside it, would read them as markup."""
+"""Signs that Markdown, or HTML inside it, would read as markup in any line."""
+_BLOCK = re.compile(r"^(?:#(?=[#\s])|[-+](?=\s)|>)|(?:(?<=^\d)|(?<=^\d\d))[.)](?=\s)")
+"""Signs of a head, a list or a quotation at the start of a line."""
+_WITH_BACKSLASH = r"\\\g<0>"
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
@@ -108,7 +109,7 @@ def _block_markdown(block: ReportBlock) -> str:
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {_escaped(line)}" for line in lines)
+    return "\n".join(f"- {_BLOCK.sub(_WITH_BACKSLASH, _escaped(line))}" for line in lines)
 
 
 def _cell(text: str) -> str:
@@ -121,7 +122,7 @@ def _escaped(text: str) -> str:
     >>> print(_escaped("<b> is *so* `a_b` < 1"))
     \\<b> is \\*so\\* \\`a_b\\` < 1
     """
-    return _MARKUP.sub(r"\\\g<0>", " ".join(text.splitlines()))
+    return _INLINE.sub(_WITH_BACKSLASH, " ".join(text.splitlines()))
 
 
 def _example(number: int, example: Mapping[str, Any]) -> str:
