@@ -225,7 +225,7 @@ class Opened:
 
     def __init__(self, browser: Any, path: Path, **context: Any) -> None:
         self.tab = browser.new_page(**{"viewport": {"width": 1400, "height": 900}, **context})
-        self.tab.set_default_timeout(10_000)
+        self.tab.set_default_timeout(60_000)
         self.complaints: list[str] = []
         self.addresses: list[str] = []
         self.tab.on("console", lambda message: self.complaints.append(message.text))
