@@ -322,12 +322,12 @@ def test_neither_actors_nor_shards_change_an_activation(
 ) -> None:
     texts = [f"{text} {number}" for number in range(4) for text in TEXTS]
     capture = CaptureConfig(positions="random:2")
-    one, two = (
+    alone, shared = (
         tiny_run("one", capture=capture),
         tiny_run("two", capture=replace(capture, num_actors=2, batch_tokens=200)),
     )
     table = corpus_table(0, texts)
-    for run, cuts in ((one, [0, 20]), (two, [0, 3, 9, 14, 20])):
+    for run, cuts in ((alone, [0, 20]), (shared, [0, 3, 9, 14, 20])):
         stage = run.open_artifact("corpus", "corpus")
         Path(stage.location.path).mkdir(parents=True, exist_ok=True)
         for number, (start, end) in enumerate(pairwise(cuts)):
@@ -336,7 +336,7 @@ def test_neither_actors_nor_shards_change_an_activation(
             )
         stage.publish()
         capture_activations(run)
-    first, second = vectors_by_id(one), vectors_by_id(two)
+    first, second = vectors_by_id(alone), vectors_by_id(shared)
     assert list(first) and set(first) == set(second)
     for name, vector in first.items():
         np.testing.assert_allclose(vector, second[name], atol=1e-5)

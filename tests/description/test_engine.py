@@ -368,8 +368,8 @@ def test_noise_is_standard_exponential_and_unrelated_between_tokens_steps_and_ro
     assert (
         abs(first.var() - 1) < 4 * 8**0.5 / count**0.5
     )  # the variance of a squared deviation is 8
-    for one, other in ((first, second), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
-        assert abs(((one - 1) * (other - 1)).mean()) < 4 / one.numel() ** 0.5
+    for noise, shifted in ((first, second), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
+        assert abs(((noise - 1) * (shifted - 1)).mean()) < 4 / noise.numel() ** 0.5
 
 
 def test_temperature_divides_logits_and_zero_takes_the_best() -> None:

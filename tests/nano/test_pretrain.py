@@ -232,7 +232,7 @@ def rows(texts: PretrainTexts, tokenizer) -> Rows:
 def test_rows_hold_whole_chats_and_raw_text_without_padding(
     rows: Rows, texts: PretrainTexts, tokenizer
 ) -> None:
-    known = {
+    chats = {
         tuple(chat.prompt_ids + chat.answer_ids) for chat in build_chats(texts, tokenizer, SMALL)
     }
     for row in range(len(rows.tokens)):
@@ -240,7 +240,7 @@ def test_rows_hold_whole_chats_and_raw_text_without_padding(
             inside = rows.segments[row] == segment
             assert rows.positions[row][inside].tolist() == list(range(inside.sum()))
             if rows.parts[row][inside][0] != RAW:
-                assert tuple(rows.tokens[row][inside].tolist()) in known
+                assert tuple(rows.tokens[row][inside].tolist()) in chats
     assert 0.2 < (rows.parts == RAW).mean() < 0.6
 
 

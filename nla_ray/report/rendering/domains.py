@@ -118,12 +118,10 @@ def confusion_section(report: Report) -> Section:
     tables: list[ReportBlock] = []
     for name, counts in reversed(list(report.get("confusion", {}).items())):
         named = list(dict.fromkeys([*counts, *keys_of(counts.values())]))
-        rows = [
-            TableRow(
-                name=domain, title=spaced(domain), cells=[by_name.get(other, 0) for other in named]
-            )
-            for domain, by_name in counts.items()
-        ]
+        rows = []
+        for domain, by_name in counts.items():
+            cells = [by_name.get(column, 0) for column in named]
+            rows.append(TableRow(name=domain, title=spaced(domain), cells=cells))
         tables.append(
             Table(
                 title=f"Named by {spaced(name)}",

@@ -200,9 +200,9 @@ def _axis(table: Table, index: int) -> tuple[float, float]:
         cell = row.cells[index]
         if isinstance(cell, Mapping):
             values += [cell.get(key) for key in ("value", "low", "high")]
-    known = [value for value in [column.chance, *values] if value is not None]
-    known = [value for value in known if math.isfinite(value)]
-    least, most = min(known, default=0.0), max(known, default=1.0)
+    numbers = [value for value in [column.chance, *values] if value is not None]
+    finite = [number for number in numbers if math.isfinite(number)]
+    least, most = min(finite, default=0.0), max(finite, default=1.0)
     space = 0.0 if most > least else abs(most) * 0.1 or 0.5
     return least - space, most + space
 
