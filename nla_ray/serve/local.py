@@ -35,7 +35,6 @@ from nla_ray.serve.schema import (
     ExplainResponse,
     Refusal,
     ScoreBody,
-    ScoreItem,
     ScoreRequest,
 )
 from nla_ray.settings.config import ComputeConfig, RunConfig, ServeConfig, from_dict
@@ -130,10 +129,8 @@ class LoadedRun:
                 "activations", f"{len(rows)} rows", f"{len(descriptions)}, one for each description"
             )
         pairs = zip(descriptions, rows, strict=True)
-        items = [ScoreItem(description=text, activation=row) for text, row in pairs]
-        request = _request(
-            ScoreRequest, items=items, scorers=None if scorers is None else list(scorers)
-        )
+        items = [{"description": text, "activation": row} for text, row in pairs]
+        request = _request(ScoreRequest, items=items, scorers=scorers)
         return self._answer(self._endpoint.score(request)).scores
 
     def explain(
@@ -154,7 +151,7 @@ class LoadedRun:
             text=text,
             positions=list(positions),
             verbalizer=verbalizer,
-            scorers=None if scorers is None else list(scorers),
+            scorers=scorers,
             **sampling,
         )
         return self._answer(self._endpoint.explain(request))

@@ -15,6 +15,7 @@ from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.run.artifact import Run
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.serve.local import LoadedRun
+from nla_ray.serve.schema import Refusal
 from nla_ray.settings.config import RunConfig
 from nla_ray.settings.presets import PRESETS
 
@@ -85,6 +86,10 @@ def test_what_the_endpoint_refuses_is_a_value_error(loaded: LoadedRun) -> None:
         loaded.describe(["a text"], sample=2)
     with pytest.raises(ValueError, match="activations: got 2 rows, expected 1, one for each"):
         loaded.score(["- licence"], torch.ones(2, 32))
+    with pytest.raises(Refusal, match=r"items\.0\.description: got None, expected"):
+        loaded.score([None], torch.ones(1, 32))
+    with pytest.raises(Refusal, match="scorers: got judge, expected"):
+        loaded.score(["- licence"], torch.ones(1, 32), scorers="judge")
     with pytest.raises(ValueError, match="descriptions: got - licence, expected a list"):
         loaded.score("- licence", torch.ones(1, 32))
     with pytest.raises(ValueError, match="verbalizer: got other, expected one of"):
