@@ -166,6 +166,7 @@ def test_a_driver_killed_in_every_stage_ends_with_the_same_artifacts(
             time.sleep(0.01)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+        driver.stdout.close()
     finish(start_pipeline(texts, folder))
     for stage in STAGES[:-1]:  # a report holds the times at which its ancestors were made
         assert files_of(folder / stage) == files_of(calm[0] / stage), stage
