@@ -98,7 +98,7 @@ def _split_items(raw: str) -> list[str]:
         starts = [match.span() for match in _BULLET_LINE.finditer(raw)]
     if len(starts) < 2:
         sentences: list[str] = []
-        for line in raw.splitlines():
+        for line in _BULLET_LINE.sub("", raw).splitlines():
             sentences += [piece for piece in _split_sentences(line) if piece.strip()]
         return sentences
     ends = [start for start, _ in starts[1:]] + [len(raw)]

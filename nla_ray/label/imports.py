@@ -1,11 +1,13 @@
 """Reads labels made elsewhere and joins them to the corpus by the hash of the text.
 
 A label says something about one text. So a row is taken only when its text, or the hash it carries,
-is a text of the corpus; every other row is refused by line and reason, and counted.
+is a text of the corpus; every other row is refused by line and reason, and counted. Protects the
+rule that a bad label costs no good one: of a row's labels each is taken or refused by itself.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,17 +69,19 @@ def read_labels(
             if not raw.strip():
                 continue
             try:
-                row = _parse(raw)
+                row = _parse(raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw)
                 digest = _matching_hash(row, in_corpus, hashes_by_document)
                 labels = _labels_of(row)
             except ValueError as reason:
                 yield RefusedLabel(line=line, doc_id=_doc_id(raw), reason=str(reason))
                 continue
             for teacher, label in labels.items():
-                if (digest, teacher) in seen:
-                    yield RefusedLabel(
-                        line=line, doc_id=str(row.get("doc_id", "")), reason="label is there twice"
-                    )
+                reason = _fault_of(teacher, label)
+                if reason is None and (digest, teacher) in seen:
+                    reason = "label is there twice"
+                if reason is not None:
+                    doc_id = str(row.get("doc_id", ""))
+                    yield RefusedLabel(line=line, doc_id=doc_id, reason=reason)
                     continue
                 seen.add((digest, teacher))
                 yield ImportedLabel(line=line, text_hash=digest, teacher=teacher, raw=label)
@@ -119,14 +123,27 @@ def _matching_hash(
     return digest
 
 
-def _labels_of(row: dict[str, Any]) -> dict[str, str]:
-    labels = row.get("labels", {row.get("teacher"): row.get("label")})
+def _labels_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Teacher -> label as the row has it, good or bad; raises ValueError for a row without any."""
+    labels = row.get("labels")
+    if labels is None and isinstance(row.get("teacher"), str) and "label" in row:
+        labels = {row["teacher"]: row["label"]}
     if not isinstance(labels, dict) or not labels:
         raise ValueError("neither labels nor teacher and label")
-    for teacher, label in labels.items():
-        if not isinstance(teacher, str) or not teacher or not isinstance(label, str):
-            raise ValueError("neither labels nor teacher and label")
     return labels
+
+
+def _fault_of(teacher: str, label: Any) -> str | None:
+    """Why a label is not taken, with the teacher's name; None for a good one."""
+    if not teacher:
+        return "label without a teacher's name"
+    if not isinstance(label, str):
+        return f"label of {teacher!a} is {'null' if label is None else 'no string'}"
+    try:
+        (teacher + label).encode()
+    except UnicodeEncodeError:
+        return f"label of {teacher!a} is not valid Unicode: it holds half a character"
+    return None
 
 
 def _doc_id(raw: bytes) -> str:

@@ -32,6 +32,7 @@ from nla_ray.label.teacher import make_teachers
             "- first point\n- second point\n- third point",
             id="more bullets than three",
         ),
+        pytest.param("- the only point.", "- the only point", id="a single bullet"),
         pytest.param(
             "This text appears to be about locks. It is long.",
             "- about locks\n- It is long",

@@ -177,6 +177,48 @@ def test_labels_made_elsewhere_are_joined_on_the_text_and_strangers_are_refused(
     assert [entry["line"] for entry in refused] == [3, 4, 5, 6, 7, 8, 9]
 
 
+def test_a_bad_label_costs_no_good_one_of_its_row(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    half = "- a smile \ud83d"  # JSON's escape of the first half of an emoji
+    rows = [
+        {"text": TEXTS["doc0"], "labels": {"gpt": "- whole", "kimi": None}},
+        {"text": TEXTS["doc1"], "labels": {"gpt": half, "kimi": "- a smile \U0001f642"}},
+        {"text": TEXTS["doc2"], "labels": {"gpt": ["- a list"], "\ud83d": "- a name", "": "- x"}},
+        {"text": TEXTS["doc3"], "teacher": "gpt", "label": None},
+        {"text": TEXTS["doc4"], "teacher": "gpt", "label": half},
+        {"doc_id": "\ud83d", "text": TEXTS["doc5"] + "\ud83d", "teacher": "gpt", "label": "- x"},
+    ]
+    run = tiny_run(label=LabelConfig(import_path=imported(tmp_path, rows)))
+    write_corpus(run, TEXTS)
+    manifest = label_texts(run)
+    assert {(row["doc_id"], row["teacher"], row["label"]) for row in all_labels(run)} == {
+        ("doc0", "gpt", "- whole"),
+        ("doc1", "kimi", "- a smile \U0001f642"),
+    }
+    not_unicode = "is not valid Unicode: it holds half a character"
+    assert manifest.metrics["refused"] == {
+        "label of 'kimi' is null": 1,
+        f"label of 'gpt' {not_unicode}": 2,
+        "label of 'gpt' is no string": 1,
+        f"label of '\\ud83d' {not_unicode}": 1,
+        "label without a teacher's name": 1,
+        "label of 'gpt' is null": 1,
+        "text is not valid Unicode": 1,
+    }
+    refused = (run.root / "labels" / "refused.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in refused] == [1, 2, 3, 3, 3, 4, 5, 6]
+
+
+def test_a_byte_order_mark_costs_no_label(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+    path = Path(imported(tmp_path, [{"text": TEXTS["doc0"], "teacher": "a", "label": "- first"}]))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    run = tiny_run(label=LabelConfig(import_path=str(path)))
+    write_corpus(run, TEXTS)
+    assert label_texts(run).metrics["refused"] == {}
+    assert [row["label"] for row in all_labels(run)] == ["- first"]
+
+
 def test_a_plan_counts_the_labels_there_are_not_the_offline_teachers(
     tiny_run: Callable[..., Run], tmp_path: Path
 ) -> None:
