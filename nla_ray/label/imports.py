@@ -16,6 +16,7 @@ from typing import Any
 
 from nla_ray.run.identity import text_hash
 from nla_ray.settings.config import require
+from nla_ray.text.documents import without_marks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def _matching_hash(
     text, digest = row.get("text"), row.get("text_hash")
     if isinstance(text, str):
         try:
-            actual = text_hash(text)
+            actual = text_hash(without_marks(text))
         except UnicodeEncodeError:
             raise ValueError("text is not valid Unicode") from None
         if digest is not None and digest != actual:

@@ -77,8 +77,8 @@ class CorpusConfig:
     """Where texts come from, how they are cut, and how many are kept."""
 
     path: str | None = None
-    """Your texts: a .jsonl, .parquet or .txt file, a folder of text files, or a Hugging Face
-    dataset on disk. None: the embedded corpus, from the installed Python packages."""
+    """Your texts: a .jsonl, .parquet or .txt file, a folder of data files or of text files, or a
+    saved Hugging Face dataset. None: the embedded corpus, from the installed Python packages."""
     text_field: str = "text"
     """Field or column that holds the text."""
     chunk_chars: int = 420

@@ -1,19 +1,22 @@
-"""Reads a user's texts: JSONL, Parquet, a folder of text files, or a Hugging Face dataset on disk.
+"""Reads a user's texts: JSONL, Parquet, text files, folders of these, or a Hugging Face dataset.
 
 Yields one document or one reject for every row, in the order of the source, and holds one batch at
-a time. Protects the rule that a bad row never stops a read: it becomes a Reject with its line and
-its reason. Files that cannot be read at all raise ValueError.
+a time. Protects two rules. A bad row never stops a read: it becomes a Reject with its line and its
+reason. A file is read as what it is or named in a ValueError: never rows as if they were prose.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nla_ray.run.identity import text_hash
+from nla_ray.run.log import get_logger
 from nla_ray.settings.config import CorpusConfig, require
 from nla_ray.text.rejects import Reject
 
@@ -24,6 +27,31 @@ MAX_BYTES_PER_CHAR = 6
 """The longest JSON escape of a character. A longer line is over the limit before it is parsed."""
 JSON_LINE_SLACK_BYTES = 1 << 20
 """Room for the other fields of a line."""
+BYTE_ORDER_MARK = "\ufeff"
+"""What some editors write before a text; no character of it."""
+_ARRAY_OF_ROWS = re.compile(rb"\s*\[\s*\{")
+_ROW = re.compile(rb'\{[ \t]*"')
+_HEAD_BYTES = 1 << 16
+"""Of a file: by them its format is told."""
+_WIDE_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_OTHER_TABLES = {
+    *(".csv", ".tsv", ".arrow", ".feather", ".orc", ".xlsx", ".sqlite", ".db", ".pkl"),
+    *(".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".7z"),
+}
+"""Endings of files that hold texts in a form that is not read here."""
+_COMPANION = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|dataset_infos)\b.*"
+    r"|.*\.(py|json|ya?ml|cff|bib|png|jpe?g|svg|gif|pdf)",
+    re.IGNORECASE,
+)
+"""Names of files that come with data files and say something about them."""
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +65,10 @@ class Document:
     doc_id: str
     domain: str
     text: str
+
+
+_Reader = Callable[[Path, str, CorpusConfig], Iterator[Document | Reject]]
+"""Of a file, under the name that its rejects carry."""
 
 
 class BadRow(Exception):
@@ -77,6 +109,18 @@ def read_documents(config: CorpusConfig) -> Iterator[Document | Reject]:
         yield item
 
 
+def without_marks(text: str) -> str:
+    """The text without byte order marks: its hash is then that of the same text elsewhere.
+
+    >>> without_marks("\ufeffA text"), without_marks("A text")
+    ('A text', 'A text')
+    """
+    return text.replace(BYTE_ORDER_MARK, "")
+
+
+# Files and folders --------------------------------------------------------------------------------
+
+
 def _rows_of(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
     if path.is_dir():
         is_dataset = any(
@@ -84,23 +128,123 @@ def _rows_of(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
             for name in ("dataset_info.json", "dataset_dict.json", "state.json")
         )
         return _read_dataset(path, config) if is_dataset else _read_folder(path, config)
-    readers = {
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
-        ".parquet": _read_parquet,
-        ".txt": _read_text_file,
-    }
+    suffix = path.suffix.lower()
     require(
-        path.suffix in readers,
+        suffix in {*_ROW_READERS, ".txt"},
         "corpus.path",
         str(path),
         "a .jsonl, .parquet or .txt file, or a folder",
         "Convert the file, or name it by its format.",
     )
-    return readers[path.suffix](path, config)
+    if suffix in _ROW_READERS:
+        return _ROW_READERS[suffix](path, path.name, config)
+    _require_utf8(path)
+    return _read_text_file(path, path.name, config)
 
 
-def _read_jsonl(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
+def _read_folder(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
+    """The rows of the data files below the folder; where there is none, every file as a document.
+
+    A data file is JSON Lines or Parquet; a card, a licence or a script beside it is no text of the
+    corpus. Names are paths relative to the folder; hidden files are left out. Raises ValueError for
+    a folder that mixes data files and texts, and for one whose data files are of another format.
+    """
+    names: dict[str, Path] = {}
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+            names[relative.as_posix()] = file
+    tables = [name for name, file in names.items() if _holds_rows(file, config)]
+    unread = {name for name, file in names.items() if file.suffix.lower() in _OTHER_TABLES}
+    texts = [
+        name
+        for name in sorted({*names} - {*tables} - unread)
+        if not _COMPANION.fullmatch(Path(name).name)
+    ]
+    require(
+        not (tables and texts),
+        f"corpus.path {path}",
+        f"data files ({tables[:1]} ...) and texts ({texts[:1]} ...)",
+        "one of the two in a folder",
+        "Name the data file itself, or give either a folder of its own.",
+    )
+    require(
+        bool(tables or texts or not unread),
+        f"corpus.path {path}",
+        min(unread, default=None),
+        "data files in JSON Lines or Parquet",
+        "Convert them.",
+    )
+    if tables:
+        others = len(names) - len(tables)
+        logger.info("corpus: the rows of %d files; %d other files not read", len(tables), others)
+        for name in tables:
+            yield from _ROW_READERS[names[name].suffix.lower()](names[name], name, config)
+        return
+    for name, file in names.items():
+        if name in unread:
+            yield Reject(source=name, line=0, reason=f"{file.suffix.lower()} is not read")
+        else:
+            yield from _read_text_file(file, name, config)
+
+
+def _holds_rows(file: Path, config: CorpusConfig) -> bool:
+    """Whether a file of a folder is a data file; of `.json` files only those that hold texts are.
+
+    Raises ValueError for a `.json` file that holds texts as an array.
+    """
+    suffix = file.suffix.lower()
+    if suffix != ".json":
+        return suffix in _ROW_READERS
+    try:
+        head = _head_of(file)
+    except OSError:
+        return False  # rejected as a text, with its reason
+    if json.dumps(config.text_field).encode() not in head:
+        return False
+    _require_no_array(file, head)
+    return _ROW.match(head) is not None
+
+
+def _head_of(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(_HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+
+
+def _require_utf8(path: Path) -> None:
+    encoding = _wide_encoding(_head_of(path))
+    require(
+        encoding is None,
+        f"corpus.path {path}",
+        encoding,
+        "UTF-8",
+        f"Convert it: iconv -f {encoding} -t UTF-8 '{path.name}' > 'utf8_{path.name}'",
+    )
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """The encoding that a file's first bytes name, if it is not UTF-8."""
+    return next((name for mark, name in _WIDE_ENCODINGS.items() if head.startswith(mark)), None)
+
+
+def _require_no_array(path: Path, head: bytes) -> None:
+    require(
+        _ARRAY_OF_ROWS.match(head) is None,
+        f"corpus.path {path}",
+        "one JSON array",
+        "JSON Lines: one object a line",
+        "Convert it: python -c 'import json, sys; [print(json.dumps(row)) for row in"
+        f" json.load(sys.stdin)]' < '{path.name}' > '{path.stem}_rows.jsonl'",
+    )
+
+
+# Formats ------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path, name: str, config: CorpusConfig) -> Iterator[Document | Reject]:
+    """Raises ValueError for a file in UTF-16, and for one that is a JSON array."""
+    _require_utf8(path)
+    _require_no_array(path, _head_of(path))
     limit = MAX_BYTES_PER_CHAR * config.max_document_chars + JSON_LINE_SLACK_BYTES
     with path.open("rb") as file:
         number = 0
@@ -116,10 +260,11 @@ def _read_jsonl(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]
                     raise BadRow("over the length limit")
                 yield _document(_parse_line(raw), config)
             except BadRow as bad:
-                yield Reject(source=path.name, line=number, reason=str(bad))
+                yield Reject(source=name, line=number, reason=str(bad))
 
 
 def _parse_line(raw: bytes) -> dict[str, Any]:
+    raw = raw.removeprefix(codecs.BOM_UTF8)  # of the file, or of a file that was appended to it
     if not raw.strip():
         raise BadRow("empty")
     if b"\0" in raw:
@@ -160,6 +305,7 @@ def _as_text(value: Any, max_chars: int) -> str:
             raise BadRow("not UTF-8") from None
     if not isinstance(value, str):
         raise BadRow("not a string")
+    value = without_marks(value)
     if not value:
         raise BadRow("empty")
     if not value.strip():
@@ -175,7 +321,7 @@ def _as_text(value: Any, max_chars: int) -> str:
     return value
 
 
-def _read_parquet(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
+def _read_parquet(path: Path, name: str, config: CorpusConfig) -> Iterator[Document | Reject]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -189,7 +335,7 @@ def _read_parquet(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
     columns = _wanted_columns(file.schema_arrow.names, path, config)
     number = 0
     for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-        yield from _read_table(pa.Table.from_batches([batch]), path.name, number, config)
+        yield from _read_table(pa.Table.from_batches([batch]), name, number, config)
         number += batch.num_rows
 
 
@@ -255,23 +401,25 @@ def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Rejec
             number += table.num_rows
 
 
-def _read_folder(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
-    """Every file below the folder but hidden ones: a document named by its relative path."""
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield from _read_text_file(file, config, relative.as_posix())
-
-
-def _read_text_file(
-    path: Path, config: CorpusConfig, name: str | None = None
-) -> Iterator[Document | Reject]:
-    name = name or path.name
+def _read_text_file(path: Path, name: str, config: CorpusConfig) -> Iterator[Document | Reject]:
+    """The whole file as a document of this name."""
     try:
         if path.stat().st_size > MAX_BYTES_PER_CHAR * config.max_document_chars:
             raise BadRow("over the length limit")
-        yield _document({config.text_field: path.read_bytes()}, config, doc_id=name)
+        content = path.read_bytes()
+        if encoding := _wide_encoding(content[:4]):
+            raise BadRow(f"{encoding}, not UTF-8")
+        yield _document({config.text_field: content}, config, doc_id=name)
     except BadRow as bad:
         yield Reject(source=name, line=0, reason=str(bad))
     except OSError as error:
         yield Reject(source=name, line=0, reason=f"cannot be read: {error.strerror}")
+
+
+_ROW_READERS: dict[str, _Reader] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+"""By a file's ending, in lower case."""

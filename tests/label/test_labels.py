@@ -211,7 +211,8 @@ def test_a_bad_label_costs_no_good_one_of_its_row(
 
 
 def test_a_byte_order_mark_costs_no_label(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
-    path = Path(imported(tmp_path, [{"text": TEXTS["doc0"], "teacher": "a", "label": "- first"}]))
+    text = "\ufeff" + TEXTS["doc0"]
+    path = Path(imported(tmp_path, [{"text": text, "teacher": "a", "label": "- first"}]))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     run = tiny_run(label=LabelConfig(import_path=str(path)))
     write_corpus(run, TEXTS)

@@ -11,6 +11,7 @@ import pytest
 from tiny import random_sentences
 
 from nla_ray.run.artifact import Run
+from nla_ray.run.identity import text_hash
 from nla_ray.settings.config import CorpusConfig
 from nla_ray.text.chunks import Chunk
 from nla_ray.text.documents import Document, read_documents
@@ -114,12 +115,100 @@ def test_bad_rows_of_parquet_and_bad_files_of_a_folder_are_rejected_too(tmp_path
     (tmp_path / "folder" / "bad.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "folder" / "good.txt").write_text(GOOD)
     bad, good = read_documents(CorpusConfig(path=str(tmp_path / "folder")))
-    assert (bad.source, bad.reason) == ("bad.txt", "not UTF-8") and good.doc_id == "good.txt"
+    assert (bad.source, bad.reason) == (
+        "bad.txt",
+        "UTF-16, not UTF-8",
+    ) and good.doc_id == "good.txt"
+
+
+MARK = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
+ROWS = [json.dumps({"text": f"{GOOD} {number}"}).encode() for number in range(2)]
+
+
+def texts_of(path: Path) -> list[str]:
+    """The texts of a source that has no bad row."""
+    documents = list(read_documents(CorpusConfig(path=str(path))))
+    assert all(isinstance(item, Document) for item in documents), documents
+    return [item.text for item in documents if isinstance(item, Document)]
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "TEXTS.JSONL", "texts.NDJSON", "texts.json"])
+def test_a_byte_order_mark_and_the_case_of_an_ending_cost_no_row(tmp_path: Path, name: str) -> None:
+    whole = MARK + ROWS[0] + b"\r\n" + MARK + ROWS[1] + b"\r\n"  # two files in one
+    (tmp_path / name).write_bytes(whole)
+    assert texts_of(tmp_path / name) == [f"{GOOD} 0", f"{GOOD} 1"]
+
+
+def test_no_text_holds_a_byte_order_mark_wherever_it_comes_from(tmp_path: Path) -> None:
+    marked, name = "\ufeff" + GOOD, f"text/{text_hash(GOOD)[:32]}"
+    (tmp_path / "marked.TXT").write_text(marked)
+    pq.write_table(pa.table({"text": [marked]}), tmp_path / "marked.parquet")
+    (tmp_path / "marked.jsonl").write_text(json.dumps({"text": marked}))
+    for path in tmp_path.iterdir():
+        [document] = read_documents(CorpusConfig(path=str(path)))
+        assert isinstance(document, Document) and document.text == GOOD
+        assert document.doc_id == ("marked.TXT" if path.suffix == ".TXT" else name)
+
+
+def test_the_rows_of_a_downloaded_dataset_are_the_corpus_and_its_card_is_none_of_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("# A card that is long enough to be taken for a document")
+    (tmp_path / "script.py").write_text("print('A script beside the data files')\n")
+    (tmp_path / ".gitattributes").write_text("*.parquet filter=lfs")
+    for part in range(2):
+        rows = pa.table({"text": [f"{GOOD} {part} {number}" for number in range(2)]})
+        pq.write_table(rows, tmp_path / "data" / f"train-{part}.parquet")
+    assert texts_of(tmp_path) == [f"{GOOD} {part} {row}" for part in range(2) for row in range(2)]
+
+
+def test_a_folder_of_shards_is_its_rows_with_each_reject_under_its_own_file(tmp_path: Path) -> None:
+    (tmp_path / "part-0.jsonl").write_bytes(b"\n".join(ROWS))
+    (tmp_path / "part-1.JSON").write_bytes(json.dumps({"text": GOOD}).encode() + b"\n{torn")
+    (tmp_path / "config.json").write_text('{"name": "rows of texts"}')
+    *documents, reject = read_documents(CorpusConfig(path=str(tmp_path)))
+    assert [item.text for item in documents if isinstance(item, Document)] == [
+        f"{GOOD} 0",
+        f"{GOOD} 1",
+        GOOD,
+    ]
+    assert reject == Reject(source="part-1.JSON", line=2, reason="truncated or invalid JSON")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl": ROWS[0], "b.txt": GOOD.encode()}, r"data files \(\['a.jsonl'\].*\['b.txt'\]"),
+        ({"a.csv": b"text\nhello", "README.md": b"# A card"}, r"a\.csv.*Convert"),
+        ({"a.json": b'[\n {"text": "hello"}]'}, "one JSON array.*json.load"),
+    ],
+)
+def test_a_folder_whose_texts_cannot_be_told_is_one_clear_error(
+    tmp_path: Path, files: dict[str, bytes], message: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(CorpusConfig(path=str(tmp_path))))
+
+
+def test_an_archive_among_texts_is_rejected_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(GOOD)
+    (tmp_path / "old.zip").write_bytes(b"PK")
+    text, archive = read_documents(CorpusConfig(path=str(tmp_path)))
+    assert isinstance(text, Document)
+    assert archive == Reject(source="old.zip", line=0, reason=".zip is not read")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("wide.jsonl", ROWS[0].decode().encode("utf-16"), "UTF-16.*iconv -f UTF-16 -t UTF-8"),
+        ("wide.txt", GOOD.encode("utf-32"), "UTF-32.*iconv -f UTF-32 -t UTF-8"),
+        ("array.json", b'[\n {\n  "text": "a"}]', "one JSON array.*one object a line.*json.load"),
+        ("array.jsonl", MARK + b'[{"text": "a"}]', "one JSON array.*one object a line.*json.load"),
         ("missing.jsonl", None, "a file or a folder that exists"),
         ("texts.csv", b"text\nhello\n", "a .jsonl, .parquet or .txt file"),
         ("torn.parquet", b"PAR1 no more", "a whole Parquet file"),
