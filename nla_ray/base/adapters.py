@@ -8,6 +8,7 @@ never the base, its embedding or its vocabulary.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from nla_ray.base.families import family_of
 from nla_ray.settings.config import LoraSettings
 
-_CONFIG_NAME = "adapter_config.json"
+_CONFIG_NAME, _WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 AdaptedModel = PeftModelForCausalLM
 """A causal model with adapters; a subclass may have another forward."""
@@ -111,9 +112,7 @@ def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") ->
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        adapter_state(model, name), folder / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
+    save_file(adapter_state(model, name), folder / _WEIGHTS_NAME, metadata={"format": "pt"})
     config: Any = copy.copy(_lora_config(model, name))
     config.inference_mode = True
     # A set, whose order differs from process to process, would make another file in each.
@@ -126,6 +125,15 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Tensor], LoraSettings]:
     _require_adapter(folder)
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     return load_peft_weights(str(folder), device="cpu"), _settings(config)
+
+
+def adapter_digest(folder: Path | str) -> str:
+    """First 16 hex digits of the SHA-256 of a saved adapter's settings and weights."""
+    _require_adapter(folder)
+    digest = hashlib.sha256()
+    for name in (_CONFIG_NAME, _WEIGHTS_NAME):
+        digest.update((Path(folder) / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def adapter_settings(model: PeftModel, name: str = "default") -> LoraSettings:

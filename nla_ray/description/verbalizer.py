@@ -11,6 +11,7 @@ from nla_ray.base.adapters import read_adapter
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
+from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.description.record import Description
 from nla_ray.settings.config import BaseConfig
 
@@ -72,4 +73,21 @@ class Verbalizer:
             max_new_tokens=max_new_tokens,
             seed=seed,
             rows=rows,
+        )
+
+    def describe_under(
+        self, protocol: GenerationProtocol, activations: Tensor, start: int = 0
+    ) -> list[Description]:
+        """What a protocol asks for of activations [n, d_model], by (activation, sample).
+
+        `start`: the number of the first of them among all that are described: it seeds samples.
+        """
+        decoding = protocol.decoding
+        return self.describe(
+            activations,
+            max_new_tokens=protocol.limits["max_new_tokens"],
+            temperature=decoding["temperature"],
+            seed=decoding["seed"] or 0,
+            rows=range(start, start + len(activations)),
+            group_size=decoding["samples"],
         )

@@ -2,7 +2,7 @@
 
 Nouns: a verbalizer's row, a control, a gate, a figure with its interval.
 
-Read: stage (the steps), lineage, controls, describing, readings, gathering, evaluated,
+Read: stage (the steps), lineage, controls, describing, readings, gathering, evaluated, pairing,
 claim_figures, samples, summary, gates, then what stands beside the figures (gallery, growth, notes,
 compared, reuse), rendering, and cards with their example.
 

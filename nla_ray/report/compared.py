@@ -3,7 +3,9 @@
 PATH is a file of descriptions (JSONL: `activation_id`, `description`), an adapter folder, or a
 folder with an adapter and its manifest (another run's artifact). What they say is a row of every
 table, under the rules of every row: nothing is left out, and an activation that a file does not
-describe counts as described by the empty string.
+describe counts as described by the empty string. A file whose first line does not say how it was
+generated is in no paired difference; a report's own files say so, and for descriptions that nobody
+generated the line is `{"protocol": "not generated"}`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nla_ray.base.identity import BaseInfo, check_base
+from nla_ray.description.files import is_protocol, protocol_in
+from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.run.manifest import MANIFEST_NAME, Manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,6 +45,14 @@ class Compared:
     @property
     def is_adapter(self) -> bool:
         return self.path.is_dir()
+
+    @property
+    def protocol(self) -> GenerationProtocol | None:
+        """How a file of descriptions was generated, where it says so.
+
+        Raises ValueError for a protocol that is damaged.
+        """
+        return protocol_in(self.path.read_bytes(), str(self.path))
 
 
 def find_compared(wanted: Sequence[str], taken: Sequence[str]) -> list[Compared]:
@@ -104,6 +116,8 @@ def read_descriptions(file: Path, activation_ids: Sequence[str]) -> tuple[list[s
             continue
         try:
             row = json.loads(line)
+            if number == 1 and is_protocol(row):
+                continue
             activation_id, text = row["activation_id"], row["description"]
         except (json.JSONDecodeError, KeyError, TypeError):
             activation_id = text = None

@@ -1,15 +1,16 @@
 """Every description that a report is about: labels, controls, and what verbalizers write.
 
-They are kept in `{verbalizer}.jsonl` files of the report's folder, which are appended to and read
-back: an interrupted report goes on description by description. It computes no figure. Protects the
+They are kept in `{verbalizer}.jsonl` files of the report's folder, which begin with the protocol
+that they were generated under, are appended to and read back: an interrupted report goes on
+description by description. It computes no figure. Protects the
 rule that every test activation has exactly one description under every verbalizer, in the same
 order, however bad.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations
+from nla_ray.base.adapters import adapter_digest
 from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.description.files import DescriptionFile
+from nla_ray.description.protocol import (
+    NOT_GENERATED,
+    GenerationProtocol,
+    generation_protocol,
+    require_same_protocol,
+)
 from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.label.stage import drawn_labels
@@ -29,12 +38,11 @@ from nla_ray.report.controls import (
     nearest_train_labels,
     trained_in,
 )
+from nla_ray.report.reuse import OwnReport
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
-from nla_ray.run.log import stage_progress
 from nla_ray.run.manifest import Manifest
-from nla_ray.run.metrics import MetricsLog
-from nla_ray.settings.config import RunConfig
+from nla_ray.settings.config import to_dict
 
 _CHUNK_BATCHES = 8
 """Activations handed to the engine at once, in batches.
@@ -49,6 +57,17 @@ Measured with nano on two threads: 256 at once take 0.74 of the time that 64 tak
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """Everything that is said of the test activations, in their order."""
+
+    by_verbalizer: dict[str, list[Description]]
+    protocols: dict[str, GenerationProtocol | None]
+    """How they were generated, by verbalizer; None: that is not recorded."""
+    samples: list[list[Description]]
+    """Of each activation, by the arm of GRPO; empty when none were drawn."""
+
+
 def describe_all(
     run: Run,
     manifests: Mapping[str, Manifest],
@@ -56,19 +75,18 @@ def describe_all(
     mean: Tensor,
     folder: Path,
     compared: Sequence[Compared],
-) -> tuple[dict[str, list[Description]], list[list[Description]]]:
-    """Descriptions of every test activation by verbalizer; and the samples of each.
+    own_report: OwnReport,
+) -> Described:
+    """What labels, controls and verbalizers say of every test activation.
 
     Samples are drawn by the arm of GRPO, `evaluation.samples` of each activation. All descriptions
-    are written to `folder` as they come.
+    are written to `folder` as they come, or taken over from the run's own report.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arm = run.config.grpo.artifact
-    describer = Describer(run.config, decoding(manifests[arm]), test, folder)
-    described = {
-        name: describer.keep(name, texts)
-        for name, texts in _label_controls(run, test, mean).items()
-    }
+    arm, base_digest = run.config.grpo.artifact, manifests["activations"].model["digest"]
+    describer = Describer(run, base_digest, test, folder, own_report)
+    for name, texts in _label_controls(run, test, mean).items():
+        describer.keep(name, texts, NOT_GENERATED)
     samples: list[list[Description]] = []
     for artifact in trained_in(manifests):
         injected = {artifact: test.vectors}
@@ -81,26 +99,44 @@ def describe_all(
             }
         neighbours = manifests[artifact].model["neighbours"]
         with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
-            described |= describer.describe(adapter, neighbours, injected)
+            describer.describe(adapter, neighbours, injected)
             if artifact == arm and run.config.evaluation.samples:
                 samples = describer.sample(adapter, neighbours, f"{artifact}_samples", test.vectors)
     for verbalizer in compared:
         name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
         if verbalizer.is_adapter:
             neighbours = manifest.model["neighbours"] if manifest else None
-            described |= describer.describe(path, neighbours, {name: test.vectors})
+            describer.describe(path, neighbours, {name: test.vectors})
         else:
             texts, _ = read_descriptions(path, test.ids)
-            described[name] = describer.keep(name, texts)
-    return described, samples
+            describer.keep(name, texts, verbalizer.protocol)
+    return Described(
+        by_verbalizer=describer.described, protocols=describer.protocols, samples=samples
+    )
 
 
-def decoding(arm: Manifest) -> Mapping[str, Any]:
+def decoding(run: Run) -> Mapping[str, Any]:
     """How a report on an arm of GRPO decodes, which is how the arm sampled.
 
-    Has `max_new_tokens`, and the `temperature` of samples.
+    Has `max_new_tokens`, and the `temperature` of samples. Where the arm is not trained yet: how it
+    is going to sample.
     """
-    return arm.config["grpo"]
+    arm = run.find(run.config.grpo.artifact)
+    return to_dict(run.config)["grpo"] if arm is None else arm.config["grpo"]
+
+
+def check_protocols(run: Run, compared: Sequence[Compared]) -> None:
+    """Raise ValueError for a file of descriptions that may not be compared with the run's own."""
+    files = [verbalizer for verbalizer in compared if not verbalizer.is_adapter]
+    recorded = {file.name: file.protocol for file in files if file.protocol is not None}
+    if not recorded:
+        return
+    base, limit = run.config.base, decoding(run)["max_new_tokens"]
+    ours = generation_protocol(
+        base, load_tokenizer(base), max_new_tokens=limit, weights={"adapter": "of this run"}
+    )
+    for name, protocol in recorded.items():
+        require_same_protocol((name, "the run's own"), protocol, ours)
 
 
 def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
@@ -122,46 +158,57 @@ class Describer:
     """Keeps files of descriptions, and makes what they lack with adapters over one loaded base."""
 
     def __init__(
-        self, config: RunConfig, sampling: Mapping[str, Any], test: ActivationTable, folder: Path
+        self, run: Run, base_digest: str, test: ActivationTable, folder: Path, own_report: OwnReport
     ) -> None:
-        self._config, self._sampling, self._ids, self._folder = config, sampling, test.ids, folder
-        self._tokenizer, self._model = load_tokenizer(config.base), None
+        self._config, self._sampling, self._base_digest = run.config, decoding(run), base_digest
+        self._ids, self._folder, self._own_report = test.ids, folder, own_report
+        self._tokenizer, self._model = load_tokenizer(run.config.base), None
         self._num_tokens: dict[str, int] = {}
+        self.described: dict[str, list[Description]] = {}
+        """What is said of every activation, by verbalizer."""
+        self.protocols: dict[str, GenerationProtocol | None] = {}
+        """Of each of them."""
 
-    def keep(self, name: str, texts: Sequence[str]) -> list[Description]:
+    def keep(self, name: str, texts: Sequence[str], protocol: GenerationProtocol | None) -> None:
         """Write descriptions that cost nothing to make, one for each activation."""
         described = [self._described(text, closed=True) for text in texts]
-        _write_rows(self._folder / f"{name}.jsonl", _rows(self._ids, described))
-        return described
+        DescriptionFile(self._path(name), self._ids, protocol).write(described)
+        self.described[name], self.protocols[name] = described, protocol
 
     def describe(
         self, adapter: Path, neighbours: Sequence[int] | None, injected: Mapping[str, Tensor]
-    ) -> dict[str, list[Description]]:
+    ) -> None:
         """What an adapter says, greedily, by the name of what is injected.
 
         `injected`: [rows, d_model], or [1, d_model] for all rows alike.
         """
-        return {
-            name: self._complete(adapter, neighbours, name, vectors, self._ids)
-            for name, vectors in injected.items()
-        }
+        protocol = self._protocol(adapter)
+        for name, vectors in injected.items():
+            described = self._complete(adapter, neighbours, name, vectors, protocol)
+            self.described[name], self.protocols[name] = described
 
     def sample(
         self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor
     ) -> list[list[Description]]:
         """`evaluation.samples` seeded samples of every row, drawn as GRPO drew them."""
         count = self._config.evaluation.samples
-        ids = [activation_id for activation_id in self._ids for _ in range(count)]
-        flat = self._complete(
+        protocol = self._protocol(
             adapter,
-            neighbours,
-            name,
-            injected,
-            ids,
             samples=count,
             temperature=self._sampling["temperature"],
+            seed=seed_of(self._config.evaluation.seed, "samples"),
         )
+        flat, _ = self._complete(adapter, neighbours, name, injected, protocol)
         return [flat[start : start + count] for start in range(0, len(flat), count)]
+
+    def _protocol(self, adapter: Path, **decoded: Any) -> GenerationProtocol:
+        return generation_protocol(
+            self._config.base,
+            self._tokenizer,
+            max_new_tokens=self._sampling["max_new_tokens"],
+            weights={"base": self._base_digest, "adapter": adapter_digest(adapter)},
+            **decoded,
+        )
 
     def _complete(
         self,
@@ -169,37 +216,33 @@ class Describer:
         neighbours: Sequence[int] | None,
         name: str,
         injected: Tensor,
-        ids: Sequence[str],
-        samples: int = 1,
-        temperature: float = 0.0,
-    ) -> list[Description]:
-        """All descriptions of a file; what is missing is made and appended, chunk by chunk."""
-        log = MetricsLog(self._folder / f"{name}.jsonl")
-        done = self._read(log, ids, samples)
-        if len(done) == len(ids):
-            return done
-        verbalizer = self._load(adapter, neighbours)
+        protocol: GenerationProtocol,
+    ) -> tuple[list[Description], GenerationProtocol | None]:
+        """All descriptions of a file, and how they were generated.
+
+        What is missing is made and appended, chunk by chunk.
+        """
+        path = self._path(name)
+        if not path.exists():
+            self._own_report.take_over(f"descriptions/{path.name}", protocol, path)
+        verbalizer: Verbalizer | None = None
+
+        def describe(start: int, stop: int) -> list[Description]:
+            nonlocal verbalizer
+            verbalizer = verbalizer or self._load(adapter, neighbours)
+            is_same = len(injected) == 1
+            rows = injected if is_same else injected[start:stop]
+            written = verbalizer.describe_under(protocol, rows, start)
+            fresh = [self._described(new.text, new.closed) for new in written]
+            return fresh * (stop - start) if is_same else fresh
+
+        samples = protocol.decoding["samples"]
         chunk = max(1, self._config.evaluation.batch_size * _CHUNK_BATCHES // samples)
-        with stage_progress(f"describe: {name}", len(ids)) as advance:
-            advance(len(done))
-            while len(done) < len(ids):
-                start = len(done) // samples
-                rows = injected if len(injected) == 1 else injected[start : start + chunk]
-                written = verbalizer.describe(
-                    rows,
-                    max_new_tokens=self._sampling["max_new_tokens"],
-                    group_size=samples,
-                    temperature=temperature,
-                    seed=seed_of(self._config.evaluation.seed, "samples"),
-                    rows=list(range(start, start + len(rows))),
-                )
-                copies = len(ids) - len(done) if len(injected) == 1 else 1
-                fresh = [self._described(new.text, new.closed) for new in written] * copies
-                for row in _rows(ids[len(done) : len(done) + len(fresh)], fresh):
-                    log.append(row)
-                done += fresh
-                advance(len(fresh))
-        return done
+        file = DescriptionFile(path, self._ids, protocol)
+        return file.complete(describe, chunk), file.protocol
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.jsonl"
 
     def _load(self, adapter: Path, neighbours: Sequence[int] | None) -> Verbalizer:
         self._model = load_backbone(self._config.base) if self._model is None else self._model
@@ -207,27 +250,6 @@ class Describer:
         return Verbalizer.load(
             self._config.base, adapter, neighbours=neighbours, model=self._model, max_slots=slots
         )
-
-    def _read(self, log: MetricsLog, ids: Sequence[str], samples: int) -> list[Description]:
-        """What a file holds already, in whole groups of samples; a begun group is cut off.
-
-        Raises ValueError when it describes other activations.
-        """
-        rows = log.read()
-        if begun := len(rows) % samples:
-            rows = rows[:-begun]
-            _write_rows(log.path, rows)
-        if [row["activation_id"] for row in rows] != list(ids[: len(rows)]):
-            raise ValueError(
-                f"{log.path}: got descriptions of other activations than the report's, expected the"
-                " same in order. The file is damaged; delete it and evaluate again."
-            )
-        return [
-            Description.from_text(
-                row["description"], num_tokens=row["num_tokens"], closed=row["closed"]
-            )
-            for row in rows
-        ]
 
     def _described(self, text: str, closed: bool) -> Description:
         """A description with its length in tokens.
@@ -237,20 +259,3 @@ class Describer:
         if text not in self._num_tokens:
             self._num_tokens[text] = len(self._tokenizer.encode(text, add_special_tokens=False))
         return Description.from_text(text, num_tokens=self._num_tokens[text], closed=closed)
-
-
-def _rows(ids: Sequence[str], descriptions: Sequence[Description]) -> list[dict[str, Any]]:
-    """The lines of a file, one for each activation."""
-    return [
-        {
-            "activation_id": activation_id,
-            "description": description.text,
-            "closed": description.closed,
-            "num_tokens": description.num_tokens,
-        }
-        for activation_id, description in zip(ids, descriptions, strict=True)
-    ]
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

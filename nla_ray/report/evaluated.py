@@ -7,8 +7,8 @@ reconstruction any figure asks for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from nla_ray.report.claim_figures import claim_figures
 from nla_ray.report.controls import SCORERS
+from nla_ray.report.pairing import comparable_pairs
 from nla_ray.score import claims
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.metrics import Figure, figures
 
 if TYPE_CHECKING:
+    from nla_ray.description.protocol import GenerationProtocol
     from nla_ray.description.record import Description
     from nla_ray.report.readings import Readings
 
@@ -37,6 +39,10 @@ class Evaluated:
     comparisons: Comparisons
     descriptions: Mapping[str, Sequence[Description]]
     """By verbalizer."""
+    protocols: Mapping[str, GenerationProtocol | None] = field(default_factory=dict)
+    """How they were generated, by verbalizer; None or no entry: that is not recorded."""
+    from_elsewhere: Collection[str] = ()
+    """Verbalizers that are not the run's own."""
     readings: Readings
     """Of all `texts_to_read`."""
     domain_names: Mapping[str, str]
@@ -49,6 +55,11 @@ class Evaluated:
     """Verbalizer -> number of tokens -> the descriptions of those rows cut to them."""
     sampled: str
     """The verbalizer that the samples are of."""
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Which verbalizers are compared row by row: see `report.pairing`."""
+        return comparable_pairs(list(self.descriptions), self.protocols, self.from_elsewhere)
 
     @cached_property
     def geometry(self) -> dict[str, dict[str, dict[str, Figure]]]:

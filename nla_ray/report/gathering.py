@@ -20,6 +20,7 @@ from nla_ray.report.controls import VERBALIZERS, trained_in
 from nla_ray.report.describing import describe_all
 from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.readings import reconstruct_texts
+from nla_ray.report.reuse import OwnReport
 from nla_ray.report.summary import PREFIX_TOKENS
 from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
@@ -40,17 +41,22 @@ def gather_evaluated(
     test: ActivationTable,
     compared: Sequence[Compared],
     folder: Path,
+    own_report: OwnReport,
 ) -> Evaluated:
     """All descriptions of the test activations, and what the scorers read in them.
 
-    `folder`: the report's, where descriptions and readings are kept as they come.
+    `folder`: the report's, where descriptions and readings are kept as they come. `own_report`:
+    where descriptions may be taken over from.
     """
     config, seed = run.config, run.config.evaluation.seed
     mean = torch.tensor(load_stats(run)["mean_direction"])
-    written, samples = describe_all(run, manifests, test, mean, folder / "descriptions", compared)
+    written = describe_all(
+        run, manifests, test, mean, folder / "descriptions", compared, own_report
+    )
+    said, samples = written.by_verbalizer, written.samples
     # In the order of the tables; what was named on the command line comes last.
-    names = [name for name in dict.fromkeys([*VERBALIZERS, *written]) if name in written]
-    descriptions = {name: written[name] for name in names}
+    names = [name for name in dict.fromkeys([*VERBALIZERS, *said]) if name in said]
+    descriptions = {name: said[name] for name in names}
     prefix_rows = _prefix_rows(len(test.ids), seed)
     described_rows = {
         name: [descriptions[name][row] for row in prefix_rows]
@@ -66,6 +72,8 @@ def gather_evaluated(
         salient=_salient(run, test.texts),
         comparisons=Comparisons.draw(test.vectors, test.doc_ids, mean, seed, test.domains),
         descriptions=descriptions,
+        protocols={name: written.protocols[name] for name in names},
+        from_elsewhere=[verbalizer.name for verbalizer in compared],
         samples=samples,
         sampled=config.grpo.artifact,
         prefix_rows=prefix_rows,

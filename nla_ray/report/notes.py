@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.report.compared import Compared, read_descriptions
 from nla_ray.report.evaluated import Evaluated
+from nla_ray.report.pairing import protocol_notes
 from nla_ray.run.artifact import Run
 
 NOTES_NAME = "notes.txt"
@@ -45,4 +46,4 @@ def missing_notes(
                 f"{name}: {missing} of {len(test.ids)} activations have no description in"
                 f" {path.name}; they count as described by nothing."
             )
-    return notes
+    return [*notes, *protocol_notes(evaluated.protocols, evaluated.from_elsewhere)]

@@ -2,7 +2,7 @@
 
 A report on another arm, or on what `--compare` names, describes anew only what the run's own report
 does not have. Protects the rule that a copied description is the one that would be made again: of
-the same activations, by the same adapter, decoded the same way.
+the same activations, under the same generation protocol, weights included.
 """
 
 from __future__ import annotations
@@ -11,42 +11,35 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from nla_ray.report.controls import INJECTED
-from nla_ray.report.describing import decoding
+from nla_ray.description.files import protocol_in
+from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import RunConfig
 
+_ROWS = ("split", "max_activations", "seed")
+"""Settings of evaluation that choose the activations, and what is injected by controls."""
 
-def reuse_descriptions(
-    run: Run, stage: Artifact, manifests: Mapping[str, Manifest], folder: Path
-) -> None:
-    """Copy files of descriptions into `folder` from the run's own report, where it is complete."""
-    name = _own_report_name(run.config)
-    report, contrastive = run.find(name), run.find("grpo")
-    if name == stage.name or report is None or contrastive is None:
-        return
-    arm = run.config.grpo.artifact
-    settings, previous = stage.config["evaluation"], report.config["evaluation"]
-    same_rows = _is_unchanged("activations", manifests, report) and all(
-        previous[field] == settings[field] for field in ("split", "max_activations", "seed")
-    )
-    same_length = (
-        contrastive.fingerprint == report.parents["grpo"]
-        and decoding(contrastive)["max_new_tokens"] == decoding(manifests[arm])["max_new_tokens"]
-    )
-    if not (same_rows and same_length):
-        return
-    described_by = {"sft": "sft", **dict.fromkeys(INJECTED, "sft"), "grpo": "grpo"}
-    if arm == "grpo" and previous["samples"] == settings["samples"]:
-        described_by["grpo_samples"] = "grpo"
-    for verbalizer, artifact in described_by.items():
-        path = f"descriptions/{verbalizer}.jsonl"
-        copy = folder / path
-        unchanged = _is_unchanged(artifact, manifests, report)
-        if unchanged and path in report.files and not copy.exists():
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(run.verified(name, report, path).read_bytes())
+
+class OwnReport:
+    """The files of descriptions of the run's own report, where it is about the same activations."""
+
+    def __init__(self, run: Run, stage: Artifact, manifests: Mapping[str, Manifest]) -> None:
+        """`stage`: the report that is being made from `manifests`."""
+        self._run, self._name = run, _own_report_name(run.config)
+        report = run.find(self._name)
+        if report is not None and not _has_same_rows(report, stage, manifests):
+            report = None
+        self._report = report
+
+    def take_over(self, path: str, protocol: GenerationProtocol, target: Path) -> None:
+        """Copy a file of the report to `target`, where it was generated under this protocol."""
+        if self._report is None or path not in self._report.files:
+            return
+        content = self._run.verified(self._name, self._report, path).read_bytes()
+        recorded = protocol_in(content, path)
+        if recorded is not None and recorded.hash == protocol.hash:
+            target.write_bytes(content)
 
 
 def _own_report_name(config: RunConfig) -> str:
@@ -55,6 +48,11 @@ def _own_report_name(config: RunConfig) -> str:
     return dataclasses.replace(config, grpo=grpo, compare=()).report_artifact
 
 
-def _is_unchanged(artifact: str, manifests: Mapping[str, Manifest], report: Manifest) -> bool:
-    """Whether a report was made from the same content of an artifact as this one."""
-    return artifact in manifests and manifests[artifact].fingerprint == report.parents[artifact]
+def _has_same_rows(report: Manifest, stage: Artifact, manifests: Mapping[str, Manifest]) -> bool:
+    """Whether a report is another one than this, on the same activations."""
+    settings, previous = stage.config["evaluation"], report.config["evaluation"]
+    return (
+        report.name != stage.name
+        and report.parents["activations"] == manifests["activations"].fingerprint
+        and all(previous[field] == settings[field] for field in _ROWS)
+    )

@@ -20,6 +20,7 @@ from nla_ray.cluster.resources import run_placed
 from nla_ray.report.cards import experiments, findings, write_card
 from nla_ray.report.compared import Compared, find_compared
 from nla_ray.report.controls import VERBALIZERS
+from nla_ray.report.describing import check_protocols
 from nla_ray.report.example import explain_examples
 from nla_ray.report.gallery import examples, gallery, score_table
 from nla_ray.report.gates import check_gates
@@ -33,11 +34,12 @@ from nla_ray.report.lineage import (
     load_test,
 )
 from nla_ray.report.notes import NOTES_NAME, missing_notes, readers_notes
+from nla_ray.report.pairing import protocol_records
 from nla_ray.report.rendering.card import commands_of, to_card
 from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.rendering.page import to_html
 from nla_ray.report.rendering.terminal import print_report
-from nla_ray.report.reuse import reuse_descriptions
+from nla_ray.report.reuse import OwnReport
 from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
@@ -78,7 +80,7 @@ def check_corpus(run: Run) -> None:
     Checks the gates and what is to be compared too: a wrong name would be found hours later.
     """
     check_gates(run.config.evaluation.gates)
-    _compared(run.config)
+    check_protocols(run, _compared(run.config))
     check_documents(run)
 
 
@@ -92,8 +94,8 @@ def make_report(config: RunConfig) -> None:
     test, left_out = load_test(run, manifests, compared)
     notes, training = readers_notes(run), read_training_records(run, manifests)
     with stage.local_folder() as folder:
-        reuse_descriptions(run, stage, manifests, folder)
-        evaluated = gather_evaluated(run, manifests, test, compared, folder)
+        own_report = OwnReport(run, stage, manifests)
+        evaluated = gather_evaluated(run, manifests, test, compared, folder, own_report)
         summary = summarise(evaluated, settings.gates, settings.bootstrap_resamples, settings.seed)
         inspection = read_inspection(run)
         report = _rounded(
@@ -106,6 +108,7 @@ def make_report(config: RunConfig) -> None:
                 "resamples": settings.bootstrap_resamples,
                 "documents_left_out": left_out,
                 "notes": [*missing_notes(evaluated, test, compared), *notes],
+                "protocols": protocol_records(evaluated.protocols),
                 **summary,
                 "growth": growth(summary["results"], manifests, compared, training, inspection),
                 "examples": examples(evaluated, test, settings),

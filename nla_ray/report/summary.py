@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nla_ray.report.controls import CONTROLS, SCORERS, pairs_of
+from nla_ray.report.controls import CONTROLS, SCORERS
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
 from nla_ray.report.samples import sample_sections
@@ -100,7 +100,7 @@ def _paired_differences(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> d
     Differences on the same rows and resamples.
     """
     paired: dict[str, Any] = {}
-    for first, second in pairs_of(list(evaluated.descriptions)):
+    for first, second in evaluated.pairs:
         by_scorer: dict[str, Any] = {}
         for scorer in SCORERS:
             by_scorer[scorer] = bootstrap.differences(
@@ -116,7 +116,7 @@ def _paired_differences(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> d
 def _ratios(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """`{first}/{second}` -> scorer -> `delta`: the ratio of the two, where second's is above 0."""
     ratios: dict[str, Any] = {}
-    for first, second in pairs_of(list(evaluated.descriptions)):
+    for first, second in evaluated.pairs:
         by_scorer = {}
         for scorer in SCORERS:
             ours = evaluated.geometry[first][scorer]["delta"]

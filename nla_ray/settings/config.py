@@ -496,7 +496,8 @@ class RunConfig:
     """Write the report as this preset's card into the package: nla_ray/cards/{preset}.md."""
     compare: tuple[str, ...] = ()
     """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions with
-    activation_id and description, an adapter, or the folder of another run's artifact."""
+    activation_id and description, an adapter, or the folder of another run's artifact. A file is
+    compared where its first line says that it was generated under the report's protocol."""
     base: BaseConfig = field(default_factory=BaseConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)

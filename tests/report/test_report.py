@@ -15,6 +15,7 @@ import torch
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.pretrained import digest
 from nla_ray.base.prompts import GENERIC_DESCRIPTION
+from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.description.record import Description
 from nla_ray.report import controls, describing
 from nla_ray.report.claim_figures import CLAIM_FIGURES
@@ -503,7 +504,7 @@ def test_the_stage_publishes_a_report_on_test_documents_and_is_skipped_when_comp
         "sft",
         "grpo",
     }
-    lines = (
+    _, *lines = (
         (Path(run.config.run_dir) / "report/descriptions/mean_activation.jsonl")
         .read_text()
         .splitlines()
@@ -637,8 +638,8 @@ def test_an_interrupted_report_reuses_the_descriptions_it_has_and_ends_the_same(
     lines = (done / "grpo.jsonl").read_text().splitlines(keepends=True)
     (begun / "grpo.jsonl").write_text("".join(lines[:5]) + lines[5][:10])
     samples = (done / "grpo_samples.jsonl").read_text()
-    # eight samples of an activation, five of the next
-    (begun / "grpo_samples.jsonl").write_text("".join(samples.splitlines(keepends=True)[:13]))
+    # the protocol, eight samples of an activation, five of the next
+    (begun / "grpo_samples.jsonl").write_text("".join(samples.splitlines(keepends=True)[:14]))
     written = (begun / "sft.jsonl").stat().st_mtime_ns
     make_report(interrupted.config)
     assert (begun / "sft.jsonl").stat().st_mtime_ns == written
@@ -879,12 +880,37 @@ def test_named_descriptions_and_adapters_stand_beside_the_runs_own(
             f"other: 1 of {len(ids)} activations have no description in other.jsonl; they count as"
             " described by nothing."
         ),
+        "other: how it was generated is not recorded, so it is in no paired difference.",
     ]
+    assert [pair for pair in report["paired"] if "other" in pair] == []
     file.write_text(
         file.read_text(encoding="utf-8").replace("a licence", "another licence"), encoding="utf-8"
     )
     with pytest.raises(ValueError, match=r"made with another configuration .*inputs.other"):
         evaluate(run)
+
+
+def test_a_file_of_another_generation_protocol_is_refused_before_anything_is_made(
+    copied_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    theirs, file = copied_run("theirs"), tmp_path / "other.jsonl"
+    make_report(theirs.config)
+    written = (theirs.root / "report/descriptions/grpo.jsonl").read_text()
+    file.write_text(written)
+    run = copied_run("ours", compare=(f"other={file}",))
+    check_corpus(run)
+    make_report(run.config)
+    report = read_report(run)
+    assert report["paired"]["other-grpo"]["judge"]["delta"]["value"] == 0.0
+    assert report["protocols"]["other"] == report["protocols"]["grpo"]
+    first, *lines = written.splitlines()
+    protocol = GenerationProtocol.from_record(json.loads(first)["protocol"], "grpo")
+    longer = dataclasses.replace(protocol, limits={"max_new_tokens": 999})
+    file.write_text("\n".join([json.dumps({"protocol": longer.to_record()}), *lines]))
+    for refused in (check_corpus, lambda run: make_report(run.config)):
+        (run.root / "report_other").delete()
+        with pytest.raises(ValueError, match=r"comparison of other .*max_new_tokens: there 999"):
+            refused(run)
 
 
 @pytest.mark.parametrize(

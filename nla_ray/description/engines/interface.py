@@ -18,6 +18,10 @@ from nla_ray.description.engines.compact import CompactEngine
 from nla_ray.description.record import Description
 from nla_ray.settings.config import LoraSettings
 
+ENGINE_NAME = "compact"
+"""The engine that `make_engine` chooses, as generation protocols record it. An engine whose greedy
+text may differ, for the same weights, gets another name."""
+
 
 class GenerationEngine(Protocol):
     """Activations -> sampled descriptions, under one version of an adapter at a time.

@@ -22,7 +22,7 @@ from nla_ray.report.rendering.rows import plain_columns
 
 Settings = Mapping[str, Mapping[str, Any]]
 """section -> field -> value."""
-_LAST = ("lineage", "definitions")
+_LAST = ("lineage", "protocols", "definitions")
 """Sections that are looked up, not read: after what people found."""
 _UNSAID = (("evaluation", "gates"),)
 """Too long for a command line; the gates have a section of their own."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.rendering import curves, domains
+from nla_ray.report.rendering import curves, domains, protocols
 from nla_ray.report.rendering.content import (
     Bullets,
     Cell,
@@ -90,6 +90,7 @@ def sections(
         _selection_section(report),
         _experiments_section(report),
         _lineage_section(report),
+        protocols.protocols_section(report),
         _notes_section(report),
         _definitions_section(),
     ]
