@@ -18,10 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla_ray.activation import vectors
+from nla_ray.activation.vectors import norm
 from nla_ray.score.comparisons import MOST_OTHERS, NUM_OTHERS, Comparisons, beaten_by, ranks
 
 RETRIEVAL_SIZES = (2, 3, 5, 10, 20, 50, 100)
 """Sizes k of the k-way choices that make the retrieval curve."""
+_ROUNDING = 1e-6
+"""Lengths that differ by a smaller share are equal."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,30 @@ def _document_chance(comparisons: Comparisons) -> float | None:
     return (1 / (1 + counts[counts > 0])).mean().item() if counts.any() else None
 
 
+def _raw_error(read: Reconstructed) -> Figure:
+    """Scorers are trained on directions: each reconstruction gets the rows' mean length."""
+    originals = read.comparisons.originals.double()
+    length = norm(originals).mean().item()
+    rescaled = vectors.rescale(read.reconstructions, length).double()
+    error = (rescaled - originals).square().sum(-1)
+    return Figure(error, (originals - originals.mean(0)).square().sum(-1))
+
+
+def _magnitude(read: Reconstructed) -> Figure:
+    scores = [
+        _standard_scores(norm(x)[:, 0]) for x in (read.reconstructions, read.comparisons.originals)
+    ]
+    return Figure.mean(scores[0] * scores[1])
+
+
+def _standard_scores(values: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Values with mean 0 and variance 1; zeros where all values are equal."""
+    deviation = values.double() - values.double().mean()
+    spread = deviation.square().mean().sqrt()
+    is_constant = spread <= _ROUNDING * values.double().abs().mean()
+    return torch.zeros_like(deviation) if is_constant else deviation / spread
+
+
 def _variance_explained(read: Reconstructed) -> Figure:
     originals = read.comparisons.originals
     error = vectors.squared_error(read.reconstructions, originals).double()
@@ -183,6 +210,16 @@ METRICS = {
     ),
     "fve": Metric(
         definition="1 - sum |n(r) - n(v)|^2 / sum |n(v) - mean n(v)|^2", figure=_variance_explained
+    ),
+    "directional_error": Metric(
+        definition="mean 1 - cos(r, v)",
+        figure=lambda read: Figure.mean(1.0 - read.correct.double()),
+    ),
+    "raw_error": Metric(
+        definition="sum |r - v|^2 / sum |v - mean v|^2, r rescaled to mean |v|", figure=_raw_error
+    ),
+    "magnitude": Metric(
+        definition="correlation of |r| with |v|; 0 where all |r| are equal", figure=_magnitude
     ),
 }
 """Name -> metric, in the order they are reported in. A tie counts against the right row."""

@@ -45,6 +45,10 @@ COMPARISONS = Comparisons(
         ("top1_10way_hard", 2 / 3),  # 1 > -0.447; 0.281 > -0.984; a tie at -0.447
         ("top1_document", 1 / 2),  # of the two rows with another position: 1 > -1 and a tie
         ("fve", 0.0303301),  # 1 - (0 + 2 - sqrt 2 + 2) / (10/9 + 4/9 + 10/9)
+        ("directional_error", 0.4309644),  # 1 - correct cosine
+        # mean |v| = 11/6: r = (11/6, 0), 11/6 (1, 1)/sqrt 2, (0, 11/6); mean v = (1/3, 1/6)
+        ("raw_error", 0.8600237),
+        ("magnitude", 0.4696387),  # |r| = 2, sqrt 2, 3 against |v| = 3, 1/2, 2
     ],
 )
 def test_each_figure_equals_the_number_worked_out_by_hand(metric: str, expected: float) -> None:
@@ -61,12 +65,28 @@ def test_all_metrics_are_reported_in_their_order() -> None:
     assert "top1_100way" not in figures(RECONSTRUCTIONS, COMPARISONS)
 
 
-def test_figures_do_not_depend_on_the_length_of_any_vector() -> None:
+def test_figures_of_direction_do_not_depend_on_the_length_of_any_vector() -> None:
     scaled = dataclasses.replace(COMPARISONS, pool=ORIGINALS * torch.tensor([[7.0], [0.1], [90.0]]))
-    for name, figure in figures(RECONSTRUCTIONS * 13, scaled).items():
-        assert figure.value == pytest.approx(
-            figures(RECONSTRUCTIONS, COMPARISONS)[name].value, abs=1e-6
-        )
+    before, after = figures(RECONSTRUCTIONS, COMPARISONS), figures(RECONSTRUCTIONS * 13, scaled)
+    for name in set(METRICS) & set(after) - {"raw_error", "magnitude"}:
+        assert after[name].value == pytest.approx(before[name].value, abs=1e-6)
+
+
+def test_the_raw_error_knows_no_length_of_reconstructions_and_one_of_activations_counts() -> None:
+    originals = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 1.0
+    comparisons = Comparisons.draw(originals, [f"d{row}" for row in range(50)], torch.zeros(6), 0)
+    lengths = originals.norm(dim=1, keepdim=True)
+    perfect_direction = figures(originals / lengths, comparisons)
+    expected = (originals / lengths * lengths.mean() - originals).square().sum()
+    spread = (originals - originals.mean(0)).square().sum()
+    assert perfect_direction["raw_error"].value == pytest.approx((expected / spread).item())
+    assert perfect_direction["directional_error"].value == pytest.approx(0.0, abs=1e-6)
+    assert perfect_direction["magnitude"].value == 0.0
+    mean_activation = figures(originals.mean(0).expand(50, 6), comparisons)
+    assert mean_activation["magnitude"].value == 0.0 and mean_activation["raw_error"].value > 1.0
+    assert figures(2 * originals, comparisons)["magnitude"].value == pytest.approx(1.0)
+    longer = figures(originals * torch.rand(50, 1, generator=torch.Generator()), comparisons)
+    assert longer["raw_error"].value == pytest.approx(perfect_direction["raw_error"].value)
 
 
 def test_an_activation_near_the_mean_wins_the_raw_choice_and_not_the_centred_one() -> None:
@@ -327,7 +347,8 @@ def test_some_rows_have_the_figures_that_they_have_among_all() -> None:
     places = torch.tensor([3, 17, 30])
     some = figures(reconstructions[places], comparisons.at(places))
     for name, figure in figures(reconstructions, comparisons).items():
-        if name != "fve":  # relative to the spread of the rows that are compared
+        # relative to the spread of the rows that are compared
+        if name not in ("fve", "raw_error", "magnitude"):
             torch.testing.assert_close(some[name].numerator, figure.numerator[places])
 
 

@@ -18,6 +18,9 @@ METRIC_TITLES = {
     "garbage_cosine": "cosine, garbage",
     "delta": "delta",
     "fve": "FVE",
+    "directional_error": "directional error",
+    "raw_error": "raw error",
+    "magnitude": "magnitude",
 }
 CLAIM_TITLES = {
     "precision": "words in text",
@@ -66,6 +69,15 @@ DEFINITIONS = {
     "fve": (
         "1 - sum |n(r) - n(v)|^2 / sum |n(v) - mean n(v)|^2: fraction of variance explained, not"
         " renormalised"
+    ),
+    "directional_error": "mean 1 - cos(r, v): says nothing of the length of v",
+    "raw_error": (
+        "sum |r - v|^2 / sum |v - mean v|^2, each r rescaled to the mean |v|, because scorers are"
+        " trained on directions; 1 is the error of the mean activation itself"
+    ),
+    "magnitude": (
+        "correlation of |r| with |v|: whether the length of the activation is recovered; 0 where"
+        " all |r| are equal"
     ),
     "precision": (
         "share of a description's salient words that occur in its text; 0 for a description that"
