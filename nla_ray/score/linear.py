@@ -131,15 +131,26 @@ def fit(
     deviation = vectors.centre(targets, mean).double()
     feature_mean, offset = features.double().mean(0), deviation.mean(0)
     centred = features.double() - feature_mean
-    gram = centred.T @ centred
-    gram.diagonal().add_(penalty * gram.diagonal().mean())
-    weight = torch.linalg.solve(gram, centred.T @ (deviation - offset)).T
+    weight = solve_ridge(centred.T @ centred, centred.T @ (deviation - offset), penalty)
     return {
         "weight": weight.float(),
         "feature_mean": feature_mean.float(),
         "offset": offset.float(),
         "mean": mean.float(),
     }
+
+
+def solve_ridge(
+    gram: Float[Tensor, "d_features d_features"],
+    cross: Float[Tensor, "d_features d_targets"],
+    penalty: float,
+) -> Float[Tensor, "d_targets d_features"]:
+    """W = argmin |Y - X W'|^2 + penalty * (mean squared feature) * n * |W|^2.
+
+    `gram`: X'X, `cross`: X'Y, both of centred features; they are left as they are.
+    """
+    damped = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(damped, cross).T
 
 
 def predict(
