@@ -10,11 +10,15 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from nla_ray.base.families import blocks_of, decoder_of, family_of
+from nla_ray.base.families import blocks_of, causal_model, decoder_of, family_of
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 def check_layer(layer: int, num_layers: int) -> None:
@@ -85,6 +89,56 @@ class ResidualReader:
         return outputs
 
 
+class ResidualWriter:
+    """What a model says next when its residual stream after block K is another vector.
+
+    The text before the position is read once, by all blocks; the vectors that stand for the stream
+    at the position then go side by side through the blocks above K, each seeing that text and
+    itself. It shares the model's weights and whatever adapter is active in them.
+    """
+
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        """`model`: a whole causal model. Raises ValueError for a layer that it lacks."""
+        check_layer(layer, len(blocks_of(model)))
+        causal, family = causal_model(model), family_of(model)
+        self._decoder, self._head = decoder_of(model), causal.get_submodule(family.head)
+        self._block = blocks_of(model)[layer]
+        self._upper = _with_blocks(model, nn.ModuleList(list(blocks_of(model))[layer + 1 :]))
+
+    def read(self, input_ids: Tensor) -> tuple[Tensor, Cache]:
+        """Ids [seq] -> the stream after block K at the last position, and what stands before it.
+
+        The stream is [d_model]; the second are keys and values of all positions but the last.
+        """
+        outputs: dict[int, Tensor] = {}
+        hook = self._block.register_forward_hook(partial(_keep_output, outputs, 0))
+        try:
+            cache = self._decoder(input_ids=input_ids[None], use_cache=True).past_key_values
+        finally:
+            hook.remove()
+        cache.crop(-1)
+        return outputs[0][0, -1], cache
+
+    def next_logits(self, vectors: Tensor, before: Cache) -> Tensor:
+        """[n, d_model] in place of the stream -> logits of the next token [n, vocab], float32.
+
+        `before`: from `read`; it is used up.
+        """
+        position, count, like = before.get_seq_length(), len(vectors), self._head.weight
+        itself = torch.eye(count, dtype=torch.bool)
+        seen = torch.cat([torch.ones(count, position, dtype=torch.bool), itself], dim=1)
+        lowest = torch.finfo(like.dtype).min
+        hidden = torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, lowest)
+        stream = self._upper(
+            inputs_embeds=vectors[None].to(like),
+            position_ids=torch.full((1, count), position, device=like.device),
+            attention_mask=hidden[None, None].to(like.device),
+            past_key_values=before,
+            use_cache=True,
+        ).last_hidden_state
+        return self._head(stream[0]).float()
+
+
 def _keep_output(
     outputs: dict[int, Tensor], layer: int, block: nn.Module, inputs: Any, output: Any
 ) -> None:
@@ -97,14 +151,21 @@ def _first_blocks(model: nn.Module, num_blocks: int) -> tuple[nn.Module, nn.Modu
 
     It shares every weight with the model's decoder, which keeps its other blocks and its norm.
     """
-    family, decoder = family_of(model), decoder_of(model)
     blocks = nn.ModuleList(list(blocks_of(model))[:num_blocks])
+    view = _with_blocks(model, blocks)
+    view.set_submodule(family_of(model).final_norm, nn.Identity())
+    return view, blocks
+
+
+def _with_blocks(model: nn.Module, blocks: nn.ModuleList) -> Any:
+    """The model's decoder with these of its blocks alone; the model keeps its own."""
+    decoder = decoder_of(model)
     view = copy.copy(decoder)
     view._modules = dict(decoder._modules)  # copy.copy shares the registry
-    view.set_submodule(family.blocks, blocks)
-    view.set_submodule(family.final_norm, nn.Identity())
+    view.set_submodule(family_of(model).blocks, blocks)
     # Hooks that DeepSpeed has put on the decoder know only that decoder.
     for name in [name for name in vars(view) if name.endswith("_hooks")]:
         setattr(view, name, OrderedDict())
-    view.config = keep_blocks(decoder.config, num_blocks)
-    return view, blocks
+    # Supported families attend alike in every block: which of them are kept changes nothing else.
+    view.config = keep_blocks(decoder.config, len(blocks))
+    return view
