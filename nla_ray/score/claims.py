@@ -147,7 +147,7 @@ def claimed_words(description: str) -> frozenset[str]:
         prose = _QUOTED.sub(" ", body)
         claimed.update(string for string in _quoted_strings(body) if string)
         claimed.update(_NUMBER.findall(prose))
-        claimed.update(_content_words(prose, listed=bool(heading)))
+        claimed.update(content_words(prose, listed=bool(heading)))
     return frozenset(claimed)
 
 
@@ -283,8 +283,8 @@ def _joined(pieces: Iterable[tuple[str, Mark]]) -> list[tuple[str, Mark]]:
     return joined
 
 
-def _content_words(text: str, listed: bool) -> Iterable[str]:
-    """Word pieces that say something.
+def content_words(text: str, listed: bool) -> Iterable[str]:
+    """Word pieces of a text that say something, and so can be claimed.
 
     In a list even "next" or "model" is a word of the text, not about the text.
     """

@@ -23,7 +23,7 @@ from nla_ray.score.linear import PENALTIES, solve_ridge
 PROBED_SHARES = (0.002, 0.25)
 """Least and largest share of the train texts that have a word of the probe."""
 _CHOICE_WORDS = 5
-"""The penalty is chosen by the precision of this many words on validation texts."""
+"""The penalty is chosen by how many of this many words are true on validation texts."""
 _BLOCK_ROWS = 256
 
 
@@ -65,7 +65,7 @@ def fit_probe(
     Its words are those that a description can claim and that a share of PROBED_SHARES of the train
     texts has; there may be none.
     """
-    held = [_claimable_words(text) for text in train_texts]
+    held = [_words_of(text) for text in train_texts]
     words = _probed_words(held)
     features = vectors.centre(train, mean)
     feature_mean = features.mean(0)
@@ -81,12 +81,13 @@ def fit_probe(
         probes.append(
             WordProbe(words=words, weight=weight.float(), feature_mean=feature_mean, mean=mean)
         )
-    return max(probes, key=lambda probe: _precision(probe, validation, validation_texts))
+    held_out = [_words_of(text) for text in validation_texts]
+    return max(probes, key=lambda probe: _true_words(probe, validation, held_out))
 
 
-def _claimable_words(text: str) -> frozenset[str]:
-    """The words of a text that a description can claim: see `claims.claimed_words`."""
-    return claims.claimed_words(words_as_bullets(sorted(set(claims.word_pieces(text)))))
+def _words_of(text: str) -> frozenset[str]:
+    """The words of a text that a list in a description can claim."""
+    return frozenset(claims.content_words(text, listed=True))
 
 
 def _probed_words(held: Sequence[frozenset[str]]) -> list[str]:
@@ -115,10 +116,10 @@ def _cross_products(
     return counts, sums.T
 
 
-def _precision(probe: WordProbe, activations: Tensor, texts: Sequence[str]) -> float:
+def _true_words(probe: WordProbe, activations: Tensor, held: Sequence[frozenset[str]]) -> int:
+    """How many of the best words of all rows are in their texts."""
     ranked = probe.rank(activations, _CHOICE_WORDS)
-    pairs = zip(ranked, texts, strict=True)
-    return sum(claims.claim_precision(words_as_bullets(words), text) for words, text in pairs)
+    return sum(len(words & set(best)) for words, best in zip(held, ranked, strict=True))
 
 
 def words_as_bullets(words: Sequence[str]) -> str:
