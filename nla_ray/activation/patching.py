@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nla_ray.activation import vectors
+from nla_ray.activation.vectors import direction, norm
 from nla_ray.base.layers import ResidualWriter
 
 _CAPTURE_TOLERANCE = 0.05
@@ -41,7 +41,7 @@ def at_norm_of(
     directions: Float[Tensor, "*#batch d_model"], activation: Float[Tensor, "*#batch d_model"]
 ) -> Float[Tensor, "*batch d_model"]:
     """Vectors with the length of the activation in whose place they are put."""
-    return vectors.direction(directions) * vectors.norm(activation)
+    return direction(directions) * norm(activation)
 
 
 class Patcher:
@@ -62,7 +62,7 @@ class Patcher:
         Raises ValueError where the base's own stream there is not the activation.
         """
         stream, before = self._writer.read(torch.tensor(ids, device=self._device))
-        difference = vectors.norm(stream.float().cpu() - activation) / vectors.norm(activation)
+        difference = norm(stream.float().cpu() - activation) / norm(activation)
         if difference.item() > _CAPTURE_TOLERANCE:
             raise ValueError(
                 f"patch-back: got a residual stream that differs by {difference.item():.0%} of its"
