@@ -1,7 +1,8 @@
 """How a base is loaded: its configuration, its tokenizer, its weights, whole or the first blocks.
 
-Knows transformers; knows nothing of adapters, of prompts or of Ray. Protects the rule that nothing
-above the wanted blocks is loaded.
+Knows transformers; knows nothing of adapters, of prompts or of Ray. Protects the rules that nothing
+above the wanted blocks is loaded, and that no process multiplies in a type that its processor
+emulates.
 """
 
 from __future__ import annotations
@@ -93,13 +94,30 @@ def computes_in_bf16(base: BaseConfig) -> bool:
         return base.training_dtype == "bfloat16"
     if base.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return _cpu_has_bf16()
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 (x86: AVX512-BF16 or AMX; ARM: BF16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def weight_dtype(base: BaseConfig) -> torch.dtype:
+    """The type that a base is held and computed in, in this process: `base.dtype` as a rule.
+
+    A CPU without instructions for bfloat16 gets the same bfloat16 numbers in float32: emulated
+    products take several times as long.
+    """
+    dtype = getattr(torch, base.dtype)
+    is_emulated = dtype == torch.bfloat16 and torch_device(base).type == "cpu"
+    return torch.float32 if is_emulated and not _cpu_has_bf16() else dtype
 
 
 def load_backbone(
     base: BaseConfig, *, num_blocks: int | None = None, attention: str | None = None
 ) -> Any:
-    """The base as a frozen causal model in eval mode, in its configured type and on its device.
+    """The base as a frozen causal model in eval mode, on its device, in the type of `weight_dtype`.
 
     With `num_blocks` only the first blocks are read from disk, and neither final norm nor output
     head. Such a model has the causal model's parameter names (so adapters fit both) but yields the
@@ -119,6 +137,9 @@ def load_backbone(
             config = keep_blocks(config, num_blocks)
             decoder = AutoModel.from_pretrained(folder, config=config, **options)
             model = _headless(config, decoder)
+    if weight_dtype(base) != model.dtype:
+        # Rounded to the configured type before: every processor holds the same numbers.
+        model = model.float()
     return model.to(torch_device(base)).eval().requires_grad_(False)
 
 

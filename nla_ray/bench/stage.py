@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nla_ray.base.load import torch_device
+from nla_ray.base.load import torch_device, weight_dtype
 from nla_ray.bench.capture import benchmark_capture
 from nla_ray.bench.generate import benchmark_generate
 from nla_ray.bench.step import benchmark_step
@@ -129,7 +129,8 @@ def run_benchmarks(run: Run, repetitions: int = REPETITIONS) -> dict[str, Any]:
     config, step_repetitions = run.config, min(repetitions, STEP_REPETITIONS)
     torch.set_num_threads(config.compute.threads)
     texts = test_texts(run)
-    machine = describe_machine(config.base.dtype, torch_device(config.base).type)
+    dtype = str(weight_dtype(config.base)).removeprefix("torch.")
+    machine = describe_machine(dtype, torch_device(config.base).type)
     logger.info("benchmark: capture, %d repetitions of each side", repetitions)
     capture = distance_to_limits(benchmark_capture(config, texts, repetitions), machine)
     logger.info("benchmark: generate, %d repetitions of each side", repetitions)

@@ -49,7 +49,8 @@ class BaseConfig:
     max_tokens: int = 512
     """Longest prompt, in tokens, with chat template; longer texts are counted and left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen weights; adapters and activations are float32."""
+    """Type of the frozen weights; adapters and activations are float32. A CPU without instructions
+    for bfloat16 computes with the same numbers in float32."""
     training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products in training; `auto`: bfloat16 where the processor has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

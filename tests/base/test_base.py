@@ -17,7 +17,13 @@ from nla_ray.base.adapters import add_lora
 from nla_ray.base.families import decoder_shape
 from nla_ray.base.identity import base_info
 from nla_ray.base.layers import ResidualReader
-from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer, random_backbone
+from nla_ray.base.load import (
+    computes_in_bf16,
+    load_backbone,
+    load_model_config,
+    load_tokenizer,
+    random_backbone,
+)
 from nla_ray.base.prompts import build_injection_prompt, find_marker
 from nla_ray.description.engines.interface import make_engine
 from nla_ray.settings.config import BaseConfig
@@ -169,6 +175,23 @@ def test_a_tokenizer_without_chat_template_is_refused(
     (tmp_path / "copy" / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="without chat template"):
         load_tokenizer(dataclasses.replace(tiny_base, model=str(tmp_path / "copy")))
+
+
+@pytest.mark.parametrize("capability", ["none", "avx512_bf16", "amx_bf16", "bf16"])
+def test_a_cpu_without_bf16_instructions_computes_with_the_same_numbers_in_float32(
+    tiny_base: BaseConfig, monkeypatch, capability: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    base = dataclasses.replace(tiny_base, dtype="bfloat16", training_dtype="auto")
+    whole, cut = load_backbone(base), load_backbone(base, num_blocks=2)
+    expected = torch.float32 if capability == "none" else torch.bfloat16
+    assert {parameter.dtype for parameter in (*whole.parameters(), *cut.parameters())} == {expected}
+    assert computes_in_bf16(base) is (capability != "none")
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored = load_file(Path(tiny_base.model) / "model.safetensors")[name]
+    for model in (whole, cut):
+        assert torch.equal(model.get_parameter(name).float(), stored.bfloat16().float())
+        assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}  # rotary frequencies
 
 
 # the 7B preset, without its 15 GB -----------------------------------------------------------------
