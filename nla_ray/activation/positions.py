@@ -9,13 +9,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nla_ray.base import prompts
+from nla_ray.base.encoding import ChatEncoder
 from nla_ray.run.identity import seed_of
 from nla_ray.settings.config import BaseConfig, CaptureConfig
 
 MAX_PADDING = 0.05
 """Largest share of padding in one forward pass."""
-_SENTINEL = "nla-ray-text"
 
 
 class Skipped(ValueError):
@@ -46,22 +45,10 @@ class TextEncoder:
     """Formats a text as a user turn with the generation prompt appended; picks positions in it."""
 
     def __init__(self, tokenizer, base: BaseConfig, capture: CaptureConfig) -> None:
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"tokenizer of {base.model}: got a slow one, expected one that reports character"
-                " offsets. Install its fast version (tokenizer.json)."
-            )
-        self._tokenizer, self._max_tokens = tokenizer, base.max_tokens
+        self._chat, self._max_tokens = ChatEncoder(tokenizer, base.model), base.max_tokens
         self._random_count = (
             int(capture.positions[7:]) if capture.positions.startswith("random:") else None
         )
-        around = prompts.chat_prompt(tokenizer, _SENTINEL).split(_SENTINEL)
-        if len(around) != 2:
-            raise ValueError(
-                f"chat template of {base.model}: got the user's text {len(around) - 1} times in the"
-                " prompt, expected once. Choose a base with an ordinary chat template."
-            )
-        self._before, self._after = len(around[0]), len(around[1])
 
     def encode(self, text_id: str, text: str) -> EncodedText:
         """The prompt's ids and the wanted positions in it.
@@ -69,14 +56,8 @@ class TextEncoder:
         Raises Skipped for a text without tokens or with more than base.max_tokens, template
         included.
         """
-        prompt = prompts.chat_prompt(self._tokenizer, text)
-        encoding = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        ids, end = encoding["input_ids"], len(prompt) - self._after
-        inside = [
-            position
-            for position, (left, right) in enumerate(encoding["offset_mapping"])
-            if left < right and left < end and right > self._before
-        ]
+        chat = self._chat.encode(text)
+        ids, inside = chat.ids, list(chat.ends)
         if not inside:
             raise Skipped("no_tokens: the text became no token, expected at least one")
         if len(ids) > self._max_tokens:

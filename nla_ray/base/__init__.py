@@ -2,7 +2,7 @@
 
 Nouns: a base (model and tokenizer), an adapter (LoRA weights over it), a prompt.
 
-Read: sources, families, load, layers, adapters, prompts, identity, pretrained.
+Read: sources, families, load, layers, adapters, prompts, encoding, identity, pretrained.
 
 It trains nothing and knows no activation.
 """

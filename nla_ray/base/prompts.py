@@ -51,9 +51,19 @@ def reconstructor_prompt(description: str, marker: str) -> str:
     >>> reconstructor_prompt("- a # licence", "#")
     '- a  licence\\nActivation: #'
     """
-    return RECONSTRUCTOR_TEMPLATE.format(
-        description=description.replace(marker, "").strip(), marker=marker
-    )
+    before, after = around_description(marker)
+    return f"{before}{unmarked(description, marker)}{after}"
+
+
+def unmarked(description: str, marker: str) -> str:
+    """A description as it stands in the reconstructor's prompt: without markers."""
+    return description.replace(marker, "").strip()
+
+
+def around_description(marker: str) -> tuple[str, str]:
+    """What stands before and after the description in the reconstructor's prompt."""
+    before, _, after = RECONSTRUCTOR_TEMPLATE.partition("{description}")
+    return before, after.format(marker=marker)
 
 
 def chat_prompt(tokenizer: Any, text: str) -> str:

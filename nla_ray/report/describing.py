@@ -19,6 +19,7 @@ from torch import Tensor
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.adapters import adapter_digest
+from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.description.files import DescriptionFile
 from nla_ray.description.protocol import (
@@ -257,5 +258,6 @@ class Describer:
         Labels and controls repeat: the tokens of each text are counted once.
         """
         if text not in self._num_tokens:
-            self._num_tokens[text] = len(self._tokenizer.encode(text, add_special_tokens=False))
+            [ids] = encode_texts(self._tokenizer, [text])
+            self._num_tokens[text] = len(ids)
         return Description.from_text(text, num_tokens=self._num_tokens[text], closed=closed)

@@ -13,6 +13,7 @@ import torch
 
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_tokenizer
 from nla_ray.description.record import Description
 from nla_ray.report.compared import Compared
@@ -96,7 +97,7 @@ def _prefixes(
     prefixes: dict[str, dict[int, list[str]]] = {}
     for name, described in descriptions.items():
         texts = [description.text for description in described]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        encoded = encode_texts(tokenizer, texts)
         prefixes[name] = {}
         for length in PREFIX_TOKENS:
             cut = [tokenizer.decode(ids[:length], skip_special_tokens=True) for ids in encoded]

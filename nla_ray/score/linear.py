@@ -22,6 +22,7 @@ from torch import Tensor
 from nla_ray.activation import vectors
 from nla_ray.base import prompts
 from nla_ray.base.adapters import adapter_active
+from nla_ray.base.encoding import encode_texts
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.settings.config import BaseConfig
@@ -47,10 +48,7 @@ class DescriptionFeatures:
     @torch.no_grad()
     def __call__(self, descriptions: Sequence[str], batch_size: int = _BATCH) -> Tensor:
         """[n, d_model] float32 on CPU; zeros for a description without tokens."""
-        encoded: list[list[int]] = []
-        if descriptions:
-            encoded = self._tokenizer(list(descriptions), add_special_tokens=False)["input_ids"]
-        encoded = [ids[: self.max_tokens] for ids in encoded]
+        encoded = [ids[: self.max_tokens] for ids in encode_texts(self._tokenizer, descriptions)]
         device = next(self._model.parameters()).device
         features = torch.zeros(len(encoded), self._model.config.hidden_size)
         order = sorted(

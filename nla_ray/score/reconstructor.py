@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nla_ray.activation import vectors
 from nla_ray.base import prompts
 from nla_ray.base.adapters import adapter_active, add_lora, load_adapter, save_adapter
+from nla_ray.base.encoding import encode_texts
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import computes_in_bf16, load_backbone, load_tokenizer
 from nla_ray.base.prompts import marker_token
@@ -150,10 +151,11 @@ class Reconstructor(nn.Module):
 
         A description of more than `max_tokens` tokens is cut at its end.
         """
-        texts = [
-            prompts.reconstructor_prompt(self._cut(text), self.marker) for text in descriptions
-        ]
-        encoded = self.tokenizer(texts)["input_ids"] if texts else []
+        texts = [prompts.unmarked(self._cut(text), self.marker) for text in descriptions]
+        before, after = prompts.around_description(self.marker)
+        encoded = encode_texts(
+            self.tokenizer, texts, before=before, after=after, add_special_tokens=True
+        )
         for ids, text in zip(encoded, texts, strict=True):
             if ids[-1] != self.marker_id or ids.count(self.marker_id) != 1:
                 raise ValueError(
@@ -167,7 +169,7 @@ class Reconstructor(nn.Module):
         # No tokenizer makes more tokens than bytes.
         if len(description.encode()) <= self.max_tokens:
             return description
-        ids = self.tokenizer.encode(description, add_special_tokens=False)
+        [ids] = encode_texts(self.tokenizer, [description])
         if len(ids) <= self.max_tokens:
             return description
         return self.tokenizer.decode(ids[: self.max_tokens], skip_special_tokens=True).rstrip(

@@ -22,8 +22,8 @@ from fastapi.responses import JSONResponse
 
 import nla_ray
 from nla_ray.activation import vectors
-from nla_ray.base import prompts
 from nla_ray.base.adapters import adapter_active
+from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_tokenizer, torch_device
 from nla_ray.description.verbalizer import Verbalizer
@@ -216,6 +216,7 @@ class CaptureService:
         torch.set_num_threads(config.compute.threads)
         self._base, self._lock = config.base, threading.Lock()
         self._tokenizer = load_tokenizer(config.base)
+        self._chat = ChatEncoder(self._tokenizer, config.base.model)
         blocks = config.base.layer + 1
         self._model = load_backbone(config.base, num_blocks=blocks) if model is None else model
         self._reader = ResidualReader(self._model, [config.base.layer])
@@ -226,8 +227,7 @@ class CaptureService:
 
         No activation when the prompt is too long or a position is outside it.
         """
-        prompt = prompts.chat_prompt(self._tokenizer, text)
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        ids = self._chat.encode(text).ids
         chosen = [position + len(ids) if position < 0 else position for position in positions]
         outside = any(not 0 <= position < len(ids) for position in chosen)
         if len(ids) > self._base.max_tokens or outside:

@@ -21,9 +21,10 @@ from trl import SFTConfig, SFTTrainer
 
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.adapters import save_adapter
+from nla_ray.base.encoding import encode_texts
 from nla_ray.base.identity import base_info
 from nla_ray.base.load import load_tokenizer
-from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt, wrap_description
+from nla_ray.base.prompts import CLOSING_TAG, InjectionPrompt, build_injection_prompt
 from nla_ray.label.stage import all_labels, drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
@@ -132,9 +133,8 @@ def encode_pairs(
     sequence) gives input_ids [1, 40, 8, 105, 2, 3, 1, 60, 61, 0] and labels [-100] * 7 + [60, 61,
     0].
     """
-    written = tokenizer(
-        [wrap_description(label) for label in pairs.labels], add_special_tokens=False
-    )["input_ids"]
+    labels = [label.strip() for label in pairs.labels]
+    written = encode_texts(tokenizer, labels, after=CLOSING_TAG)
     examples = []
     for row, ids in zip(pairs.rows if rows is None else rows, written, strict=True):
         completion = [*ids, tokenizer.eos_token_id]

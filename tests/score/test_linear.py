@@ -38,9 +38,10 @@ def test_features_are_the_mean_over_the_descriptions_own_tokens_one_text_at_a_ti
 ) -> None:
     model, tokenizer = load_backbone(tiny_base), load_tokenizer(tiny_base)
     prefix = tokenizer.encode(OPENING_TAG)
-    found = features(TEXTS, batch_size=2)
-    for text, row in zip(TEXTS, found, strict=True):
-        own = tokenizer.encode(text, add_special_tokens=False)[:12]
+    texts = [*TEXTS, "- a<|im_end|>"]
+    found = features(texts, batch_size=2)
+    for text, row in zip(texts, found, strict=True):
+        own = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[:12]
         if not own:
             assert not row.any()
             continue

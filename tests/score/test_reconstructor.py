@@ -52,6 +52,19 @@ def test_a_reconstruction_is_the_mean_plus_the_heads_view_of_the_marker(
         )
 
 
+def test_a_control_token_in_a_description_is_read_as_characters(
+    reconstructor: Reconstructor,
+) -> None:
+    tokenizer, description = reconstructor.tokenizer, "- a<|im_end|>\n- b"
+    [ids] = reconstructor.encode([description])
+    assert tokenizer.decode(ids) == f"{description}\nActivation: {reconstructor.marker}"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+    reconstructor.max_tokens = 8
+    [cut] = reconstructor.encode([description])
+    whole = tokenizer(description, split_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(cut).startswith(tokenizer.decode(whole[:8]))
+
+
 def test_training_starts_from_the_mean_and_moves_only_adapter_and_head(
     tiny_base: BaseConfig,
 ) -> None:

@@ -56,6 +56,19 @@ def make_pairs(count: int, *, first_row: int = 0, seed: int = 0) -> Pairs:
     )
 
 
+def test_a_control_token_in_a_label_is_learned_as_characters(tiny_base: BaseConfig) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    prompt = build_injection_prompt(tokenizer, tiny_base.marker)
+    pairs = dataclasses.replace(make_pairs(2), labels=[" - ends<|im_end|> early", LABELS[0]])
+    pasted, ordinary = encode_pairs(pairs, tokenizer, prompt, 500)
+    end = tokenizer.eos_token_id
+    assert [example["labels"].count(end) for example in (pasted, ordinary)] == [1, 1]
+    written = [index for index in pasted["labels"] if index != IGNORED]
+    assert tokenizer.decode(written) == f"- ends<|im_end|> early{CLOSING_TAG}<|im_end|>"
+    as_always = tokenizer.encode(f"{LABELS[0]}{CLOSING_TAG}")
+    assert ordinary["labels"][len(prompt) :] == [*as_always, end]
+
+
 def make_run_config(base: BaseConfig, folder: Path, settings: SFTConfig = SETTINGS) -> RunConfig:
     return dataclasses.replace(
         nano(),
