@@ -39,7 +39,10 @@ NAMED_BY_STRING = {"run/stages.py", "label/teacher.py", "text/stage.py"}
 """Tables that name functions to their right, `module:name`, loaded when they are chosen."""
 HOMES = {
     "the connection to Ray": (r"\bray\.init\(", {"cluster/connect.py"}),
-    "adapters (peft)": (r"^\s*(import peft|from peft)\b", {"base/adapters.py"}),
+    "adapters (peft)": (
+        r"^\s*(import peft|from peft)\b",
+        {"base/adapters.py", "base/adapter_files.py"},
+    ),
     "GRPO from TRL": (r"\bGRPO(Trainer|Config)\b", {"reinforce/grpo.py", "bench/step.py"}),
     "SFT from TRL": (r"\bSFT(Trainer)\b", {"training/sft.py"}),
     "normalisation of vectors": (

@@ -1,4 +1,4 @@
-"""LoRA adapters over a frozen base: the one module that imports peft.
+"""LoRA adapters over a frozen base: made, loaded, switched, saved.
 
 Verbalizer, reward scorer and judge scorer are adapters over the same base; a process that needs
 several loads the base once and switches between them. Protects the rule: only adapters are saved,
@@ -8,7 +8,6 @@ never the base, its embedding or its vocabulary.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from nla_ray.base.adapter_files import WEIGHTS_NAME, lora_settings, read_lora, tensors_of_blocks
 from nla_ray.base.families import family_of
 from nla_ray.settings.config import LoraSettings
-
-_CONFIG_NAME, _WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 AdaptedModel = PeftModelForCausalLM
 """A causal model with adapters; a subclass may have another forward."""
@@ -82,23 +80,20 @@ def load_adapter(
 
     A model without adapters is wrapped by `wrap`. Adapters of a model with more blocks load into a
     model with fewer (a verbalizer's into a reconstructor's base): weights of missing blocks are
-    left out. Raises ValueError when the folder holds no adapter, or an adapter of another shape.
+    left out. Raises ValueError for what `read_adapter` refuses, for a tensor that has no place in
+    the base, and for a place of the adapter that gets none.
     """
-    _require_adapter(folder)
-    try:
-        if isinstance(model, PeftModel):
-            _require_new(model, name)
-        else:
-            config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-            config.inference_mode = not trainable
-            model = wrap(model, config, name)
-        model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(
-            f"adapter {str(folder)!r}: got weights of another shape ({reason}), expected an adapter"
-            " of this base. Load it on the base that its manifest names."
-        ) from None
+    state, config = read_lora(folder)
+    state = tensors_of_blocks(state, model, folder)
+    config.inference_mode = not trainable
+    if isinstance(model, PeftModel):
+        _require_new(model, name)
+        model.add_adapter(name, config)
+    else:
+        model = wrap(model, config, name)
+    if not trainable:
+        model.eval()
+    set_adapter_state(model, state, name)
     activate(model, name, trainable=trainable)
     return model
 
@@ -112,42 +107,23 @@ def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") ->
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model, name), folder / _WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(adapter_state(model, name), folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config: Any = copy.copy(_lora_config(model, name))
     config.inference_mode = True
     # A set, whose order differs from process to process, would make another file in each.
-    config.target_modules = sorted(config.target_modules)
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
-
-
-def read_adapter(folder: Path | str) -> tuple[dict[str, Tensor], LoraSettings]:
-    """A saved adapter without a model: its tensors as `adapter_state` names them, its settings."""
-    _require_adapter(folder)
-    config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-    return load_peft_weights(str(folder), device="cpu"), _settings(config)
-
-
-def adapter_digest(folder: Path | str) -> str:
-    """First 16 hex digits of the SHA-256 of a saved adapter's settings and weights."""
-    _require_adapter(folder)
-    digest = hashlib.sha256()
-    for name in (_CONFIG_NAME, _WEIGHTS_NAME):
-        digest.update((Path(folder) / name).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def adapter_settings(model: PeftModel, name: str = "default") -> LoraSettings:
     """The settings an adapter was made with."""
-    return _settings(_lora_config(model, name))
+    return lora_settings(_lora_config(model, name))
 
 
 def _lora_config(model: PeftModel, name: str) -> LoraConfig:
     """The configuration of an adapter; nothing but LoRA is ever added here."""
     return cast(LoraConfig, model.peft_config[name])
-
-
-def _settings(config: LoraConfig) -> LoraSettings:
-    return LoraSettings(rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout)
 
 
 def adapter_state(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
@@ -218,14 +194,6 @@ def adapter_active(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
         activate(model, before)
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def _require_adapter(folder: Path | str) -> None:
-    if not (Path(folder) / _CONFIG_NAME).is_file():
-        raise ValueError(
-            f"adapter: got {str(folder)!r} without {_CONFIG_NAME}, expected a saved adapter. "
-            "Name the folder that holds adapter_config.json and adapter_model.safetensors."
-        )
 
 
 def _require_new(model: PeftModel, name: str) -> None:

@@ -46,10 +46,14 @@ class Family:
     """Whether queries, keys and values have biases; no other projection of a family has any."""
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The seven projections of a block: what adapters are added to."""
+        return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+
+    @property
     def projections(self) -> tuple[str, ...]:
-        """The seven projections of a block, by their own names: what adapters are added to."""
-        paths = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
-        return tuple(path.rpartition(".")[2] for path in paths)
+        """The same by their own names."""
+        return tuple(path.rpartition(".")[2] for path in self.paths)
 
 
 _LLAMA = Family(

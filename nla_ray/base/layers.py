@@ -43,8 +43,9 @@ class ResidualReader:
     """Runs blocks 0..max(layers) of a model; returns the residual stream after each wanted block.
 
     It shares the model's weights (and whatever adapter is active in them) and runs nothing above
-    the highest wanted block. This is the one definition of layer K: the output of block K = Hugging
-    Face `hidden_states[K + 1]`, before the final norm when K is the last block.
+    the highest wanted block. This is the one definition of layer K: the output of block K. It is
+    transformers' `hidden_states[K + 1]`, but for the last block: there transformers has put the
+    final norm on it, and it is taken before that norm here.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
@@ -153,7 +154,8 @@ def _first_blocks(model: nn.Module, num_blocks: int) -> tuple[nn.Module, nn.Modu
     """
     blocks = nn.ModuleList(list(blocks_of(model))[:num_blocks])
     view = _with_blocks(model, blocks)
-    view.set_submodule(family_of(model).final_norm, nn.Identity())
+    # Strict: a norm of another name would stay in, and the stream would be a normed one.
+    view.set_submodule(family_of(model).final_norm, nn.Identity(), strict=True)
     return view, blocks
 
 
@@ -162,7 +164,7 @@ def _with_blocks(model: nn.Module, blocks: nn.ModuleList) -> Any:
     decoder = decoder_of(model)
     view = copy.copy(decoder)
     view._modules = dict(decoder._modules)  # copy.copy shares the registry
-    view.set_submodule(family_of(model).blocks, blocks)
+    view.set_submodule(family_of(model).blocks, blocks, strict=True)
     # Hooks that DeepSpeed has put on the decoder know only that decoder.
     for name in [name for name in vars(view) if name.endswith("_hooks")]:
         setattr(view, name, OrderedDict())

@@ -151,9 +151,9 @@ def _headless(config: Any, decoder: nn.Module) -> Any:
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
     family = family_of(config)
-    shell.set_submodule(family.decoder, decoder)
-    shell.set_submodule(family.head, nn.Identity())
-    decoder.set_submodule(family.final_norm, nn.Identity())
+    shell.set_submodule(family.decoder, decoder, strict=True)
+    shell.set_submodule(family.head, nn.Identity(), strict=True)
+    decoder.set_submodule(family.final_norm, nn.Identity(), strict=True)
     return shell
 
 

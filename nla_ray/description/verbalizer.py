@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nla_ray.base.adapters import read_adapter
+from nla_ray.base.adapter_files import read_adapter
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.description.engines.interface import GenerationEngine, make_engine

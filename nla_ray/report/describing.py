@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations
-from nla_ray.base.adapters import adapter_digest
+from nla_ray.base.adapter_files import adapter_digest
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.description.files import DescriptionFile

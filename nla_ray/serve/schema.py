@@ -243,7 +243,8 @@ class BaseBody(_Message):
     digest: str
     layer: int = Field(
         description=(
-            "0-based: the output of this decoder block; transformers' hidden_states[layer + 1]."
+            "0-based: the output of this decoder block, before any final norm; transformers'"
+            " hidden_states[layer + 1], but for the last block."
         )
     )
     d_model: int

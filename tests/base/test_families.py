@@ -1,12 +1,15 @@
 """The table of architectures, against the models that transformers builds."""
 
+import dataclasses
+
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, MistralConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, GPT2Config, MistralConfig
 
 from nla_ray.base.adapters import add_lora
 from nla_ray.base.families import FAMILIES, blocks_of, decoder_of, family_of
+from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import random_backbone
 from nla_ray.settings.config import LoraSettings
 
@@ -65,3 +68,57 @@ def test_another_architecture_is_refused_by_name() -> None:
             ValueError, match=r"base.model: got model type 'mistral'.*llama or qwen2"
         ):
             family_of(refused)
+
+
+IDS = torch.arange(3, 25).view(2, 11)
+GPT2_ROW = dataclasses.replace(
+    FAMILIES["llama"], decoder="transformer", embedding="wte", blocks="h", final_norm="ln_f"
+)
+
+
+def outputs_of_blocks(model: nn.Module) -> list[Tensor]:
+    """What every block gives, by hooks on the whole model: [batch, seq, d_model] each."""
+    outputs: list[Tensor] = []
+    for block in blocks_of(model):
+        block.register_forward_hook(
+            lambda module, inputs, output: outputs.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+    model(IDS)
+    return outputs
+
+
+def unlike_ones(model: nn.Module) -> nn.Module:
+    """The model with other norms than it starts with, so that a norm left in shows."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += torch.rand_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, "gpt2"])
+def test_a_layer_is_the_output_of_its_block_the_last_one_too_whatever_the_final_norm_is_called(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gpt2", GPT2_ROW)
+    model = unlike_ones(random_backbone(AutoConfig.for_model(model_type, **SIZES), device="cpu"))
+    expected = outputs_of_blocks(model)
+    streams = ResidualReader(model, [0, 1]).read(IDS)
+    torch.testing.assert_close(streams[0], expected[0])
+    torch.testing.assert_close(streams[1], expected[1])
+    normed = model(IDS, output_hidden_states=True).hidden_states[2]
+    assert (streams[1] - normed).abs().max() > 0.1, "the last block's output is a normed one"
+
+
+def test_a_row_that_names_no_norm_of_the_model_is_an_error_and_not_a_normed_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gpt2", dataclasses.replace(GPT2_ROW, final_norm="norm"))
+    with pytest.raises(AttributeError, match="norm"):
+        ResidualReader(random_backbone(GPT2Config(**SIZES), device="cpu"), [1])
+
+
+def test_a_model_without_a_row_is_read_by_nobody() -> None:
+    with pytest.raises(ValueError, match=r"base.model: got model type 'gpt2', expected"):
+        ResidualReader(random_backbone(GPT2Config(**SIZES)), [1])

@@ -84,8 +84,9 @@ class Decoder:
         if remaining:
             raise ValueError(
                 f"adapter weights: got {len(remaining)} tensors without a place, first"
-                f" {sorted(remaining)[0]!r}, expected LoRA factors of"
-                f" {', '.join(self._family.projections)} in {self.shape.layers} blocks. They are of"
+                f" {sorted(remaining)[0]!r}, expected LoRA factors such as"
+                f" '{_ADAPTER_PREFIX}{self._family.decoder}.{self._family.blocks}.0."
+                f"{self._family.query}.lora_A.weight' in {self.shape.layers} blocks. They are of"
                 " another base."
             )
 
