@@ -16,6 +16,7 @@ from nla_ray.base.families import family_of
 from nla_ray.base.layers import check_layer, keep_blocks
 from nla_ray.base.sources import base_folder, quiet_loading
 from nla_ray.settings.config import BaseConfig
+from nla_ray.settings.precision import processor_has_bf16
 
 PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-7B-Instruct": {
@@ -94,13 +95,7 @@ def computes_in_bf16(base: BaseConfig) -> bool:
         return base.training_dtype == "bfloat16"
     if base.device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return _cpu_has_bf16()
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16 (x86: AVX512-BF16 or AMX; ARM: BF16)."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return processor_has_bf16()
 
 
 def weight_dtype(base: BaseConfig) -> torch.dtype:
@@ -111,7 +106,7 @@ def weight_dtype(base: BaseConfig) -> torch.dtype:
     """
     dtype = getattr(torch, base.dtype)
     is_emulated = dtype == torch.bfloat16 and torch_device(base).type == "cpu"
-    return torch.float32 if is_emulated and not _cpu_has_bf16() else dtype
+    return torch.float32 if is_emulated and not processor_has_bf16() else dtype
 
 
 def load_backbone(

@@ -21,9 +21,10 @@ from nla_ray.base.pretrained import check_never_seen, never_nearly_seen
 from nla_ray.base.sources import base_folder
 from nla_ray.report.compared import Compared, check_compared
 from nla_ray.report.controls import SCORERS, trained_in
-from nla_ray.run.artifact import Run, config_differences
+from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest, check_disjoint, check_lineage
+from nla_ray.run.recipe import config_differences
 from nla_ray.settings.config import EvaluationConfig, RunConfig, to_dict
 
 logger = get_logger(__name__)

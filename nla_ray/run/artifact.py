@@ -10,6 +10,7 @@ the run's parents, or there is an error.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -17,14 +18,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nla_ray.run.location import Location, copy_files, mirror_folder
 from nla_ray.run.lock import Lease, LocalLock
 from nla_ray.run.manifest import MANIFEST_NAME, Manifest
-from nla_ray.run.stages import job_of, stage_named
+from nla_ray.run.recipe import recipe_differences, recipe_of
+from nla_ray.run.stages import STAGES, job_of, stage_named
 from nla_ray.settings.config import RunConfig, config_hash, to_dict
+from nla_ray.settings.precision import training_dtype
 
 _STARTED_NAME = "started.json"
 """Configuration of an artifact that is being made; gone when its manifest is there."""
@@ -45,7 +49,8 @@ class Artifact:
         self.location = run.root / name
         """The artifact's folder."""
         self._parents = {parent: manifest.fingerprint for parent, manifest in parents.items()}
-        self._hash = config_hash({"config": config, "parents": self._parents})
+        recipe = recipe_of(name, config)
+        self._hash = config_hash({"config": recipe, "parents": self._parents})
         self.manifest = self._find_manifest()
         """None: the artifact is not complete."""
         if self.manifest is None:
@@ -59,33 +64,33 @@ class Artifact:
     def _find_manifest(self) -> Manifest | None:
         manifest = self.run.find(self.name)
         if manifest is not None:
-            self._require_same(manifest.config_hash, manifest.config, manifest.parents)
+            self._require_same(manifest.config, manifest.parents)
         return manifest
 
     def _mark_started(self) -> None:
-        marker = self.location / _STARTED_NAME
-        if marker.exists():
-            started = json.loads(marker.read_text())
-            self._require_same(started["config_hash"], started["config"], started["parents"])
+        started = self.run.started(self.name)
+        if started is not None:
+            self._require_same(started["config"], started["parents"])
             return
-        identity = {"config_hash": self._hash, "config": self.config, "parents": self._parents}
-        marker.write_text(json.dumps(identity, indent=1))
+        identity = {"config": self.config, "parents": self._parents}
+        (self.location / _STARTED_NAME).write_text(json.dumps(identity, indent=1))
 
-    def _require_same(
-        self, stored_hash: str, stored_config: dict[str, Any], stored_parents: dict[str, str]
-    ) -> None:
-        if stored_hash == self._hash:
-            return
-        changes = config_differences(stored_config, self.config) or [
+    def _require_same(self, stored_config: dict[str, Any], stored_parents: dict[str, str]) -> None:
+        """Raise ValueError unless that is the same recipe, of the same parents.
+
+        The hash is not compared: other versions of this program made it of other fields.
+        """
+        changes = recipe_differences(self.name, stored_config, self.config) or [
             f"parent {name}: there {stored_parents.get(name)}, here {self._parents.get(name)}"
             for name in sorted({*stored_parents, *self._parents})
             if stored_parents.get(name) != self._parents.get(name)
         ]
-        raise ValueError(
-            f"artifact {self.name!r} in {self.location}: it was made with another configuration"
-            f" ({'; '.join(changes[:4])}), expected the same. Repeat the flags it was made with,"
-            f" use another --run-dir, or delete {self.location}."
-        )
+        if changes:
+            raise ValueError(
+                f"artifact {self.name!r} in {self.location}: it was made with another"
+                f" configuration ({'; '.join(changes[:4])}), expected the same. Repeat the flags it"
+                f" was made with, use another --run-dir, or delete {self.location}."
+            )
 
     def reopen(self) -> None:
         """Turn a complete artifact into one that is being made, and keep its files.
@@ -150,8 +155,35 @@ class Run:
     """A run directory and the configuration it is worked on with."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
+        self._given = config
         self.root = Location.of(config.run_dir)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The configuration with a `training_dtype` that is no longer `auto`.
+
+        So one recipe trains in one precision, on whatever machine the run goes on: that of what is
+        trained here already, else the one that is fast on this machine.
+        """
+        base = self._given.base
+        if base.training_dtype != "auto":
+            return self._given
+        dtype = self._recorded_training_dtype() or training_dtype(self._given)
+        return dataclasses.replace(
+            self._given, base=dataclasses.replace(base, training_dtype=dtype)
+        )
+
+    def _recorded_training_dtype(self) -> Any:
+        """The precision in which the run's scorers and verbalizers are trained; None: not said."""
+        for stage in STAGES:
+            if stage.kind in ("scorer", "verbalizer"):
+                name = stage.artifact(self._given)
+                manifest = self.find(name)
+                recorded = manifest.config if manifest else (self.started(name) or {}).get("config")
+                dtype = (recorded or {}).get("base", {}).get("training_dtype", "auto")
+                if dtype != "auto":
+                    return dtype
+        return None
 
     def open_artifact(
         self,
@@ -205,6 +237,11 @@ class Run:
         """The manifest of a complete artifact, or None."""
         path = self.root / name / MANIFEST_NAME
         return Manifest.from_json(path.read_text(), str(path)) if path.exists() else None
+
+    def started(self, name: str) -> dict[str, Any] | None:
+        """`config` and `parents` of an artifact that is being made, or None."""
+        path = self.root / name / _STARTED_NAME
+        return json.loads(path.read_text()) if path.exists() else None
 
     def require(self, name: str) -> Manifest:
         """The manifest of artifact `name`. Raises ValueError that names the job which makes it."""
@@ -262,27 +299,6 @@ class Run:
             yield
         finally:
             lock.release()
-
-
-def config_differences(
-    stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = ""
-) -> list[str]:
-    """Readable differences of two nested configurations, a line each.
-
-    >>> config_differences({"grpo": {"steps": 80, "seed": 0}}, {"grpo": {"steps": 20, "seed": 0}})
-    ['grpo.steps: there 80, here 20']
-    """
-    lines = []
-    for key in sorted({*stored, *current}):
-        old, new = stored.get(key), current.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += config_differences(old, new, f"{prefix}{key}.")
-            continue
-        shown_old = repr(old) if key in stored else "nothing"
-        shown_new = repr(new) if key in current else "nothing"
-        if shown_old != shown_new:
-            lines.append(f"{prefix}{key}: there {shown_old}, here {shown_new}")
-    return lines
 
 
 def _environment() -> dict[str, str]:

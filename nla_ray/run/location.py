@@ -148,15 +148,22 @@ def copy_files(source: Location, target: Location) -> None:
 
 @contextmanager
 def mirror_folder(folder: Path, target: Location) -> Iterator[None]:
-    """Copy what changes in a local folder every _COPY_SECONDS, and what is left on exit."""
+    """Copy what changes in a local folder every _COPY_SECONDS, and what is left on exit.
+
+    What was removed from it is removed there.
+    """
     states = _file_states(folder)
     stopped = threading.Event()
 
     def copy_changes() -> None:
-        for path, state in _file_states(folder).items():
+        current = _file_states(folder)
+        for path, state in current.items():
             if states.get(path) != state:
                 (target / path).write_bytes((folder / path).read_bytes())
                 states[path] = state
+        for path in set(states) - set(current):
+            (target / path).delete()
+            del states[path]
 
     def keep_copying() -> None:
         while not stopped.wait(_COPY_SECONDS):

@@ -35,7 +35,7 @@ class Manifest:
     config: dict[str, Any]
     """The resolved configuration it was made with (the sections that shape it)."""
     config_hash: str
-    """Hash of `config` and `parents`."""
+    """Hash of the recipe in `config` and of `parents`; before there were recipes, of all."""
     parents: dict[str, str] = field(default_factory=dict)
     """Fingerprint of every artifact it was made from, by name."""
     files: dict[str, FileRecord] = field(default_factory=dict)

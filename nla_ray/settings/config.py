@@ -4,7 +4,8 @@ This module decides which settings exist; `presets.py` decides their values. The
 fields are the text of `--help`. Importing it loads neither torch nor Ray, so that `--help` and
 `--dry-run` answer at once. Functions elsewhere take the narrowest of these classes that suffices.
 
-It protects the identity of artifacts: names of fields and their defaults are hashed.
+It protects the identity of artifacts: `run.recipe` compares fields by name, and a field that an
+older artifact lacks by its default.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class BaseConfig:
     """Type of the frozen weights; adapters and activations are float32. A CPU without instructions
     for bfloat16 computes with the same numbers in float32."""
     training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products in training; `auto`: bfloat16 where the processor has it."""
+    """Type of the matrix products in training; `auto`: that of what the run has trained already,
+    else bfloat16 where the processor has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model computes; `auto`: on a GPU where the process has one."""
 

@@ -26,6 +26,7 @@ from nla_ray.base.load import (
 )
 from nla_ray.base.prompts import build_injection_prompt, find_marker
 from nla_ray.description.engines.interface import make_engine
+from nla_ray.settings import precision
 from nla_ray.settings.config import BaseConfig
 from nla_ray.settings.presets import preset
 
@@ -177,16 +178,20 @@ def test_a_tokenizer_without_chat_template_is_refused(
         load_tokenizer(dataclasses.replace(tiny_base, model=str(tmp_path / "copy")))
 
 
-@pytest.mark.parametrize("capability", ["none", "avx512_bf16", "amx_bf16", "bf16"])
+@pytest.mark.parametrize(
+    "flags", ["flags : fpu avx2", "flags : avx512_bf16", "flags : amx_bf16", "Features : fp bf16"]
+)
 def test_a_cpu_without_bf16_instructions_computes_with_the_same_numbers_in_float32(
-    tiny_base: BaseConfig, monkeypatch, capability: str
+    tiny_base: BaseConfig, monkeypatch, tmp_path: Path, flags: str
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\n{flags} other\n")
+    monkeypatch.setattr(precision, "_CPUINFO", cpuinfo)
     base = dataclasses.replace(tiny_base, dtype="bfloat16", training_dtype="auto")
     whole, cut = load_backbone(base), load_backbone(base, num_blocks=2)
-    expected = torch.float32 if capability == "none" else torch.bfloat16
+    expected = torch.bfloat16 if "bf16" in flags else torch.float32
     assert {parameter.dtype for parameter in (*whole.parameters(), *cut.parameters())} == {expected}
-    assert computes_in_bf16(base) is (capability != "none")
+    assert computes_in_bf16(base) is ("bf16" in flags)
     name = "model.layers.0.mlp.up_proj.weight"
     stored = load_file(Path(tiny_base.model) / "model.safetensors")[name]
     for model in (whole, cut):

@@ -149,6 +149,8 @@ def test_what_was_written_into_the_local_folder_outlives_an_error_and_a_kill(
         raise RuntimeError("cut off")
     with artifact.local_folder() as folder:
         assert [(folder / name).read_text() for name in ("first", "second")] == ["1", "2"]
+        (folder / "first").unlink()
+    assert set(artifact.publish().files) == {"second"}, "what was removed is removed everywhere"
 
 
 # Damage -------------------------------------------------------------------------------------------
