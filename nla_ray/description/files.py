@@ -15,9 +15,9 @@ from typing import Any
 
 from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.description.record import Description
-from nla_ray.run.artifact import config_differences
 from nla_ray.run.log import stage_progress
 from nla_ray.run.metrics import MetricsLog
+from nla_ray.run.recipe import config_differences
 
 _PROTOCOL = "protocol"
 """Key of the first line."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.description.engines.interface import ENGINE_NAME
-from nla_ray.run.artifact import config_differences
+from nla_ray.run.recipe import config_differences
 from nla_ray.settings.config import BaseConfig, config_hash, require
 
 _WEIGHTS = "weights"
