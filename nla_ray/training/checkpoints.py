@@ -111,11 +111,11 @@ class Checkpoints:
     ) -> bool:
         """Keep what `save(folder)` writes when `value` (lower is better) beats every earlier offer.
 
-        Says whether it did. All ranks call it with the same value; the first one saves, while
-        `parameters` are gathered. The artifact is made from the best offer: a kill at any moment
-        leaves the one before or the new one, whole.
+        Says whether it did. All ranks call it; the first one decides, because values may differ in
+        the last bit, and saves, while `parameters` are gathered. The artifact is made from the best
+        offer: a kill at any moment leaves the one before or the new one, whole.
         """
-        if not value < self.best.get("value", float("inf")):
+        if not _as_first_rank_says(value < self.best.get("value", float("inf"))):
             return False
         # A name of its own: a resumed run may offer a step again, whose folder the record names
         # until the new one is whole.
@@ -182,8 +182,20 @@ def _declares(name: str) -> bool:
 
 
 def _wait_for_all_ranks() -> None:
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if _has_other_ranks():
         torch.distributed.barrier()
+
+
+def _as_first_rank_says(decision: bool) -> bool:
+    """The first rank's decision, on every rank: where ranks part, those that wait wait for ever."""
+    decisions = [decision]
+    if _has_other_ranks():
+        torch.distributed.broadcast_object_list(decisions, src=0)
+    return decisions[0]
+
+
+def _has_other_ranks() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
