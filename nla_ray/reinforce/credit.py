@@ -3,14 +3,21 @@
 The reward scorer reads a description as it grows, after each of its lines. So it is known what a
 line adds to the reward, and a line is not blamed for the lines after it:
 
+    r_j = reward of the first j lines; a description that has ended keeps its last reward
+    m_j = mean of r_j over the group
     V_0 = 0
-    V_j = b_j x (reward of the first j lines - its mean over the group)
-    V_last = the advantage of the whole description
+    V_j = u x (r_j - m_j)
+    V_last = u x (reward - the group's mean reward) = the advantage of the whole description
     advantage of a token of line j = V_j - V_(j-1)
 
-b_j is fitted to each batch: how much the reward of j lines foretells of the advantage. Knows texts,
-ids and numbers only. Protects the rule that credit is shared out and not made: the advantages of a
-description's lines add up to the advantage of the description.
+So a line is paid what it adds, less what the group adds there, whatever the lines before it earned.
+u, the advantage of one unit of reward, is that of whole descriptions. A smaller factor, fitted to
+how well beginnings foretell the end, would leave a share of what earlier lines earned to the last
+line, which could then be punished although it raised the reward. Descriptions that have ended are
+kept in the mean, so that no line is compared with itself alone.
+
+Knows texts, ids and numbers only. Protects the rule that credit is shared out and not made: the
+advantages of a description's lines add up to the advantage of the description.
 Source: generalised advantage estimation (arXiv 1506.02438) with lambda 0, and the reconstructor in
 place of a learned value function.
 """
@@ -27,7 +34,7 @@ from torch import Tensor
 from nla_ray.base.prompts import CLOSING_TAG, parse_description
 
 _NOTHING = 1e-12
-"""A squared spread of rewards below which beginnings foretell nothing."""
+"""A squared spread of rewards below which no reward is better than another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,51 +71,74 @@ def cut_lines(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) 
     return Lines(beginnings=beginnings, line_of_token=line_of_token)
 
 
-def share_out(
+def line_values(
     advantages: Float[Tensor, " batch"],
     rewards: Sequence[Sequence[float]],
-    lines: Sequence[Sequence[int]],
     group_size: int,
-    length: int,
-) -> tuple[Float[Tensor, "batch {length}"], float]:
-    """The advantage of every token, [batch, length]; and how much beginnings foretell.
-
-    `advantages`: of whole descriptions, groups of `group_size` in a row. `rewards`: of every
-    description's beginnings. `lines`: of every description's tokens, each below `length`; behind
-    its end a description has zeros. The second value is the share of the advantages' variance that
-    the last beginnings explain, at most 1.
-    """
-    shared = torch.zeros(len(advantages), length, dtype=advantages.dtype)
-    explained = torch.zeros(len(advantages), dtype=advantages.dtype)
-    for row, values in enumerate(line_values(advantages, rewards, group_size)):
-        credits = values.diff(prepend=values.new_zeros(1))
-        shared[row, : len(lines[row])] = credits[torch.tensor(lines[row], dtype=torch.int64)]
-        explained[row] = values[-2] if len(values) > 1 else 0.0
-    total = advantages.square().sum()
-    left = (advantages - explained).square().sum()
-    return shared, (1.0 - left / total).item() if total > 0 else 0.0
-
-
-def line_values(
-    advantages: Float[Tensor, " batch"], rewards: Sequence[Sequence[float]], group_size: int
+    *,
+    scaled_by_group: bool = False,
 ) -> list[Float[Tensor, " _lines"]]:
     """V_1 .. V_last of every description, as in the module's text.
 
-    Beginnings of j lines are compared with those of j lines in the group. Centred rewards of the
-    example: [0.25, -0.25], so b is 4.
+    `advantages`: of whole descriptions, groups of `group_size` in a row. `rewards`: of the first
+    line, of the first two, and so on to all of every description. `scaled_by_group`: each group has
+    a u of its own.
 
-    >>> line_values(torch.tensor([1.0, -1.0]), [[0.75], [0.25]], group_size=2)
-    [tensor([1., 1.]), tensor([-1., -1.])]
+    >>> line_values(torch.tensor([1.0, -1.0]), [[0.5, 0.75], [0.25]], group_size=2)
+    [tensor([0.5000, 1.0000]), tensor([-1.])]
     """
     longest = max(map(len, rewards))
-    by_line = torch.full((len(rewards), longest), float("nan"), dtype=advantages.dtype)
+    carried = torch.empty(len(rewards), longest, dtype=advantages.dtype)
     for row, earned in enumerate(rewards):
-        by_line[row, : len(earned)] = torch.tensor(earned)
-    grouped = by_line.unflatten(0, (-1, group_size))
-    centred = (grouped - grouped.nanmean(1, keepdim=True)).flatten(0, 1).nan_to_num()
-    slopes = (advantages[:, None] * centred).sum(0) / centred.square().sum(0).clamp_min(_NOTHING)
+        carried[row] = torch.tensor([*earned, *[earned[-1]] * (longest - len(earned))])
+    grouped = carried.unflatten(0, (-1, group_size))
+    centred = (grouped - grouped.mean(1, keepdim=True)).flatten(0, 1)
+    units = _units(advantages, centred[:, -1], group_size if scaled_by_group else len(advantages))
     values = []
     for row, earned in enumerate(rewards):
-        foretold = (slopes * centred[row])[: len(earned)]
-        values.append(torch.cat([foretold, advantages[row : row + 1]]))
+        beginnings = units[row] * centred[row, : len(earned) - 1]
+        values.append(torch.cat([beginnings, advantages[row : row + 1]]))
     return values
+
+
+def _units(
+    advantages: Float[Tensor, " batch"], centred: Float[Tensor, " batch"], size: int
+) -> Float[Tensor, " batch"]:
+    """u of every description: the advantage of one unit of reward among each `size` in a row.
+
+    `centred`: rewards of whole descriptions less their group's mean. 0 where all of them agree.
+    """
+    paid, earned = advantages.view(-1, size), centred.view(-1, size)
+    units = (paid * earned).sum(1) / earned.square().sum(1).clamp_min(_NOTHING)
+    return units.repeat_interleave(size)
+
+
+def token_advantages(
+    values: Sequence[Float[Tensor, " _lines"]], lines: Sequence[Sequence[int]], length: int
+) -> Float[Tensor, "batch {length}"]:
+    """The advantage of every token: what its line adds to V.
+
+    `lines`: the line of every description's tokens, each description at most `length` tokens;
+    behind its end a description has zeros.
+
+    >>> token_advantages([torch.tensor([0.5, 1.5])], [[0, 0, 1]], length=4)
+    tensor([[0.5000, 0.5000, 1.0000, 0.0000]])
+    """
+    shared = torch.zeros(len(values), length)
+    for row, of_lines in enumerate(values):
+        credits = of_lines.diff(prepend=of_lines.new_zeros(1))
+        shared[row, : len(lines[row])] = credits[torch.tensor(lines[row], dtype=torch.int64)]
+    return shared
+
+
+def share_foretold(values: Sequence[Float[Tensor, " _lines"]]) -> float:
+    """The share of the advantages' variance that the last beginnings explain, at most 1.
+
+    The beginning of a description of one line explains nothing.
+    """
+    ends = torch.stack([of_lines[-1] for of_lines in values])
+    foretold = torch.stack(
+        [of_lines[-2] if len(of_lines) > 1 else of_lines.new_zeros(()) for of_lines in values]
+    )
+    total = ends.square().sum()
+    return (1.0 - (ends - foretold).square().sum() / total).item() if total > 0 else 0.0

@@ -22,10 +22,11 @@ from trl import GRPOConfig, GRPOTrainer
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.cluster.actors import shared_tensor
+from nla_ray.reinforce.credit import share_foretold, token_advantages
 from nla_ray.reinforce.monitor import Monitor
 from nla_ray.reinforce.records import GRPOCallback
 from nla_ray.reinforce.rewards import reward_weights
-from nla_ray.reinforce.steps import StepClock, StepSampler, TrainingData
+from nla_ray.reinforce.steps import StepClock, StepSampler, TrainingData, values_of_all_workers
 from nla_ray.run.artifact import Run
 from nla_ray.settings.config import RunConfig
 from nla_ray.training.checkpoints import Checkpoints
@@ -119,8 +120,11 @@ def grpo_arguments(
     `weights`: of the reward terms. The preset divides advantages by the standard deviation of the
     batch. That of each group would blow up groups that agree (Source: arXiv 2508.08221). The loss
     is summed over tokens and divided by a constant, without length bias (Dr. GRPO, arXiv
-    2503.20783). Truncated rollouts stay in the loss: stopping is trained. The rate falls to 0: a
-    step of a hundred rollouts is mostly noise, which the last small steps average out.
+    2503.20783). The KL is weighted by the importance ratio, so that its gradient is that of the
+    reverse KL: without the ratio the gradient is that of another divergence, even where the ratio
+    is 1 (Source: arXiv 2512.02556). Truncated rollouts stay in the loss: stopping is trained.
+    The rate falls to 0: a step of a hundred rollouts is mostly noise, which the last small steps
+    average out.
     """
     settings, workers = run_config.grpo, run_config.compute.trainer_workers
     rollouts = settings.prompts_per_step * settings.group_size // workers
@@ -137,6 +141,7 @@ def grpo_arguments(
         max_completion_length=settings.max_new_tokens,
         temperature=settings.temperature,
         beta=settings.beta,
+        use_bias_correction_kl=True,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=int(_WARMUP_SHARE * settings.steps),
@@ -175,12 +180,23 @@ class VerbalizerTrainer(GRPOTrainer):
         """
         batch = super()._generate_and_score_completions(inputs)
         if self._credit == "line":
-            advantages = batch["advantages"]
             length = batch["completion_ids"].shape[1]
-            shared, explained = self.rollout_func.share_out(advantages.cpu(), length)
-            batch["advantages"] = shared.to(advantages)
-            self._metrics["train"]["credit/explained"].append(explained)
+            batch["advantages"] = self._share_out(batch["advantages"], length)
         return batch
+
+    def _share_out(self, advantages: Tensor, length: int) -> Tensor:
+        """Advantages of this worker's descriptions [n] as those of their tokens [n, length]."""
+        sampler: StepSampler = self.rollout_func
+        values = values_of_all_workers(
+            advantages,
+            sampler.rewards_by_line(),
+            self.num_generations,
+            scaled_by_group=self.scale_rewards == "group",
+        )
+        self._metrics["train"]["credit/explained"].append(share_foretold(values))
+        first = self.accelerator.process_index * len(advantages)
+        local = values[first : first + len(advantages)]
+        return token_advantages(local, sampler.line_of_token(), length).to(advantages)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         """TRL's log-probs: the policy's are kept for `sampler_gap`, others are timed."""

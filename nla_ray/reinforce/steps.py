@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.cluster.actors import ActorPool, SharedArray
 from nla_ray.description.record import Description
-from nla_ray.reinforce.credit import Lines, cut_lines, share_out
+from nla_ray.reinforce.credit import Lines, cut_lines, line_values
 from nla_ray.reinforce.monitor import MonitorData
 from nla_ray.reinforce.rewards import (
     SCORE,
     TEXT_TERMS,
     WrongActivations,
     beginning_worth,
+    reward_weights,
     score_term,
     text_terms,
 )
@@ -34,7 +39,6 @@ from nla_ray.settings.config import GRPOSettings
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-    from torch import Tensor
     from transformers import Trainer
 
 
@@ -97,9 +101,9 @@ class StepSampler:
         self._lines: list[Lines] = []
         """Of every rollout; empty where credit goes to whole descriptions."""
         self._worths: list[list[float]] = []
-        """What every rollout's beginnings earn beside their scores; empty like `_lines`."""
-        self._beginning_scores: list[float] = []
-        """Of all beginnings, rollout after rollout."""
+        """What the beginnings and the whole of every rollout earn beside their scores."""
+        self._scores: list[float] = []
+        """Of all rollouts, and behind them of all beginnings, rollout after rollout."""
 
     def __call__(self, prompts: list[str], trainer: Trainer) -> dict[str, list]:
         """Rollouts of this process's groups under this step's adapter; leaves scoring running."""
@@ -115,18 +119,22 @@ class StepSampler:
         if self.settings.credit == "line":
             decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
             self._lines = [cut_lines(rollout.token_ids, decode) for rollout in batch.rollouts]
-            self._worths = self._worths_of(batch.rollouts)
         request = self._scoring_request(batch.rollouts, step)
         self._scoring = submit_scores(self._scorers.part(*part), request)
-        return self._columns(batch.rollouts)
+        columns = self._columns(batch.rollouts)
+        if self.settings.credit == "line":
+            self._worths = self._worths_of(batch.rollouts, columns)
+        return columns
 
-    def _worths_of(self, rollouts: Sequence[Description]) -> list[list[float]]:
-        worths = []
-        for rollout, lines in zip(rollouts, self._lines, strict=True):
+    def _worths_of(
+        self, rollouts: Sequence[Description], columns: Mapping[str, list]
+    ) -> list[list[float]]:
+        weights, worths = reward_weights(self.settings), []
+        for index, (rollout, lines) in enumerate(zip(rollouts, self._lines, strict=True)):
             source = self.data.sources[rollout.row]
-            worths.append(
-                [beginning_worth(text, source, self.settings) for text in lines.beginnings]
-            )
+            begun = [beginning_worth(text, source, self.settings) for text in lines.beginnings]
+            whole = sum(weights[name] * columns[name][index] for name in TEXT_TERMS)
+            worths.append([*begun, whole])
         return worths
 
     def _scoring_request(self, rollouts: Sequence[Description], step: int) -> ScoringRequest:
@@ -191,16 +199,45 @@ class StepSampler:
             centred_wrong=scores.centred_wrong,
         )
         whole = len(values) - sum(len(lines.beginnings) for lines in self._lines)
-        self._beginning_scores = values[whole:].tolist()
+        self._scores = values.tolist()
         log_metric("score/right", scores.right[:whole].mean().item())
         log_metric("score/centred_right", scores.centred_right[:whole].mean().item())
         if self.settings.contrast == "wrong":
             log_metric("score/centred_wrong", scores.centred_wrong[:whole].mean().item())
-        return values[:whole].tolist()
+        return self._scores[:whole]
 
-    def share_out(self, advantages: Tensor, length: int) -> tuple[Tensor, float]:
-        """`credit.share_out` of the rollouts scored last: [n] -> [n, length]."""
-        scores = iter(self._beginning_scores)
-        rewards = [[next(scores) + worth for worth in worths] for worths in self._worths]
-        lines = [lines.line_of_token for lines in self._lines]
-        return share_out(advantages, rewards, lines, self.settings.group_size, length)
+    def rewards_by_line(self) -> list[list[float]]:
+        """Of the rollouts scored last: the reward of the first line, of the first two, ... of all.
+
+        Where credit goes to whole descriptions there are none.
+        """
+        whole, begun = iter(self._scores), iter(self._scores[len(self._worths) :])
+        rewards = []
+        for worths in self._worths:
+            scores = [*(next(begun) for _ in worths[:-1]), next(whole)]
+            rewards.append([score + worth for score, worth in zip(scores, worths, strict=True)])
+        return rewards
+
+    def line_of_token(self) -> list[list[int]]:
+        """Of the rollouts sampled last: for every token the index of its line."""
+        return [lines.line_of_token for lines in self._lines]
+
+
+def values_of_all_workers(
+    advantages: Tensor,
+    rewards: Sequence[Sequence[float]],
+    group_size: int,
+    *,
+    scaled_by_group: bool,
+) -> list[Tensor]:
+    """`credit.line_values` of all workers' descriptions, one worker's behind the other's.
+
+    Each gives those of its own. So values do not depend on how many share a batch, and a worker
+    whose descriptions all earn the same pays their lines at the rate of the others.
+    """
+    return line_values(
+        torch.tensor(gather_object(advantages.tolist())),
+        gather_object(list(rewards)),
+        group_size,
+        scaled_by_group=scaled_by_group,
+    )

@@ -1,10 +1,13 @@
 """Credit by line: descriptions cut by hand, values and advantages computed by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from ranks import on_two_ranks, value_lines
 
 from nla_ray.base.prompts import CLOSING_TAG
-from nla_ray.reinforce.credit import cut_lines, line_values, share_out
+from nla_ray.reinforce.credit import cut_lines, line_values, share_foretold, token_advantages
 
 
 def decode(ids) -> str:
@@ -30,52 +33,108 @@ def test_a_blank_line_ends_nothing() -> None:
     assert lines.beginnings == ["- a"] and lines.line_of_token == [0] * 4 + [1] * 4
 
 
-def test_the_value_of_a_beginning_is_its_score_within_the_group_scaled_to_advantages() -> None:
+def credits_of(values: torch.Tensor) -> torch.Tensor:
+    """What every line is paid: the differences of its description's values, from 0."""
+    return values.diff(prepend=torch.zeros(1))
+
+
+def test_a_line_that_raised_the_reward_is_not_punished_because_no_other_has_as_many_lines() -> None:
+    first, *others = line_values(
+        torch.tensor([1.2, -0.4, -0.4, -0.4]),
+        [[0.6, 0.62, 0.6], [0.2, 0.2], [0.2, 0.2], [0.2, 0.2]],
+        group_size=4,
+    )
+    # whole rewards less .3: .3, -.1, -.1, -.1; u = 4. Means of one line .3, of two .305.
+    torch.testing.assert_close(credits_of(first), torch.tensor([1.2, 0.06, -0.06]))
+    for values in others:
+        torch.testing.assert_close(values, torch.tensor([-0.4, -0.4]))
+
+
+def test_a_line_is_paid_its_gain_less_the_groups_whatever_the_lines_before_it_earned() -> None:
+    rewards = [[0.1, 0.4, 0.3], [0.5, 0.6, 0.9]]
+    for earned in (0.0, 0.5, -2.0):
+        shifted = [[reward + earned for reward in rewards[0]], rewards[1]]
+        whole = torch.tensor([description[-1] for description in shifted])
+        first, _ = line_values(whole - whole.mean(), shifted, group_size=2)
+        # gains of the second line .3 and .1, of the third -.1 and .3; u = 1
+        torch.testing.assert_close(credits_of(first)[1:], torch.tensor([0.1, -0.2]))
+
+
+def test_a_description_that_has_ended_keeps_its_reward_in_the_groups_mean() -> None:
+    long, short = line_values(torch.tensor([2.0, -2.0]), [[0.3, 0.8], [0.4]], group_size=2)
+    # u = 2 / .2 = 10; the mean of one line is .35
+    torch.testing.assert_close(long, torch.tensor([-0.5, 2.0]))
+    torch.testing.assert_close(short, torch.tensor([-2.0]))
+
+
+def test_lines_differ_in_pay_where_whole_descriptions_of_a_group_agree() -> None:
     values = line_values(
-        torch.tensor([1.0, -1.0, 0.5, -0.5]), [[0.6], [0.2], [0.5], [0.5]], group_size=2
+        torch.tensor([3.0, -3.0, 0.0, 0.0]), [[0.9], [0.3], [0.7, 0.5], [0.4, 0.5]], group_size=2
     )
-    # centred .2, -.2, 0, 0; slope (.2 + .2) / .08 = 5
+    # u = 3 / .3 = 10 in both groups: one scale for the batch
+    torch.testing.assert_close(values[2], torch.tensor([1.5, 0.0]))
+    torch.testing.assert_close(values[3], torch.tensor([-1.5, 0.0]))
+
+
+def test_where_advantages_are_scaled_by_group_lines_are_too() -> None:
+    values = line_values(
+        torch.tensor([1.0, -1.0, 1.0, -1.0]),
+        [[0.6, 0.6], [0.2, 0.2], [0.9, 0.5], [0.3, 0.4]],
+        group_size=2,
+        scaled_by_group=True,
+    )
+    # u = 5, then 20
+    torch.testing.assert_close(values[0], torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(values[2], torch.tensor([6.0, 1.0]))
+
+
+def test_rewards_that_all_agree_pay_nothing() -> None:
+    values = line_values(torch.zeros(2), [[0.1, 0.5], [0.3, 0.5]], group_size=2)
+    torch.testing.assert_close(torch.stack(values), torch.zeros(2, 2))
+
+
+def test_one_worker_or_four_pay_every_line_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lines = torch.randint(1, 5, (32,), generator=generator).tolist()
+    rewards = [torch.rand(count, generator=generator).tolist() for count in lines]
+    whole = torch.tensor([description[-1] for description in rewards]).view(-1, 4)
+    advantages = ((whole - whole.mean(1, keepdim=True)) / whole.std()).flatten()
+    at_once = torch.cat(line_values(advantages, rewards, group_size=4))
+    by_slice = []
+    for rows in torch.arange(32).chunk(4):
+        earned = [rewards[row] for row in rows]
+        by_slice += line_values(advantages[rows], earned, group_size=4)
+    torch.testing.assert_close(torch.cat(by_slice), at_once)
+
+
+def test_two_workers_of_one_batch_know_the_same_values(tmp_path: Path) -> None:
+    advantages = torch.tensor([3.0, -3.0, 0.0, 0.0])
+    rewards = [[0.9], [0.3], [0.7, 0.5], [0.4, 0.5]]
+    parts = [(advantages[:2], rewards[:2]), (advantages[2:], rewards[2:])]
+    alone = line_values(advantages, rewards, group_size=2)
+    for values in on_two_ranks(value_lines, tmp_path, parts):
+        torch.testing.assert_close(values, alone)
+
+
+def test_the_lines_of_a_description_are_paid_its_advantage_together() -> None:
+    values = line_values(
+        torch.tensor([1.0, -0.6, -0.4]), [[0.2, 0.5, 0.9], [0.6, 0.1], [0.2]], group_size=3
+    )
+    paid = torch.stack([credits_of(of_lines).sum() for of_lines in values])
+    torch.testing.assert_close(paid, torch.tensor([1.0, -0.6, -0.4]))
+
+
+def test_every_token_is_paid_what_its_line_adds_and_nothing_comes_behind_the_end() -> None:
+    shared = token_advantages(
+        [torch.tensor([0.5, 1.5, 1.0]), torch.tensor([-1.0])], [[0, 0, 1, 2], [0, 0]], length=5
+    )
     torch.testing.assert_close(
-        torch.stack(values), torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.5], [0.0, -0.5]])
+        shared, torch.tensor([[0.5, 0.5, 1.0, -0.5, 0.0], [-1.0, -1.0, 0.0, 0.0, 0.0]])
     )
 
 
-def test_every_line_is_paid_what_it_adds_and_all_lines_together_the_whole() -> None:
-    advantages, scores = torch.tensor([1.0, -1.0]), [[0.3, 0.6], [0.3, 0.2]]
-    shared, explained = share_out(
-        advantages, scores, [[0, 0, 1, 2], [0, 1, 2, 2]], group_size=2, length=5
-    )
-    torch.testing.assert_close(
-        shared, torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0], [0.0, -1.0, 0.0, 0.0, 0.0]])
-    )
-    assert explained == pytest.approx(1.0)
-
-
-def test_beginnings_that_score_alike_pay_the_last_line_and_those_that_differ_the_first() -> None:
-    advantages, scores = torch.tensor([1.0, -1.0, 2.0, -2.0]), [[0.6], [0.2], [0.5], [0.5]]
-    shared, explained = share_out(advantages, scores, [[0, 1]] * 4, group_size=2, length=2)
-    # slope 5: the first group's beginnings are worth 1 and -1, the second's nothing
-    torch.testing.assert_close(
-        shared, torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
-    )
-    assert explained == pytest.approx(2 / 10)
-
-
-def test_beginnings_that_foretell_nothing_leave_the_last_line_the_whole_advantage() -> None:
-    shared, explained = share_out(
-        torch.tensor([1.0, -1.0]), [[0.4], [0.4]], [[0, 1], [0, 1]], group_size=2, length=2
-    )
-    torch.testing.assert_close(shared, torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
-    assert explained == 0.0
-
-
-def test_descriptions_of_one_line_are_paid_as_a_whole() -> None:
-    shared, _ = share_out(
-        torch.tensor([1.0, -1.0]), [[], []], [[0, 0], [0]], group_size=2, length=3
-    )
-    torch.testing.assert_close(shared, torch.tensor([[1.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]))
-
-
-def test_a_line_is_compared_with_those_of_the_group_that_have_it() -> None:
-    values = line_values(torch.tensor([1.0, -1.0, 0.0]), [[0.6], [0.2], []], group_size=3)
-    torch.testing.assert_close(torch.cat(values), torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0]))
+def test_the_share_foretold_is_what_the_last_beginnings_explain_of_the_advantages() -> None:
+    values = [torch.tensor([0.5, 1.0]), torch.tensor([-1.0]), torch.tensor([0.0, 2.0, 2.0])]
+    # left over: .5, -1, 0 of advantages 1, -1, 2
+    assert share_foretold(values) == pytest.approx(1 - 1.25 / 6)
+    assert share_foretold([torch.tensor([0.3, 0.0])]) == 0.0
