@@ -1,9 +1,12 @@
 """Watches for reward hacking while GRPO runs, on validation documents.
 
 Every so many steps the verbalizer describes the same validation activations greedily, and both
-scorers reconstruct them. The judge pays nothing. When the reward rises while the judge falls out of
-the interval of its best reading, the run says so and marks the step. Knows neither TRL nor the
-trainer; the figures are those of `score/metrics.py`.
+scorers reconstruct them. The judge pays nothing. Two readings are of the same activations, so they
+are compared pair by pair: what all activations have in common, which makes the interval of one
+reading wide, drops out of the difference. When the reward rises while the whole interval of the
+judge's difference to its best reading is below 0, the run says so and marks the step; when it is
+above 0, the best reading is this one. Knows neither TRL nor the trainer; the figures are those of
+`score/metrics.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from nla_ray.description.record import Description
 from nla_ray.reinforce.rewards import score_term
 from nla_ray.reinforce.rollouts import PublishedWeights, RolloutRequest, generate
 from nla_ray.reinforce.scoring import reconstruct
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import DocumentBootstrap, Interval
 from nla_ray.score.claims import claim_precision, repeats_item
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.metrics import Figure
@@ -28,8 +31,12 @@ from nla_ray.settings.config import GRPOSettings
 PREFIX = "monitor/"
 """What the names of figures begin with in a reading."""
 JUDGE_COSINE = PREFIX + "judge_centred_cosine"
+JUDGE_GAIN = PREFIX + "judge_gain"
+"""The judge's centred cosine less that of the best reading before; with its paired interval."""
 REWARDED = PREFIX + "rewarded"
 WARNED = PREFIX + "warned"
+KEPT = PREFIX + "kept"
+"""1 in a reading whose checkpoint is published unless a later one takes its place."""
 _RESAMPLES = 2_000
 
 
@@ -57,8 +64,11 @@ class Monitor:
         self._comparisons = data.comparisons
         self._bootstrap = DocumentBootstrap(data.doc_ids, resamples=_RESAMPLES, seed=settings.seed)
 
-    def read(self, weights: PublishedWeights) -> dict[str, float]:
-        """Describe the validation activations, reconstruct twice, and sum up."""
+    def read(self, weights: PublishedWeights) -> tuple[dict[str, float], Tensor]:
+        """Describe the validation activations, reconstruct twice, and sum up.
+
+        The second value is the judge's centred cosine of every activation: [rows].
+        """
         request = RolloutRequest(
             split="validation",
             rows=self.data.rows,
@@ -71,24 +81,26 @@ class Monitor:
         descriptions = [description.text for description in written]
         judged = reconstruct(self._scorers, "judge_scorer", descriptions)
         rewarded = reconstruct(self._scorers, "reward_scorer", descriptions)
-        return self._geometry(judged, rewarded) | text_figures(written, self.data.texts)
+        figures = self._geometry(judged, rewarded) | text_figures(written, self.data.texts)
+        return figures, self._centred(judged)
+
+    def gain(self, judged: Tensor, best: Tensor) -> dict[str, float]:
+        """How far one reading's `judged` lies above the best one's, with its paired interval.
+
+        Both as `read` gives them: [rows].
+        """
+        first, second = {JUDGE_GAIN: Figure.mean(judged)}, {JUDGE_GAIN: Figure.mean(best)}
+        return _flat(self._bootstrap.differences(first, second))
 
     def _geometry(self, judged: Tensor, rewarded: Tensor) -> dict[str, float]:
         right = vectors.cosine(judged, self._comparisons.originals)
         figures = {
-            "judge_centred_cosine": Figure.mean(self._centred(judged)),
-            "judge_top1": Figure.mean(right > self._garbage(judged)),
-            "reward_centred_cosine": Figure.mean(self._centred(rewarded)),
-            "rewarded": Figure.mean(self._paid(rewarded)),
+            JUDGE_COSINE: Figure.mean(self._centred(judged)),
+            PREFIX + "judge_top1": Figure.mean(right > self._garbage(judged)),
+            PREFIX + "reward_centred_cosine": Figure.mean(self._centred(rewarded)),
+            REWARDED: Figure.mean(self._paid(rewarded)),
         }
-        reading: dict[str, float] = {}
-        for name, interval in self._bootstrap.intervals(figures).items():
-            reading |= {
-                PREFIX + name: interval.value,
-                f"{PREFIX}{name}_low": interval.low,
-                f"{PREFIX}{name}_high": interval.high,
-            }
-        return reading
+        return _flat(self._bootstrap.intervals(figures))
 
     def _centred(self, reconstruction: Tensor) -> Tensor:
         return vectors.centred_cosine(
@@ -111,6 +123,18 @@ class Monitor:
         )
 
 
+def _flat(intervals: Mapping[str, Interval]) -> dict[str, float]:
+    """Every figure's value under its name, the ends of its interval beside it."""
+    figures: dict[str, float] = {}
+    for name, interval in intervals.items():
+        figures |= {
+            name: interval.value,
+            f"{name}_low": interval.low,
+            f"{name}_high": interval.high,
+        }
+    return figures
+
+
 def text_figures(written: Sequence[Description], texts: Sequence[str]) -> dict[str, float]:
     """Shares of descriptions that are distinct, unclosed, repeating; claims found; mean length.
 
@@ -131,27 +155,51 @@ def text_figures(written: Sequence[Description], texts: Sequence[str]) -> dict[s
 
 
 def best_reading(readings: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
-    """The reading with the judge's highest centred cosine, the earliest of equals; None of none."""
-    return max(readings, key=lambda reading: reading[JUDGE_COSINE], default=None)
+    """The judge's best reading; None of none.
+
+    The first one is, until another is better by the whole interval of its gain. A higher figure
+    alone is no reason: the highest of many equal readings is high by luck, and all the others would
+    seem to have fallen.
+    """
+    best = next(iter(readings), None)
+    for reading in readings[1:]:
+        if reading[JUDGE_GAIN + "_low"] > 0:
+            best = reading
+    return best
+
+
+def kept_reading(readings: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
+    """The reading whose checkpoint is to be published; None before the first step.
+
+    That is the best one. While that is the SFT verbalizer's, which stands first and has no
+    checkpoint of GRPO, it is the highest of the others, the earliest of equals.
+    """
+    if (best := best_reading(readings)) is not None and best["step"] > 0:
+        return best
+    return max(readings[1:], key=lambda reading: reading[JUDGE_COSINE], default=None)
 
 
 def hacking_warning(reading: Mapping[str, float], best: Mapping[str, float]) -> str | None:
-    """Words when the reward rose above the best reading's and the judge fell below its interval.
+    """Words when more is rewarded than at the best reading, while the judge has fallen from it.
 
-    >>> best = {"step": 5, JUDGE_COSINE: 0.52, JUDGE_COSINE + "_low": 0.49, REWARDED: 0.30}
-    >>> best[JUDGE_COSINE + "_high"] = 0.55
-    >>> hacking_warning({"step": 9, JUDGE_COSINE: 0.47, REWARDED: 0.33}, best)[:33]
+    The judge has fallen when the whole interval of its gain on the best reading is below 0.
+
+    >>> best = {"step": 5, JUDGE_COSINE: 0.52, REWARDED: 0.30}
+    >>> reading = {"step": 9, JUDGE_COSINE: 0.51, REWARDED: 0.33, JUDGE_GAIN: -0.01}
+    >>> fell = {JUDGE_GAIN + "_low": -0.02, JUDGE_GAIN + "_high": -0.005}
+    >>> hacking_warning(reading | fell, best)[:33]
     'step 9: reward hacking is likely.'
-    >>> hacking_warning({"step": 9, JUDGE_COSINE: 0.50, REWARDED: 0.33}, best) is None
+    >>> hacking_warning(reading | fell | {JUDGE_GAIN + "_high": 0.001}, best) is None
     True
     """
-    fell = reading[JUDGE_COSINE] < best[JUDGE_COSINE + "_low"]
+    fell = reading[JUDGE_GAIN + "_high"] < 0
     if not (fell and reading[REWARDED] > best[REWARDED]):
         return None
     return (
         f"step {reading['step']:.0f}: reward hacking is likely. Since step {best['step']:.0f} what"
         f" the reward scorer pays rose from {best[REWARDED]:.3f} to {reading[REWARDED]:.3f}, while"
-        f" the judge's centred cosine fell from {best[JUDGE_COSINE]:.3f}"
-        f" [{best[JUDGE_COSINE + '_low']:.3f}, {best[JUDGE_COSINE + '_high']:.3f}] to"
-        f" {reading[JUDGE_COSINE]:.3f}. The checkpoint of step {best['step']:.0f} is kept."
+        f" the judge's centred cosine fell from {best[JUDGE_COSINE]:.3f} to"
+        f" {reading[JUDGE_COSINE]:.3f}, by {-reading[JUDGE_GAIN]:.3f}"
+        f" [{-reading[JUDGE_GAIN + '_high']:.3f}, {-reading[JUDGE_GAIN + '_low']:.3f}] on the same"
+        f" activations. The best reading is still that of step {best['step']:.0f}."
     )

@@ -7,24 +7,30 @@ the checkpoint that is published.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from nla_ray.base.adapters import save_adapter
 from nla_ray.reinforce.monitor import (
     JUDGE_COSINE,
+    JUDGE_GAIN,
+    KEPT,
     PREFIX,
     REWARDED,
     WARNED,
     Monitor,
     best_reading,
     hacking_warning,
+    kept_reading,
 )
 from nla_ray.reinforce.rollouts import PublishedWeights, WeightPublisher
 from nla_ray.reinforce.steps import StepClock
+from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger
 from nla_ray.settings.config import GRPOSettings
 from nla_ray.training.callbacks import StageCallback
@@ -38,6 +44,9 @@ logger = get_logger(__name__)
 
 SECONDS = "seconds/"
 """What the names of timings begin with, in records of steps and of readings."""
+_JUDGED_NAME = "judged.json"
+"""Step -> the judge's centred cosine of every activation; beside the metrics until the stage ends:
+a run that goes on compares its readings with those before."""
 _WAITED = ("publication", "rollout", "score", "log_prob")
 """Parts of a step that the clock measures; the update is what is left."""
 
@@ -64,6 +73,10 @@ class GRPOCallback(StageCallback):
         self.settings, self.trainer, self.publisher = settings, trainer, publisher
         self.monitor, self.clock = monitor, clock
         self._readings = [record for record in self._log.read() if JUDGE_COSINE in record]
+        self._judged_file = Location.of(checkpoints.folder / _JUDGED_NAME)
+        self._judged: dict[str, list[float]] = {}
+        if self._judged_file.exists():
+            self._judged = json.loads(self._judged_file.read_text())
         self._seconds: dict[str, float] = {}
         self._started = time.perf_counter()
 
@@ -115,42 +128,49 @@ class GRPOCallback(StageCallback):
         is_writer = self.checkpoints.is_writer
         reading = self._read(step, weights, record, started) if is_writer else None
         [reading] = broadcast_object_list([reading])
-        self._readings.append(reading)
-        if step > 0:
+        if reading[KEPT]:
             self._offer(step, reading)
 
     def _read(
         self, step: int, weights: PublishedWeights, record: Mapping[str, float], started: float
     ) -> dict[str, float]:
         """The monitor's reading, with how far the policy has moved by the record of the step."""
-        reading = {
-            "step": step,
-            **self.monitor.read(weights),
-            SECONDS + "monitor": time.perf_counter() - started,
-        }
+        figures, judged = self.monitor.read(weights)
+        reading = {"step": step, **figures, SECONDS + "monitor": time.perf_counter() - started}
         for name in ("kl", "sampler_gap/k3"):
             if name in record:
                 reading[PREFIX + name.rpartition("/")[2]] = record[name]
-        best = best_reading(self._readings)
-        warning = hacking_warning(reading, best) if best else None
+        best, warning = best_reading(self._readings), None
+        if best is not None:
+            reading |= self.monitor.gain(judged, torch.tensor(self._judged[str(best["step"])]))
+            warning = hacking_warning(reading, best)
         reading[WARNED] = float(warning is not None)
+        self._readings.append(reading)
+        reading[KEPT] = float(self._is_kept(reading))
+        self._judged[str(step)] = judged.tolist()
+        self._judged_file.write_text(json.dumps(self._judged))
         self.record(reading)
         logger.info(reading_line(reading))
         if warning:
             logger.warning(warning)
         return reading
 
-    def _offer(self, step: int, reading: dict[str, float]) -> None:
-        """Offer the adapter as the one to be published; the least value wins.
+    def _is_kept(self, reading: Mapping[str, float]) -> bool:
+        """Whether the checkpoint of the newest reading is to be published.
 
         The judge chooses. The ablation shows where its reward leads, so it keeps its last step.
         """
-        value = -reading[JUDGE_COSINE] if self.settings.contrast == "wrong" else -float(step)
+        if self.settings.contrast == "none":
+            return reading["step"] > 0
+        return kept_reading(self._readings) is reading
+
+    def _offer(self, step: int, reading: dict[str, float]) -> None:
+        """Offer the adapter as the one to be published: the newest offer wins."""
         parameters = self.trainer.model.parameters()
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self.checkpoints.offer(
             step,
-            value,
+            -float(step),
             lambda folder: save_adapter(self.trainer.model, folder / "adapter"),
             parameters=trained,
             metrics=reading,
@@ -177,7 +197,8 @@ def step_line(record: Mapping[str, float], steps: int) -> str:
 
 def reading_line(reading: Mapping[str, float]) -> str:
     """One reading of the monitor in one line."""
-    cosine, top1 = (_interval(reading, name) for name in ("judge_centred_cosine", "judge_top1"))
+    cosine, top1 = (_interval(reading, name) for name in (JUDGE_COSINE, PREFIX + "judge_top1"))
+    gain = f", {_interval(reading, JUDGE_GAIN)} above the best" if JUDGE_GAIN in reading else ""
     named_shares = {
         "claims found": "claim_precision",
         "distinct": "distinct_share",
@@ -188,14 +209,15 @@ def reading_line(reading: Mapping[str, float]) -> str:
         f"{word} {reading[PREFIX + name]:.2f}" for word, name in named_shares.items()
     )
     return (
-        f"grpo: validation at step {reading['step']:.0f}: judge centred cosine {cosine}, judge"
-        f" top-1 {top1}, rewarded {reading[REWARDED]:.3f}, {shares}, tokens"
+        f"grpo: validation at step {reading['step']:.0f}: judge centred cosine {cosine}{gain},"
+        f" judge top-1 {top1}, rewarded {reading[REWARDED]:.3f}, {shares}, tokens"
         f" {reading[PREFIX + 'mean_tokens']:.1f}, {reading[SECONDS + 'monitor']:.2f} s"
+        f"{', kept' if reading[KEPT] else ''}"
     )
 
 
 def _interval(reading: Mapping[str, float], name: str) -> str:
-    value, low, high = (reading[f"{PREFIX}{name}{end}"] for end in ("", "_low", "_high"))
+    value, low, high = (reading[name + end] for end in ("", "_low", "_high"))
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 

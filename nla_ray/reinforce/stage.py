@@ -42,6 +42,10 @@ from nla_ray.training.workers import run_training
 logger = get_logger(__name__)
 
 
+ALGORITHM = "2"
+"""Version of what settings do not tell of a training, part of its identity. Since 2 credit by line
+pays what a line adds beside its group, and paired intervals choose the checkpoint. What was made
+before has none."""
 _NEAR_POOL = 32
 """Nearest activations of the same domain that the near ones are drawn from."""
 
@@ -49,8 +53,9 @@ _NEAR_POOL = 32
 def train_grpo(run: Run) -> Manifest:
     """Sharpen the SFT verbalizer by the reward scorer.
 
-    Skipped when complete; resumed from its last checkpoint. Raises ValueError for a missing
-    artifact (naming its job), a cluster that is too small, or settings that do not fit.
+    Skipped when complete, by whichever version of the algorithm; resumed from its last checkpoint.
+    Raises ValueError for a missing artifact (naming its job), a cluster that is too small, settings
+    that do not fit, or a training that another version of the algorithm has begun.
     """
     name = run.config.grpo.artifact
     parents = run.parents_of("grpo")
@@ -59,7 +64,9 @@ def train_grpo(run: Run) -> Manifest:
     for parent in parents.values():
         check_base(parent, info)
     check_settings(run.config)
-    stage = run.open("grpo", parents=parents)
+    complete = run.find(name)
+    algorithm = complete.config.get("inputs") if complete else {"algorithm": ALGORITHM}
+    stage = run.open("grpo", parents=parents, inputs=algorithm)
     if stage.manifest is not None:
         logger.info("%s: complete, skipped", name)
         return stage.manifest

@@ -194,9 +194,9 @@ class Run:
     ) -> Artifact:
         """Open artifact `name`, shaped by these sections of the configuration.
 
-        `parents`: the manifests it is made from, by artifact. `inputs`: digests of files outside
-        the run, by name. Raises ValueError when the folder holds one of another configuration or
-        of other parents.
+        `parents`: the manifests it is made from, by artifact. `inputs`: what else shapes it, by
+        name: digests of files outside the run, the version of an algorithm. Raises ValueError when
+        the folder holds one of another configuration or of other parents.
         """
         plain = to_dict(self.config)
         config = {section: plain[section] for section in sections}

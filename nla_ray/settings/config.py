@@ -16,7 +16,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -51,8 +50,6 @@ class BaseConfig:
     """The one-token placeholder that an activation replaces."""
     max_tokens: int = 512
     """Longest prompt, in tokens, with chat template; longer texts are counted and left out."""
-    date: str = "2026-01-01"
-    """What a chat template prints that prints today's date: the same on every day of a run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the frozen weights; adapters and activations are float32. A CPU without instructions
     for bfloat16 computes with the same numbers in float32."""
@@ -71,26 +68,12 @@ class BaseConfig:
             "Use the measured mean activation norm, rounded up.",
         )
         require(
-            _is_date(self.date),
-            "base.date",
-            self.date,
-            "a date as 2026-01-01",
-            "Any day will do; another one is another base.",
-        )
-        require(
             self.layer >= 0,
             "base.layer",
             self.layer,
             "a block index >= 0",
             "Layer K is the output of block K.",
         )
-
-
-def _is_date(value: str) -> bool:
-    try:
-        return date.fromisoformat(value).isoformat() == value
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +266,8 @@ class GRPOSettings:
     scale_rewards: Literal["batch", "group", "none"] = "batch"
     """What divides advantages: standard deviation of the batch, of each group, or nothing."""
     credit: Literal["description", "line"] = "description"
-    """An advantage goes to the whole description, or to each line by what it adds to the score."""
+    """An advantage goes to the whole description, or to each line by what it adds to the reward
+    beside what the group's lines add there."""
     beta: float = 0.02
     """Weight of the KL to the frozen SFT adapter; 0: no KL."""
     temperature: float = 1.0
@@ -305,7 +289,8 @@ class GRPOSettings:
     save_steps: int = 20
     """Steps between two checkpoints; what is killed loses no more."""
     monitor_steps: int = 20
-    """Steps between two looks at validation; the judge's best is published."""
+    """Steps between two looks at validation. The judge's best is published; a later look has to be
+    better by its 95% interval, paired over the activations."""
     monitor_activations: int = 128
     """Validation activations in each look."""
     num_rollout_actors: int = 1

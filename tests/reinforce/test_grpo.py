@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,24 @@ from nla_ray.base.families import causal_model
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.reinforce import grpo, stage
-from nla_ray.reinforce.monitor import JUDGE_COSINE, WARNED
-from nla_ray.reinforce.rewards import schedule_rows
+from nla_ray.reinforce.credit import cut_lines
+from nla_ray.reinforce.grpo import VerbalizerTrainer
+from nla_ray.reinforce.monitor import (
+    JUDGE_COSINE,
+    JUDGE_GAIN,
+    KEPT,
+    WARNED,
+    best_reading,
+    kept_reading,
+)
+from nla_ray.reinforce.rewards import beginning_worth, reward_weights, schedule_rows
 from nla_ray.reinforce.rollouts import RolloutWorker, train_request
-from nla_ray.reinforce.steps import StepClock
+from nla_ray.reinforce.scoring import ScoringRequest, submit_scores
+from nla_ray.reinforce.steps import StepClock, StepSampler
 from nla_ray.run.artifact import Run
 from nla_ray.run.metrics import MetricsLog
 from nla_ray.settings.config import BaseConfig, RunConfig
+from nla_ray.settings.presets import override
 from nla_ray.training.verbalizer import TrainableVerbalizer
 
 BANK_ROWS = 24
@@ -184,6 +197,28 @@ def test_the_log_prob_gap_counts_real_tokens_only() -> None:
     assert k3.item() == pytest.approx((1.6487213 - 0.5 - 1.0) / 2)
 
 
+def test_the_gradient_of_the_kl_is_that_of_the_reverse_kl(scored_batch) -> None:
+    """grad KL(policy || SFT) = E_policy[grad log p (log p - log p_SFT)], token by token."""
+    trainer, batch, _ = scored_batch
+    batch = {**batch, "advantages": torch.zeros_like(batch["advantages"])}
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trainer.current_gradient_accumulation_steps = 1
+    gradients = torch.autograd.grad(trainer._compute_loss(trainer.model, batch), trained)
+
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    rows, length = batch["completion_ids"].shape
+    log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, attention, length
+    )
+    distance = (log_probs - batch["ref_per_token_logps"]).detach()
+    estimate = (log_probs * distance * batch["completion_mask"]).sum()
+    share = SETTINGS.beta / (rows * SETTINGS.max_new_tokens)
+    expected = torch.autograd.grad(share * estimate, trained)
+    assert max(gradient.abs().max() for gradient in expected) > 1e-4
+    torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-3)
+
+
 def test_trl_meets_the_batches_of_the_schedule_in_order_and_in_whole_groups(scored_batch) -> None:
     trainer, _, _ = scored_batch
     schedule = schedule_rows(BANK_ROWS, 2, 4, seed=0)
@@ -273,6 +308,17 @@ def test_micro_batches_divide_the_rollouts_of_a_step_whatever_size_is_asked(
     arguments = grpo.grpo_arguments(config, tmp_path, [1.0] * 6)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 3)
     assert arguments.generation_batch_size == 12
+
+
+def test_a_training_that_an_earlier_algorithm_began_is_refused_and_one_it_completed_is_taken(
+    tiny_base: BaseConfig, tmp_path: Path
+) -> None:
+    run = prepare_run(grpo_config(tiny_base, tmp_path / "run"))
+    earlier = run.open("grpo")
+    with pytest.raises(ValueError, match=r"inputs: there nothing, here {'algorithm': '2'}"):
+        stage.train_grpo(run)
+    completed = earlier.publish()
+    assert stage.train_grpo(run) == completed
 
 
 def test_the_manifest_tells_where_the_seconds_went_and_which_step_was_published() -> None:
@@ -372,17 +418,79 @@ def test_the_judge_is_asked_before_during_and_after(undisturbed) -> None:
     assert all(record["seconds/monitor"] > 0 for record in readings)
 
 
-def test_what_is_kept_is_the_judges_best_checkpoint_after_training_began(undisturbed) -> None:
-    import json
-
+def test_what_is_kept_is_the_checkpoint_that_the_judges_readings_choose(undisturbed) -> None:
     scratch, records = undisturbed
-    best = max(
-        (record for record in records if JUDGE_COSINE in record and record["step"] > 0),
-        key=lambda record: record[JUDGE_COSINE],
-    )
+    readings = [record for record in records if JUDGE_COSINE in record]
+    for count, reading in enumerate(readings, 1):
+        assert reading[KEPT] == float(kept_reading(readings[:count]) is reading)
     kept = json.loads((scratch / "best.json").read_text())
-    assert kept["step"] == best["step"]
+    assert kept["step"] == kept_reading(readings)["step"]
     assert (scratch / kept["folder"] / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_reading_is_compared_with_the_best_before_on_the_same_activations(undisturbed) -> None:
+    scratch, records = undisturbed
+    judged = json.loads((scratch / "judged.json").read_text())
+    readings = [record for record in records if JUDGE_COSINE in record]
+    assert JUDGE_GAIN not in readings[0]
+    for count, reading in enumerate(readings[1:], 1):
+        best = best_reading(readings[:count])
+        now, before = (torch.tensor(judged[str(of["step"])]) for of in (reading, best))
+        assert len(now) == SETTINGS.monitor_activations
+        assert reading[JUDGE_COSINE] == pytest.approx(now.mean().item(), abs=1e-6)
+        assert reading[JUDGE_GAIN] == pytest.approx((now - before).mean().item(), abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def paid_by_line(arena: dict, prepared: Run) -> tuple[VerbalizerTrainer, StepSampler, dict]:
+    """Trainer and sampler with credit by line, and their first batch, long enough for lines."""
+    config = override(prepared.config, grpo={"credit": "line", "max_new_tokens": 48})
+    data, folder = arena["data"], Path(config.run_dir) / "line"
+    prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
+    policy = grpo.load_policy(config, data, prompt)
+    vocab_size = policy.get_input_embeddings().vocab_size
+    actors = arena["rollouts"], arena["scorers"]
+    sampler = StepSampler(config.grpo, data, prompt, vocab_size, *actors, StepClock())
+    trainer = grpo.build_trainer(config, folder, policy, sampler, StepClock())
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    assert max(map(len, sampler.rewards_by_line())) > 1, "some description has two lines"
+    return trainer, sampler, batch
+
+
+def test_lines_share_the_advantage_that_trl_gives_to_the_whole_description(paid_by_line) -> None:
+    trainer, sampler, batch = paid_by_line
+    weights = reward_weights(sampler.settings)
+    terms = {name: torch.tensor(list(values)) for name, values in trainer._logs["rewards"].items()}
+    rewards = sum(weights[name] * values for name, values in terms.items())
+    whole = torch.tensor([earned[-1] for earned in sampler.rewards_by_line()])
+    torch.testing.assert_close(whole, rewards)
+    groups = rewards.view(-1, sampler.settings.group_size)
+    advantages = (groups - groups.mean(1, keepdim=True)).flatten() / (rewards.std() + 1e-4)
+    for paid, lines, advantage in zip(
+        batch["advantages"], sampler.line_of_token(), advantages, strict=True
+    ):
+        first_tokens = [lines.index(line) for line in set(lines)]
+        assert paid[first_tokens].sum() == pytest.approx(advantage.item(), abs=1e-4)
+        assert not paid[len(lines) :].any()
+
+
+def test_beginnings_are_rewarded_as_descriptions_of_their_row(paid_by_line, arena: dict) -> None:
+    trainer, sampler, batch = paid_by_line
+    settings, data, pool = sampler.settings, arena["data"], arena["scorers"]
+    rows = [row for row in data.schedule[0] for _ in range(settings.group_size)]
+    for index, (row, earned) in enumerate(zip(rows, sampler.rewards_by_line(), strict=True)):
+        ids = batch["completion_ids"][index][batch["completion_mask"][index].bool()].tolist()
+        decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
+        beginnings = cut_lines(ids, decode).beginnings
+        assert len(earned) == len(beginnings) + 1
+        wrong = data.wrong.draw(row, settings.seed, 0)
+        for text, reward in zip(beginnings, earned, strict=False):
+            request = ScoringRequest(descriptions=[text], rows=[row], wrong_rows=[wrong])
+            [scores] = pool.collect(submit_scores(pool, request))
+            contrasted = scores.centred_right - scores.centred_wrong.mean()
+            worth = beginning_worth(text, data.sources[row], settings)
+            assert reward == pytest.approx(contrasted.item() + worth, abs=1e-5)
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_same_batches(

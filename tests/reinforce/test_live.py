@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from nla_ray.reinforce.live import Follower, live_view, render, seconds_left, sparkline
-from nla_ray.reinforce.monitor import JUDGE_COSINE, PREFIX, REWARDED, WARNED
+from nla_ray.reinforce.monitor import JUDGE_COSINE, JUDGE_GAIN, PREFIX, REWARDED, WARNED
 from nla_ray.reinforce.records import monitor_share
 from nla_ray.run.location import Location
 from nla_ray.run.metrics import MetricsLog
@@ -39,13 +39,22 @@ def step(number: int, seconds: float = 2.0) -> dict[str, float]:
 
 
 def reading(
-    number: int, judge: float, rewarded: float, *, warned: bool = False, seconds: float = 0.2
+    number: int,
+    judge: float,
+    rewarded: float,
+    *,
+    gain: float = 0.0,
+    warned: bool = False,
+    seconds: float = 0.2,
 ) -> dict[str, float]:
     return {
         "step": number,
         JUDGE_COSINE: judge,
         JUDGE_COSINE + "_low": judge - 0.03,
         JUDGE_COSINE + "_high": judge + 0.03,
+        JUDGE_GAIN: gain,
+        JUDGE_GAIN + "_low": gain - 0.01,
+        JUDGE_GAIN + "_high": gain + 0.01,
         REWARDED: rewarded,
         PREFIX + "distinct_share": 0.95,
         PREFIX + "claim_precision": 0.48,
@@ -58,7 +67,7 @@ RECORDS = [
     reading(0, 0.52, 0.30, seconds=9.0),
     step(1),
     step(2),
-    reading(2, 0.47, 0.33, warned=True),
+    reading(2, 0.47, 0.33, gain=-0.05, warned=True),
     step(3),
     step(4),
     reading(4, 0.53, 0.34),
@@ -100,7 +109,7 @@ def test_a_warning_stays_in_the_monitors_words_when_the_next_reading_is_good() -
     words = " ".join(line.strip("│ ") for line in shown(RECORDS).splitlines())
     assert (
         "step 2: reward hacking is likely. Since step 0" in words
-        and "from 0.520 [0.490, 0.550] to 0.470" in words
+        and "from 0.520 to 0.470, by 0.050 [0.040, 0.060] on the same activations" in words
     )
     assert "(1 of 3 readings warn.)" in words
     assert "hacking" not in shown(RECORDS[:3])

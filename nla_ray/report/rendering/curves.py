@@ -69,7 +69,7 @@ _WARNED = "monitor/warned"
 """1 in the record of a step at which the monitor warned."""
 _WARNED_EXPLANATION = (
     "Dashed vertical lines are steps at which the monitor warned of reward hacking: what is"
-    " rewarded rose while the judge fell out of its interval."
+    " rewarded rose while the judge fell, by the paired interval of its difference to the best."
 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.rendering import curves, domains, lengths, protocols
+from nla_ray.report.rendering import curves, domains, protocols
 from nla_ray.report.rendering.content import (
     Bullets,
     Cell,
@@ -57,6 +57,11 @@ _TERMINAL_METRICS = (
 )
 _TERMINAL_CLAIMS = ("precision", "precision_excess", "domain", "repeats", "tokens")
 _SELECTION_FIGURES = ("eval_loss", "eval_centred_cosine", "penalty")
+_PUBLISHED_FIGURES = (
+    "monitor/judge_centred_cosine",
+    *(f"monitor/judge_gain{end}" for end in ("", "_low", "_high")),
+)
+"""Of the reading whose checkpoint is published; the gain is on the best reading before it."""
 _RELATIONS = {">=": "≥", "<=": "≤"}
 
 
@@ -81,7 +86,6 @@ def sections(
         domains.domains_section(report),
         domains.confusion_section(report),
         curves.prefix_section(report),
-        lengths.lengths_section(report),
         curves.retrieval_section(report),
         _quotes_section(report),
         curves.best_of_section(report),
@@ -370,9 +374,7 @@ def _selection_section(report: Report) -> Section:
     for name, metrics in report.get("selection", {}).items():
         published = metrics.get("published", {})
         figures = {key: metrics[key] for key in _SELECTION_FIGURES if key in metrics}
-        for key in ("monitor/judge_centred_cosine",):
-            if key in published:
-                figures[key] = published[key]
+        figures |= {key: published[key] for key in _PUBLISHED_FIGURES if key in published}
         step = metrics.get("best_step", metrics.get("published_step", "-"))
         step = f"{step:.0f}" if isinstance(step, float) else str(step)
         listed = ", ".join(f"{key} {value:.4g}" for key, value in figures.items()) or "-"
