@@ -199,6 +199,7 @@ def publish_card(run: Run, report: Mapping[str, Any]) -> Path:
     recorded: dict[str, dict[str, Any]] = {}
     for manifest in [*ancestors(run).values(), run.require(name)]:
         recorded |= manifest.config
+    recorded["corpus"] = {"families": False, **recorded["corpus"]}  # a corpus made before has none
     preset_name = run.config.preset
     card = to_card(
         report,

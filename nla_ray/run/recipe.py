@@ -16,6 +16,7 @@ from typing import Any
 from nla_ray.settings.config import PretrainRunConfig, to_dict
 
 TRAINING_DTYPE = "base.training_dtype"
+_FAMILIES = "corpus.families"
 
 NOT_IN_RECIPE: dict[str, str] = {
     "base.device": "where it computes; in which types is said by dtype and training_dtype",
@@ -80,12 +81,16 @@ def recipe_differences(
 ) -> list[str]:
     """In what two configurations ask for different artifacts: readable lines, none for the same.
 
-    A stored `auto` is a precision that was not written down: any is taken for the same.
+    A stored `auto` is a precision that was not written down: any is taken for the same. A corpus
+    made before there were families is taken as it is too: its documents are all families.
     """
     old, new = recipe_of(artifact, stored), recipe_of(artifact, current)
+    untold = set()
     if old.get("base", {}).get("training_dtype") == "auto":
-        old, new = _without(old, {TRAINING_DTYPE}), _without(new, {TRAINING_DTYPE})
-    return config_differences(old, new)
+        untold.add(TRAINING_DTYPE)
+    if "families" not in stored.get("corpus", {}):
+        untold.add(_FAMILIES)
+    return config_differences(_without(old, untold), _without(new, untold))
 
 
 def config_differences(

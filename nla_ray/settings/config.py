@@ -101,6 +101,12 @@ class CorpusConfig:
     """Rows in one Parquet shard: the unit of work, resuming and memory in every later stage."""
     near_duplicate_jaccard: float = 0.7
     """Share of common shingles from which two texts count as one text."""
+    families: bool = True
+    """Documents that share a third of a text or more are a family: it takes one split, one scorer's
+    half, and counts as one in every interval. A corpus made before keeps a family a document."""
+    group_field: str = "group_id"
+    """Field or column that names a document's family, where you know better; such a document is
+    compared with no other."""
     seed: int = 0
     """Draws the documents of the embedded corpus."""
 

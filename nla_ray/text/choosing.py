@@ -30,6 +30,10 @@ class CutDocument:
     chunks: list[Chunk]
     signature: np.ndarray = field(repr=False)
     """Of its first HEAD_CHARS characters, as `minhash_signatures` makes it: uint32 [bins]."""
+    fingerprint: np.ndarray | None = field(default=None, repr=False)
+    """Of its beginning, as `shingles.fingerprint` makes it; None: only its chunks are compared."""
+    group: str | None = None
+    """The family that the user says it is of."""
 
 
 def seeded_order(ids: Sequence[str], seed: int) -> list[str]:

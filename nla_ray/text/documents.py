@@ -65,6 +65,8 @@ class Document:
     doc_id: str
     domain: str
     text: str
+    group: str | None = None
+    """The family that the user says it is of."""
 
 
 _Reader = Callable[[Path, str, CorpusConfig], Iterator[Document | Reject]]
@@ -78,9 +80,9 @@ class BadRow(Exception):
 def read_documents(config: CorpusConfig) -> Iterator[Document | Reject]:
     """Every row of `config.path` as a document or a reject.
 
-    Rows may carry `doc_id` and `domain`. Without a doc_id the document is named after the hash of
-    its text, so that its split does not depend on its line in the file. A row with an earlier row's
-    doc_id becomes a reject.
+    Rows may carry `doc_id`, `domain` and the field that `corpus.group_field` names. Without a
+    doc_id the document is named after the hash of its text, so that its split does not depend on
+    its line in the file. A row with an earlier row's doc_id becomes a reject.
     """
     require(
         config.path is not None,
@@ -286,13 +288,15 @@ def _document(row: dict[str, Any], config: CorpusConfig, doc_id: str | None = No
         raise BadRow("missing field")
     text = _as_text(row[config.text_field], config.max_document_chars)
     name = doc_id if doc_id is not None else row.get("doc_id")
-    domain = row.get("domain")
+    domain, group = row.get("domain"), row.get(config.group_field)
+    has_group = group not in (None, "") and group == group  # NaN stands for none in some tables
     if name is None:
         name = f"{DEFAULT_DOMAIN}/{text_hash(text)[:32]}"
     return Document(
         doc_id=_as_text(str(name), MAX_ID_CHARS),
         domain=_as_text(str(domain), MAX_DOMAIN_CHARS) if domain else DEFAULT_DOMAIN,
         text=text,
+        group=_as_text(str(group), MAX_ID_CHARS) if has_group else None,
     )
 
 
@@ -349,7 +353,11 @@ def _wanted_columns(names: list[str], path: Path, config: CorpusConfig) -> list[
     )
     return [
         config.text_field,
-        *(name for name in ("doc_id", "domain") if name in names and name != config.text_field),
+        *(
+            name
+            for name in dict.fromkeys(("doc_id", "domain", config.group_field))
+            if name in names and name != config.text_field
+        ),
     ]
 
 
@@ -370,9 +378,9 @@ def _read_table(
     for index in range(table.num_rows):
         row = {name: values[index] for name, values in columns.items()}
         try:
-            for name in ("doc_id", "domain"):
-                if isinstance(row.get(name), bytes):
-                    row[name] = _as_text(row[name], MAX_ID_CHARS)
+            for name, value in row.items():
+                if isinstance(value, bytes) and name != config.text_field:
+                    row[name] = _as_text(value, MAX_ID_CHARS) if value else None
             yield _document(row, config)
         except BadRow as bad:
             yield Reject(source=source, line=start + index + 1, reason=str(bad))

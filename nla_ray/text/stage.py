@@ -1,16 +1,18 @@
 """The stage `corpus`: texts of the user's, or of the embedded default, written as shards.
 
 The only file of the room that knows a run. Protects two rules: the same source and settings give
-the same corpus; and no two chunks, nor two documents, of it are near duplicates, so none straddles
-a split.
+the same corpus; and no two chunks, nor two documents, of it are near duplicates, and documents that
+share text take one split.
 """
 
 from __future__ import annotations
 
+import json
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +24,23 @@ from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import CorpusConfig
 from nla_ray.text.chunks import CHUNK_SCHEMA, Chunk
+from nla_ray.text.families import (
+    SourceTexts,
+    chunk_shingles,
+    describe_families,
+    family_ids,
+    with_family_splits,
+)
 from nla_ray.text.rejects import RejectsFile
-from nla_ray.text.user_corpus import user_chunks
+from nla_ray.text.user_corpus import user_texts
 
 EMBEDDED_CORPUS = "nla_ray.nano.embedded_corpus:embedded_chunks"
 """Where texts come from when no `corpus.path` is given; loaded only then."""
+
+FAMILIES_NAME = "families.jsonl"
+"""Which documents share text; absent where a corpus was made before families were found."""
+LARGE_FAMILY = 0.25
+"""A family of this share of the documents leaves too few others: most of them hold one form."""
 
 logger = get_logger(__name__)
 
@@ -35,7 +49,7 @@ logger = get_logger(__name__)
 
 
 def build_corpus(run: Run) -> Manifest:
-    """The stage: shards `part-00000.parquet` ... sorted by text_id, and `rejects.jsonl`.
+    """The stage: shards `part-00000.parquet` ... sorted by text_id, families and rejects.
 
     Skipped when complete. Raises ValueError when no usable text is left, with the reasons and their
     counts, or when the user's file has changed since.
@@ -47,16 +61,22 @@ def build_corpus(run: Run) -> Manifest:
         return artifact.manifest
     with artifact.local_folder() as folder:
         with RejectsFile(folder / "rejects.jsonl") as rejects:
-            chunks = _chunks_of(config, rejects)
-        _require_chunks(artifact, chunks, rejects, config)
+            texts = _texts_of(config, rejects)
+        _require_chunks(artifact, texts.chunks, rejects, config)
+        shingles = chunk_shingles(texts.chunks)
+        families = family_ids(texts, shingles, config)
+        chunks = with_family_splits(texts.chunks, families, config)
         write_shards(chunks, folder, config.shard_rows)
-    metrics = {**describe_corpus(chunks, rejects.counts), "source_sha256": source_sha256}
+        write_families(families, folder)
+    found = describe_families(chunks, shingles, families)
+    metrics = {**describe_corpus(chunks, rejects.counts), **found, "source_sha256": source_sha256}
     logger.info(
         "corpus: %d texts of %d documents; %s",
         len(chunks),
         metrics["num_documents"],
         rejects.describe(),
     )
+    _log_families(metrics)
     return artifact.publish(documents=_documents_by_split(chunks), metrics=metrics)
 
 
@@ -81,10 +101,32 @@ def _require_same_source(
         )
 
 
-def _chunks_of(config: CorpusConfig, rejects: RejectsFile) -> list[Chunk]:
+def _texts_of(config: CorpusConfig, rejects: RejectsFile) -> SourceTexts:
     if config.path is not None:
-        return user_chunks(config, rejects)
-    return pkgutil.resolve_name(EMBEDDED_CORPUS)(config)
+        return user_texts(config, rejects)
+    return SourceTexts(chunks=pkgutil.resolve_name(EMBEDDED_CORPUS)(config))
+
+
+def _log_families(metrics: Mapping[str, Any]) -> None:
+    logger.info(
+        "corpus: %d documents are joined in %d families, each in one split (the largest: %d)",
+        metrics["joined_documents"],
+        metrics["joined_families"],
+        metrics["largest_family"],
+    )
+    if metrics["largest_family"] > LARGE_FAMILY * metrics["num_documents"]:
+        logger.warning(
+            "corpus: one family holds %d of %d documents: most of them hold the same text. Take it"
+            " out of them, or name their families (--corpus.group-field)",
+            metrics["largest_family"],
+            metrics["num_documents"],
+        )
+    if any(metrics["held_out_in_train"].values()):
+        logger.warning(
+            "corpus: held-out texts of which half or more is in train texts: %s. Leave"
+            " --corpus.families on, or give what shares text one group",
+            metrics["held_out_in_train"],
+        )
 
 
 def _require_chunks(
@@ -109,6 +151,13 @@ def write_shards(chunks: Sequence[Chunk], folder: Path, shard_rows: int) -> None
         rows = [vars(chunk) for chunk in chunks[start : start + shard_rows]]
         table = pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA)
         pq.write_table(table, folder / f"part-{shard:05d}.parquet")
+
+
+def write_families(families: Mapping[str, str], folder: Path) -> None:
+    """A line for every document that is no family by itself, by doc_id."""
+    with (folder / FAMILIES_NAME).open("w", encoding="utf-8") as file:
+        for doc_id, family_id in sorted(families.items()):
+            file.write(json.dumps({"doc_id": doc_id, "family_id": family_id}) + "\n")
 
 
 def describe_corpus(chunks: Sequence[Chunk], rejected: Counter[str]) -> dict[str, object]:
@@ -141,6 +190,19 @@ def read_chunks(run: Run, columns: Sequence[str]) -> pa.Table:
     """These columns of every chunk of a complete corpus, verified, in its order, in memory."""
     shards = read_shards(run, run.require("corpus"), columns)
     return pa.concat_tables([table for _, table in shards])
+
+
+def read_families(run: Run) -> dict[str, str]:
+    """doc_id -> family id, of every document that is no family by itself.
+
+    None in a corpus that was made before families were found.
+    """
+    corpus = run.require("corpus")
+    if FAMILIES_NAME not in corpus.files:
+        return {}
+    lines = run.verified("corpus", corpus, FAMILIES_NAME).read_text().splitlines()
+    rows = map(json.loads, lines)
+    return {row["doc_id"]: row["family_id"] for row in rows}
 
 
 def read_shards(

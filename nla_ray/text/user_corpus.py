@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import heapq
 
+import numpy as np
+
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
-from nla_ray.settings.config import CorpusConfig
+from nla_ray.settings.config import CorpusConfig, require
 from nla_ray.text.choosing import (
     HEAD_CHARS,
     CutDocument,
@@ -17,17 +19,24 @@ from nla_ray.text.choosing import (
     distinct_chunks,
     distinct_documents,
 )
-from nla_ray.text.chunks import Chunk
 from nla_ray.text.cutting import cut_document
 from nla_ray.text.documents import Document, read_documents
 from nla_ray.text.duplicates import minhash_signatures
+from nla_ray.text.families import SourceTexts
 from nla_ray.text.rejects import Reject, RejectsFile
+from nla_ray.text.shingles import fingerprint, shingle_hashes
+
+COMPARED_CHARS = 16_000
+"""Part of a document that is searched for what it shares with others: 5 kB of fingerprint."""
 
 logger = get_logger(__name__)
 
 
-def user_chunks(config: CorpusConfig, rejects: RejectsFile) -> list[Chunk]:
-    """The user's texts, sorted by text_id, at most max_chunks; rows left out go to `rejects`."""
+def user_texts(config: CorpusConfig, rejects: RejectsFile) -> SourceTexts:
+    """The user's texts, sorted by text_id, at most max_chunks; rows left out go to `rejects`.
+
+    Raises ValueError when `group_field` was set and no document has it.
+    """
     documents, num_read = _kept_documents(config, rejects)
     documents = distinct_documents(documents, config)
     chunks = [chunk for document in documents for chunk in document.chunks]
@@ -40,7 +49,23 @@ def user_chunks(config: CorpusConfig, rejects: RejectsFile) -> list[Chunk]:
         len(chunks),
         config.max_chunks,
     )
-    return sorted(chunks[: config.max_chunks], key=lambda chunk: chunk.text_id)
+    groups = {document.doc_id: document.group for document in documents if document.group}
+    require(
+        bool(groups) or config.group_field == CorpusConfig.group_field or not documents,
+        "corpus.group_field",
+        config.group_field,
+        "a field or column that some document has",
+        "Correct --corpus.group-field.",
+    )
+    return SourceTexts(
+        chunks=sorted(chunks[: config.max_chunks], key=lambda chunk: chunk.text_id),
+        fingerprints={
+            document.doc_id: document.fingerprint
+            for document in documents
+            if document.fingerprint is not None
+        },
+        groups=groups,
+    )
 
 
 def _kept_documents(config: CorpusConfig, rejects: RejectsFile) -> tuple[list[CutDocument], int]:
@@ -81,4 +106,10 @@ def _cut_user_document(document: Document, config: CorpusConfig) -> CutDocument 
         doc_id=document.doc_id,
         chunks=choose_chunks(document.doc_id, document.domain, pieces, config),
         signature=minhash_signatures([text[:HEAD_CHARS]])[0],
+        fingerprint=_fingerprint(text) if config.families else None,
+        group=document.group,
     )
+
+
+def _fingerprint(text: str) -> np.ndarray:
+    return fingerprint(shingle_hashes([text[:COMPARED_CHARS]])[0])

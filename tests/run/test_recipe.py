@@ -98,6 +98,17 @@ def test_a_setting_that_an_artifact_is_older_than_has_its_default() -> None:
     ]
 
 
+def test_a_corpus_made_before_families_is_complete_with_and_without_them() -> None:
+    older = {"corpus": RECORDED["nano"]["corpus"]}
+    for families in (True, False):
+        config = to_dict(override(nano(), corpus={"families": families}))
+        assert recipe_differences("corpus", older, {"corpus": config["corpus"]}) == []
+    joined = to_dict(nano())
+    assert joined["corpus"]["families"] and recipe_differences("corpus", joined, config) == [
+        "corpus.families: there True, here False"
+    ]
+
+
 # What older versions made -------------------------------------------------------------------------
 
 

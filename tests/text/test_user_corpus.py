@@ -17,7 +17,7 @@ from nla_ray.text.chunks import Chunk
 from nla_ray.text.documents import Document, read_documents
 from nla_ray.text.rejects import Reject, RejectsFile
 from nla_ray.text.stage import build_corpus
-from nla_ray.text.user_corpus import user_chunks
+from nla_ray.text.user_corpus import user_texts
 
 GOOD = (
     "A first line about parsers and grammars, long enough to be kept as one text of the corpus.\n"
@@ -231,7 +231,7 @@ def test_a_missing_column_names_the_columns_there_are(tmp_path: Path) -> None:
 
 def user_corpus(path: Path, tmp_path: Path, **settings: int) -> list[Chunk]:
     with RejectsFile(tmp_path / "rejects.jsonl") as rejects:
-        return user_chunks(CorpusConfig(path=str(path), **settings), rejects)
+        return user_texts(CorpusConfig(path=str(path), **settings), rejects).chunks
 
 
 def test_a_short_text_stays_whole_and_a_long_one_is_cut(tmp_path: Path) -> None:
