@@ -4,17 +4,13 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from nla_ray.base.families import decoder_shape
     from nla_ray.base.identity import base_info
-    from nla_ray.base.load import load_model_config
     from nla_ray.report.stage import check_corpus, show_report
     from nla_ray.run.log import get_logger
     from nla_ray.run.stages import TIMINGS_NAME, make_stages, pipeline_timings
 
     logger = get_logger("pipeline")
     info = base_info(run.config.base)
-    # What the engine cannot run is refused now, not after the capture.
-    decoder_shape(load_model_config(run.config.base))
     logger.info(
         "base %s: layer %d of %d, d_model %d, marker %r",
         info.name,

@@ -14,9 +14,9 @@ ORDER = (
     "settings",
     "run",
     "cpu",
+    "base",
     "plan",
     "cluster",
-    "base",
     "text",
     "activation",
     "label",
@@ -31,9 +31,10 @@ ORDER = (
 )
 """The rooms, in the direction data walks. None imports what stands to its right.
 
-`cpu` stands far left because it knows torch alone, and `score` before `description` because
-training and the report compare both by its figures. What looks at a base before anything is trained
-on it (`score.stage`) is in `score`: it needs labels and figures.
+`cpu` stands far left because it knows torch alone, `base` before `plan` because a plan refuses what
+a job refuses of a base, by the same functions, and `score` before `description` because training
+and the report compare both by its figures. What looks at a base before anything is trained on it
+(`score.stage`) is in `score`: it needs labels and figures.
 """
 NAMED_BY_STRING = {"run/stages.py", "label/teacher.py", "text/stage.py"}
 """Tables that name functions to their right, `module:name`, loaded when they are chosen."""

@@ -106,8 +106,8 @@ def capture_activations(run: Run) -> Manifest:
     Needs Ray. The manifest's metrics count what was left out, by reason. Raises ValueError when the
     corpus is missing or damaged, or when no activation is left.
     """
+    from nla_ray.base.families import check_layer
     from nla_ray.base.identity import base_info
-    from nla_ray.base.layers import check_layer
 
     corpus = run.require("corpus")
     stage = run.open("activations")
@@ -116,7 +116,7 @@ def capture_activations(run: Run) -> Manifest:
         check_base(stage.manifest, info)
         return stage.manifest
     for layer in run.config.capture.layers:
-        check_layer(layer, info.num_layers)
+        check_layer(layer, info.num_layers, "capture.layers")
     digest = f"{info.digest}/{info.tokenizer_digest}"
     shards = sorted(path for path in corpus.files if path.endswith(".parquet"))
     _capture_shards(run, stage, corpus, shards, digest)

@@ -2,16 +2,17 @@
 
 Adding an architecture is one row of FAMILIES. Whoever needs a part asks the table, never a guessed
 attribute. Protects the rule that a base whose blocks are not understood is refused by name before
-anything is made from it.
+anything is made from it, in the same words by a plan and by a job. It imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,15 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return decoder_of(model).get_submodule(family_of(model).blocks)
 
 
+def check_layer(layer: int, num_layers: int, setting: str = "base.layer") -> None:
+    """Raise ValueError unless block `layer` exists in a model of `num_layers` blocks."""
+    if not 0 <= layer < num_layers:
+        raise ValueError(
+            f"{setting}: got {layer}, expected 0 to {num_layers - 1}: the model has {num_layers}"
+            f" blocks and layer K is the output of block K. Set --{setting}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape:
     """Sizes of a decoder.
@@ -141,9 +151,10 @@ class DecoderShape:
 
 
 def decoder_shape(config: Any) -> DecoderShape:
-    """The sizes of a base that the generation engine can run, from its transformers configuration.
+    """The sizes of a base that the generation engine can run.
 
-    Raises ValueError, naming what is supported, for any other.
+    `config`: transformers' own, or that of `config_files.known_config`. Raises ValueError, naming
+    what is supported, for any other base.
     """
     unsupported = [] if config.model_type in FAMILIES else [f"model type {config.model_type!r}"]
     if (activation := getattr(config, "hidden_act", None)) != "silu":

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from nla_ray.base.layers import check_layer
+from nla_ray.base.families import check_layer, decoder_shape
 from nla_ray.base.load import load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.base.sources import base_folder, origin_of, tokenizer_digest, weights_digest
@@ -53,10 +53,11 @@ class BaseInfo:
 def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
     """Identity and shape of a base, from its configuration and tokenizer; no weights are loaded.
 
-    Raises ValueError for a layer or a marker that the base lacks.
+    Raises ValueError for a base that the generation engine cannot run, before anything is made
+    from it, and for a layer or a marker that the base lacks.
     """
     config = load_model_config(base)
-    check_layer(base.layer, config.num_hidden_layers)
+    check_layer(base.layer, decoder_shape(config).layers)
     folder = base_folder(base.model, weights=False)
     prompt = build_injection_prompt(tokenizer or load_tokenizer(base), base.marker)
     return BaseInfo(

@@ -15,19 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nla_ray.base.families import blocks_of, causal_model, decoder_of, family_of
+from nla_ray.base.families import blocks_of, causal_model, check_layer, decoder_of, family_of
 
 if TYPE_CHECKING:
     from transformers import Cache
-
-
-def check_layer(layer: int, num_layers: int) -> None:
-    """Raise ValueError unless block `layer` exists in a model of `num_layers` blocks."""
-    if not 0 <= layer < num_layers:
-        raise ValueError(
-            f"base.layer: got {layer}, expected 0 to {num_layers - 1}: the model has {num_layers}"
-            " blocks and layer K is the output of block K. Set --base.layer."
-        )
 
 
 def keep_blocks(config: Any, num_blocks: int) -> Any:

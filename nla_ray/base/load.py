@@ -7,51 +7,37 @@ emulates.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import nn
 
-from nla_ray.base.families import family_of
-from nla_ray.base.layers import check_layer, keep_blocks
+from nla_ray.base.config_files import PUBLISHED_CONFIGS, as_config
+from nla_ray.base.families import check_layer, family_of
+from nla_ray.base.layers import keep_blocks
 from nla_ray.base.sources import base_folder, quiet_loading
 from nla_ray.settings.config import BaseConfig
 from nla_ray.settings.precision import processor_has_bf16
-
-PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-7B-Instruct": {
-        "model_type": "qwen2",
-        "vocab_size": 152_064,
-        "hidden_size": 3_584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32_768,
-        "rope_theta": 1_000_000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "bos_token_id": 151_643,
-        "eos_token_id": 151_645,
-    }
-}
-"""Shapes of hub models that presets name, so that a plan needs no network. Source: the models' own
-config.json."""
 
 
 def load_model_config(base: BaseConfig) -> Any:
     """The base's transformers configuration: from its folder or hub, else from PUBLISHED_CONFIGS.
 
-    No weights are read.
+    No weights are read. Raises ValueError for a base that cannot be found, and for one of an
+    unsupported family.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base_folder(base.model, weights=False))
+        folder = base_folder(base.model, weights=False)
     except ValueError:
         if base.model not in PUBLISHED_CONFIGS:
             raise
         return AutoConfig.for_model(**PUBLISHED_CONFIGS[base.model])
+    # First, because transformers writes a paragraph about a type that it does not know.
+    family_of(as_config(json.loads((folder / "config.json").read_text())))
+    return AutoConfig.from_pretrained(folder)
 
 
 def load_tokenizer(base: BaseConfig) -> Any:

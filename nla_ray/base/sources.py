@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-EMBEDDED_DIR = Path(__file__).resolve().parents[1] / "nano" / "data"
+from nla_ray.base.config_files import EMBEDDED_DIR
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _TOKENIZER_PATTERNS = (
     "tokenizer*",

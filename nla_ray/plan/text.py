@@ -1,34 +1,45 @@
 """The plan of a job as text: its base, then its stages in the order of the table.
 
 Figures come from the formulas; what an artifact on disk tells already (rows) is read from it.
+Protects the rule that a plan refuses what the job would refuse, by the job's own functions.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from nla_ray.base.config_files import local_file
+from nla_ray.base.families import check_layer
+from nla_ray.base.prompts import marker_token
 from nla_ray.plan.facts import PlanFacts, StagePlan
 from nla_ray.plan.formulas import FORMULAS
 from nla_ray.plan.units import format_bytes, format_seconds
 from nla_ray.run.artifact import Run
-from nla_ray.run.stages import stages_of_job
+from nla_ray.run.stages import INSPECTION_JOB, stages_of_job
 from nla_ray.settings.config import RunConfig
 
 
 def describe_plan(config: RunConfig, job: str) -> str:
     """The plan of a job as text.
 
-    Raises ValueError when a file that the configuration names is missing, or when the sizes of the
-    base cannot be known.
+    Raises ValueError when a file that the configuration names is missing, when the sizes of the
+    base cannot be known, and for a base, a layer or a marker that the job would refuse.
     """
-    run = Run(config)
+    run, stages = Run(config), stages_of_job(job)
     _require_files(run)
     facts = PlanFacts.of(run)
     lines = [
-        f"plan of {job!r}, preset {config.preset}, run directory {run.root} (nothing is started)",
-        *_base_lines(facts),
+        f"plan of {job!r}, preset {config.preset}, run directory {run.root} (nothing is started)"
     ]
-    stages = stages_of_job(job)
+    if not stages or any("base" in stage.sections or stage.kind is None for stage in stages):
+        _require_base(facts, job)
+        lines += _base_lines(facts)
+    lines.append(
+        f"  {facts.texts:,} texts{'' if facts.texts_counted else ' at most'}, about"
+        f" {facts.text_tokens:.0f} tokens each; ZeRO stage {config.compute.zero_stage},"
+        f" {config.compute.trainer_workers} trainer workers"
+    )
     if not stages:
         lines.append("  nothing is made: the job reads what a run holds")
     for stage in stages:
@@ -49,9 +60,33 @@ def _require_files(run: Run) -> None:
             )
 
 
+def _require_base(facts: PlanFacts, job: str) -> None:
+    """Raise the error that the job would raise: for the base, a layer of it, or the marker."""
+    config, num_layers = facts.config, facts.sizes.num_layers
+    for layer in config.capture.layers:
+        check_layer(layer, num_layers, "capture.layers")
+    if job == INSPECTION_JOB:  # it proposes a layer and a marker
+        return
+    check_layer(config.base.layer, num_layers)
+    tokenizer = local_file(config.base.model, "tokenizer.json")
+    if tokenizer is not None:
+        marker_token(_TokenizerFile(tokenizer), config.base.marker)
+
+
+class _TokenizerFile:
+    """A tokenizer as `marker_token` asks it; transformers' own would import torch."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer: Any = Tokenizer.from_file(str(path))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
 def _base_lines(facts: PlanFacts) -> list[str]:
-    config, sizes = facts.config, facts.sizes
-    base, compute = config.base, config.compute
+    base, sizes = facts.config.base, facts.sizes
     depth = (base.layer + 1) / sizes.num_layers
     below = sizes.parameters_up_to(base.layer)
     return [
@@ -59,9 +94,6 @@ def _base_lines(facts: PlanFacts) -> list[str]:
         f" {sizes.num_layers} blocks, d_model {sizes.d_model}, {base.dtype}",
         f"  layer {base.layer} ({depth:.0%} depth), injection norm {base.injection_norm:g};"
         f" {below / 1e9:.3g} billion parameters up to there",
-        f"  {facts.texts:,} texts{'' if facts.texts_counted else ' at most'}, about"
-        f" {facts.text_tokens:.0f} tokens each; ZeRO stage {compute.zero_stage},"
-        f" {compute.trainer_workers} trainer workers",
     ]
 
 

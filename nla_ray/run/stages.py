@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from nla_ray.run.artifact import Run
     from nla_ray.settings.config import RunConfig
 
-INSPECTION_NAME = "inspection.json"
-"""What `jobs/inspect_base.py` found, inside the run."""
+INSPECTION_JOB, INSPECTION_NAME = "inspect_base", "inspection.json"
+"""The job that looks at a base before anything is trained, and what it found, inside the run."""
 INSPECTION_FORMAT = 2
 """Its version: since 2 ceilings are intervals."""
 BENCHMARK_NAME = "benchmark.json"
@@ -175,7 +175,7 @@ STAGES = (
     ),
     Stage(
         name="inspection",
-        job="inspect_base",
+        job=INSPECTION_JOB,
         parents=("corpus", "labels"),
         function="nla_ray.score.stage:inspect_base",
     ),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nla_ray.activation.capture import ActivationReader
 from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
-from nla_ray.base.layers import check_layer
+from nla_ray.base.families import check_layer
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, find_marker
 from nla_ray.label.stage import drawn_labels

@@ -23,9 +23,7 @@ from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from nla_ray.base.families import decoder_shape
 from nla_ray.base.identity import base_info, check_base
-from nla_ray.base.load import load_model_config
 from nla_ray.cluster.environment import kind_environment
 from nla_ray.cluster.resources import demand, require_resources
 from nla_ray.cpu import door
@@ -131,8 +129,6 @@ def train_on_labels(
     before anything is begun.
     """
     check_base(run.require("activations"), base_info(run.config.base))
-    # What the engine cannot run is not worth a scorer.
-    decoder_shape(load_model_config(run.config.base))
     worker_batch(run.config.compute, getattr(run.config, name).batch_size)
     stage = run.open(name)
     if stage.manifest is not None:

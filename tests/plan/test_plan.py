@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nla_ray.plan.sizes import base_sizes
+from nla_ray.base.config_files import as_config
+from nla_ray.base.families import FAMILIES
+from nla_ray.base.identity import base_info
+from nla_ray.plan.sizes import base_sizes, sizes_in
 from nla_ray.plan.text import describe_plan
 from nla_ray.run.stages import stages_of_job
-from nla_ray.settings.config import LoraSettings, PretrainRunConfig
+from nla_ray.settings.config import BaseConfig, LoraSettings, PretrainRunConfig
 from nla_ray.settings.presets import PRESETS, nano, override
 
 
@@ -42,11 +49,11 @@ def test_a_plan_refuses_a_file_that_is_not_there(changed: dict, tmp_path: Path) 
 def test_the_published_sizes_of_qwen_7b_come_out() -> None:
     sizes = base_sizes(PRESETS["qwen2.5-7b"]())
     # By hand: block 2*3584^2 + 2*3584*512 + 3*3584*18944 = 25,690,112 + 3,670,016 + 203,685,888 =
-    # 233,046,016; 28 of them, and two tables of 152,064 x 3584 = 544,997,376. The card says 7.61
-    # billion (with norms and biases).
-    assert sizes.block_parameters == 233_046_016
-    assert sizes.parameters == 28 * 233_046_016 + 2 * 544_997_376 == 7_615_283_200
-    assert sizes.parameters_up_to(20) == 21 * 233_046_016 + 544_997_376
+    # 233,046,016, with biases 3584 + 2*512 and norms 2*3584; 28 of them, a final norm, and two
+    # tables of 152,064 x 3584 = 544,997,376. The card says 7.61 billion.
+    assert sizes.block_parameters == 233_046_016 + 4_608 + 7_168 == 233_057_792
+    assert sizes.parameters == 28 * 233_057_792 + 3_584 + 2 * 544_997_376 == 7_615_616_512
+    assert sizes.parameters_up_to(20) == 21 * 233_057_792 + 544_997_376
     # 28 * 32 * (2*(3584+3584) + 2*(3584+512) + 3*(3584+18944)) = 896 * 90,112
     assert sizes.lora_parameters(LoraSettings(rank=32, alpha=64), 28) == 896 * 90_112 == 80_740_352
     # 2 (K and V) * 28 blocks * 10 tokens * 4 heads * 128 * 2 bytes
@@ -60,21 +67,109 @@ def test_an_embedded_base_that_is_not_trained_yet_has_the_sizes_it_would_be_trai
     assert (base_sizes(config).d_model, base_sizes(wider).d_model) == (256, 512)
 
 
-def test_sizes_agree_with_transformers_and_peft_on_a_real_model(tiny_base) -> None:
-    from nla_ray.base.adapters import add_lora
-    from nla_ray.base.load import load_backbone
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("head_dim, tied", [(16, True), (24, False)])
+def test_parameters_are_those_of_the_model_that_transformers_builds_in_every_family(
+    model_type: str, head_dim: int, tied: bool
+) -> None:
+    import torch
+    from transformers import AutoConfig
 
-    sizes = base_sizes(dataclasses.replace(nano(), base=tiny_base))
-    model = load_backbone(tiny_base)
-    assert sizes.tied
-    matrices = {
-        parameter.data_ptr(): parameter.numel()
-        for parameter in model.parameters()
-        if parameter.ndim == 2
+    from nla_ray.base.adapters import add_lora
+    from nla_ray.base.load import random_backbone
+
+    values = {
+        "model_type": model_type,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+        "vocab_size": 100,
+        "tie_word_embeddings": tied,
     }
-    assert sizes.parameters == sum(matrices.values())
+    sizes = sizes_in(as_config(values))
+    model = random_backbone(AutoConfig.for_model(**values))
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
     settings = LoraSettings(rank=4, alpha=8)
-    adapted = add_lora(model, settings)
+    with torch.device("meta"):
+        adapted = add_lora(model, settings)
     assert sizes.lora_parameters(settings, 3) == sum(
         p.numel() for name, p in adapted.named_parameters() if "lora_" in name
     )
+
+
+def test_a_head_that_is_wider_than_its_share_of_the_stream_counts_as_it_is() -> None:
+    sizes = sizes_in(as_config(QWEN3_4B))
+    # 36 blocks of 2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728 + 2 * 2560, a final norm, one
+    # table of 151,936 x 2560. The card says 4.0 billion, transformers 4,022,468,096: with norms of
+    # queries and keys, 36 * 2 * 128, for which no job takes this base.
+    assert sizes.parameters + 36 * 2 * 128 == 4_022_468_096
+
+
+QWEN3_4B = {
+    "model_type": "qwen3",
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+WINDOWS = {
+    "layer_types": None,
+    "use_sliding_window": True,
+    "sliding_window": 16,
+    "max_window_layers": 1,
+}
+
+
+@pytest.fixture
+def written_base(tiny_base: BaseConfig, tmp_path: Path) -> Callable[..., BaseConfig]:
+    """The tiny base with other values in its config.json."""
+
+    def write(**values: object) -> BaseConfig:
+        folder = tmp_path / "base"
+        shutil.copytree(tiny_base.model, folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+        return dataclasses.replace(tiny_base, model=str(folder))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "values, settings, message",
+    [
+        (QWEN3_4B, {}, "model type 'qwen3'"),
+        ({"model_type": "nobody_knows_it"}, {}, "model type 'nobody_knows_it'"),
+        (WINDOWS, {}, "sliding-window attention"),
+        ({"hidden_act": "gelu"}, {}, "activation function 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rotary frequencies"),
+        ({}, {"layer": 99}, "base.layer: got 99, expected 0 to 2"),
+        ({}, {"marker": "two words"}, "marker 'two words' is not one token"),
+    ],
+)
+def test_a_plan_refuses_a_base_in_the_words_of_the_job(
+    values: dict, settings: dict, message: str, written_base, tmp_path: Path
+) -> None:
+    base = dataclasses.replace(written_base(**values), **settings)
+    config = dataclasses.replace(nano(), base=base, run_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=re.escape(message)) as of_the_plan:
+        describe_plan(config, "pipeline")
+    with pytest.raises(ValueError) as of_the_job:
+        base_info(base)
+    assert str(of_the_plan.value) == str(of_the_job.value)
+
+
+def test_a_plan_refuses_a_further_layer_and_a_job_without_a_base_asks_for_none(
+    tmp_path: Path,
+) -> None:
+    config = dataclasses.replace(nano(), run_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"capture.layers: got 99, .*Set --capture.layers"):
+        describe_plan(override(config, capture={"layers": (99,)}), "capture")
+    unknown = override(config, base={"model": "nobody/knows"})
+    assert "base nobody/knows" not in describe_plan(unknown, "label")

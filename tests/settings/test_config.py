@@ -166,7 +166,9 @@ def test_a_dry_run_of_a_job_for_7b_needs_no_network_no_weights_and_no_torch(
         job, "--preset", "qwen2.5-7b", "--dry-run", "--run-dir", str(tmp_path / "run")
     )
     made = ("processes", "memory each", "files") if stages_of_job(job) else ("nothing is made",)
-    for part in ("base Qwen/Qwen2.5-7B-Instruct: 7.62 billion parameters", *made):
+    if job not in ("corpus", "label", "pretrain"):  # they ask nothing of the base
+        made = ("base Qwen/Qwen2.5-7B-Instruct: 7.62 billion parameters", *made)
+    for part in made:
         assert part in output
     assert imported == set()
     assert not (tmp_path / "run").exists(), "a dry run writes nothing"
