@@ -5,6 +5,6 @@ processes, tokens, FLOP and files).
 
 Read: text, formulas, facts, sizes, units.
 
-It refuses what the job refuses of a base. It downloads nothing, reads no weight, and imports neither
-torch nor Ray. Its figures are estimates by the formulas beside them, not promises.
+It refuses what the job refuses of a base. It downloads nothing, reads no weight, and imports
+neither torch nor Ray. Its figures are estimates by the formulas beside them, not promises.
 """
