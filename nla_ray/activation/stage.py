@@ -117,7 +117,7 @@ def capture_activations(run: Run) -> Manifest:
         return stage.manifest
     for layer in run.config.capture.layers:
         check_layer(layer, info.num_layers, "capture.layers")
-    digest = f"{info.digest}/{info.tokenizer_digest}"
+    digest = info.reading_digest
     shards = sorted(path for path in corpus.files if path.endswith(".parquet"))
     _capture_shards(run, stage, corpus, shards, digest)
     return _publish(stage, shards, digest, info)

@@ -7,12 +7,13 @@ base is ever read with another.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 from nla_ray.base.families import check_layer, decoder_shape
 from nla_ray.base.load import load_model_config, load_tokenizer
-from nla_ray.base.prompts import build_injection_prompt
+from nla_ray.base.prompts import build_injection_prompt, chat_prompt, fixed_date
 from nla_ray.base.sources import base_folder, origin_of, tokenizer_digest, weights_digest
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig
@@ -23,7 +24,8 @@ class BaseInfo:
     """Identity and shape of a base, as manifests record it.
 
     Example: name="embedded:nano", model_type="qwen2", d_model=256, num_layers=6, vocab_size=4096,
-    layer=4, injection_norm=50.0, marker_id=4095, neighbours=(223, 2), origin=None, and two digests.
+    layer=4, injection_norm=50.0, marker_id=4095, neighbours=(223, 2), origin=None, date=None, and
+    three digests.
     """
 
     name: str
@@ -44,6 +46,19 @@ class BaseInfo:
     """Ids left and right of the marker in the verbalizer's prompt."""
     origin: str | None
     """The file that a converted model was made from, with its digest."""
+    date: str | None
+    """What its chat template prints as today's date; None: it prints none."""
+    prompt_digest: str
+    """Hash of the chat prompt of an empty text, as the template renders it."""
+
+    @property
+    def reading_digest(self) -> str:
+        """Of all that decides what an activation of a text is, but the layer.
+
+        The prompt is the tokenizer's alone where no date stands in it.
+        """
+        digest = f"{self.digest}/{self.tokenizer_digest}"
+        return f"{digest}/{self.prompt_digest}" if self.date else digest
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -59,7 +74,8 @@ def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
     config = load_model_config(base)
     check_layer(base.layer, decoder_shape(config).layers)
     folder = base_folder(base.model, weights=False)
-    prompt = build_injection_prompt(tokenizer or load_tokenizer(base), base.marker)
+    tokenizer = tokenizer or load_tokenizer(base)
+    prompt = build_injection_prompt(tokenizer, base.marker)
     return BaseInfo(
         name=base.model,
         digest=weights_digest(folder),
@@ -74,16 +90,21 @@ def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
         marker_id=prompt.marker_id,
         neighbours=prompt.neighbours,
         origin=origin_of(folder),
+        date=fixed_date(tokenizer.chat_template),
+        prompt_digest=hashlib.sha256(chat_prompt(tokenizer, "").encode()).hexdigest()[:16],
     )
 
 
 def check_base(manifest: Manifest, info: BaseInfo) -> None:
     """Raise ValueError when an artifact was made with another base than this one.
 
-    Weights, tokenizer and layer must be the same. An adapter is also bound to the marker and the
-    injection norm that it learned with; activations know of neither.
+    Weights, tokenizer, layer and the date in the prompt must be the same. An adapter is also bound
+    to the marker and the injection norm that it learned with; activations know of neither.
+    Manifests of earlier versions record no prompt: the tokenizer decides it unless it has a date.
     """
     compared = {"weights": "digest", "tokenizer": "tokenizer_digest", "layer": "layer"}
+    if info.date or "prompt_digest" in manifest.model:
+        compared |= {"date in the chat prompt": "date", "chat prompt": "prompt_digest"}
     if manifest.name != "activations":
         compared |= {"marker": "marker", "injection norm": "injection_norm"}
     for what, name in compared.items():

@@ -16,6 +16,7 @@ from torch import nn
 from nla_ray.base.config_files import PUBLISHED_CONFIGS, as_config
 from nla_ray.base.families import check_layer, family_of
 from nla_ray.base.layers import keep_blocks
+from nla_ray.base.prompts import fix_date
 from nla_ray.base.sources import base_folder, quiet_loading
 from nla_ray.settings.config import BaseConfig
 from nla_ray.settings.precision import processor_has_bf16
@@ -43,7 +44,8 @@ def load_model_config(base: BaseConfig) -> Any:
 def load_tokenizer(base: BaseConfig) -> Any:
     """The base's tokenizer; padding goes to the right and never needs a new token.
 
-    Raises ValueError for a tokenizer without chat template.
+    A chat template that prints today's date prints `base.date`. Raises ValueError for a tokenizer
+    without chat template.
     """
     from transformers import AutoTokenizer
 
@@ -54,6 +56,7 @@ def load_tokenizer(base: BaseConfig) -> Any:
             f"base.model {base.model!r}: got a tokenizer without chat template, expected a chat"
             " model. Name an instruction-tuned model."
         )
+    tokenizer.chat_template = fix_date(tokenizer.get_chat_template(), base.date)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,8 +7,10 @@ prompt: a verbalizer writes only `{description}{closing tag}`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 OPENING_TAG = "<description>"
@@ -20,6 +22,12 @@ GENERIC_DESCRIPTION = (
     "- A text with some words and a structure\n- tokens: the, and, of\n- next: it goes on"
 )
 """The fixed sentence of the generic control: true of every text, and so worth nothing."""
+
+
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(?P<format>[^'\"\\]*)\1\s*\)")
+"""A call by which a chat template prints the date of today. Source: transformers' templates."""
+_FIXED = re.compile(r"\{# The date is (\S+)\. #\}\n")
+"""Begins a template whose date is fixed: a comment, of which Jinja prints nothing."""
 
 
 def wrap_description(description: str) -> str:
@@ -71,6 +79,33 @@ def chat_prompt(tokenizer: Any, text: str) -> str:
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
+
+
+def fix_date(template: str, date: str) -> str:
+    """A chat template that prints this date, `2026-01-01`, instead of today's.
+
+    A template that prints no date stays as it is. Raises ValueError for one that computes the form
+    in which it prints the date.
+
+    >>> print(fix_date("Today is {{ strftime_now('%d %b %Y') }}.", "2026-01-01"))
+    {# The date is 2026-01-01. #}
+    Today is {{ '01 Jan 2026' }}.
+    """
+    day = datetime.fromisoformat(date)
+    fixed, count = _NOW.subn(lambda call: repr(day.strftime(call["format"])), template)
+    if "strftime_now(" in fixed:
+        raise ValueError(
+            "chat template: got a call of strftime_now without a plain format, expected one such as"
+            " strftime_now('%d %b %Y'). Write the date into the template of a local copy of the"
+            " base."
+        )
+    return f"{{# The date is {date}. #}}\n{fixed}" if count else template
+
+
+def fixed_date(template: str) -> str | None:
+    """The date that `fix_date` has put into a template; None where it prints none."""
+    found = _FIXED.match(template)
+    return found[1] if found else None
 
 
 def verbalizer_prompt(tokenizer: Any, marker: str) -> str:

@@ -7,7 +7,7 @@ reconstruction any figure asks for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -53,6 +53,10 @@ class Evaluated:
     """The rows whose descriptions are also read in part."""
     prefixes: Mapping[str, Mapping[int, Sequence[str]]]
     """Verbalizer -> number of tokens -> the descriptions of those rows cut to them."""
+    cut: Mapping[tuple[str, str], tuple[Sequence[Description], Sequence[Description]]] = field(
+        default_factory=dict
+    )
+    """Two verbalizers -> the descriptions of both, cut to the shorter one's tokens row by row."""
     sampled: str
     """The verbalizer that the samples are of."""
 
@@ -90,6 +94,7 @@ def texts_to_read(
     descriptions: Mapping[str, Sequence[Description]],
     samples: Sequence[Sequence[Description]],
     prefixes: Mapping[str, Mapping[int, Sequence[str]]],
+    cut: Iterable[tuple[Sequence[Description], Sequence[Description]]] = (),
 ) -> set[str]:
     """Everything that the readings of an `Evaluated` must hold."""
     wanted: set[str] = set()
@@ -99,6 +104,9 @@ def texts_to_read(
     for by_length in prefixes.values():
         for texts in by_length.values():
             wanted.update(texts)
+    for both in cut:
+        for described in both:
+            wanted.update(description.text for description in described)
     for drawn in samples:
         wanted.update(sample.text for sample in drawn)
     return wanted

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations, load_stats
-from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_tokenizer
 from nla_ray.description.record import Description
 from nla_ray.report.compared import Compared
 from nla_ray.report.controls import VERBALIZERS, trained_in
 from nla_ray.report.describing import describe_all
 from nla_ray.report.evaluated import Evaluated, texts_to_read
+from nla_ray.report.lengths import cut_pairs, cut_texts
+from nla_ray.report.pairing import comparable_pairs
 from nla_ray.report.readings import reconstruct_texts
 from nla_ray.report.reuse import OwnReport
 from nla_ray.report.summary import PREFIX_TOKENS
 from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import Comparisons
-from nla_ray.settings.config import BaseConfig
 from nla_ray.text.domains import DOMAIN_NAMES
 from nla_ray.text.words import WordStatistics, salient_words
 
@@ -64,8 +65,12 @@ def gather_evaluated(
         for name in names
         if name in ("gold", *trained_in(manifests))
     }
-    prefixes = _prefixes(config.base, described_rows)
-    wanted = texts_to_read(descriptions, samples, prefixes)
+    tokenizer = load_tokenizer(config.base)
+    prefixes = _prefixes(tokenizer, described_rows)
+    protocols = {name: written.protocols[name] for name in names}
+    from_elsewhere = [verbalizer.name for verbalizer in compared]
+    cut = cut_pairs(tokenizer, descriptions, comparable_pairs(names, protocols, from_elsewhere))
+    wanted = texts_to_read(descriptions, samples, prefixes, cut.values())
     return Evaluated(
         doc_ids=test.doc_ids,
         domains=test.domains,
@@ -73,12 +78,13 @@ def gather_evaluated(
         salient=_salient(run, test.texts),
         comparisons=Comparisons.draw(test.vectors, test.doc_ids, mean, seed, test.domains),
         descriptions=descriptions,
-        protocols={name: written.protocols[name] for name in names},
-        from_elsewhere=[verbalizer.name for verbalizer in compared],
+        protocols=protocols,
+        from_elsewhere=from_elsewhere,
         samples=samples,
         sampled=config.grpo.artifact,
         prefix_rows=prefix_rows,
         prefixes=prefixes,
+        cut=cut,
         readings=reconstruct_texts(run, manifests, wanted, folder / "scratch"),
         domain_names=_domain_names(test.domains),
     )
@@ -90,19 +96,15 @@ def _prefix_rows(rows: int, seed: int) -> list[int]:
 
 
 def _prefixes(
-    base: BaseConfig, descriptions: Mapping[str, Sequence[Description]]
+    tokenizer: Any, descriptions: Mapping[str, Sequence[Description]]
 ) -> dict[str, dict[int, list[str]]]:
     """Every description cut to its first tokens, by verbalizer and number of tokens."""
-    tokenizer = load_tokenizer(base)
     prefixes: dict[str, dict[int, list[str]]] = {}
     for name, described in descriptions.items():
         texts = [description.text for description in described]
-        encoded = encode_texts(tokenizer, texts)
-        prefixes[name] = {}
-        for length in PREFIX_TOKENS:
-            cut = [tokenizer.decode(ids[:length], skip_special_tokens=True) for ids in encoded]
-            # The cut may go through a character.
-            prefixes[name][length] = [text.rstrip("\ufffd") for text in cut]
+        prefixes[name] = {
+            length: cut_texts(tokenizer, texts, [length] * len(texts)) for length in PREFIX_TOKENS
+        }
     return prefixes
 
 

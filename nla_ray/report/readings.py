@@ -34,6 +34,11 @@ class Readings:
         self._row_of_text = {text: row for row, text in enumerate(texts)}
         self._by_scorer = dict(by_scorer)
 
+    @property
+    def scorers(self) -> list[str]:
+        """Who has read the texts."""
+        return list(self._by_scorer)
+
     def of(self, scorer: str, texts: Sequence[str]) -> Tensor:
         """[len(texts), d_model], in the order given."""
         rows = torch.tensor([self._row_of_text[text] for text in texts], dtype=torch.int64)

@@ -20,6 +20,7 @@ import torch
 from nla_ray.report.controls import CONTROLS, SCORERS
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
+from nla_ray.report.lengths import length_section
 from nla_ray.report.samples import sample_sections
 from nla_ray.score import claims
 from nla_ray.score.bootstrap import DocumentBootstrap, Interval
@@ -56,6 +57,7 @@ def summarise(
             "gaps": _gaps(bootstrap, evaluated),
             "quotes": _quotes(bootstrap, evaluated),
             "prefix": _prefix_curves(evaluated, resamples, seed),
+            "lengths": length_section(bootstrap, evaluated),
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),
             "domains": _by_domain(evaluated, resamples, seed),

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -50,6 +51,8 @@ class BaseConfig:
     """The one-token placeholder that an activation replaces."""
     max_tokens: int = 512
     """Longest prompt, in tokens, with chat template; longer texts are counted and left out."""
+    date: str = "2026-01-01"
+    """What a chat template prints that prints today's date: the same on every day of a run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the frozen weights; adapters and activations are float32. A CPU without instructions
     for bfloat16 computes with the same numbers in float32."""
@@ -68,12 +71,26 @@ class BaseConfig:
             "Use the measured mean activation norm, rounded up.",
         )
         require(
+            _is_date(self.date),
+            "base.date",
+            self.date,
+            "a date as 2026-01-01",
+            "Any day will do; another one is another base.",
+        )
+        require(
             self.layer >= 0,
             "base.layer",
             self.layer,
             "a block index >= 0",
             "Layer K is the output of block K.",
         )
+
+
+def _is_date(value: str) -> bool:
+    try:
+        return date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import build_tokenizer
+from tiny import CHAT_TEMPLATE, build_tokenizer
 from torch import Tensor
 
 from nla_ray.base import layers, sources
 from nla_ray.base.adapters import add_lora
 from nla_ray.base.families import decoder_shape
-from nla_ray.base.identity import base_info
+from nla_ray.base.identity import BaseInfo, base_info, check_base
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import (
     computes_in_bf16,
@@ -24,8 +24,9 @@ from nla_ray.base.load import (
     load_tokenizer,
     random_backbone,
 )
-from nla_ray.base.prompts import build_injection_prompt, find_marker
+from nla_ray.base.prompts import build_injection_prompt, chat_prompt, find_marker
 from nla_ray.description.engines.interface import make_engine
+from nla_ray.run.manifest import Manifest
 from nla_ray.settings import precision
 from nla_ray.settings.config import BaseConfig
 from nla_ray.settings.presets import preset
@@ -176,6 +177,81 @@ def test_a_tokenizer_without_chat_template_is_refused(
     (tmp_path / "copy" / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="without chat template"):
         load_tokenizer(dataclasses.replace(tiny_base, model=str(tmp_path / "copy")))
+
+
+DATED = (
+    "{{'<|im_start|>system\nToday is '+strftime_now('%d %b %Y')+'<|im_end|>\n'}}{% for message in"
+    " messages %}{{'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'}}{% endfor"
+    " %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+)
+"""A template that prints today's date. Another form of it, in the public Llama templates:"""
+LLAMA_DATE = (
+    "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n        {%- set"
+    ' date_string = strftime_now("%d %B %Y") %}\n    {%- endif %}\n{%- endif %}\n{{- date_string }}'
+)
+TURNS = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def with_template(base: BaseConfig, folder: Path, template: str) -> BaseConfig:
+    """A copy of the base with another chat template."""
+    shutil.copytree(base.model, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return dataclasses.replace(base, model=str(folder))
+
+
+def test_a_template_prints_the_runs_date_whatever_day_it_is(
+    tiny_base: BaseConfig, tmp_path: Path
+) -> None:
+    base = with_template(tiny_base, tmp_path / "base", DATED)
+    for date, printed in (("2026-01-01", "01 Jan 2026"), ("2024-02-29", "29 Feb 2024")):
+        tokenizer = load_tokenizer(dataclasses.replace(base, date=date))
+        expected = f"<|im_start|>system\nToday is {printed}<|im_end|>\n{TURNS}"
+        assert chat_prompt(tokenizer, "hello") == expected
+    llama = with_template(tiny_base, tmp_path / "llama", LLAMA_DATE)
+    assert chat_prompt(load_tokenizer(llama), "hello") == "01 January 2026"
+    computed = with_template(tiny_base, tmp_path / "computed", "{{ strftime_now(form) }}")
+    with pytest.raises(ValueError, match="expected one such as strftime_now"):
+        load_tokenizer(computed)
+
+
+def test_a_template_without_a_date_is_not_touched(tiny_base: BaseConfig) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert chat_prompt(tokenizer, "hello") == TURNS
+
+
+def test_another_date_or_template_is_another_base(
+    tiny_base: BaseConfig, tmp_path: Path, tiny_run
+) -> None:
+    base = with_template(tiny_base, tmp_path / "base", DATED)
+    info = base_info(base)
+    assert info.date == "2026-01-01" and info.prompt_digest != base_info(tiny_base).prompt_digest
+    tomorrow = base_info(dataclasses.replace(base, date="2026-01-02"))
+    assert tomorrow.reading_digest != info.reading_digest
+    manifest = tiny_run().open_artifact("activations", "base").publish(model=info.to_dict())
+    check_base(manifest, info)
+    with pytest.raises(ValueError, match=r"date in the chat prompt 2026-01-02 .* 2026-01-01 of"):
+        check_base(manifest, tomorrow)
+    with pytest.raises(ValueError, match="got chat prompt 0 "):
+        check_base(manifest, dataclasses.replace(info, prompt_digest="0"))
+
+
+def test_an_artifact_that_records_no_date_is_of_a_template_without_date(
+    tiny_base: BaseConfig, tmp_path: Path, tiny_run
+) -> None:
+    def record_of_before(info: BaseInfo, name: str) -> Manifest:
+        fields = info.to_dict()
+        for newer in ("date", "prompt_digest"):
+            del fields[newer]
+        return tiny_run(name).open_artifact("activations", "base").publish(model=fields)
+
+    undated = base_info(tiny_base)
+    assert undated.date is None
+    assert undated.reading_digest == f"{undated.digest}/{undated.tokenizer_digest}"
+    check_base(record_of_before(undated, "undated"), undated)
+    dated = base_info(with_template(tiny_base, tmp_path / "base", DATED))
+    with pytest.raises(ValueError, match=r"date in the chat prompt 2026-01-01 .* expected None"):
+        check_base(record_of_before(dated, "dated"), dated)
 
 
 @pytest.mark.parametrize(

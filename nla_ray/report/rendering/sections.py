@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.rendering import curves, domains, protocols
+from nla_ray.report.rendering import curves, domains, lengths, protocols
 from nla_ray.report.rendering.content import (
     Bullets,
     Cell,
@@ -86,6 +86,7 @@ def sections(
         domains.domains_section(report),
         domains.confusion_section(report),
         curves.prefix_section(report),
+        lengths.lengths_section(report),
         curves.retrieval_section(report),
         _quotes_section(report),
         curves.best_of_section(report),
