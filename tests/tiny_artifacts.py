@@ -61,7 +61,7 @@ def make_artifacts(run: Run, *, verbalizers: tuple[str, ...] = ("sft", "grpo")) 
     )
     train = sorted({row["doc_id"] for row in rows if row["split"] == "train"})
     for seed, (name, half) in enumerate((("reward_scorer", "even"), ("judge_scorer", "odd"))):
-        _publish_scorer(
+        publish_scorer(
             run, name, seed, [doc_id for doc_id in train if document_half(doc_id) == half]
         )
     make_linear_scorer(run.config)
@@ -125,7 +125,8 @@ def _publish_table(
     )
 
 
-def _publish_scorer(run: Run, name: str, seed: int, documents: list[str]) -> None:
+def publish_scorer(run: Run, name: str, seed: int, documents: list[str]) -> None:
+    """A reconstructor of random weights as artifact `name`."""
     stage = run.open_artifact(
         name,
         "base",

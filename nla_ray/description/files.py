@@ -120,6 +120,13 @@ def protocol_in(content: bytes, source: str) -> GenerationProtocol | None:
     return _split_protocol([line], source)[0]
 
 
+def descriptions_in(content: bytes, source: str) -> list[Description]:
+    """The descriptions that the content of a complete file holds, in its order."""
+    lines = [json.loads(line) for line in content.split(b"\n") if line]
+    _, lines = _split_protocol(lines, source)
+    return [_to_description(line) for line in lines]
+
+
 def is_protocol(line: Any) -> bool:
     """Whether a line says how the others were generated, and describes nothing itself."""
     return isinstance(line, dict) and line.keys() == {_PROTOCOL}

@@ -82,17 +82,23 @@ def _plan_labels(facts: PlanFacts) -> StagePlan:
 
 
 def _plan_reward_scorer(facts: PlanFacts) -> StagePlan:
-    return _plan_reconstructor(facts, facts.config.reward_scorer)
+    return _plan_scorer_of_labels(facts, facts.config.reward_scorer)
 
 
 def _plan_judge_scorer(facts: PlanFacts) -> StagePlan:
-    return _plan_reconstructor(facts, facts.config.judge_scorer)
+    return _plan_scorer_of_labels(facts, facts.config.judge_scorer)
 
 
-def _plan_reconstructor(facts: PlanFacts, settings: ReconstructorConfig) -> StagePlan:
+def _plan_scorer_of_labels(facts: PlanFacts, settings: ReconstructorConfig) -> StagePlan:
+    examples = min(facts.labels_of(settings) / 2, settings.max_examples or _UNLIMITED)
+    return _plan_reconstructor(facts, settings, examples)
+
+
+def _plan_reconstructor(
+    facts: PlanFacts, settings: ReconstructorConfig, examples: float
+) -> StagePlan:
     sizes, layer = facts.sizes, facts.config.base.layer
     workers, blocks = facts.config.compute.trainer_workers, layer + 1
-    examples = min(facts.labels_of(settings) / 2, settings.max_examples or _UNLIMITED)
     tokens = examples * settings.epochs * min(settings.max_tokens, LABEL_TOKENS + 8)
     trainable = sizes.lora_parameters(settings.lora, blocks) + sizes.d_model**2
     state = facts.trainer_bytes(sizes.parameters_up_to(layer), trainable)
@@ -170,6 +176,24 @@ def _plan_grpo(facts: PlanFacts) -> StagePlan:
     )
 
 
+def _plan_refreshed_scorer(facts: PlanFacts) -> StagePlan:
+    refreshed, sizes = facts.config.reward_scorer_refreshed, facts.sizes
+    rows = min(facts.train_texts / 2, refreshed.max_examples or _UNLIMITED)
+    settings = dataclasses.replace(facts.config.reward_scorer, epochs=refreshed.epochs)
+    training = _plan_reconstructor(facts, settings, 2 * rows)  # a label and a description of each
+    length = PROMPT_TOKENS + refreshed.max_new_tokens
+    caches = sizes.kv_bytes(_ROWS_AT_ONCE * length, facts.item_bytes)
+    memory = sizes.parameters * facts.item_bytes + caches
+    described = rows * refreshed.max_new_tokens
+    return dataclasses.replace(
+        training,
+        processes=(*training.processes, facts.process("scorer", 1, memory)),
+        tokens=training.tokens + described,
+        flops=training.flops + 2 * sizes.parameters * described,
+        files=f"{training.files}, {rows:,.0f} descriptions",
+    )
+
+
 def _plan_report(facts: PlanFacts) -> StagePlan:
     config, sizes, evaluation = facts.config, facts.sizes, facts.config.evaluation
     most = evaluation.max_activations or _UNLIMITED
@@ -228,6 +252,7 @@ FORMULAS: dict[str, Callable[[PlanFacts], StagePlan]] = {
     "linear_scorer": _plan_linear_scorer,
     "sft": _plan_sft,
     "grpo": _plan_grpo,
+    "reward_scorer_refreshed": _plan_refreshed_scorer,
     "report": _plan_report,
     "inspection": _plan_inspection,
     "benchmark": _plan_benchmark,

@@ -6,6 +6,7 @@ Protects the rule that a plan refuses what the job would refuse, by the job's ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from nla_ray.plan.facts import PlanFacts, StagePlan
 from nla_ray.plan.formulas import FORMULAS
 from nla_ray.plan.units import format_bytes, format_seconds
 from nla_ray.run.artifact import Run
-from nla_ray.run.stages import INSPECTION_JOB, stages_of_job
+from nla_ray.run.stages import INSPECTION_JOB, Stage, is_superfluous, stages_of_job
 from nla_ray.settings.config import RunConfig
 
 
@@ -43,10 +44,18 @@ def describe_plan(config: RunConfig, job: str) -> str:
     if not stages:
         lines.append("  nothing is made: the job reads what a run holds")
     for stage in stages:
-        is_complete = run.find(stage.artifact_of_job(job, config)) is not None
-        lines.append(f"{stage.name}{'  (complete: skipped)' if is_complete else ''}")
+        lines.append(f"{stage.name}{_reason_to_skip(run, job, stage, stages)}")
         lines += _stage_lines(FORMULAS[stage.name](facts), facts)
     return "\n".join(lines)
+
+
+def _reason_to_skip(run: Run, job: str, stage: Stage, stages: Sequence[Stage]) -> str:
+    """What follows the name of a stage that the job does not make; the empty string for others."""
+    if run.find(stage.artifact_of_job(job, run.config)) is not None:
+        return "  (complete: skipped)"
+    if is_superfluous(run, stage, stages):
+        return "  (what is made from it exists already: skipped)"
+    return ""
 
 
 def _require_files(run: Run) -> None:

@@ -27,6 +27,8 @@ from nla_ray.score.comparisons import derangement, nearest_rows
 
 SCORERS = tuple(name.removesuffix("_scorer") for name in artifacts_of_kind("scorer"))
 """Who scores: reward, judge, linear. The artifact of each is `{scorer}_scorer`."""
+REFRESHED = "refreshed"
+"""Who reads the verbalizers alone: the reward scorer, trained on with what SFT writes."""
 TRAINED = (*artifacts_of_kind("verbalizer"), "grpo_no_contrast")
 """Artifacts that are verbalizers: sft, grpo, and the ablation arm, shown where it was trained."""
 INJECTED = ("mean_activation", "random_vector")
@@ -46,6 +48,15 @@ _PAIRS = (
 """Verbalizers of the run itself that are compared row by row."""
 _REFERENCES = ("grpo", "sft", "nearest_train_label")
 """What every verbalizer from elsewhere is compared with."""
+
+
+def artifact_of(scorer: str) -> str:
+    """The artifact of a scorer.
+
+    >>> artifact_of("judge"), artifact_of("refreshed")
+    ('judge_scorer', 'reward_scorer_refreshed')
+    """
+    return "reward_scorer_refreshed" if scorer == REFRESHED else f"{scorer}_scorer"
 
 
 def trained_in(artifacts: Collection[str]) -> list[str]:

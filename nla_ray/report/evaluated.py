@@ -57,6 +57,9 @@ class Evaluated:
         default_factory=dict
     )
     """Two verbalizers -> the descriptions of both, cut to the shorter one's tokens row by row."""
+    refreshed: Readings | None = None
+    """What the refreshed scorer reads in what the run's verbalizers and the labels say; None: the
+    report is made without it."""
     sampled: str
     """The verbalizer that the samples are of."""
 

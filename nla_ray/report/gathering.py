@@ -17,7 +17,7 @@ from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.load import load_tokenizer
 from nla_ray.description.record import Description
 from nla_ray.report.compared import Compared
-from nla_ray.report.controls import VERBALIZERS, trained_in
+from nla_ray.report.controls import REFRESHED, VERBALIZERS, artifact_of, trained_in
 from nla_ray.report.describing import describe_all
 from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts
@@ -71,6 +71,11 @@ def gather_evaluated(
     from_elsewhere = [verbalizer.name for verbalizer in compared]
     cut = cut_pairs(tokenizer, descriptions, comparable_pairs(names, protocols, from_elsewhere))
     wanted = texts_to_read(descriptions, samples, prefixes, cut.values())
+    refreshed = None
+    if artifact_of(REFRESHED) in manifests:
+        read = ("gold", *trained_in(manifests))
+        texts = {description.text for name in read for description in descriptions[name]}
+        refreshed = reconstruct_texts(run, manifests, texts, folder / "scratch", [REFRESHED])
     return Evaluated(
         doc_ids=test.doc_ids,
         domains=test.domains,
@@ -85,6 +90,7 @@ def gather_evaluated(
         prefix_rows=prefix_rows,
         prefixes=prefixes,
         cut=cut,
+        refreshed=refreshed,
         readings=reconstruct_texts(run, manifests, wanted, folder / "scratch"),
         domain_names=_domain_names(test.domains),
     )

@@ -26,8 +26,8 @@ _METRICS = ("centred_cosine", "top1_10way", "top1_10way_hard")
 _CLAIMS = ("precision", "precision_excess", "source_recall")
 _TOLERANCE = 0.1
 """Of the shorter description's length: lengths that differ by no more are matched."""
-Pair = tuple[str, str]
-Named = Mapping[str, Mapping[str, Figure]]
+_Pair = tuple[str, str]
+_Named = Mapping[str, Mapping[str, Figure]]
 """scorer or `claims` -> figure."""
 
 
@@ -41,8 +41,8 @@ def cut_texts(tokenizer: Any, texts: Sequence[str], lengths: Sequence[int]) -> l
 
 
 def cut_pairs(
-    tokenizer: Any, descriptions: Mapping[str, Sequence[Description]], pairs: Sequence[Pair]
-) -> dict[Pair, tuple[list[Description], list[Description]]]:
+    tokenizer: Any, descriptions: Mapping[str, Sequence[Description]], pairs: Sequence[_Pair]
+) -> dict[_Pair, tuple[list[Description], list[Description]]]:
     """Both descriptions of every row cut to the shorter one's tokens, by pair of verbalizers.
 
     Pairs with a control are left out: a control wins nothing that has to be explained.
@@ -113,7 +113,7 @@ def _matched(first: Tensor, second: Tensor) -> Tensor:
     return ((first - second).abs() <= allowed).double()
 
 
-def _named(evaluated: Evaluated, verbalizer: str) -> Named:
+def _named(evaluated: Evaluated, verbalizer: str) -> _Named:
     """The figures that are compared at equal length."""
     texts = evaluated.texts_of(verbalizer)
     named: dict[str, dict[str, Figure]] = {}
@@ -126,7 +126,7 @@ def _named(evaluated: Evaluated, verbalizer: str) -> Named:
 
 
 def _differences(
-    bootstrap: DocumentBootstrap, named: Sequence[Named], lengths: Sequence[Tensor], rows: Tensor
+    bootstrap: DocumentBootstrap, named: Sequence[_Named], lengths: Sequence[Tensor], rows: Tensor
 ) -> dict[str, Any]:
     """First less second over some rows: `rows` [rows] has 1 for these, 0 for the others."""
     first, second = named

@@ -20,7 +20,7 @@ from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.pretrained import check_never_seen, never_nearly_seen
 from nla_ray.base.sources import base_folder
 from nla_ray.report.compared import Compared, check_compared
-from nla_ray.report.controls import SCORERS, trained_in
+from nla_ray.report.controls import REFRESHED, SCORERS, artifact_of, trained_in
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest, check_disjoint, check_lineage
@@ -48,12 +48,15 @@ def check_ancestors(
 ) -> None:
     """Raise ValueError for an ancestor of another base, or for scorers that share documents."""
     base = base_info(run.config.base)
-    scorers = [f"{scorer}_scorer" for scorer in SCORERS]
-    for name in ("activations", *trained_in(manifests), *scorers):
+    scorers = [artifact_of(scorer) for scorer in (*SCORERS, REFRESHED)]
+    present = [name for name in scorers if name in manifests]
+    for name in ("activations", *trained_in(manifests), *present):
         check_base(manifests[name], base)
     check_compared(compared, base)
-    check_disjoint(manifests["reward_scorer"], manifests["judge_scorer"])
-    check_disjoint(manifests["reward_scorer"], manifests["linear_scorer"])
+    for paid in ("reward", REFRESHED):
+        if artifact_of(paid) in manifests:
+            check_disjoint(manifests[artifact_of(paid)], manifests["judge_scorer"])
+            check_disjoint(manifests[artifact_of(paid)], manifests["linear_scorer"])
 
 
 def load_test(
@@ -149,7 +152,7 @@ def lineage_section(
     selection = {
         name: manifest.metrics
         for name, manifest in manifests.items()
-        if name.endswith("_scorer") or name in trained_in(manifests)
+        if "_scorer" in name or name in trained_in(manifests)
     }
     named = {
         verbalizer.name: {"digest": verbalizer.digest, "settings": _settings(config, verbalizer)}

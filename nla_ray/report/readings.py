@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nla_ray.report.controls import SCORERS
+from nla_ray.report.controls import SCORERS, artifact_of
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import stage_progress
 from nla_ray.run.manifest import Manifest
@@ -39,6 +39,10 @@ class Readings:
         """Who has read the texts."""
         return list(self._by_scorer)
 
+    def holds(self, texts: Iterable[str]) -> bool:
+        """Whether every one of these texts was read."""
+        return all(text in self._row_of_text for text in texts)
+
     def of(self, scorer: str, texts: Sequence[str]) -> Tensor:
         """[len(texts), d_model], in the order given."""
         rows = torch.tensor([self._row_of_text[text] for text in texts], dtype=torch.int64)
@@ -46,17 +50,21 @@ class Readings:
 
 
 def reconstruct_texts(
-    run: Run, manifests: Mapping[str, Manifest], texts: Iterable[str], scratch: Path
+    run: Run,
+    manifests: Mapping[str, Manifest],
+    texts: Iterable[str],
+    scratch: Path,
+    scorers: Sequence[str] = SCORERS,
 ) -> Readings:
-    """Every scorer's reconstruction of every text. `scratch`: a folder for what is read already."""
+    """The scorers' reconstructions of every text. `scratch`: a folder for what is read already."""
     # Sorted: texts that begin alike stand together, and a reconstructor reads their beginning once.
     unique = sorted(set(texts))
     digest = hashlib.sha256("\0".join(unique).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     scratch.mkdir(parents=True, exist_ok=True)
     by_scorer: dict[str, Tensor] = {}
     model = None
-    with stage_progress("reconstruct", len(SCORERS) * len(unique)) as advance:
-        for scorer in SCORERS:
+    with stage_progress("reconstruct", len(scorers) * len(unique)) as advance:
+        for scorer in scorers:
             file = scratch / f"{scorer}-{digest}.safetensors"
             if file.is_file():
                 by_scorer[scorer] = load_file(file)["read"]
@@ -80,7 +88,7 @@ def reconstruct_texts(
 def _load(
     run: Run, manifests: Mapping[str, Manifest], scorer: str, model
 ) -> Reconstructor | LinearReconstructor:
-    artifact = f"{scorer}_scorer"
+    artifact = artifact_of(scorer)
     with run.local_copy(artifact, manifests[artifact]) as folder:
         if scorer == "linear":
             return LinearReconstructor.load(run.config.base, folder, model=model)

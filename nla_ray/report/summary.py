@@ -21,6 +21,7 @@ from nla_ray.report.controls import CONTROLS, SCORERS
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
 from nla_ray.report.lengths import length_section
+from nla_ray.report.refreshed import two_by_two
 from nla_ray.report.samples import sample_sections
 from nla_ray.score import claims
 from nla_ray.score.bootstrap import DocumentBootstrap, Interval
@@ -58,6 +59,7 @@ def summarise(
             "quotes": _quotes(bootstrap, evaluated),
             "prefix": _prefix_curves(evaluated, resamples, seed),
             "lengths": length_section(bootstrap, evaluated),
+            "refreshed": two_by_two(bootstrap, evaluated),
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),
             "domains": _by_domain(evaluated, resamples, seed),

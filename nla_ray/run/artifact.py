@@ -227,11 +227,26 @@ class Run:
     def parents_of(self, stage: str) -> dict[str, Manifest]:
         """Manifests of a stage's parents, by artifact.
 
-        Raises ValueError that names the job of a missing one.
+        An optional one is among them when it is complete and the stage's artifact was not made, or
+        begun, without it. Raises ValueError that names the job of a missing one.
         """
-        parents = [stage_named(parent) for parent in stage_named(stage).parents]
+        row = stage_named(stage)
+        parents = [stage_named(parent) for parent in row.parents]
         names = [parent.parent_artifact(self.config) for parent in parents]
-        return {name: self.require(name) for name in names}
+        manifests = {name: self.require(name) for name in names}
+        recorded = self.recorded_parents(row.artifact(self.config))
+        for name in row.optional_parents:
+            optional = self.find(name)
+            if optional is not None and (recorded is None or name in recorded):
+                manifests[name] = optional
+        return manifests
+
+    def recorded_parents(self, name: str) -> set[str] | None:
+        """Names of what an artifact was made from, complete or begun; None: it does not exist."""
+        manifest, started = self.find(name), self.started(name)
+        if manifest is not None:
+            return set(manifest.parents)
+        return set(started["parents"]) if started is not None else None
 
     def find(self, name: str) -> Manifest | None:
         """The manifest of a complete artifact, or None."""

@@ -10,7 +10,7 @@ import json
 import operator
 import pkgutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +31,8 @@ TIMINGS_NAME = "timings.json"
 PIPELINE_JOB, PIPELINE_TARGET = "pipeline", "report"
 """`jobs/pipeline.py` makes the report, and so everything before it."""
 
-ArtifactKind = Literal["data", "scorer", "verbalizer", "report"]
+ArtifactKind = Literal["data", "scorer", "verbalizer", "reader", "report"]
+"""A `scorer` reads everything in a report; a `reader` some of it."""
 
 logger = get_logger(__name__)
 
@@ -56,6 +57,9 @@ class Stage:
     it found."""
     parents: tuple[str, ...] = ()
     """Stages whose artifacts it is made from."""
+    optional_parents: tuple[str, ...] = ()
+    """Stages whose artifacts it is made from as well, where it does not exist without them yet: an
+    artifact that was made before such a stage existed stays what it is."""
     sections: tuple[str, ...] = ()
     """Configuration sections that shape the artifact: its identity, with its parents."""
     named_by: str | None = None
@@ -156,6 +160,14 @@ STAGES = (
         function="nla_ray.reinforce.stage:train_grpo",
     ),
     Stage(
+        name="reward_scorer_refreshed",
+        job="evaluate",
+        kind="reader",
+        parents=("activations", "labels", "reward_scorer", "sft"),
+        sections=("base", "reward_scorer", "reward_scorer_refreshed"),
+        function="nla_ray.training.refreshed:refresh_reward_scorer",
+    ),
+    Stage(
         name="report",
         job="evaluate",
         kind="report",
@@ -169,6 +181,7 @@ STAGES = (
             "sft",
             "grpo",
         ),
+        optional_parents=("reward_scorer_refreshed",),
         sections=("base", "evaluation"),
         named_by="report_artifact",
         function="nla_ray.report.stage:evaluate",
@@ -204,7 +217,7 @@ def closure(names: Collection[str]) -> tuple[Stage, ...]:
     wanted = set(names)
     for stage in reversed(STAGES):
         if stage.name in wanted:
-            wanted.update(stage.parents)
+            wanted.update((*stage.parents, *stage.optional_parents))
     return tuple(stage for stage in STAGES if stage.name in wanted)
 
 
@@ -247,7 +260,8 @@ def artifacts_of_kind(kind: ArtifactKind) -> tuple[str, ...]:
 def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[Stage, Any]]:
     """Make what a job makes, stage by stage; yields each with what its function returned.
 
-    That is the manifest of a complete artifact, or what a stage without one found. Stages of the
+    That is the manifest of a complete artifact, or what a stage without one found. A stage that is
+    superfluous is left out. Stages of the
     job itself are opened always, and so compared with the configuration. The artifact of a parent
     is taken as it is when it is complete; with `strict` it is compared too. Seconds of what was
     completed here are written to TIMINGS_NAME.
@@ -256,6 +270,9 @@ def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[S
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
         artifact, started = stage.artifact_of_job(job, run.config), time.monotonic()
+        if is_superfluous(run, stage, stages):
+            logger.info("%s: left out, because what is made from it exists already", title)
+            continue
         result = run.find(artifact)
         if result is None and stage.kind is not None and artifact != stage.artifact(run.config):
             run.require(artifact)  # the function would make the one with a name of its own
@@ -271,6 +288,15 @@ def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[S
             if strict or stage.job == job:
                 result = stage.make(run)
         yield stage, result
+
+
+def is_superfluous(run: Run, stage: Stage, stages: Sequence[Stage]) -> bool:
+    """Whether nothing is to be made from an optional parent: what takes it exists without it."""
+    takers = [other for other in stages if stage.name in other.optional_parents]
+    if not takers or any(stage.name in other.parents for other in stages):
+        return False
+    recorded = [run.recorded_parents(other.artifact(run.config)) for other in takers]
+    return all(parents is not None and stage.name not in parents for parents in recorded)
 
 
 def pipeline_timings(run: Run) -> dict[str, float]:

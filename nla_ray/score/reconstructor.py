@@ -105,9 +105,15 @@ class Reconstructor(nn.Module):
 
     @classmethod
     def load(
-        cls, base: BaseConfig, folder: Path | str, *, adapter: str = "default", model=None
+        cls,
+        base: BaseConfig,
+        folder: Path | str,
+        *,
+        adapter: str = "default",
+        model=None,
+        trainable: bool = False,
     ) -> Reconstructor:
-        """A saved one, frozen.
+        """A saved one: frozen, or with gradients of the adapter and the head alone.
 
         `model`: a loaded base to share, for example another reconstructor's `.model`. It gets the
         weights as a further adapter, so `adapter` must be a new name in it. Raises ValueError for a
@@ -120,7 +126,7 @@ class Reconstructor(nn.Module):
                 f" {base.layer}. Use the configuration that its manifest records."
             )
         model = load_backbone(base, num_blocks=base.layer + 1) if model is None else model
-        model = load_adapter(model, Path(folder) / ADAPTER_NAME, adapter)
+        model = load_adapter(model, Path(folder) / ADAPTER_NAME, adapter, trainable=trainable)
         loaded = cls(
             model,
             load_tokenizer(base),
@@ -132,7 +138,7 @@ class Reconstructor(nn.Module):
             in_bf16=computes_in_bf16(base),
         )
         loaded.head.weight.data.copy_(weight)
-        return loaded.eval().requires_grad_(False)
+        return loaded if trainable else loaded.eval().requires_grad_(False)
 
     def save(self, folder: Path | str) -> None:
         """Write adapter/ and head.safetensors (`weight` [d, d], `mean` [d])."""

@@ -231,6 +231,25 @@ class LinearScorerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefreshedScorerConfig:
+    """The reward scorer trained on with what the SFT verbalizer writes, for the report alone.
+
+    Everything else is as in `reward_scorer`.
+    """
+
+    max_examples: int | None = 2_048
+    """Most train activations that SFT describes, drawn by seed; it learns their labels too."""
+    max_new_tokens: int = 64
+    """Longest of these descriptions, in tokens, closing tag included."""
+    epochs: int = 1
+    """Passes over descriptions and labels; the best epoch on validation is kept."""
+    learning_rate: float = 3e-4
+    """Peak learning rate; it falls to 0."""
+    seed: int = 3
+    """Draws the activations and the order of batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """Supervised training of the verbalizer on labels: activation -> label."""
 
@@ -538,6 +557,7 @@ class RunConfig:
     linear_scorer: LinearScorerConfig = field(default_factory=LinearScorerConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
+    reward_scorer_refreshed: RefreshedScorerConfig = field(default_factory=RefreshedScorerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

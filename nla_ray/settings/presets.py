@@ -20,6 +20,7 @@ from nla_ray.settings.config import (
     LabelConfig,
     LoraSettings,
     ReconstructorConfig,
+    RefreshedScorerConfig,
     RunConfig,
     SFTConfig,
 )
@@ -147,6 +148,7 @@ def smollm2_135m() -> RunConfig:
             max_new_tokens=100,
             soft_max_tokens=90,
         ),
+        reward_scorer_refreshed=RefreshedScorerConfig(max_new_tokens=100, learning_rate=1e-4),
         evaluation=EvaluationConfig(max_activations=600, samples=4, gates=_SMOLLM2_GATES),
     )
 
@@ -211,6 +213,7 @@ def qwen2_5_7b() -> RunConfig:
             num_rollout_actors=4,
             num_scorer_actors=2,
         ),
+        reward_scorer_refreshed=RefreshedScorerConfig(max_new_tokens=200, learning_rate=2e-5),
         compute=_QWEN_COMPUTE,
     )
 

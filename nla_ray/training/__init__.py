@@ -3,11 +3,11 @@
 Nouns: a trainable verbalizer (base, adapter and a forward of its own; GRPO trains it too), a worker
 (one process of a training stage), a checkpoint, an offer (published when it is the best).
 
-Read: verbalizer, sft, reconstruction, linear, workers, checkpoints, callbacks, trackers, batches,
-attention, zero.
+Read: verbalizer, sft, reconstruction, linear, refreshed, workers, checkpoints, callbacks, trackers,
+batches, attention, zero.
 
 A scorer needs no such class: `score.Reconstructor` is a module with its own forward. Stages are the
-first functions of sft, reconstruction and linear, which stand beside their trainers.
+first functions of sft, reconstruction, linear and refreshed, which stand beside their trainers.
 
 It owns no loop: TRL and transformers do.
 """

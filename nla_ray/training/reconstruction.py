@@ -113,26 +113,35 @@ def choose_labels(
     return chosen
 
 
+def scorer_labels(
+    run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig
+) -> dict[str, list[str]]:
+    """Text id -> the labels of the split that a scorer learns from, or is validated on.
+
+    Train labels follow the scorer's teacher mix or are all there are, validation labels are the
+    drawn ones.
+    """
+    if split == "validation":
+        return {text_id: [label] for text_id, label in drawn_labels(run, split).items()}
+    if settings.labels == "all":
+        return all_labels(run, split)
+    chosen = choose_labels(
+        load_labels(run, split),
+        teachers=run.config.label.teachers,
+        share=settings.teacher_share,
+        seed=settings.seed,
+    )
+    return {text_id: [label] for text_id, label in chosen.items()}
+
+
 def load_examples(
     run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig
 ) -> Examples:
     """The split's activations of the scorer's half of the documents, each with a label.
 
-    Train labels follow the scorer's teacher mix or are all there are, validation labels are the
-    drawn ones. Raises ValueError when none is left.
+    Raises ValueError when none is left.
     """
-    if split == "train" and settings.labels == "all":
-        labels = all_labels(run, split)
-    elif split == "train":
-        chosen = choose_labels(
-            load_labels(run, split),
-            teachers=run.config.label.teachers,
-            share=settings.teacher_share,
-            seed=settings.seed,
-        )
-        labels = {text_id: [label] for text_id, label in chosen.items()}
-    else:
-        labels = {text_id: [label] for text_id, label in drawn_labels(run, split).items()}
+    labels = scorer_labels(run, split, settings)
     table = load_activations(run, split)
     kept = [
         (index, label)
@@ -204,10 +213,7 @@ def validation_figures(
 
 
 def _train(config: dict[str, Any]) -> dict[str, Any]:
-    """The body of one Ray Train worker: build and train.
-
-    Returns the documents, the base and the best figures.
-    """
+    """The body of one Ray Train worker: build and train."""
     run_config, name = config["run"], config["name"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), getattr(run_config, name)
@@ -221,6 +227,21 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         seed=settings.seed,
         attention=training_attention(run_config.base),
     )
+    return train_reconstructor(run_config, name, reconstructor, examples, settings)
+
+
+def train_reconstructor(
+    run_config: RunConfig,
+    name: str,
+    reconstructor: Reconstructor,
+    examples: Mapping[str, Examples],
+    settings: ReconstructorConfig,
+) -> dict[str, Any]:
+    """Train in this worker on the examples by split, from the weights that there are.
+
+    `name`: of the artifact, whose best weights are offered. Returns the documents, the base and the
+    best figures.
+    """
     checkpoints = Checkpoints(run_config, name)
     trainer = make_reconstruction_trainer(
         reconstructor, examples["train"], examples["validation"], settings, run_config, checkpoints

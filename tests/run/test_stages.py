@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 PIPELINE = (
     *("corpus", "activations", "labels", "reward_scorer", "judge_scorer", "linear_scorer"),
-    *("sft", "grpo", "report"),
+    *("sft", "grpo", "reward_scorer_refreshed", "report"),
 )
 
 
@@ -52,7 +52,8 @@ def test_every_function_section_parent_job_and_plan_that_the_table_names_exists(
         function = pkgutil.resolve_name(stage.function)
         assert next(iter(inspect.signature(function).parameters)) == "run"
         assert set(stage.sections) <= sections
-        assert set(stage.parents) <= set(names(STAGES[:number])), "parents stand before"
+        parents = {*stage.parents, *stage.optional_parents}
+        assert parents <= set(names(STAGES[:number])), "parents stand before"
         assert stage.job in JOBS
         assert stage.artifact(config) == stage.name, "a preset names no artifact of its own"
     assert set(FORMULAS) == set(names(STAGES))
@@ -249,3 +250,47 @@ def test_seconds_are_recorded_for_what_a_job_completed_and_kept_when_it_runs_aga
     list(make_stages(run, "go_on"))
     both = read_timings(run)
     assert set(both) == {"first", "second"} and both["first"] == first["first"]
+
+
+# Optional parents ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def extended(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The run of a later version: `second` is made from the new stage `extra` as well."""
+    first, second, look = stages.STAGES
+    extra = dataclasses.replace(first, name="extra", function=f"{__name__}:make_extra")
+    changed = dataclasses.replace(second, optional_parents=("extra",))
+    monkeypatch.setattr(stages, "STAGES", (first, extra, changed, look))
+    return run
+
+
+def make_extra(run: Run) -> Manifest:
+    return publish(run, "extra")
+
+
+def test_an_optional_parent_is_made_and_taken_where_nothing_is_there_yet(extended: Run) -> None:
+    made = list(make_stages(extended, "go_on"))
+    assert [stage.name for stage, _ in made] == MADE == ["first", "extra", "second"]
+    assert set(extended.require("second").parents) == {"first", "extra"}
+    assert list(make_stages(extended, "go_on", strict=True)) == made
+    assert MADE == ["first", "extra", "second"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_an_earlier_version_made_or_began_stays_without_the_optional_parent(
+    run: Run, begun: bool, request: pytest.FixtureRequest, told: list[str]
+) -> None:
+    list(make_stages(run, "begin"))
+    if begun:
+        run.open("second")
+    else:
+        list(make_stages(run, "go_on"))
+    before = run.find("second")
+    extended = request.getfixturevalue("extended")
+    made = list(make_stages(extended, "go_on", strict=True))
+    assert [stage.name for stage, _ in made] == ["first", "second"] and "extra" not in MADE
+    assert extended.find("extra") is None
+    assert "[2/3] extra: left out, because what is made from it exists already" in told
+    assert set(extended.require("second").parents) == {"first"}
+    assert before is None if begun else extended.require("second") == before

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.rendering import curves, domains, lengths, protocols
+from nla_ray.report.rendering import curves, domains, lengths, protocols, refreshed
 from nla_ray.report.rendering.content import (
     Bullets,
     Cell,
@@ -81,6 +81,7 @@ def sections(
         _paired_section(report),
         _claims_section(report),
         _agreement_section(report),
+        refreshed.refreshed_section(report),
         curves.training_section(training or {}),
         curves.growth_section(report),
         domains.domains_section(report),
