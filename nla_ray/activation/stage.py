@@ -168,11 +168,12 @@ def _stream_shards(
     reader, capture = _stream_options(config.compute)
     # Ray Data waits for ever where its tasks find no room beside the actors.
     require_resources(
+        config.compute,
         [
             demand(config.compute, "capture", num_actors),
             Demand(name="reader", count=1, resources={"CPU": reader["num_cpus"]}),
             Demand(name="writer", count=1, resources={"CPU": _WRITER_CPUS}),
-        ]
+        ],
     )
     with _quiet_ray_data(), stage_progress("activations", len(shards)) as advance:
         blocks = ray.data.from_items(

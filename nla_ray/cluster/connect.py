@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nla_ray.cluster.environment import job_environment
 from nla_ray.cluster.processes import child_processes, kill_processes
+from nla_ray.cluster.session_folder import session_folder
 from nla_ray.run.log import get_logger
 from nla_ray.settings.config import ComputeConfig
 
@@ -44,11 +45,12 @@ def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
 
     It is the cluster that RAY_ADDRESS names (a submitted job's too), or an embedded one. The
     embedded cluster is a node of every kind: it holds any custom resource, and at least two logical
-    CPUs. `offline`: workers see no hub. Raises ValueError when RAY_ADDRESS cannot be reached.
+    CPUs. `offline`: workers see no hub. Raises ValueError when RAY_ADDRESS cannot be reached, and
+    when an embedded cluster finds no folder for its session.
     """
     before = set(child_processes())
     environment = job_environment(compute, offline=offline)
-    address = os.environ.get("RAY_ADDRESS")
+    address = _cluster_address()
     if address is None:
         sources = str(Path(__file__).resolve().parents[2])  # a checkout that is not installed
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -76,6 +78,24 @@ def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
         _shutdown(before)
 
 
+def _cluster_address() -> str | None:
+    """The cluster that RAY_ADDRESS names; None: an embedded one.
+
+    Raises ValueError for an address of Ray Client, through which Ray Train does not run, and for
+    one of the dashboard.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "local"):
+        return None
+    if "://" in address:
+        raise ValueError(
+            f"RAY_ADDRESS: got {address!r}, expected HOST:PORT of the cluster's head, or `auto` on"
+            " one of its nodes. From outside the cluster, send the job to it: ray job submit"
+            " --address http://HOST:8265 --working-dir . -- python jobs/..."
+        )
+    return address
+
+
 def _start_ray(address: str | None, options: dict[str, Any], *, can_fail: bool) -> bool:
     """`ray.init`, with its errors in our words. Returns whether Ray has started.
 
@@ -91,6 +111,14 @@ def _start_ray(address: str | None, options: dict[str, Any], *, can_fail: bool) 
         ray.init(address=address or "local", **options)
     except ConnectionError as error:
         raise ValueError(_unreachable(address, error)) from None
+    except PermissionError as error:
+        if address is None:
+            raise
+        raise ValueError(
+            f"Ray: got {str(error)!r}, expected a session that this user may read. The cluster at"
+            f" {address} was started by another user: submit the job to it (ray job submit), or"
+            " unset RAY_ADDRESS to use an embedded one."
+        ) from None
     except SystemExit:  # Ray's answer to a SIGTERM while it starts
         raise KeyboardInterrupt from None
     except Exception as error:
@@ -109,7 +137,7 @@ def _require_reachable(address: str) -> None:
 
     Ray's core ends the process where nothing does.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not port.isdigit():  # `auto`, or a name that Ray resolves
         return
     try:
@@ -148,6 +176,7 @@ def _embedded_options(compute: ComputeConfig) -> dict[str, Any]:
         "resources": dict.fromkeys(sorted(filter(None, custom)), _UNLIMITED),
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
+        "_temp_dir": session_folder(),
     }
 
 

@@ -128,11 +128,12 @@ def require_room(config: RunConfig) -> None:
     """Raise ValueError unless trainer, rollout and scorer actors find room at once."""
     compute, settings = config.compute, config.grpo
     require_resources(
+        compute,
         [
             demand(compute, "trainer", compute.trainer_workers),
             demand(compute, "rollout", settings.num_rollout_actors),
             demand(compute, "scorer", settings.num_scorer_actors),
-        ]
+        ],
     )
 
 

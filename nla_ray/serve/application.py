@@ -127,7 +127,7 @@ def start(config: RunConfig) -> str:
     """
     from ray import serve
 
-    require_resources([demand(config.compute, "serve", 3)])
+    require_resources(config.compute, [demand(config.compute, "serve", 3)])
     application = build_application(config)
     _require_no_serve(serve.status())
     check_port(config.serve)

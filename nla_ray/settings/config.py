@@ -456,6 +456,8 @@ class ComputeConfig:
     """The same for processes that score descriptions."""
     capture_resource: str | None = None
     """The same for processes that capture activations."""
+    wait_seconds: float | None = None
+    """Longest wait for room in a busy cluster, in seconds, for each stage; None: without end."""
     threads: int = 2
     """Torch threads in a process that computes on CPU."""
     zero_stage: Literal[0, 2, 3] = 2

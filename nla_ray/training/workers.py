@@ -67,7 +67,7 @@ def run_training(
     mend it.
     """
     compute = run.config.compute
-    require_resources([demand(compute, "trainer", compute.trainer_workers)])
+    require_resources(compute, [demand(compute, "trainer", compute.trainer_workers)])
     # Two seconds by default, at every start and end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_SECONDS))
     # It prints what libraries print into a captured stdout, twice.

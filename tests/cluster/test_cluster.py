@@ -5,24 +5,29 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from nla_ray.cluster.connect import connect
 from nla_ray.cluster.environment import job_environment, kind_environment, needs_hub
 from nla_ray.cluster.errors import user_message
 from nla_ray.cluster.resources import (
     Demand,
+    busy_message,
     demand,
     require_resources,
     unmet_demands,
     worker_options,
 )
+from nla_ray.cluster.session_folder import session_folder
 from nla_ray.cpu.environment import cpu_environment
 from nla_ray.settings.config import ComputeConfig
 from nla_ray.settings.presets import PRESETS
@@ -94,14 +99,73 @@ def test_every_stage_of_a_laptop_preset_fits_two_cores(name: str) -> None:
 
 
 def test_the_embedded_cluster_takes_what_fits_and_says_what_is_missing(ray_cluster) -> None:
-    require_resources([demand(ComputeConfig(), "trainer"), demand(ComputeConfig(), "rollout")])
+    compute = ComputeConfig()
+    require_resources(compute, [demand(compute, "trainer"), demand(compute, "rollout")])
     with pytest.raises(
         ValueError,
         match=r"cluster resources: got 1 nodes with .*CPU in all, expected room for 4 x trainer "
         r"\(8 CPU, 1 GPU, 1 trainer_node each\) at once; no room is left for 4 x trainer"
         r" .*--compute",
     ):
-        require_resources([demand(SEVEN_B, "trainer", 4)])
+        require_resources(SEVEN_B, [demand(SEVEN_B, "trainer", 4)])
+
+
+def test_a_busy_cluster_is_waited_for_and_an_end_of_the_wait_is_an_error(ray_cluster) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    holder = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    assert holder.wait(30)
+    wanted = [Demand(name="trainer", count=2, resources={"CPU": 1.0})]
+    with pytest.raises(
+        ValueError,
+        match=r"got a busy cluster with nothing free, expected room for 2 x trainer"
+        r" \(1 CPU each\) at once within 0\.5 s\. Run the command again",
+    ):
+        require_resources(ComputeConfig(wait_seconds=0.5), wanted)
+    remove_placement_group(holder)
+    require_resources(ComputeConfig(wait_seconds=60), wanted)
+
+
+def test_a_wait_says_what_is_wanted_what_is_free_and_how_long_it_lasts() -> None:
+    wanted = [demand(SEVEN_B, "trainer", 4)]
+    free = [{"CPU": 8.0, "GPU": 1.0, "node:10.0.0.1": 1.0, "memory": 1e9}, {"CPU": 2.0}]
+    assert busy_message(wanted, free, 12.0, 600.0) == (
+        "cluster resources: got a busy cluster with 10 CPU, 1 GPU free, expected room for"
+        " 4 x trainer (8 CPU, 1 GPU, 1 trainer_node each) at once; waiting for 12 s of 600 s"
+        " already."
+    )
+
+
+# Where Ray is -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265"])
+def test_an_address_of_ray_client_or_of_the_dashboard_is_one_message(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with (
+        pytest.raises(ValueError, match=rf"got '{address}', expected HOST:PORT .*ray job submit"),
+        connect(ComputeConfig()),
+    ):
+        """Never reached."""
+
+
+def test_a_session_lies_where_sockets_have_short_paths_and_this_user_may_write(
+    tmp_path: Path,
+) -> None:
+    short = Path(tempfile.mkdtemp(dir="/tmp"))
+    assert session_folder([short / "ray", tmp_path]) is None, "Ray's own choice will do"
+    long = tmp_path / ("l" * 80) / "ray"
+    assert session_folder([long, short / "mine"]) == str(short / "mine")
+    assert not long.exists()
+    taken = short / "taken"
+    taken.write_text("no folder")
+    assert session_folder([taken, short / "mine"]) == str(short / "mine")
+    with pytest.raises(ValueError, match=r"l/ray: \d+ bytes too long .*file exists.*RAY_TMPDIR"):
+        session_folder([long, taken])
+    shutil.rmtree(short)
 
 
 def test_workers_get_thread_counts_no_hub_and_no_telemetry(ray_cluster) -> None:
