@@ -4,6 +4,8 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
+    from dataclasses import replace
+
     import torch
 
     from nla_ray.activation.capture import ActivationReader
@@ -13,7 +15,7 @@ def body(run) -> None:
     from nla_ray.base.load import load_backbone, load_tokenizer
     from nla_ray.base.prompts import build_injection_prompt
     from nla_ray.description.verbalizer import Verbalizer
-    from nla_ray.label.stage import drawn_labels
+    from nla_ray.label.stage import activation_subjects, drawn_labels
     from nla_ray.reinforce.rewards import contrast
     from nla_ray.score.reconstructor import Reconstructor
     from nla_ray.score.scorer import compare
@@ -23,11 +25,13 @@ def body(run) -> None:
     text_id, text = captured.text_ids[0], captured.texts[0]
     print(f" 1. text {text_id}, {len(text)} characters\n{text}\n")
     encoded = TextEncoder(tokenizer, base, run.config.capture).encode(text_id, text)
+    encoded = replace(encoded, positions=captured.positions[:1])
     print(f" 2. chat prompt: {len(encoded.ids)} ids, wanted positions {encoded.positions}")
     reader = ActivationReader(model, [base.layer], run.config.capture.batch_tokens)
     v = torch.from_numpy(reader.read([encoded])[base.layer][0])
     print(f" 3. activation v at layer {base.layer}: {list(v.shape)}, norm {norm(v).item():.1f}")
-    print(f" 4. label:\n{drawn_labels(run, 'test').get(text_id, '(none)')}\n")
+    [subject] = activation_subjects(run, captured.select([0]))
+    print(f" 4. label:\n{drawn_labels(run, 'test').get(subject, '(none)')}\n")
     prompt = build_injection_prompt(tokenizer, base.marker)
     ids = prompt.encode(0, model.get_input_embeddings().num_embeddings)
     print(f" 5. v as a token at norm {base.injection_norm:g}, id {max(ids)}: {ids}")

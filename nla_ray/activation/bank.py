@@ -23,7 +23,8 @@ def activation_schema(d_model: int) -> pa.Schema:
     """One residual-stream vector a row, raw float32, never normalised.
 
     `activation_id` is `{text_id}@{layer}:{position}`; `position` is the 0-based index of the token
-    in the chat-formatted prompt, `token` its id.
+    in the chat-formatted prompt, `token` its id. `text` is what the model has read there: the text
+    up to the position, the whole of it at the prompt's last token.
     """
     return pa.schema(
         [
@@ -63,8 +64,14 @@ class ActivationTable:
     doc_ids: list[str]
     domains: list[str]
     texts: list[str]
+    """What the model has read of each text at the position."""
     vectors: Tensor
     """[rows, d_model] float32, as captured."""
+
+    @property
+    def positions(self) -> list[int]:
+        """The token of each activation: its 0-based index in the chat-formatted prompt."""
+        return [int(name.rpartition(":")[2]) for name in self.ids]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -89,9 +89,9 @@ class Capture:
         kept = texts.filter(texts["skipped"].is_null())
         left_out = texts.filter(texts["skipped"].is_valid())
         encoded = [
-            EncodedText(ids=ids, positions=positions)
-            for ids, positions in zip(
-                kept["ids"].to_pylist(), kept["positions"].to_pylist(), strict=True
+            EncodedText(ids=ids, positions=positions, ends=ends)
+            for ids, positions, ends in zip(
+                *(kept[name].to_pylist() for name in ("ids", "positions", "ends")), strict=True
             )
         ]
         vectors = self._reader.read(encoded)
@@ -104,8 +104,11 @@ class Capture:
         activations = np.array([vectors[layer][row][slot] for row, layer, slot in rows], np.float32)
         activations = activations.reshape(-1, self._reader.d_model)  # also where there is none
         positions = [encoded[row].positions[slot] for row, _, slot in rows]
+        whole = kept["text"].to_pylist()
+        read = [whole[row][: encoded[row].ends[slot]] for row, _, slot in rows]
+        taken = kept.take(pa.array([row for row, _, _ in rows], pa.int64()))
         found = _activation_rows(
-            kept.take(pa.array([row for row, _, _ in rows], pa.int64())),
+            taken.set_column(taken.column_names.index("text"), "text", pa.array(read, pa.string())),
             activations,
             [layer for _, layer, _ in rows],
             positions,

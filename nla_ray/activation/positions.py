@@ -1,13 +1,14 @@
 """From a text to token ids and the positions whose activations are wanted.
 
-And texts in batches of like length. It knows neither models nor run directories.
+And texts in batches of like length. It knows neither models nor run directories. Protects the rule
+that an activation goes with the text up to its position: attention is causal, so it knows no more.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nla_ray.base.encoding import ChatEncoder
 from nla_ray.run.identity import seed_of
@@ -33,12 +34,17 @@ class Skipped(ValueError):
 class EncodedText:
     """A chat-formatted text and the positions whose activations are wanted.
 
-    Example: EncodedText(ids=[1, 40, 8, 2, 3], positions=[4])
+    Example: EncodedText(ids=[1, 40, 8, 2, 3], positions=[1], ends=[5], n_raw_tokens=[1]) of the
+    text "quick test", read up to its first token.
     """
 
     ids: list[int]
     positions: list[int]
     """Ascending, 0-based."""
+    ends: list[int] = field(default_factory=list)
+    """For each position, how many characters of the text stand up to it, its token included."""
+    n_raw_tokens: list[int] = field(default_factory=list)
+    """The same in tokens of the text: those of the template do not count."""
 
 
 class TextEncoder:
@@ -66,11 +72,19 @@ class TextEncoder:
                 "(--base.max-tokens)"
             )
         if self._random_count is None:
-            return EncodedText(ids=ids, positions=[len(ids) - 1])
+            return EncodedText(
+                ids=ids, positions=[len(ids) - 1], ends=[len(text)], n_raw_tokens=[len(inside)]
+            )
         drawn = random.Random(seed_of(0, "positions", text_id)).sample(
             inside, min(self._random_count, len(inside))
         )
-        return EncodedText(ids=ids, positions=sorted(drawn))
+        positions = sorted(drawn)
+        return EncodedText(
+            ids=ids,
+            positions=positions,
+            ends=[chat.ends[position] for position in positions],
+            n_raw_tokens=[inside.index(position) + 1 for position in positions],
+        )
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -67,7 +67,7 @@ def _encoder(base: BaseConfig, capture: CaptureConfig) -> TextEncoder:
 def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
     """A table with the name of one `shard` -> its texts, verified by the manifest and tokenised.
 
-    Adds the columns ids, positions, num_tokens and skipped (null, or why there is nothing to
+    Adds the columns ids, positions, ends, num_tokens and skipped (null, or why there is nothing to
     capture).
     """
     [shard] = shards["shard"].to_pylist()
@@ -75,7 +75,7 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
         io.BytesIO(run.verified("corpus", corpus, shard).read_bytes()), columns=TEXT_COLUMNS
     )
     encoder = _encoder(run.config.base, run.config.capture)
-    ids, positions, skipped = [], [], []
+    ids, positions, ends, skipped = [], [], [], []
     for text_id, text in zip(texts["text_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
         try:
             encoded = encoder.encode(text_id, text)
@@ -84,6 +84,7 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
             encoded, reason = EncodedText(ids=[], positions=[]), str(error)
         ids.append(encoded.ids)
         positions.append(encoded.positions)
+        ends.append(encoded.ends)
         skipped.append(reason)
     return pa.table(
         {
@@ -91,6 +92,7 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
             **{name: texts[name] for name in TEXT_COLUMNS},
             "ids": pa.array(ids, pa.list_(pa.int32())),
             "positions": pa.array(positions, pa.list_(pa.int32())),
+            "ends": pa.array(ends, pa.list_(pa.int32())),
             "num_tokens": pa.array(map(len, ids), pa.int32()),
             "skipped": pa.array(skipped, pa.string()),
         }

@@ -61,12 +61,10 @@ def encode_texts(
 class EncodedChat:
     """A text as a user's turn, with the generation prompt appended.
 
-    Example: EncodedChat(ids=[1, 40, 8, 2, 3], text="A licence", ends={1: 1, 2: 9})
+    Example: the text "A licence" is EncodedChat(ids=[1, 40, 8, 2, 3], ends={1: 1, 2: 9})
     """
 
     ids: list[int]
-    text: str
-    """As it stands in the prompt: a template may strip it."""
     ends: dict[int, int]
     """Position of every token of the text -> how many characters of the text end with it."""
 
@@ -102,12 +100,13 @@ class ChatEncoder:
         ids, spans = self._encode(prompt)
         if _count_control(self._tokenizer, ids) != self._allowed:
             ids, spans = self._encode_apart(rendered)
+        stripped = max(0, text.find(rendered))  # some templates strip what stands around a text
         ends = {
-            position: min(right, end) - start
+            position: min(right, end) - start + stripped
             for position, (left, right) in enumerate(spans)
             if left < right and left < end and right > start
         }
-        return EncodedChat(ids=ids, text=rendered, ends=ends)
+        return EncodedChat(ids=ids, ends=ends)
 
     def _encode(self, string: str) -> tuple[list[int], Spans]:
         encoding = self._tokenizer(string, add_special_tokens=False, return_offsets_mapping=True)

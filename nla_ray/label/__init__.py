@@ -1,8 +1,9 @@
 """Labels: what teachers say of the texts, cleaned to bullets; or labels made elsewhere.
 
-Nouns: a teacher (text -> raw label), a label (two or three bullets), the label drawn for a text.
+Nouns: a subject (a text, or a text up to a position), a teacher (text -> raw label), a label (two
+or three bullets), the label drawn for a subject.
 
-Read: stage, teacher, cleaner, rows, imports.
+Read: stage, subjects, teacher, cleaner, rows, imports.
 
-It knows no activation.
+It knows the positions of activations and none of their vectors.
 """

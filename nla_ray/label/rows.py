@@ -1,17 +1,18 @@
-"""The rows of the label table: every teacher's label of a text, cleaned, and one of them drawn.
+"""The rows of the label table: every teacher's label of a subject, cleaned, and one of them drawn.
 
 Knows raw labels; who wrote them and where rows go is elsewhere. Protects the rule that the draw
-depends on the text's id and the seed alone.
+depends on the subject's id and the seed alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from nla_ray.label.cleaner import clean_label
+from nla_ray.label.subjects import Subject, subject_id
 from nla_ray.run.identity import seed_of
 from nla_ray.settings.config import LabelConfig
 from nla_ray.text.chunks import TEXT_FIELDS
@@ -28,22 +29,38 @@ LABEL_SCHEMA = pa.schema(
 """One teacher's description of one text: as written (`raw`), cleaned to bullets (`label`), and
 whether this label was drawn for the text (`drawn`)."""
 
+POSITION_SCHEMA = pa.schema(
+    [
+        *LABEL_SCHEMA,
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("n_raw_tokens", pa.int32(), nullable=False),
+    ]
+)
+"""One teacher's description of one text up to a position: see `Subject`."""
+
 LabelRow = dict[str, Any]
-"""A row of LABEL_SCHEMA."""
+"""A row of LABEL_SCHEMA or POSITION_SCHEMA."""
 
 
 def label_rows(
-    text: Mapping[str, Any], raw_labels: Sequence[tuple[str, str]], config: LabelConfig
+    subject: Subject, raw_labels: Sequence[tuple[str, str]], config: LabelConfig
 ) -> list[LabelRow]:
-    """The rows of one text, sorted by teacher; exactly one is drawn when any label is left.
+    """The rows of one subject, sorted by teacher; exactly one is drawn when any label is left.
 
-    `text`: a row of CHUNK_SCHEMA. `raw_labels`: (teacher, raw label). A label that cleaning leaves
-    empty has no row.
+    `raw_labels`: (teacher, raw label). A label that cleaning leaves empty has no row.
     """
     cleaned: list[LabelRow] = []
     for teacher, raw in sorted(raw_labels):
         if label := clean_label(raw, config.max_words):
             cleaned.append({"teacher": teacher, "raw": raw, "label": label})
-    drawn = seed_of(config.seed, "style", text["text_id"]) % max(1, len(cleaned))
-    identity = {field.name: text[field.name] for field in TEXT_FIELDS}
+    name = subject_id(subject.text["text_id"], subject.position)
+    drawn = seed_of(config.seed, "style", name) % max(1, len(cleaned))
+    identity = {field.name: subject.text[field.name] for field in TEXT_FIELDS}
+    if subject.position is not None:
+        identity |= {"position": subject.position, "n_raw_tokens": subject.n_raw_tokens}
     return [{**identity, **row, "drawn": index == drawn} for index, row in enumerate(cleaned)]
+
+
+def subject_of(row: LabelRow) -> str:
+    """The id of the subject that a row is about."""
+    return subject_id(row["text_id"], row.get("position"))

@@ -1,12 +1,14 @@
-"""The stage `labels`: every teacher's label of every text, cleaned, with one drawn for each text.
+"""The stage `labels`: every teacher's label of every subject, cleaned, with one drawn for each.
 
-The only file of the room that knows a run. It writes one file a corpus shard, so a run that was cut
-off continues with the missing shards. Protects the rule that labels of two contents of an imported
-file are never mixed.
+A subject is a text, or a text up to a position where activations are captured inside texts. The
+only file of the room that knows a run. It writes one file a corpus shard, so a run that was cut off
+continues with the missing shards. Protects the rules that labels of two contents of an imported
+file are never mixed, and that no label of a whole text is learned from an activation inside it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections import Counter
@@ -14,14 +16,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.positions import TextEncoder
+from nla_ray.base.load import load_tokenizer
+from nla_ray.base.sources import base_folder, tokenizer_digest
 from nla_ray.label.cleaner import clean_label
-from nla_ray.label.imports import RefusedLabel, read_labels
-from nla_ray.label.rows import LABEL_SCHEMA, LabelRow, label_rows
+from nla_ray.label.imports import Positions, RefusedLabel, read_labels
+from nla_ray.label.rows import LABEL_SCHEMA, POSITION_SCHEMA, LabelRow, label_rows, subject_of
+from nla_ray.label.subjects import Subject, subject_id, subjects_of
 from nla_ray.label.teacher import Teacher, make_teachers
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.identity import SPLITS, Split, text_hash
@@ -34,8 +40,10 @@ from nla_ray.text.words import WordStatistics
 
 logger = get_logger(__name__)
 
-RawLabels = Callable[[Mapping[str, Any]], Sequence[tuple[str, str]]]
-"""A row of CHUNK_SCHEMA -> the text's raw labels as (teacher, raw label)."""
+RawLabels = Callable[[Subject], Sequence[tuple[str, str]]]
+"""A subject -> its raw labels as (teacher, raw label)."""
+_WHOLE_TEXTS = "last"
+"""`capture.positions` of activations whose labels are of whole texts."""
 _MISSING = "missing"
 """In place of the hash of an imported file that is gone: a complete stage does not need it."""
 
@@ -56,12 +64,13 @@ class LabelCounts:
 def label_texts(run: Run) -> Manifest:
     """The stage: `part-00000.parquet` ... of LABEL_SCHEMA, sorted by (text_id, teacher).
 
+    Where activations are captured inside texts, of POSITION_SCHEMA, for every captured position.
     Skipped when complete. With `label.import_path` the labels come from that file; refused rows are
     listed in `refused.jsonl`. Raises ValueError when no text has a label, and when the imported
     file has changed since.
     """
     corpus = run.require("corpus")
-    artifact, config = run.open("labels"), run.config.label
+    artifact, config = run.open("labels", inputs=_position_inputs(run)), run.config.label
     import_sha256 = _import_hash(config)
     if artifact.manifest is not None:
         recorded = artifact.manifest.metrics.get("import_sha256")
@@ -69,13 +78,14 @@ def label_texts(run: Run) -> Manifest:
         return artifact.manifest
     refused: list[RefusedLabel] = []
     _remember_import(artifact, import_sha256, config)
+    encoder = None if run.config.capture.positions == _WHOLE_TEXTS else _encoder(run)
     if import_sha256 is None:
         raw_labels = _offline_labels(run, corpus, config)
     else:
         raw_labels = _imported_labels(run, corpus, config, refused)
     counts = LabelCounts()
     with artifact.local_folder() as folder:
-        documents = _label_shards(run, corpus, raw_labels, folder, config, counts)
+        documents = _label_shards(run, corpus, raw_labels, encoder, folder, counts)
         if import_sha256 is not None:
             lines = [json.dumps(asdict(label)) + "\n" for label in refused]
             (folder / "refused.jsonl").write_text("".join(lines))
@@ -101,23 +111,24 @@ def _label_shards(
     run: Run,
     corpus: Manifest,
     raw_labels: RawLabels,
+    encoder: TextEncoder | None,
     folder: Path,
-    config: LabelConfig,
     counts: LabelCounts,
 ) -> dict[str, list[str]]:
     """Label shard by shard, leaving out those already labelled; returns documents by split.
 
-    Adds what it sees to `counts`.
+    `encoder`: where labels are of positions. Adds what it sees to `counts`.
     """
+    schema = LABEL_SCHEMA if encoder is None else POSITION_SCHEMA
     documents: dict[str, set[str]] = {split: set() for split in SPLITS}
     for name, table in read_shards(run, corpus):
         target = folder / name
         if target.exists():
             rows = pq.read_table(target).to_pylist()
         else:
-            rows = list(_label_table(table, raw_labels, config))
+            rows = list(_label_table(table, raw_labels, encoder, run.config.label))
             temporary = target.with_suffix(".tmp")
-            pq.write_table(pa.Table.from_pylist(rows, schema=LABEL_SCHEMA), temporary)
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
             os.replace(temporary, target)
         counts.texts += table.num_rows
         counts.labels += len(rows)
@@ -128,9 +139,32 @@ def _label_shards(
     return {split: sorted(ids) for split, ids in documents.items()}
 
 
-def _label_table(table: pa.Table, raw_labels: RawLabels, config: LabelConfig) -> Iterator[LabelRow]:
+def _label_table(
+    table: pa.Table, raw_labels: RawLabels, encoder: TextEncoder | None, config: LabelConfig
+) -> Iterator[LabelRow]:
     for text in table.to_pylist():
-        yield from label_rows(text, raw_labels(text), config)
+        for subject in subjects_of(text, encoder):
+            yield from label_rows(subject, raw_labels(subject), config)
+
+
+def _encoder(run: Run) -> TextEncoder:
+    """What capture finds positions with; it knows no weights."""
+    base = run.config.base
+    return TextEncoder(load_tokenizer(base), base, run.config.capture)
+
+
+def _position_inputs(run: Run) -> dict[str, str] | None:
+    """What labels of positions depend on beside their settings; None for labels of whole texts."""
+    positions, base = run.config.capture.positions, run.config.base
+    if positions == _WHOLE_TEXTS:
+        return None
+    digest = tokenizer_digest(base_folder(base.model, weights=False))
+    return {
+        "positions": positions,
+        "tokenizer": digest,
+        "max_tokens": str(base.max_tokens),
+        "date": base.date,
+    }
 
 
 # where raw labels come from -----------------------------------------------------------------------
@@ -149,34 +183,59 @@ def _train_texts(run: Run, corpus: Manifest) -> Iterator[str]:
                 yield row["text"]
 
 
-def _ask_teachers(teachers: Sequence[Teacher], text: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(teacher.name, teacher.describe(text["text"], text["domain"])) for teacher in teachers]
+def _ask_teachers(teachers: Sequence[Teacher], subject: Subject) -> list[tuple[str, str]]:
+    domain = subject.text["domain"]
+    return [(teacher.name, teacher.describe(subject.read, domain)) for teacher in teachers]
 
 
 def _imported_labels(
     run: Run, corpus: Manifest, config: LabelConfig, refused: list[RefusedLabel]
 ) -> RawLabels:
-    """Labels of the imported file, by text hash; appends what is not taken to `refused`."""
+    """Labels of the imported file, by text and position; appends what is not taken to `refused`."""
     hashes_by_document: dict[str, set[str]] = {}
     for _, table in read_shards(run, corpus, ["doc_id", "text"]):
         for row in table.to_pylist():
             hashes_by_document.setdefault(row["doc_id"], set()).add(text_hash(row["text"]))
-    by_hash: dict[str, list[tuple[str, str]]] = {}
-    for label in read_labels(Path(str(config.import_path)).expanduser(), hashes_by_document):
+    by_subject: dict[tuple[str, int | None], list[tuple[str, str]]] = {}
+    labels = read_labels(
+        Path(str(config.import_path)).expanduser(),
+        hashes_by_document,
+        _captured_positions(run, corpus),
+        of_whole_texts=run.config.capture.positions == _WHOLE_TEXTS,
+    )
+    for label in labels:
         if isinstance(label, RefusedLabel):
             refused.append(label)
         elif clean_label(label.raw, config.max_words):
-            by_hash.setdefault(label.text_hash, []).append((label.teacher, label.raw))
+            of_subject = by_subject.setdefault((label.text_hash, label.position), [])
+            of_subject.append((label.teacher, label.raw))
         else:
             reason = "nothing is left after cleaning"
             refused.append(RefusedLabel(line=label.line, doc_id="", reason=reason))
-    return partial(_look_up, by_hash)
+    return partial(_look_up, by_subject)
 
 
 def _look_up(
-    by_hash: Mapping[str, list[tuple[str, str]]], text: Mapping[str, Any]
+    by_subject: Mapping[tuple[str, int | None], list[tuple[str, str]]], subject: Subject
 ) -> list[tuple[str, str]]:
-    return by_hash.get(text_hash(text["text"]), [])
+    return by_subject.get((text_hash(subject.text["text"]), subject.position), [])
+
+
+def _captured_positions(run: Run, corpus: Manifest) -> Positions:
+    """The positions of every text; they are found when the first label names one."""
+
+    @functools.cache
+    def by_hash() -> dict[str, dict[int, int]]:
+        encoder = _encoder(run)
+        found: dict[str, dict[int, int]] = {}
+        for _, table in read_shards(run, corpus):
+            for text in table.to_pylist():
+                found[text_hash(text["text"])] = {
+                    subject.position: subject.n_raw_tokens for subject in subjects_of(text, encoder)
+                }
+        return found
+
+    return lambda digest: by_hash().get(digest, {})
 
 
 def _import_hash(config: LabelConfig) -> str | None:
@@ -219,24 +278,63 @@ def _require_labels(artifact: Artifact, counts: LabelCounts, reasons: dict[str, 
 
 
 def load_labels(run: Run, split: Split) -> list[LabelRow]:
-    """The labels of one split as rows of LABEL_SCHEMA, sorted by (text_id, teacher)."""
+    """The labels of one split as rows of LABEL_SCHEMA or POSITION_SCHEMA.
+
+    They are sorted by (text_id, position, teacher).
+    """
     manifest = run.require("labels")
     rows: list[LabelRow] = []
     for path in sorted(name for name in manifest.files if name.endswith(".parquet")):
         location = run.verified("labels", manifest, path)
         with location.filesystem.open_input_file(location.path) as file:
             rows += pq.read_table(file, filters=[("split", "=", split)]).to_pylist()
-    return sorted(rows, key=lambda row: (row["text_id"], row["teacher"]))
+    return sorted(rows, key=lambda row: (row["text_id"], row.get("position") or 0, row["teacher"]))
 
 
 def drawn_labels(run: Run, split: Split) -> dict[str, str]:
-    """Text id -> the one label drawn for the text."""
-    return {row["text_id"]: row["label"] for row in load_labels(run, split) if row["drawn"]}
+    """Subject id -> the one label drawn for the subject."""
+    return {subject_of(row): row["label"] for row in load_labels(run, split) if row["drawn"]}
 
 
 def all_labels(run: Run, split: Split) -> dict[str, list[str]]:
-    """Text id -> every teacher's label of the text, by teacher."""
+    """Subject id -> every teacher's label of the subject, by teacher."""
     labels: dict[str, list[str]] = {}
     for row in load_labels(run, split):
-        labels.setdefault(row["text_id"], []).append(row["label"])
+        labels.setdefault(subject_of(row), []).append(row["label"])
     return labels
+
+
+def activation_subjects(run: Run, table: ActivationTable) -> list[str]:
+    """The subject id of every activation: by it its labels are found.
+
+    Raises ValueError when the run's labels are of other subjects: see `require_labels_of`.
+    """
+    manifest = run.require("activations")
+    positions = manifest.config["capture"]["positions"]
+    require_labels_of(run, positions, manifest.model.get("tokenizer_digest", ""))
+    if positions == _WHOLE_TEXTS:
+        return list(table.text_ids)
+    pairs = zip(table.text_ids, table.positions, strict=True)
+    return [subject_id(text_id, position) for text_id, position in pairs]
+
+
+def require_labels_of(run: Run, positions: str, tokenizer: str) -> None:
+    """Raise ValueError unless the run's labels are of activations at these positions.
+
+    `positions`: as `capture.positions` says it; `tokenizer`: the digest of the one that counts.
+    """
+    inputs = run.require("labels").config.get("inputs", {})
+    labelled = inputs.get("positions", _WHOLE_TEXTS)
+    got, expected = (labelled, inputs.get("tokenizer")), (positions, tokenizer)
+    if _WHOLE_TEXTS in (labelled, positions):  # the end of a text is its end in any tokens
+        got, expected = got[:1], expected[:1]
+    if got != expected:
+        folder = run.root / "labels"
+        raise ValueError(
+            f"labels in {folder}: got labels of capture.positions {' of tokenizer '.join(got)},"
+            f" expected {' of tokenizer '.join(expected)}, as the activations are. What a text says"
+            " after a position is not in the activation there, so a label must be of the text up"
+            f" to it. Delete {folder} and run jobs/label.py with the flags of jobs/capture.py;"
+            " labels made elsewhere say by `position` or `n_raw_tokens` up to where they describe"
+            " a text."
+        )

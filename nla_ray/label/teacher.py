@@ -33,8 +33,8 @@ class Teacher(Protocol):
     def describe(self, text: str, domain: str) -> str:
         """The raw description of one text, as long and as marked up as it comes.
 
-        It gets the text and the slug of its domain, and must not depend on earlier calls. The
-        cleaner is elsewhere.
+        It gets the text (of a position inside it: the text up to there) and the slug of its domain,
+        and must not depend on earlier calls. The cleaner is elsewhere.
         """
         ...
 

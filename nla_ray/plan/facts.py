@@ -78,7 +78,7 @@ class PlanFacts:
     """True: counted in the corpus artifact; False: the most that the configuration allows."""
     labels_per_text: float
     """Counted in the labels artifact. Before it is made: one of each offline teacher, or one where
-    labels are imported."""
+    labels are imported, for every kept position."""
 
     @classmethod
     def of(cls, run: Run) -> PlanFacts:
@@ -108,7 +108,8 @@ class PlanFacts:
 
     def labels_of(self, settings: SFTConfig | ReconstructorConfig) -> float:
         """Labels of train texts that a stage learns from, over all documents."""
-        return self.train_texts * (self.labels_per_text if settings.labels == "all" else 1)
+        of_each = self.labels_per_text if settings.labels == "all" else self.positions_per_text
+        return self.train_texts * of_each
 
     @property
     def text_tokens(self) -> float:
@@ -124,9 +125,12 @@ class PlanFacts:
     @property
     def activations_per_text(self) -> int:
         """Kept positions of a text, in all kept layers."""
-        positions = self.config.capture.positions
-        num_positions = int(positions[7:]) if positions.startswith("random:") else 1
-        return num_positions * len({self.config.base.layer, *self.config.capture.layers})
+        return self.positions_per_text * len({self.config.base.layer, *self.config.capture.layers})
+
+    @property
+    def positions_per_text(self) -> int:
+        """Kept positions of a text: each has labels of its own."""
+        return _positions_per_text(self.config)
 
     @property
     def top_layer(self) -> int:
@@ -178,4 +182,10 @@ def _labels_per_text(run: Run) -> float:
     labels = run.find("labels")
     if labels is not None and isinstance(labels.metrics.get("labels"), int):
         return labels.metrics["labels"] / labels.metrics["texts"]
-    return len(run.config.label.teachers) if run.config.label.import_path is None else 1
+    teachers = len(run.config.label.teachers) if run.config.label.import_path is None else 1
+    return teachers * _positions_per_text(run.config)
+
+
+def _positions_per_text(config: RunConfig) -> int:
+    positions = config.capture.positions
+    return int(positions[7:]) if positions.startswith("random:") else 1

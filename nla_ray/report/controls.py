@@ -85,13 +85,14 @@ def pairs_of(verbalizers: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def label_descriptions(
-    name: str, text_ids: Sequence[str], doc_ids: Sequence[str], gold: Mapping[str, str], seed: int
+    name: str, subjects: Sequence[str], doc_ids: Sequence[str], gold: Mapping[str, str], seed: int
 ) -> list[str]:
     """What `gold`, `shuffled` or `generic` says of every test row, from labels alone.
 
-    `gold`: the drawn label by text_id. Raises ValueError for another name.
+    `subjects`: what each row is about. `gold`: the label drawn for a subject. Raises ValueError for
+    another name.
     """
-    labels = [gold.get(text_id, "") for text_id in text_ids]
+    labels = [gold.get(subject, "") for subject in subjects]
     if name == "gold":
         return labels
     if name == "generic":
@@ -106,24 +107,24 @@ def label_descriptions(
 def nearest_train_labels(
     test: Tensor,
     train: Tensor,
-    train_text_ids: Sequence[str],
+    train_subjects: Sequence[str],
     labels: Mapping[str, str],
     mean: Tensor,
 ) -> list[str]:
     """For every test activation the label of the nearest labelled train activation.
 
-    Nearest by centred cosine. `test`, `train`: [rows, d_model]. `labels`: by text_id. Raises
-    ValueError when no train text has a label.
+    Nearest by centred cosine. `test`, `train`: [rows, d_model]. `labels`: by subject. Raises
+    ValueError when no train activation has a label.
     """
-    labelled = [row for row, text_id in enumerate(train_text_ids) if text_id in labels]
+    labelled = [row for row, subject in enumerate(train_subjects) if subject in labels]
     if not labelled:
         raise ValueError(
-            f"train labels: got none for {len(train_text_ids)} captured texts, expected some. "
+            f"train labels: got none for {len(train_subjects)} activations, expected some. "
             "Make them with: python jobs/label.py"
         )
     candidates = train if len(labelled) == len(train) else train[torch.tensor(labelled)]
     nearest = nearest_rows(test, candidates, mean).tolist()
-    return [labels[train_text_ids[labelled[row]]] for row in nearest]
+    return [labels[train_subjects[labelled[row]]] for row in nearest]
 
 
 def injected_vectors(

@@ -30,7 +30,7 @@ from nla_ray.description.protocol import (
 )
 from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
-from nla_ray.label.stage import drawn_labels
+from nla_ray.label.stage import activation_subjects, drawn_labels
 from nla_ray.report.compared import Compared, read_descriptions
 from nla_ray.report.controls import (
     INJECTED,
@@ -144,14 +144,13 @@ def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, 
     """What the controls that need no model say of every test activation."""
     gold = drawn_labels(run, run.config.evaluation.split)
     train_labels = drawn_labels(run, "train")
-    train = load_activations(run, "train")
+    train, subjects = load_activations(run, "train"), activation_subjects(run, test)
     texts = {
-        name: label_descriptions(
-            name, test.text_ids, test.doc_ids, gold, run.config.evaluation.seed
-        )
+        name: label_descriptions(name, subjects, test.doc_ids, gold, run.config.evaluation.seed)
         for name in ("gold", "shuffled", "generic")
     }
-    nearest = nearest_train_labels(test.vectors, train.vectors, train.text_ids, train_labels, mean)
+    learned_from = activation_subjects(run, train)
+    nearest = nearest_train_labels(test.vectors, train.vectors, learned_from, train_labels, mean)
     return {**texts, "nearest_train_label": nearest}
 
 

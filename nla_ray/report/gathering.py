@@ -117,7 +117,10 @@ def _prefixes(
 def _salient(run: Run, texts: Sequence[str]) -> list[list[str]]:
     """The most salient words of each text, by their frequency in the train texts."""
     train = load_activations(run, "train")
-    text_of_id = dict(zip(train.text_ids, train.texts, strict=True))
+    text_of_id: dict[str, str] = {}
+    for text_id, text in zip(train.text_ids, train.texts, strict=True):
+        if len(text) >= len(text_of_id.get(text_id, "")):  # of several positions, the last
+            text_of_id[text_id] = text
     statistics = WordStatistics.fit(list(text_of_id.values()))
     return [[word for word, _ in salient_words(text, statistics, SALIENT_WORDS)] for text in texts]
 

@@ -19,7 +19,8 @@ from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
 from nla_ray.base.families import check_layer
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, find_marker
-from nla_ray.label.stage import drawn_labels
+from nla_ray.base.sources import base_folder, tokenizer_digest
+from nla_ray.label.stage import load_labels, require_labels_of
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import Split, seed_of
 from nla_ray.run.log import get_logger
@@ -46,6 +47,8 @@ def inspect_base(run: Run) -> dict[str, Any]:
     tokenizer, shape = load_tokenizer(config.base), load_model_config(config.base)
     layers = _inspected_layers(config, shape.num_hidden_layers)
     marker = _marker(tokenizer, config.base.marker)
+    digest = tokenizer_digest(base_folder(config.base.model, weights=False))
+    require_labels_of(run, config.capture.positions, digest)
     chunks = read_chunks(run, ("text_id", "doc_id", "text")).to_pylist()
     train = _labelled_texts(run, chunks, "train", MAX_TRAIN)
     validation = _labelled_texts(run, chunks, "validation", None)
@@ -117,14 +120,18 @@ def _marker(tokenizer, configured: str) -> dict[str, Any]:
 
 
 def _labelled_texts(
-    run: Run, chunks: list[dict[str, str]], split: Split, limit: int | None
-) -> list[dict[str, str]]:
-    """The chunks of a split that have a label, with the drawn one; at most `limit`, by seed.
+    run: Run, chunks: list[dict[str, Any]], split: Split, limit: int | None
+) -> list[dict[str, Any]]:
+    """The chunks of a split that have a label, with `labels`; at most `limit`, by seed.
 
-    Raises ValueError when there is none.
+    `labels`: the drawn label by position, under None that of the whole text. Raises ValueError when
+    there is none.
     """
-    labels = drawn_labels(run, split)
-    rows = [{**row, "label": labels[row["text_id"]]} for row in chunks if row["text_id"] in labels]
+    labels: dict[str, dict[int | None, str]] = {}
+    for row in load_labels(run, split):
+        if row["drawn"]:
+            labels.setdefault(row["text_id"], {})[row.get("position")] = row["label"]
+    rows = [{**row, "labels": labels[row["text_id"]]} for row in chunks if row["text_id"] in labels]
     require(
         len(rows) > 0,
         f"{split} texts with a label",
@@ -136,21 +143,26 @@ def _labelled_texts(
 
 
 def _read(
-    encoder: TextEncoder, reader: ActivationReader, texts: list[dict[str, str]]
-) -> tuple[list[dict[str, str]], dict[int, Tensor]]:
+    encoder: TextEncoder, reader: ActivationReader, texts: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
     """The texts that can be captured, and their activations by layer: [texts, d_model].
 
-    The activations are those of each text's first position.
+    The activations are those of each text's first position that has a label; `label` is that one.
     """
-    kept: list[dict[str, str]] = []
+    kept: list[dict[str, Any]] = []
     encoded: list[EncodedText] = []
     for row in texts:
         try:
-            encoded.append(encoder.encode(row["text_id"], row["text"]))
+            found_text = encoder.encode(row["text_id"], row["text"])
         except Skipped as error:
             logger.warning("inspection: %s", error)
             continue
-        kept.append(row)
+        labels = row["labels"]
+        if None in labels:
+            labels = {found_text.positions[0]: labels[None]}
+        position = min(labels)
+        encoded.append(EncodedText(ids=found_text.ids, positions=[position]))
+        kept.append({**row, "label": labels[position]})
     found = reader.read(encoded)
     return kept, {
         layer: torch.from_numpy(np.stack([array[0] for array in arrays]))

@@ -142,7 +142,8 @@ class CaptureConfig:
     """Which activations are kept, and how they are computed."""
 
     positions: str = "last"
-    """`last`: the last token of the prompt. `random:N`: N tokens of the text, seeded by its id."""
+    """`last`: the last token of the prompt. `random:N`: N tokens of the text, seeded by its id,
+    each with labels of what the text says up to it."""
     layers: tuple[int, ...] = ()
     """Further layers to keep in the same pass, beside `base.layer`."""
     batch_tokens: int = 8_192
@@ -168,8 +169,9 @@ class LabelConfig:
     teachers: tuple[str, ...] = ("offline-content-first", "offline-format-first")
     """Offline teachers; each describes every text."""
     import_path: str | None = None
-    """JSONL of labels made elsewhere, with doc_id, text or text_hash, teacher and label.
-    They replace the offline teachers; `--import` is short for it."""
+    """JSONL of labels made elsewhere, with doc_id, text or text_hash, teacher and label. A label of
+    the text up to a position inside it says so by `position` (of the activation) or `n_raw_tokens`
+    (tokens of the text up to it). They replace the offline teachers; `--import` is short for it."""
     max_words: int = 70
     """Longest cleaned label, in words."""
     seed: int = 0

@@ -111,6 +111,15 @@ def read_documents(config: CorpusConfig) -> Iterator[Document | Reject]:
         yield item
 
 
+def require_json_lines(path: Path, setting: str) -> None:
+    """Raises ValueError for a file in UTF-16, and for one that is a JSON array.
+
+    `setting`: the one that names the file.
+    """
+    _require_utf8(path, setting)
+    _require_no_array(path, _head_of(path), setting)
+
+
 def without_marks(text: str) -> str:
     """The text without byte order marks: its hash is then that of the same text elsewhere.
 
@@ -140,7 +149,7 @@ def _rows_of(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:
     )
     if suffix in _ROW_READERS:
         return _ROW_READERS[suffix](path, path.name, config)
-    _require_utf8(path)
+    _require_utf8(path, "corpus.path")
     return _read_text_file(path, path.name, config)
 
 
@@ -204,7 +213,7 @@ def _holds_rows(file: Path, config: CorpusConfig) -> bool:
         return False  # rejected as a text, with its reason
     if json.dumps(config.text_field).encode() not in head:
         return False
-    _require_no_array(file, head)
+    _require_no_array(file, head, "corpus.path")
     return _ROW.match(head) is not None
 
 
@@ -213,11 +222,11 @@ def _head_of(file: Path) -> bytes:
         return opened.read(_HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
 
 
-def _require_utf8(path: Path) -> None:
+def _require_utf8(path: Path, setting: str) -> None:
     encoding = _wide_encoding(_head_of(path))
     require(
         encoding is None,
-        f"corpus.path {path}",
+        f"{setting} {path}",
         encoding,
         "UTF-8",
         f"Convert it: iconv -f {encoding} -t UTF-8 '{path.name}' > 'utf8_{path.name}'",
@@ -229,10 +238,10 @@ def _wide_encoding(head: bytes) -> str | None:
     return next((name for mark, name in _WIDE_ENCODINGS.items() if head.startswith(mark)), None)
 
 
-def _require_no_array(path: Path, head: bytes) -> None:
+def _require_no_array(path: Path, head: bytes, setting: str) -> None:
     require(
         _ARRAY_OF_ROWS.match(head) is None,
-        f"corpus.path {path}",
+        f"{setting} {path}",
         "one JSON array",
         "JSON Lines: one object a line",
         "Convert it: python -c 'import json, sys; [print(json.dumps(row)) for row in"
@@ -245,8 +254,7 @@ def _require_no_array(path: Path, head: bytes) -> None:
 
 def _read_jsonl(path: Path, name: str, config: CorpusConfig) -> Iterator[Document | Reject]:
     """Raises ValueError for a file in UTF-16, and for one that is a JSON array."""
-    _require_utf8(path)
-    _require_no_array(path, _head_of(path))
+    require_json_lines(path, "corpus.path")
     limit = MAX_BYTES_PER_CHAR * config.max_document_chars + JSON_LINE_SLACK_BYTES
     with path.open("rb") as file:
         number = 0

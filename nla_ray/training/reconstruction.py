@@ -19,7 +19,8 @@ from transformers import Trainer, TrainingArguments
 from nla_ray.activation import vectors
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.identity import base_info
-from nla_ray.label.stage import all_labels, drawn_labels, load_labels
+from nla_ray.label.rows import subject_of
+from nla_ray.label.stage import activation_subjects, all_labels, drawn_labels, load_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import document_half, seed_of
 from nla_ray.run.log import get_logger
@@ -89,40 +90,40 @@ class Examples:
 def choose_labels(
     rows: Sequence[Mapping[str, Any]], *, teachers: Sequence[str], share: float, seed: int
 ) -> dict[str, str]:
-    """One teacher's label for every text: the first teacher's with probability `share`.
+    """One teacher's label for every subject: the first teacher's with probability `share`.
 
-    The draw is seeded by the text's id. The first teacher is the first of `teachers` who wrote a
+    The draw is seeded by the subject's id. The first teacher is the first of `teachers` who wrote a
     label; of imported labels, whose teachers have names of their own, the first by name. The other
-    labels come from the other teachers. A text that only one of them labelled gets that label. The
-    result maps text ids to labels as cleaned.
+    labels come from the other teachers. A subject that only one of them labelled gets that label.
+    The result maps subject ids to labels as cleaned.
     """
     writers = sorted({row["teacher"] for row in rows})
     first_teacher = next((name for name in (*teachers, *writers) if name in writers), "")
     labels: dict[str, dict[str, str]] = {}
     for row in rows:
-        labels.setdefault(row["text_id"], {})[row["teacher"]] = row["label"]
+        labels.setdefault(subject_of(row), {})[row["teacher"]] = row["label"]
     chosen = {}
-    for text_id, by_teacher in labels.items():
-        draw = seed_of(seed, "teacher", text_id)
+    for subject, by_teacher in labels.items():
+        draw = seed_of(seed, "teacher", subject)
         rest = [by_teacher[teacher] for teacher in sorted(by_teacher) if teacher != first_teacher]
         takes_first = (draw % 10**6) / 10**6 < share
         if first_teacher in by_teacher and (takes_first or not rest):
-            chosen[text_id] = by_teacher[first_teacher]
+            chosen[subject] = by_teacher[first_teacher]
         else:
-            chosen[text_id] = rest[(draw // 10**6) % len(rest)]
+            chosen[subject] = rest[(draw // 10**6) % len(rest)]
     return chosen
 
 
 def scorer_labels(
     run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig
 ) -> dict[str, list[str]]:
-    """Text id -> the labels of the split that a scorer learns from, or is validated on.
+    """Subject id -> the labels of the split that a scorer learns from, or is validated on.
 
     Train labels follow the scorer's teacher mix or are all there are, validation labels are the
     drawn ones.
     """
     if split == "validation":
-        return {text_id: [label] for text_id, label in drawn_labels(run, split).items()}
+        return {subject: [label] for subject, label in drawn_labels(run, split).items()}
     if settings.labels == "all":
         return all_labels(run, split)
     chosen = choose_labels(
@@ -131,7 +132,7 @@ def scorer_labels(
         share=settings.teacher_share,
         seed=settings.seed,
     )
-    return {text_id: [label] for text_id, label in chosen.items()}
+    return {subject: [label] for subject, label in chosen.items()}
 
 
 def load_examples(
@@ -139,15 +140,15 @@ def load_examples(
 ) -> Examples:
     """The split's activations of the scorer's half of the documents, each with a label.
 
-    Raises ValueError when none is left.
+    Raises ValueError when none is left, and for labels of other positions than the activations'.
     """
     labels = scorer_labels(run, split, settings)
     table = load_activations(run, split)
     kept = [
         (index, label)
-        for index, text_id in enumerate(table.text_ids)
+        for index, subject in enumerate(activation_subjects(run, table))
         if document_half(table.doc_ids[index]) == settings.document_half
-        for label in labels.get(text_id, ())
+        for label in labels.get(subject, ())
     ]
     if split == "train" and settings.max_examples is not None:
         kept = sorted(

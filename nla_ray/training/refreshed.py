@@ -31,6 +31,7 @@ from nla_ray.description.files import DescriptionFile, descriptions_in
 from nla_ray.description.protocol import generation_protocol
 from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
+from nla_ray.label.stage import activation_subjects
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
@@ -92,15 +93,16 @@ def refreshing_rows(run: Run) -> tuple[ActivationTable, list[str]]:
     config, settings = run.config, run.config.reward_scorer_refreshed
     labels = scorer_labels(run, "train", dataclasses.replace(config.reward_scorer, labels="one"))
     table = load_activations(run, "train")
+    subjects = activation_subjects(run, table)
     documents = set(run.require("reward_scorer").documents["train"])
     kept = [
         row
-        for row, text_id in enumerate(table.text_ids)
-        if text_id in labels and table.doc_ids[row] in documents
+        for row, subject in enumerate(subjects)
+        if subject in labels and table.doc_ids[row] in documents
     ]
     kept.sort(key=lambda row: seed_of(settings.seed, "refresh", table.ids[row]))
-    table = table.select(sorted(kept[: settings.max_examples]))
-    return table, [labels[text_id][0] for text_id in table.text_ids]
+    kept = sorted(kept[: settings.max_examples])
+    return table.select(kept), [labels[subjects[row]][0] for row in kept]
 
 
 def describe_train(config: RunConfig) -> None:

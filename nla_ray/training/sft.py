@@ -25,7 +25,7 @@ from nla_ray.base.encoding import encode_texts
 from nla_ray.base.identity import base_info
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.prompts import CLOSING_TAG, InjectionPrompt, build_injection_prompt
-from nla_ray.label.stage import all_labels, drawn_labels
+from nla_ray.label.stage import activation_subjects, all_labels, drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
@@ -89,18 +89,18 @@ def load_pairs(
     """The split's activations with the label drawn for their text, or each with every label of it.
 
     At most `limit` activations, chosen by seed. Bank rows count from `first_row`. Raises ValueError
-    when there is none.
+    when there is none, and for labels of other positions than the activations'.
     """
     labels = (
         all_labels(run, split)
         if every_label
-        else {text_id: [label] for text_id, label in drawn_labels(run, split).items()}
+        else {subject: [label] for subject, label in drawn_labels(run, split).items()}
     )
     table = load_activations(run, split)
     kept = [
         (index, label)
-        for index, text_id in enumerate(table.text_ids)
-        for label in labels.get(text_id, ())
+        for index, subject in enumerate(activation_subjects(run, table))
+        for label in labels.get(subject, ())
     ]
     if limit is not None:
         kept = sorted(

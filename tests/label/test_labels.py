@@ -12,6 +12,7 @@ from tiny import WORD_STATISTICS
 
 from nla_ray.label.rows import label_rows
 from nla_ray.label.stage import label_texts, load_labels
+from nla_ray.label.subjects import Subject
 from nla_ray.label.teacher import make_teachers
 from nla_ray.plan.text import describe_plan
 from nla_ray.run.artifact import Run
@@ -79,19 +80,17 @@ def test_every_text_is_labelled_by_every_teacher_and_one_label_is_drawn(
 
 def test_the_draw_depends_on_the_text_id_and_the_seed_alone() -> None:
     row = {"text_id": "d#0", "doc_id": "d", "split": "train", "domain": "text", "text": "x"}
+
+    def subject(index: int) -> Subject:
+        return Subject(text={**row, "text_id": f"d#{index}"}, read="x")
+
     raw = [("a", "One label."), ("b", "Another label.")]
     drawn = [
-        [
-            label["drawn"]
-            for label in label_rows({**row, "text_id": f"d#{index}"}, raw, LabelConfig())
-        ]
+        [label["drawn"] for label in label_rows(subject(index), raw, LabelConfig())]
         for index in range(200)
     ]
     assert drawn == [
-        [
-            label["drawn"]
-            for label in label_rows({**row, "text_id": f"d#{index}"}, raw[::-1], LabelConfig())
-        ]
+        [label["drawn"] for label in label_rows(subject(index), raw[::-1], LabelConfig())]
         for index in range(200)
     ]
     assert 70 < sum(first for first, _ in drawn) < 130
@@ -218,6 +217,18 @@ def test_a_byte_order_mark_costs_no_label(tiny_run: Callable[..., Run], tmp_path
     write_corpus(run, TEXTS)
     assert label_texts(run).metrics["refused"] == {}
     assert [row["label"] for row in all_labels(run)] == ["- first"]
+
+
+@pytest.mark.parametrize("content", [b"[{}]", '{"text": "x"}'.encode("utf-16")])
+def test_a_file_that_is_no_json_lines_in_utf8_is_one_message(
+    tiny_run: Callable[..., Run], tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(content)
+    run = tiny_run(label=LabelConfig(import_path=str(path)))
+    write_corpus(run, TEXTS)
+    with pytest.raises(ValueError, match=r"label.import_path .*labels.jsonl.* Convert it: "):
+        label_texts(run)
 
 
 def test_a_plan_counts_the_labels_there_are_not_the_offline_teachers(

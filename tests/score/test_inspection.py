@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
 from nla_ray.activation import vectors
-from nla_ray.label.stage import label_texts
+from nla_ray.label.stage import label_texts, load_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import INSPECTION_NAME
 from nla_ray.score.ceiling import describe_inspection, inspect_layer, round_up
@@ -88,3 +89,10 @@ def test_a_base_is_inspected_from_texts_and_labels_alone(
         lines[-1].startswith(f"best ceiling (10-way): --base.layer {results['proposed_layer']} ")
         and len(lines) == 3 + 2 + 1
     )
+    inside = Run(dataclasses.replace(config, capture=CaptureConfig(positions="random:2")))
+    with pytest.raises(ValueError, match=r"labels of capture.positions last, expected random:2"):
+        inspect_base(inside)
+    shutil.rmtree(tmp_path / "run" / "labels")
+    label_texts(inside)
+    labelled = {row["text_id"] for row in load_labels(inside, "validation")}
+    assert inspect_base(inside)["texts"]["validation"] == len(labelled)
