@@ -1,4 +1,4 @@
-"""Two processes of one training, without Ray: for tests of what they have to agree on."""
+"""Processes of one training, without Ray: for tests of what they have to agree on."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 
-def on_two_ranks(function: Callable[..., Any], folder: Path, arguments: Sequence[tuple]) -> list:
-    """What `function(*arguments[rank])` returns on each of two ranks, which talk by gloo."""
+def on_ranks(function: Callable[..., Any], folder: Path, arguments: Sequence[tuple]) -> list:
+    """What `function(*arguments[rank])` returns on each rank; the ranks talk by gloo."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    spawn(_run, (port, function, folder, arguments), nprocs=2)
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    spawn(_run, (port, function, folder, arguments), nprocs=len(arguments))
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(len(arguments))]
 
 
 def _run(
     rank: int, port: int, function: Callable, folder: Path, arguments: Sequence[tuple]
 ) -> None:
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(len(arguments)),
+    }
     os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     from accelerate import PartialState
@@ -52,4 +56,4 @@ def value_lines(advantages: torch.Tensor, rewards: list[list[float]]) -> list[to
     """The values of every description of the batch, of which this rank has a part."""
     from nla_ray.reinforce.steps import values_of_all_workers
 
-    return values_of_all_workers(advantages, rewards, group_size=2, scaled_by_group=False)
+    return values_of_all_workers(advantages, rewards, group_size=4, scaled_by_group=False)

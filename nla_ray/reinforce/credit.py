@@ -6,15 +6,17 @@ line adds to the reward, and a line is not blamed for the lines after it:
     r_j = reward of the first j lines; a description that has ended keeps its last reward
     m_j = mean of r_j over the group
     V_0 = 0
-    V_j = u x (r_j - m_j)
+    V_j = s_j x u x (r_j - m_j)
     V_last = u x (reward - the group's mean reward) = the advantage of the whole description
     advantage of a token of line j = V_j - V_(j-1)
 
-So a line is paid what it adds, less what the group adds there, whatever the lines before it earned.
-u, the advantage of one unit of reward, is that of whole descriptions. A smaller factor, fitted to
-how well beginnings foretell the end, would leave a share of what earlier lines earned to the last
-line, which could then be punished although it raised the reward. Descriptions that have ended are
-kept in the mean, so that no line is compared with itself alone.
+u is the advantage of one unit of reward. s_j is the share of a lead of j lines that is still there
+at the end: fitted by least squares to the descriptions of the batch that go on, at least s_(j-1)
+and at most 1. Descriptions that have ended stay in the mean, so that no line is compared with
+itself alone. Because s does not fall from line to line, a line that adds more than the group does
+is never punished for the lead that the lines before it earned. With s = 1 a first line would be
+paid for more than lasts: of its lead a quarter does, of two lines' three fifths (nano, 512 rollouts
+of the SFT verbalizer on train activations).
 
 Knows texts, ids and numbers only. Protects the rule that credit is shared out and not made: the
 advantages of a description's lines add up to the advantage of the description.
@@ -94,11 +96,27 @@ def line_values(
     grouped = carried.unflatten(0, (-1, group_size))
     centred = (grouped - grouped.mean(1, keepdim=True)).flatten(0, 1)
     units = _units(advantages, centred[:, -1], group_size if scaled_by_group else len(advantages))
-    values = []
-    for row, earned in enumerate(rewards):
-        beginnings = units[row] * centred[row, : len(earned) - 1]
-        values.append(torch.cat([beginnings, advantages[row : row + 1]]))
-    return values
+    leads = units[:, None] * centred
+    lengths = torch.tensor([len(earned) for earned in rewards])
+    beginnings = leads * _lasting_shares(advantages, leads, lengths)
+    return [
+        torch.cat([beginnings[row, : length - 1], advantages[row : row + 1]])
+        for row, length in enumerate(lengths.tolist())
+    ]
+
+
+def _lasting_shares(
+    advantages: Float[Tensor, " batch"], leads: Float[Tensor, "batch lines"], lengths: Tensor
+) -> Float[Tensor, " lines"]:
+    """s_1, s_2, ...: of leads after so many lines, in units of the advantage."""
+    shares, share = [], 0.0
+    for num_lines, lead in enumerate(leads.T, 1):
+        going_on = lengths > num_lines
+        ahead = lead[going_on]
+        fitted = (advantages[going_on] @ ahead) / ahead.square().sum().clamp_min(_NOTHING)
+        share = min(max(share, fitted.item()), 1.0)
+        shares.append(share)
+    return leads.new_tensor(shares)
 
 
 def _units(

@@ -232,8 +232,8 @@ def values_of_all_workers(
 ) -> list[Tensor]:
     """`credit.line_values` of all workers' descriptions, one worker's behind the other's.
 
-    Each gives those of its own. So values do not depend on how many share a batch, and a worker
-    whose descriptions all earn the same pays their lines at the rate of the others.
+    Each gives those of its own. What is fitted is fitted to the whole batch, so values do not
+    depend on how many workers share it.
     """
     return line_values(
         torch.tensor(gather_object(advantages.tolist())),

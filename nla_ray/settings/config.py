@@ -310,8 +310,8 @@ class GRPOSettings:
     scale_rewards: Literal["batch", "group", "none"] = "batch"
     """What divides advantages: standard deviation of the batch, of each group, or nothing."""
     credit: Literal["description", "line"] = "description"
-    """An advantage goes to the whole description, or to each line by what it adds to the reward
-    beside what the group's lines add there."""
+    """An advantage goes to the whole description, or to each line: what it gains on the group, as
+    far as that lasts to the end."""
     beta: float = 0.02
     """Weight of the KL to the frozen SFT adapter; 0: no KL."""
     temperature: float = 1.0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_two_ranks, value_lines
+from ranks import on_ranks, value_lines
 
 from nla_ray.base.prompts import CLOSING_TAG
 from nla_ray.reinforce.credit import cut_lines, line_values, share_foretold, token_advantages
@@ -50,42 +50,71 @@ def test_a_line_that_raised_the_reward_is_not_punished_because_no_other_has_as_m
         torch.testing.assert_close(values, torch.tensor([-0.4, -0.4]))
 
 
-def test_a_line_is_paid_its_gain_less_the_groups_whatever_the_lines_before_it_earned() -> None:
-    rewards = [[0.1, 0.4, 0.3], [0.5, 0.6, 0.9]]
-    for earned in (0.0, 0.5, -2.0):
-        shifted = [[reward + earned for reward in rewards[0]], rewards[1]]
-        whole = torch.tensor([description[-1] for description in shifted])
-        first, _ = line_values(whole - whole.mean(), shifted, group_size=2)
-        # gains of the second line .3 and .1, of the third -.1 and .3; u = 1
-        torch.testing.assert_close(credits_of(first)[1:], torch.tensor([0.1, -0.2]))
+def test_a_beginning_is_worth_the_share_of_its_lead_that_lasts() -> None:
+    values = line_values(
+        torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        [[1.0, 0.75], [0.0, 0.25], [0.2, 0.6], [0.7, 0.35]],
+        group_size=2,
+    )
+    # u = 4; leads 2, -2, -1, 1; s = (2 + 2 - .5 - .5) / (4 + 4 + 1 + 1) = .3
+    expected = torch.tensor([[0.6, 1.0], [-0.6, -1.0], [-0.3, 0.5], [0.3, -0.5]])
+    torch.testing.assert_close(torch.stack(values), expected)
+
+
+def test_the_share_that_lasts_is_at_most_one_and_does_not_fall_from_line_to_line() -> None:
+    lasting, _ = line_values(torch.tensor([1.0, -1.0]), [[0.5, 0.7], [0.4, 0.2]], group_size=2)
+    # u = 4, lead .2: the fit is 5
+    torch.testing.assert_close(lasting, torch.tensor([0.2, 1.0]))
+    falling, _ = line_values(
+        torch.tensor([1.0, -1.0]), [[0.95, 1.2, 0.7], [-0.05, -0.3, 0.2]], group_size=2
+    )
+    # leads 2 and 3: the fits are 1/2, then 1/3
+    torch.testing.assert_close(falling, torch.tensor([1.0, 1.5, 1.0]))
+
+
+def test_a_line_that_adds_more_than_the_group_is_not_punished_for_the_lead_before_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    checked = 0
+    for _ in range(50):
+        rewards = torch.rand(8, 4, generator=generator)
+        groups = rewards.view(2, 4, 4)
+        leads = (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
+        values = line_values(leads[:, -1], rewards.tolist(), group_size=4)
+        for lead, of_lines in zip(leads, values, strict=True):
+            adds_to_a_lead = (lead[:-1] > 0) & (lead.diff() > 0)
+            checked += int(adds_to_a_lead.sum())
+            assert (credits_of(of_lines)[1:][adds_to_a_lead] >= -1e-6).all()
+    assert checked > 100
 
 
 def test_a_description_that_has_ended_keeps_its_reward_in_the_groups_mean() -> None:
-    long, short = line_values(torch.tensor([2.0, -2.0]), [[0.3, 0.8], [0.4]], group_size=2)
-    # u = 2 / .2 = 10; the mean of one line is .35
-    torch.testing.assert_close(long, torch.tensor([-0.5, 2.0]))
+    long, short = line_values(torch.tensor([2.0, -2.0]), [[0.5, 0.8], [0.4]], group_size=2)
+    # u = 2 / .2 = 10; the mean of one line is .45
+    torch.testing.assert_close(long, torch.tensor([0.5, 2.0]))
     torch.testing.assert_close(short, torch.tensor([-2.0]))
 
 
 def test_lines_differ_in_pay_where_whole_descriptions_of_a_group_agree() -> None:
     values = line_values(
-        torch.tensor([3.0, -3.0, 0.0, 0.0]), [[0.9], [0.3], [0.7, 0.5], [0.4, 0.5]], group_size=2
+        torch.tensor([3.0, -3.0, 0.0, 0.0]),
+        [[0.9, 0.9], [0.3, 0.3], [0.7, 0.5], [0.4, 0.5]],
+        group_size=2,
     )
-    # u = 3 / .3 = 10 in both groups: one scale for the batch
-    torch.testing.assert_close(values[2], torch.tensor([1.5, 0.0]))
-    torch.testing.assert_close(values[3], torch.tensor([-1.5, 0.0]))
+    # u = 3 / .3 = 10 in both groups; leads 3, -3, 1.5, -1.5; s = 18 / 22.5
+    torch.testing.assert_close(values[2], torch.tensor([1.2, 0.0]))
+    torch.testing.assert_close(values[3], torch.tensor([-1.2, 0.0]))
 
 
 def test_where_advantages_are_scaled_by_group_lines_are_too() -> None:
     values = line_values(
         torch.tensor([1.0, -1.0, 1.0, -1.0]),
-        [[0.6, 0.6], [0.2, 0.2], [0.9, 0.5], [0.3, 0.4]],
+        [[0.6, 0.6], [0.2, 0.2], [0.7, 0.5], [0.5, 0.4]],
         group_size=2,
         scaled_by_group=True,
     )
-    # u = 5, then 20
-    torch.testing.assert_close(values[0], torch.tensor([1.0, 1.0]))
-    torch.testing.assert_close(values[2], torch.tensor([6.0, 1.0]))
+    # u = 5, then 20: leads 1 and 2; s = 6 / 10
+    torch.testing.assert_close(values[0], torch.tensor([0.6, 1.0]))
+    torch.testing.assert_close(values[2], torch.tensor([1.2, 1.0]))
 
 
 def test_rewards_that_all_agree_pay_nothing() -> None:
@@ -93,26 +122,19 @@ def test_rewards_that_all_agree_pay_nothing() -> None:
     torch.testing.assert_close(torch.stack(values), torch.zeros(2, 2))
 
 
-def test_one_worker_or_four_pay_every_line_the_same() -> None:
+def test_four_workers_of_one_batch_know_the_values_that_one_worker_knows(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    lines = torch.randint(1, 5, (32,), generator=generator).tolist()
-    rewards = [torch.rand(count, generator=generator).tolist() for count in lines]
-    whole = torch.tensor([description[-1] for description in rewards]).view(-1, 4)
+    rewards = [torch.rand(2 + row % 2, generator=generator).tolist() for row in range(16)]
+    whole = torch.tensor([earned[-1] for earned in rewards]).view(4, 4)
+    whole[3] = 0.5  # the last worker's descriptions all earn the same
+    for earned, reward in zip(rewards, whole.flatten().tolist(), strict=True):
+        earned[-1] = reward
     advantages = ((whole - whole.mean(1, keepdim=True)) / whole.std()).flatten()
-    at_once = torch.cat(line_values(advantages, rewards, group_size=4))
-    by_slice = []
-    for rows in torch.arange(32).chunk(4):
-        earned = [rewards[row] for row in rows]
-        by_slice += line_values(advantages[rows], earned, group_size=4)
-    torch.testing.assert_close(torch.cat(by_slice), at_once)
-
-
-def test_two_workers_of_one_batch_know_the_same_values(tmp_path: Path) -> None:
-    advantages = torch.tensor([3.0, -3.0, 0.0, 0.0])
-    rewards = [[0.9], [0.3], [0.7, 0.5], [0.4, 0.5]]
-    parts = [(advantages[:2], rewards[:2]), (advantages[2:], rewards[2:])]
-    alone = line_values(advantages, rewards, group_size=2)
-    for values in on_two_ranks(value_lines, tmp_path, parts):
+    alone = line_values(advantages, rewards, group_size=4)
+    parts = []
+    for rows in torch.arange(16).chunk(4):
+        parts.append((advantages[rows], [rewards[row] for row in rows]))
+    for values in on_ranks(value_lines, tmp_path, parts):
         torch.testing.assert_close(values, alone)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ranks import offer_losses, on_two_ranks
+from ranks import offer_losses, on_ranks
 from safetensors.torch import load_file
 from tiny_artifacts import make_artifacts
 from torch import nn
@@ -87,7 +87,7 @@ def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path: Path) -> None:
 def test_ranks_whose_losses_differ_in_the_last_bit_keep_the_same_offers(tmp_path: Path) -> None:
     losses = [0.5, 0.25, 0.25]
     run_dir, other_losses = str(tmp_path / "run"), [0.5, 0.25, math.nextafter(0.25, 0)]
-    kept = on_two_ranks(offer_losses, tmp_path, [(run_dir, losses), (run_dir, other_losses)])
+    kept = on_ranks(offer_losses, tmp_path, [(run_dir, losses), (run_dir, other_losses)])
     assert kept == [[True, True, False]] * 2
 
 
