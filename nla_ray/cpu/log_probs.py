@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
+
+from nla_ray.cpu.projection import products_in_bf16
 
 
 @dataclass
@@ -42,8 +45,8 @@ def score_labels(
     """
     targets = labels[:, 1:]
     wanted = targets != -100
-    logits = output_matrix(stream[:, :-1][wanted])
-    log_probs = (logits if temperature == 1.0 else logits / temperature).float().log_softmax(-1)
+    logits = _float32_logits(stream[:, :-1][wanted], output_matrix.weight)
+    log_probs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
     chosen = log_probs.gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
     zeros = chosen.new_zeros(wanted.shape)
     answer = TokenLogProbs(log_probs=zeros.masked_scatter(wanted, chosen))
@@ -51,3 +54,30 @@ def score_labels(
         with torch.no_grad():
             answer.entropy = zeros.masked_scatter(wanted, -(log_probs.exp() * log_probs).sum(-1))
     return answer
+
+
+def _float32_logits(stream: Tensor, weight: Tensor) -> Tensor:
+    """W x in float32, whatever the rest is computed in: [n, d_model] -> [n, vocab].
+
+    A logit of 20 in bfloat16 is right to 0.06 only, and the sampler's are float32.
+    """
+    if weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return F.linear(stream, weight)
+    return _NarrowProducts.apply(stream, weight)
+
+
+class _NarrowProducts(torch.autograd.Function):
+    """W x: products of bfloat16 numbers, added up and returned in float32."""
+
+    @staticmethod
+    def forward(ctx, stream: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = stream.dtype
+        with torch.autocast("cpu", enabled=False), products_in_bf16():
+            return F.linear(stream.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        """The weight is frozen."""
+        (weight,) = ctx.saved_tensors
+        return (gradient.bfloat16() @ weight.bfloat16()).to(ctx.dtype), None

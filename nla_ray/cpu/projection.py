@@ -7,6 +7,9 @@ badly. Knows nothing of models.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -54,3 +57,18 @@ def packing_works(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+@contextmanager
+def products_in_bf16() -> Iterator[None]:
+    """Multiply matrices of float32 as if they held bfloat16, and add up in float32.
+
+    Exact for numbers that came from bfloat16, and twice as fast there.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

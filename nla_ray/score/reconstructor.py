@@ -183,15 +183,14 @@ class Reconstructor(nn.Module):
         )
 
     def collate(self, encoded: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Right-padded ids and attention mask, both [batch, seq]."""
+        """Right-padded ids and attention mask, both [batch, seq], on the CPU."""
         longest = max(len(ids) for ids in encoded)
         input_ids = torch.full((len(encoded), longest), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros(len(encoded), longest, dtype=torch.long)
         for row, ids in enumerate(encoded):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             attention_mask[row, : len(ids)] = 1
-        device = self.head.weight.device
-        return input_ids.to(device), attention_mask.to(device)
+        return input_ids, attention_mask
 
     def activation_checkpointing_enable(self, **arguments) -> None:
         """What a trainer calls to save memory: the base's blocks compute activations twice."""
@@ -202,10 +201,11 @@ class Reconstructor(nn.Module):
     ) -> Float[Tensor, "batch d_model"]:
         """Right-padded prompts -> reconstructions in float32, under the adapter that is active.
 
-        The mask says where each prompt ends; attention needs none, being causal.
+        The mask says where each prompt ends; attention needs none, being causal. Both may lie on
+        another device.
         """
-        stream = self._read(input_ids)
-        last = attention_mask.sum(-1) - 1
+        stream = self._read(input_ids.to(self.head.weight.device))
+        last = attention_mask.sum(-1).to(stream.device) - 1
         return self._reconstruct(stream[torch.arange(len(stream), device=stream.device), last])
 
     def _read(

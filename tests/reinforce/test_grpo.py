@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -217,6 +218,42 @@ def test_the_gradient_of_the_kl_is_that_of_the_reverse_kl(scored_batch) -> None:
     expected = torch.autograd.grad(share * estimate, trained)
     assert max(gradient.abs().max() for gradient in expected) > 1e-4
     torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-3)
+
+
+def test_ratios_are_taken_against_the_samplers_log_probs(scored_batch) -> None:
+    """A sampler that is off by 0.1 a token has rollouts of a ratio of e^0.1."""
+    trainer, batch, _ = scored_batch
+    torch.testing.assert_close(batch["old_per_token_logps"], batch["sampling_per_token_logps"])
+    trainer.current_gradient_accumulation_steps, trainer.beta = 1, 0.0
+    gradients = {}
+    for shift in (0.0, 0.1):
+        shifted = {
+            **batch,
+            "old_per_token_logps": batch["old_per_token_logps"] - shift,
+            "advantages": torch.ones_like(batch["advantages"]),
+        }
+        trainer.model.zero_grad()
+        trainer._compute_loss(trainer.model, shifted).backward()
+        gradients[shift] = torch.cat(
+            [
+                parameter.grad.flatten()
+                for parameter in trainer.model.parameters()
+                if parameter.requires_grad
+            ]
+        )
+    torch.testing.assert_close(gradients[0.1], math.exp(0.1) * gradients[0.0], rtol=1e-3, atol=1e-6)
+
+
+def test_a_sampler_that_is_another_model_is_told_and_then_ends_the_run(caplog) -> None:
+    gap = grpo.SamplerGap()
+    with caplog.at_level("WARNING"):
+        for k3 in [0.002, *[0.5] * 9, 0.05, *[0.5] * 9]:
+            gap.watch(k3)
+    assert len(caplog.records) == 1 and "k3 of their log-probs is 0.5" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"differ from the policy's by a k3 of 0.5, expected below 0.1"
+    ):
+        gap.watch(0.5)
 
 
 def test_trl_meets_the_batches_of_the_schedule_in_order_and_in_whole_groups(scored_batch) -> None:

@@ -60,8 +60,10 @@ class CompactEngine:
         injection_norm: float,
         max_slots: int = 64,
         lora: LoraSettings | None = None,
+        *,
+        merged: bool | None = None,
     ) -> None:
-        """As `make_engine` takes it."""
+        """As `make_engine` takes it; `merged` as `Decoder` does."""
         if max_slots < 1:
             raise ValueError(
                 f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
@@ -74,7 +76,7 @@ class CompactEngine:
             max_slots,
         )
         self.end_ids = _end_ids(causal_model(model), tokenizer)
-        self.decoder = Decoder(model, rows=max_slots)
+        self.decoder = Decoder(model, rows=max_slots, merged=merged)
         self._lora = lora
         self._idle: dict[tuple[int, int], _Slots] = {}
         """The last call's slots, by their size: a cache of the same size is not allocated again."""
@@ -317,21 +319,21 @@ class _Generation:
                 taken.append(self._waiting.popleft())
             slots, free = free[: len(taken)], free[len(taken) :]
             self._slots.fill(slots, chunk, [member for _, _, member in taken])
-            for slot, (draft, _, _) in zip(slots, taken, strict=True):
-                self._occupy(slot, draft)
+            self._occupy(slots, [draft for draft, _, _ in taken])
         return free
 
-    def _occupy(self, slot: int, draft: _Draft) -> None:
-        """Decode a draft in a slot: one that was free, or the next one."""
-        if slot == len(self._active):
-            self._active.append(draft)
-        else:
-            self._active[slot] = draft
-        self._tokens[slot], self._keys[slot], self._ages[slot] = (
-            draft.token_ids[-1],
-            draft.key,
-            len(draft.token_ids),
-        )
+    def _occupy(self, slots: Sequence[int], drafts: Sequence[_Draft]) -> None:
+        """Decode drafts in slots, each one that was free or the next one."""
+        for slot, draft in zip(slots, drafts, strict=True):
+            if slot == len(self._active):
+                self._active.append(draft)
+            else:
+                self._active[slot] = draft
+        states = [(draft.token_ids[-1], draft.key, len(draft.token_ids)) for draft in drafts]
+        columns = torch.tensor(states, device=self._tokens.device).unbind(1)
+        target = torch.tensor(slots, device=self._tokens.device)
+        for state, column in zip((self._tokens, self._keys, self._ages), columns, strict=True):
+            state[target] = column
 
     def _step(self) -> None:
         """Decode one token for every active row and hand on the slots of those that ended."""

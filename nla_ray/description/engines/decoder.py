@@ -1,9 +1,14 @@
 """A compact decoder for Llama-like models, made for generation after a common prefix.
 
-Reads the weights of a transformers model with a LoRA adapter merged in, and arranges them for few,
-large operations: norm weights folded into the next projection, queries, keys and values in one
-product, rotary pairs side by side so that a rotation is one complex product, attention scale inside
-the query weights. Knows nothing of sampling or scheduling.
+Arranges the weights of a transformers model for few, large operations: queries, keys and values in
+one product, rotary pairs side by side so that a rotation is one complex product. Knows nothing of
+sampling or scheduling.
+
+A LoRA adapter is used in one of two ways. Where weights are float32 it is merged into a copy of
+them, with the norms' weights and attention's scale. In a narrower type each of these would be
+rounded to the weights' own steps, and a small adapter would be lost: there the weights are the
+base's own, and the adapter's factors, norms and scale are applied beside them, each rounded where
+the library rounds it.
 
 Dimension words: rows (sequences), seq, d_model, heads, groups (key-value heads), share (query heads
 per group), head_dim, prefix (tokens common to all rows), tail (a row's own tokens).
@@ -11,6 +16,7 @@ per group), head_dim, prefix (tokens common to all rows), tail (a row's own toke
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,20 +26,28 @@ from torch.nn import functional as F
 
 from nla_ray.base.adapters import plain_linear
 from nla_ray.base.families import blocks_of, causal_model, decoder_of, decoder_shape, family_of
-from nla_ray.description.engines.projection import Projection, make_projection
+from nla_ray.description.engines.projection import (
+    AdaptedProjection,
+    Float32Head,
+    Projection,
+    make_projection,
+)
 
 _ADAPTER_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class Block:
-    """The projections of one decoder block, norms folded in."""
+    """The projections of one decoder block, and the weights of the norms before them."""
 
     query_key_value: Projection
     output: Projection
     gate: Projection
     up: Projection
     down: Projection
+    attention_norm: Tensor | None = None
+    """[d_model]; None: inside the projection that follows."""
+    mlp_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,38 +64,47 @@ class KeysValues:
 class Decoder:
     """Runs the blocks of one model under one set of adapter weights."""
 
-    def __init__(self, model: nn.Module, *, rows: int) -> None:
-        """`rows`: how many sequences a step usually has; the weights are packed for that."""
+    def __init__(self, model: nn.Module, *, rows: int, merged: bool | None = None) -> None:
+        """`rows`: how many sequences a step usually has; the weights are packed for that.
+
+        `merged`: whether adapters are merged into a copy of the weights; None: where those are
+        float32.
+        """
         self.shape = decoder_shape(causal_model(model).config)
         self._model, self._rows = causal_model(model), rows
         self._family = family = family_of(model)
         decoder = decoder_of(model)
         embedding = decoder.get_submodule(family.embedding).weight.detach()
         self.dtype, self.device = embedding.dtype, embedding.device
+        self.merged = self.dtype == torch.float32 if merged is None else merged
         self._embedding, self.d_model = embedding, embedding.shape[1]
+        self._scale = self.shape.head_dim**-0.5
+        head = self._model.get_submodule(family.head).weight.detach()
         final_norm = decoder.get_submodule(family.final_norm).weight.detach()
-        self._head = self._projection(
-            _fold(self._model.get_submodule(family.head).weight, final_norm)
-        )
+        if self.merged:
+            self._head, self._final_norm = self._projection(_fold(head, final_norm)), None
+        else:
+            self._head, self._final_norm = Float32Head(head, rows=rows), final_norm
         rotary = decoder.get_submodule(family.rotary)
         self._frequencies, self._rotary_scale = (
             rotary.inv_freq.detach().float(),
             float(rotary.attention_scaling),
         )
         self._rotations = torch.empty(0)
-        self._blocks: list[Block] = []
+        layers = range(self.shape.layers)
+        self._frozen = [] if self.merged else [self._frozen_block(index) for index in layers]
+        self._blocks = self._frozen
 
     def load(self, state: Mapping[str, Tensor] | None, scaling: float) -> None:
-        """Merge an adapter into a copy of the weights; None: the plain base.
+        """Use this adapter from now on; None: the plain base.
 
         `state`: tensors as `adapters.adapter_state` names them. `scaling` = alpha / rank. Raises
         ValueError for tensors that belong to no projection of this model.
         """
-        remaining = dict(state or {})
-        self._blocks = [
-            self._build_block(index, remaining, scaling) for index in range(self.shape.layers)
-        ]
-        if remaining:
+        factors = _Factors(state or {}, scaling)
+        build = self._merged_block if self.merged else self._adapted_block
+        self._blocks = [build(index, factors) for index in range(self.shape.layers)]
+        if remaining := factors.remaining:
             raise ValueError(
                 f"adapter weights: got {len(remaining)} tensors without a place, first"
                 f" {sorted(remaining)[0]!r}, expected LoRA factors such as"
@@ -90,36 +113,94 @@ class Decoder:
                 " another base."
             )
 
-    def _build_block(self, index: int, state: dict[str, Tensor], scaling: float) -> Block:
-        family, shape = self._family, self.shape
-        block = blocks_of(self._model)[index]
-        block_name = f"{_ADAPTER_PREFIX}{family.decoder}.{family.blocks}.{index}"
+    def _merged_block(self, index: int, factors: _Factors) -> Block:
+        """Adapter, norms and attention's scale in a copy of the weights."""
+        family, block = self._family, blocks_of(self._model)[index]
 
         def merged(path: str) -> Tensor:
-            weight = plain_linear(block.get_submodule(path)).weight
-            return _merge(weight, state, f"{block_name}.{path}", scaling)
+            return factors.merge(self._weight(index, path), self._name(index, path))
 
-        paths = (family.query, family.key, family.value)
-        query, key, value = (merged(path) for path in paths)
-        scale = shape.head_dim**-0.5
-        joined = torch.cat([_pair(query, shape.heads) * scale, _pair(key, shape.groups), value])
-        bias = None
-        if family.has_qkv_biases:
-            query, key, value = (
-                plain_linear(block.get_submodule(path)).bias.detach().float() for path in paths
-            )
-            bias = torch.cat(
-                [_pair(query, shape.heads) * scale, _pair(key, shape.groups), value]
-            ).to(self.dtype)
+        query, key, value = (merged(path) for path in (family.query, family.key, family.value))
+        joined = self._join(query * self._scale, key, value)
         before = block.get_submodule(family.attention_norm).weight
         after = block.get_submodule(family.mlp_norm).weight
         return Block(
-            query_key_value=self._projection(_fold(joined, before), bias),
+            query_key_value=self._projection(
+                _fold(joined, before), self._joined_bias(block, self._scale)
+            ),
             output=self._projection(merged(family.output)),
             gate=self._projection(_fold(merged(family.gate), after)),
             up=self._projection(_fold(merged(family.up), after)),
             down=self._projection(merged(family.down)),
         )
+
+    def _frozen_block(self, index: int) -> Block:
+        """The base's own weights; those of queries, keys and values are copied together."""
+        family, block = self._family, blocks_of(self._model)[index]
+
+        def frozen(path: str) -> Projection:
+            return self._projection(self._weight(index, path))
+
+        joined = self._join(
+            *(self._weight(index, path) for path in (family.query, family.key, family.value))
+        )
+        return Block(
+            query_key_value=self._projection(joined, self._joined_bias(block, 1.0)),
+            output=frozen(family.output),
+            gate=frozen(family.gate),
+            up=frozen(family.up),
+            down=frozen(family.down),
+            attention_norm=block.get_submodule(family.attention_norm).weight.detach(),
+            mlp_norm=block.get_submodule(family.mlp_norm).weight.detach(),
+        )
+
+    def _adapted_block(self, index: int, factors: _Factors) -> Block:
+        """The frozen block with the adapter's factors beside its weights."""
+        family, frozen = self._family, self._frozen[index]
+
+        def take(path: str) -> tuple[Tensor, Tensor]:
+            down, up = factors.take(self._weight(index, path), self._name(index, path))
+            return down.to(self.dtype), (factors.scaling * up).to(self.dtype)
+
+        def adapted(projection: Projection, path: str) -> Projection:
+            down, up = take(path)
+            return AdaptedProjection(projection, down, up) if len(down) else projection
+
+        query, key, value = (take(path) for path in (family.query, family.key, family.value))
+        down = torch.cat([query[0], key[0], value[0]])
+        # The three share their input: one product each for their first and their second factors.
+        up = torch.block_diag(
+            _pair(query[1], self.shape.heads), _pair(key[1], self.shape.groups), value[1]
+        )
+        joined = frozen.query_key_value
+        return dataclasses.replace(
+            frozen,
+            query_key_value=AdaptedProjection(joined, down, up) if len(down) else joined,
+            output=adapted(frozen.output, family.output),
+            gate=adapted(frozen.gate, family.gate),
+            up=adapted(frozen.up, family.up),
+            down=adapted(frozen.down, family.down),
+        )
+
+    def _weight(self, index: int, path: str) -> Tensor:
+        block = blocks_of(self._model)[index]
+        return plain_linear(block.get_submodule(path)).weight.detach()
+
+    def _name(self, index: int, path: str) -> str:
+        """What an adapter's tensors for a projection are called, up to the factor's name."""
+        return f"{_ADAPTER_PREFIX}{self._family.decoder}.{self._family.blocks}.{index}.{path}"
+
+    def _join(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.cat([_pair(query, self.shape.heads), _pair(key, self.shape.groups), value])
+
+    def _joined_bias(self, block: nn.Module, query_scale: float) -> Tensor | None:
+        if not self._family.has_qkv_biases:
+            return None
+        query, key, value = (
+            plain_linear(block.get_submodule(path)).bias.detach().float()
+            for path in (self._family.query, self._family.key, self._family.value)
+        )
+        return self._join(query * query_scale, key, value).to(self.dtype)
 
     def _projection(self, weight: Tensor, bias: Tensor | None = None) -> Projection:
         return make_projection(weight.to(self.dtype), bias, rows=self._rows)
@@ -132,7 +213,7 @@ class Decoder:
 
     def logits(self, stream: Tensor) -> Tensor:
         """Residual stream after the last block [rows, d_model] -> [rows, vocab]."""
-        return self._head(self._normalise(stream))
+        return self._head(self._normalise(stream, self._final_norm))
 
     def rotations(self, length: int) -> Tensor:
         """cos + i sin of every position below `length` and every frequency.
@@ -143,7 +224,10 @@ class Decoder:
             angles = torch.outer(
                 torch.arange(length, device=self.device).float(), self._frequencies.to(self.device)
             )
-            self._rotations = torch.polar(torch.full_like(angles, self._rotary_scale), angles)
+            rotations = torch.polar(torch.full_like(angles, self._rotary_scale), angles)
+            # The library holds cosine and sine in the weights' type.
+            rounded = torch.view_as_real(rotations).to(self.dtype).float()
+            self._rotations = torch.view_as_complex(rounded)
         return self._rotations[:length]
 
     def empty_prefix(self) -> KeysValues:
@@ -242,23 +326,26 @@ class Decoder:
         [rows, heads * head_dim] and [rows, 2 * groups * head_dim].
         """
         shape = self.shape
-        joined = block.query_key_value(self._normalise(stream))
+        joined = block.query_key_value(self._normalise(stream, block.attention_norm))
         rotated = joined[:, : shape.rotated_width]
         pairs = rotated.view(len(joined), shape.heads + shape.groups, shape.head_dim // 2, 2)
-        if self.dtype == torch.float32:
-            torch.view_as_complex(pairs).mul_(rotation)
-        else:  # there are no complex numbers of two bfloat16
-            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotation))
+        # There are no complex numbers of two bfloat16; float32 stays where it is.
+        turned = torch.view_as_complex(pairs.float()).mul_(rotation)
+        if not self.merged:
+            turned[:, : shape.heads].mul_(self._scale)
+        if self.dtype != torch.float32:
+            pairs.copy_(torch.view_as_real(turned))
         return joined[:, : shape.query_width], joined[:, shape.query_width :]
 
     def _after_attention(self, block: Block, mixed: Tensor, stream: Tensor) -> Tensor:
         stream = block.output.plus(mixed, stream)
-        normalised = self._normalise(stream)
+        normalised = self._normalise(stream, block.mlp_norm)
         return block.down.plus(block.up.times(normalised, block.gate.silu(normalised)), stream)
 
-    def _normalise(self, stream: Tensor) -> Tensor:
-        """RMSNorm without its weight, which is part of the next projection."""
-        return F.rms_norm(stream, stream.shape[-1:], None, self.shape.epsilon)
+    def _normalise(self, stream: Tensor, weight: Tensor | None) -> Tensor:
+        """RMSNorm; without its weight where that is part of the next projection."""
+        normalised = F.rms_norm(stream, stream.shape[-1:], None, self.shape.epsilon)
+        return normalised if weight is None else normalised.mul_(weight)
 
 
 def _attend(
@@ -298,25 +385,35 @@ def _attend(
     )
 
 
-def _merge(weight: Tensor, state: dict[str, Tensor], name: str, scaling: float) -> Tensor:
-    """weight + scaling * B A in float32; the factors are taken out of `state`."""
-    weight = weight.detach().float()
-    down, up = state.pop(f"{name}.lora_A.weight", None), state.pop(f"{name}.lora_B.weight", None)
-    if down is None or up is None:
-        return weight
-    if (
-        up.shape[0] != weight.shape[0]
-        or down.shape[1] != weight.shape[1]
-        or up.shape[1] != down.shape[0]
-    ):
-        raise ValueError(
-            f"adapter weights {name}: got factors {tuple(up.shape)} and {tuple(down.shape)} for a"
-            f" weight of {tuple(weight.shape)}, expected [out, rank] and [rank, in]. They are of"
-            " another base."
-        )
-    return torch.addmm(
-        weight, up.to(weight.device).float(), down.to(weight.device).float(), alpha=scaling
-    )
+class _Factors:
+    """An adapter's tensors while projections take theirs; `remaining` belong to none so far."""
+
+    def __init__(self, state: Mapping[str, Tensor], scaling: float) -> None:
+        self.remaining, self.scaling = dict(state), scaling
+
+    def take(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] for a weight [out, in]; of rank 0 where there are none.
+
+        Raises ValueError for factors of another weight.
+        """
+        down = self.remaining.pop(f"{name}.lora_A.weight", None)
+        up = self.remaining.pop(f"{name}.lora_B.weight", None)
+        (out, inner), device = weight.shape, weight.device
+        if down is None or up is None:
+            return torch.empty(0, inner, device=device), torch.empty(out, 0, device=device)
+        if up.shape[0] != out or down.shape[1] != inner or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"adapter weights {name}: got factors {tuple(up.shape)} and {tuple(down.shape)} for"
+                f" a weight of {(out, inner)}, expected [out, rank] and [rank, in]. They are of"
+                " another base."
+            )
+        return down.to(device).float(), up.to(device).float()
+
+    def merge(self, weight: Tensor, name: str) -> Tensor:
+        """weight + scaling * B A in float32."""
+        down, up = self.take(weight, name)
+        weight = weight.float()
+        return torch.addmm(weight, up, down, alpha=self.scaling) if len(down) else weight
 
 
 def _fold(weight: Tensor, norm_weight: Tensor) -> Tensor:
@@ -329,5 +426,5 @@ def _pair(weight: Tensor, heads: int) -> Tensor:
 
     [heads * head_dim, ...] -> the same shape.
     """
-    halves = weight.view(heads, 2, -1, *weight.shape[1:])
+    halves = weight.view(heads, 2, len(weight) // (2 * heads), *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
