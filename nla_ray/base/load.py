@@ -19,7 +19,7 @@ from nla_ray.base.layers import keep_blocks
 from nla_ray.base.prompts import fix_date
 from nla_ray.base.sources import base_folder, quiet_loading
 from nla_ray.settings.config import BaseConfig
-from nla_ray.settings.precision import processor_has_bf16
+from nla_ray.settings.precision import cpu_dtype, processor_has_bf16
 
 
 def load_model_config(base: BaseConfig) -> Any:
@@ -90,12 +90,10 @@ def computes_in_bf16(base: BaseConfig) -> bool:
 def weight_dtype(base: BaseConfig) -> torch.dtype:
     """The type that a base is held and computed in, in this process: `base.dtype` as a rule.
 
-    A CPU without instructions for bfloat16 gets the same bfloat16 numbers in float32: emulated
-    products take several times as long.
+    A CPU without instructions for bfloat16 gets the same bfloat16 numbers in float32.
     """
-    dtype = getattr(torch, base.dtype)
-    is_emulated = dtype == torch.bfloat16 and torch_device(base).type == "cpu"
-    return torch.float32 if is_emulated and not processor_has_bf16() else dtype
+    on_cpu = torch_device(base).type == "cpu"
+    return getattr(torch, cpu_dtype(base.dtype) if on_cpu else base.dtype)
 
 
 def load_backbone(

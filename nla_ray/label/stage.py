@@ -314,6 +314,13 @@ def activation_subjects(run: Run, table: ActivationTable) -> list[str]:
     require_labels_of(run, positions, manifest.model.get("tokenizer_digest", ""))
     if positions == _WHOLE_TEXTS:
         return list(table.text_ids)
+    if "prompt_digest" not in manifest.model:
+        folder = run.root / "activations"
+        raise ValueError(
+            f"activations in {folder}: got activations inside whole texts, as an earlier version"
+            f" kept them, expected each with the text up to it. Delete {folder} and run"
+            " jobs/capture.py."
+        )
     pairs = zip(table.text_ids, table.positions, strict=True)
     return [subject_id(text_id, position) for text_id, position in pairs]
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 from nla_ray.plan.sizes import BaseSizes, base_sizes
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import VALIDATION_SHARE
 from nla_ray.settings.config import ReconstructorConfig, RunConfig, SFTConfig
+from nla_ray.settings.precision import cpu_dtype
 from nla_ray.settings.resources import Kind, resources_of
 
 _CHARS_PER_TOKEN = 3.2
@@ -98,8 +100,11 @@ class PlanFacts:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one weight of the base."""
-        return 2 if self.config.base.dtype == "bfloat16" else 4
+        """Bytes of one weight of the base, in the type that its processes compute in."""
+        compute, dtype = self.config.compute, self.config.base.dtype
+        if not any(resources_of(compute, kind).get("GPU") for kind in get_args(Kind)):
+            dtype = cpu_dtype(dtype)
+        return 2 if dtype == "bfloat16" else 4
 
     @property
     def train_texts(self) -> float:
@@ -169,7 +174,7 @@ class PlanFacts:
         """What each of these processes sustains."""
         if processes.on_gpu:
             return _FLOPS["gpu"]
-        return _FLOPS[f"cpu {self.config.base.dtype}"] * self.config.compute.threads
+        return _FLOPS[f"cpu {cpu_dtype(self.config.base.dtype)}"] * self.config.compute.threads
 
 
 def _counted_chunks(run: Run) -> int | None:

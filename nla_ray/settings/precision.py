@@ -1,4 +1,4 @@
-"""In which type training multiplies where a configuration says `auto`.
+"""In which type training multiplies where a configuration says `auto`, and a CPU what is bfloat16.
 
 It asks the resources that trainers book and the processor, without torch: a plan and a driver
 answer for workers that have not started.
@@ -26,6 +26,14 @@ def training_dtype(config: RunConfig) -> Literal["float32", "bfloat16"]:
         return config.base.training_dtype
     on_gpu = config.base.device != "cpu" and bool(config.compute.trainer_gpus)
     return "bfloat16" if on_gpu or processor_has_bf16() else "float32"
+
+
+def cpu_dtype(dtype: Literal["float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    """The type in which a CPU holds and multiplies weights of this type.
+
+    Without instructions for bfloat16 it is float32: emulated products take several times as long.
+    """
+    return dtype if processor_has_bf16() else "float32"
 
 
 def processor_has_bf16() -> bool:

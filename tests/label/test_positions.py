@@ -44,14 +44,14 @@ def inside(tiny_run: Callable[..., Run], publish_corpus: PublishCorpus) -> Run:
     return run
 
 
-def publish_activations(run: Run) -> None:
-    """The artifact of the capture stage, without Ray."""
+def publish_activations(run: Run, model: dict | None = None) -> None:
+    """The artifact of the capture stage, without Ray. `model`: what its manifest says of it."""
     corpus, stage = run.require("corpus"), run.open("activations")
     for shard in corpus.files:
         texts = read_texts(pa.table({"shard": [shard]}), run=run, corpus=corpus)
         captured = Capture(run.config.base, run.config.capture, threads=1)(texts)
         write_shard(captured, target=stage.location, batch_tokens=8_192, base_digest="")
-    stage.publish(model=base_info(run.config.base).to_dict())
+    stage.publish(model=model or base_info(run.config.base).to_dict())
 
 
 def read_up_to(run: Run, text: str, position: int) -> tuple[str, int]:
@@ -210,6 +210,17 @@ def test_training_refuses_labels_of_other_positions(inside: Run, labelled: str) 
         load_pairs(inside, "train", limit=None, seed=0, first_row=0)
     with pytest.raises(ValueError, match=message):
         load_examples(inside, "train", ReconstructorConfig())
+
+
+def test_training_refuses_activations_that_an_earlier_version_kept_with_whole_texts(
+    inside: Run,
+) -> None:
+    label_texts(inside)
+    model = {**base_info(inside.config.base).to_dict()}
+    del model["prompt_digest"]
+    publish_activations(inside, model)
+    with pytest.raises(ValueError, match=r"each with the text up to it.*run jobs/capture.py"):
+        load_pairs(inside, "train", limit=None, seed=0, first_row=0)
 
 
 def test_training_refuses_labels_inside_texts_for_activations_at_their_end(

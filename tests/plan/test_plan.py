@@ -14,11 +14,14 @@ import pytest
 from nla_ray.base.config_files import as_config
 from nla_ray.base.families import FAMILIES
 from nla_ray.base.identity import base_info
+from nla_ray.plan.facts import PlanFacts
 from nla_ray.plan.sizes import base_sizes, sizes_in
 from nla_ray.plan.text import describe_plan
+from nla_ray.run.artifact import Run
 from nla_ray.run.stages import stages_of_job
+from nla_ray.settings import precision
 from nla_ray.settings.config import BaseConfig, LoraSettings, PretrainRunConfig
-from nla_ray.settings.presets import PRESETS, nano, override
+from nla_ray.settings.presets import PRESETS, nano, override, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -27,6 +30,19 @@ def test_every_preset_can_be_planned(name: str, tmp_path: Path) -> None:
     text = describe_plan(config, "pipeline")
     for stage in stages_of_job("pipeline"):
         assert f"\n{stage.name}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "of_smollm2"), [("flags : avx2", 4), ("flags : avx2 avx512_bf16", 2)]
+)
+def test_a_plan_counts_weights_in_the_type_that_the_processor_computes_in(
+    monkeypatch, tmp_path: Path, flags: str, of_smollm2: int
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"{flags}\n")
+    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
+    for name, expected in (("smollm2-135m", of_smollm2), ("qwen2.5-7b", 2), ("nano", 4)):
+        config = dataclasses.replace(preset(name), run_dir=str(tmp_path / name))
+        assert PlanFacts.of(Run(config)).item_bytes == expected
 
 
 def test_a_plan_of_a_base_nobody_knows_says_what_to_do(tmp_path: Path) -> None:
