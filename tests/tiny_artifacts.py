@@ -3,7 +3,9 @@ adapters left random."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +21,7 @@ from nla_ray.run.identity import SPLITS, document_half, split_of
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.settings.config import LoraSettings
 from nla_ray.text.chunks import CHUNK_SCHEMA
+from nla_ray.text.stage import FAMILIES_NAME, write_families
 from nla_ray.training.linear import make_linear_scorer
 
 DOCUMENTS = {"train": 24, "validation": 8, "test": 14}
@@ -67,6 +70,15 @@ def make_artifacts(run: Run, *, verbalizers: tuple[str, ...] = ("sft", "grpo")) 
     make_linear_scorer(run.config)
     for seed, name in enumerate(verbalizers):
         publish_verbalizer(run, name, seed)
+
+
+def join_families(run: Run, families: dict[str, str]) -> None:
+    """Join documents (doc_id -> family id) of a finished local run; its artifacts stay as they
+    are."""
+    corpus, folder = run.find("corpus"), run.root / "corpus"
+    write_families(families, Path(folder.path))
+    files = {**corpus.files, FAMILIES_NAME: (folder / FAMILIES_NAME).record()}
+    (folder / "manifest.json").write_text(dataclasses.replace(corpus, files=files).to_json())
 
 
 def _chunks() -> list[dict]:

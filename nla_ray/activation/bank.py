@@ -55,13 +55,15 @@ TEXT_COLUMNS = ["text_id", "doc_id", "split", "domain", "text"]
 class ActivationTable:
     """Activations of one split and layer, sorted by activation_id.
 
-    Example: ActivationTable(ids=["a#0@4:31"], text_ids=["a#0"], doc_ids=["a"], domains=["licence"],
-    texts=["..."], vectors=<float32 [1, d_model]>)
+    Example: ActivationTable(ids=["a#0@4:31"], text_ids=["a#0"], doc_ids=["a"],
+    family_ids=["a"], domains=["licence"], texts=["..."], vectors=<float32 [1, d_model]>)
     """
 
     ids: list[str]
     text_ids: list[str]
     doc_ids: list[str]
+    family_ids: list[str]
+    """Of each document: what is of one family is not independent."""
     domains: list[str]
     texts: list[str]
     """What the model has read of each text at the position."""
@@ -83,7 +85,7 @@ class ActivationTable:
         chosen = [int(index) for index in indices]
         lists = {
             name: [getattr(self, name)[index] for index in chosen]
-            for name in ("ids", "text_ids", "doc_ids", "domains", "texts")
+            for name in ("ids", "text_ids", "doc_ids", "family_ids", "domains", "texts")
         }
         return ActivationTable(
             **lists, vectors=self.vectors[torch.tensor(chosen, dtype=torch.int64)]

@@ -49,6 +49,7 @@ class MonitorData:
     comparisons: Comparisons
     """The activations, the train mean, and what each activation is compared with."""
     doc_ids: list[str]
+    family_ids: list[str]
     texts: list[str]
     """The source text of each activation."""
 
@@ -62,7 +63,9 @@ class Monitor:
         self.settings, self.data = settings, data
         self._rollouts, self._scorers = rollouts, scorers
         self._comparisons = data.comparisons
-        self._bootstrap = DocumentBootstrap(data.doc_ids, resamples=_RESAMPLES, seed=settings.seed)
+        self._bootstrap = DocumentBootstrap(
+            data.family_ids, resamples=_RESAMPLES, seed=settings.seed
+        )
 
     def read(self, weights: PublishedWeights) -> tuple[dict[str, float], Tensor]:
         """Describe the validation activations, reconstruct twice, and sum up.

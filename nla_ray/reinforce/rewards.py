@@ -5,7 +5,7 @@
 Every term has a name, under which it is logged, and a weight, which comes from the configuration.
 `score_term` is what a score pays. To add a term, compute it in `text_terms`, name it in TEXT_TERMS
 and weigh it in `reward_weights`. Knows neither models nor Ray nor TRL. Protects two rules: wrong
-activations come from OTHER documents and are the same for the whole group of an activation, so that
+activations come from OTHER families and are the same for the whole group of an activation, so that
 the draw cancels in the advantage; no description is left out, however bad it is.
 """
 
@@ -107,43 +107,43 @@ def beginning_worth(text: str, source: str, settings: GRPOSettings) -> float:
 
 
 class WrongActivations:
-    """Draws wrong rows of the activation bank: rows of other documents than a given row's.
+    """Draws wrong rows of the activation bank: rows of other families than a given row's.
 
-    `documents`: the doc_id of every row of the bank. `near`: for every row the rows that are
+    `families`: the family_id of every row of the bank. `near`: for every row the rows that are
     hardest to tell from it; `count_near` of them are drawn beside `count` of any. Raises ValueError
-    when the bank has fewer than `count` rows outside its largest document, or fewer near rows than
+    when the bank has fewer than `count` rows outside its largest family, or fewer near rows than
     are to be drawn.
     """
 
     def __init__(
         self,
-        documents: Sequence[str],
+        families: Sequence[str],
         count: int,
         near: Sequence[Sequence[int]] | None = None,
         count_near: int = 0,
     ) -> None:
-        names, self._document = np.unique(np.asarray(documents), return_inverse=True)
-        available = len(documents) - int(np.bincount(self._document).max()) if len(documents) else 0
+        names, self._family = np.unique(np.asarray(families), return_inverse=True)
+        available = len(families) - int(np.bincount(self._family).max()) if len(families) else 0
         pool = len(near[0]) if near else 0
         if available < count or pool < count_near:
             raise ValueError(
-                f"wrong activations: got {available} rows from other documents ({len(names)} train"
-                f" documents) and {pool} near ones, expected at least {count} and {count_near}."
+                f"wrong activations: got {available} rows from other families ({len(names)} train"
+                f" families) and {pool} near ones, expected at least {count} and {count_near}."
                 " Lower --grpo.num-wrong and --grpo.num-near, or enlarge the corpus."
             )
         self._count, self._near, self._count_near = count, near, count_near
 
     def draw(self, row: int, seed: int, step: int) -> list[int]:
-        """Different wrong rows of `row`: those of any other document first, then the near ones.
+        """Different wrong rows of `row`: those of any other family first, then the near ones.
 
         A function of (seed, step, row) alone; every step draws anew.
         """
         generator = np.random.default_rng(seed_of(seed, "wrong", str(step), str(row)))
         drawn: list[int] = []
         while len(drawn) < self._count:
-            candidates = generator.integers(len(self._document), size=2 * self._count)
+            candidates = generator.integers(len(self._family), size=2 * self._count)
             for candidate in dict.fromkeys(candidates.tolist()):
-                if self._document[candidate] != self._document[row] and candidate not in drawn:
+                if self._family[candidate] != self._family[row] and candidate not in drawn:
                     drawn.append(candidate)
         del drawn[self._count :]
         if not self._count_near:

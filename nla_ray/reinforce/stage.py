@@ -202,8 +202,8 @@ def wrong_activations(
     near = None
     if settings.num_near:
         pool = min(_NEAR_POOL, len(train.ids) // 2)
-        near = hard_rows(train.vectors, train.doc_ids, train.domains, mean, pool).tolist()
-    return WrongActivations(train.doc_ids, settings.num_wrong, near, settings.num_near)
+        near = hard_rows(train.vectors, train.family_ids, train.domains, mean, pool).tolist()
+    return WrongActivations(train.family_ids, settings.num_wrong, near, settings.num_near)
 
 
 def watched_activations(
@@ -213,13 +213,15 @@ def watched_activations(
     generator = torch.Generator().manual_seed(seed_of(settings.seed, "monitor"))
     order = torch.randperm(len(validation.ids), generator=generator)
     rows = sorted(order[: settings.monitor_activations].tolist())
-    doc_ids = [validation.doc_ids[row] for row in rows]
-    vectors = validation.vectors[rows].clone()
+    watched = validation.select(rows)
     return MonitorData(
         rows=rows,
-        comparisons=Comparisons.draw(vectors, doc_ids, mean, settings.seed),
-        doc_ids=doc_ids,
-        texts=[validation.texts[row] for row in rows],
+        comparisons=Comparisons.draw(
+            watched.vectors, watched.doc_ids, mean, settings.seed, family_ids=watched.family_ids
+        ),
+        doc_ids=watched.doc_ids,
+        family_ids=watched.family_ids,
+        texts=watched.texts,
     )
 
 

@@ -1,7 +1,8 @@
-"""What a document's id alone decides: its split, its half, and every seed drawn for it.
+"""What an id alone decides: a document's split and half, and every seed drawn for it.
 
-It protects two rules: nothing that is derived from a document changes sides, and no result depends
-on sharding or on the number of workers.
+Documents that share text go by the id of their family. It protects two rules: nothing that is
+derived from a document changes sides, and no result depends on sharding or on the number of
+workers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TEST_SHARE = 0.10
 
 
 def split_of(doc_id: str, test_share: float = TEST_SHARE) -> Split:
-    """The split of a document, by a hash of its id alone.
+    """The split of a document or of a family, by a hash of its id alone.
 
     A larger test share holds every test document of a smaller share.
     """
@@ -30,7 +31,7 @@ def split_of(doc_id: str, test_share: float = TEST_SHARE) -> Split:
 
 
 def document_half(doc_id: str) -> Literal["even", "odd"]:
-    """Which scorer may learn from a document; independent of its split."""
+    """Which scorer may learn from a document or a family; independent of its split."""
     return "odd" if int(_digest(f"half:{doc_id}").hex()[:8], 16) % 2 else "even"
 
 

@@ -31,24 +31,24 @@ def inspect_layer(
     validation: Float[Tensor, "validation d_model"],
     train_features: Float[Tensor, "train d_features"],
     validation_features: Float[Tensor, "validation d_features"],
-    doc_ids: Sequence[str],
+    family_ids: Sequence[str],
 ) -> dict[str, Any]:
     """One layer: norms of its train activations, and the gold ceiling on validation activations.
 
-    The features are those of the texts' labels; `doc_ids` are the validation texts'. The ridge
+    The features are those of the texts' labels; `family_ids` are the validation texts'. The ridge
     penalty with the best centred cosine counts. It is chosen on the rows that the ceiling is
     measured on, so the ceiling serves to choose a layer and is no evidence. The 2-way choice is by
     centred cosine: raw, gold labels fail it where activations differ in their distance to the mean.
     """
     norms, mean = norm(train)[:, 0], vectors.mean_direction(train)
-    comparisons = Comparisons.draw(validation, doc_ids, mean, seed=0)
+    comparisons = Comparisons.draw(validation, family_ids, mean, seed=0)
     by_penalty: dict[float, dict[str, Figure]] = {}
     for penalty in PENALTIES:
         fitted = fit(train_features, train, mean, penalty)
         by_penalty[penalty] = figures(mean + predict(validation_features, fitted), comparisons)
     penalty = max(by_penalty, key=lambda penalty: by_penalty[penalty]["centred_cosine"].value)
     ceiling = {name: by_penalty[penalty][name] for name in _CEILING}
-    intervals = DocumentBootstrap(doc_ids).intervals(ceiling)
+    intervals = DocumentBootstrap(family_ids).intervals(ceiling)
     return {
         "mean_norm": norms.mean().item(),
         "norm_quantiles": {str(share): norms.quantile(share).item() for share in (0.01, 0.5, 0.99)},

@@ -1,8 +1,9 @@
-"""What every row is compared with: wrong rows of other documents, fixed once, and ranks among them.
+"""What every row is compared with: wrong rows of other families, fixed once, and ranks among them.
 
 A `Comparisons` is drawn by seed and shared by every verbalizer and scorer, so that all of them take
 the same test. Pure arithmetic on vectors and document names; it knows neither text nor files.
-Protects two rules: a wrong row belongs to another document; a tie counts against the right row, so
+Protects two rules: a wrong row shares no text with the right one (it belongs to another family,
+the document itself where it shares text with none); a tie counts against the right row, so
 that a constant reconstruction earns nothing.
 """
 
@@ -59,21 +60,23 @@ class Comparisons:
         mean: Float[Tensor, " d_model"],
         seed: int,
         domains: Sequence[str] | None = None,
+        family_ids: Sequence[str] | None = None,
     ) -> Comparisons:
-        """Seeded pairs and choices; every wrong row belongs to another document.
+        """Seeded pairs and choices; every wrong row belongs to another family.
 
-        Without `domains` all rows are of one. Raises ValueError for too few documents.
+        Without `domains` all rows are of one; without `family_ids` documents are families. Raises
+        ValueError for too few families.
         """
         originals, mean = originals.float(), mean.float()
-        domains = domains or [""] * len(doc_ids)
-        outside = len(doc_ids) - int(_numbered(doc_ids).bincount().max()) if doc_ids else 0
+        domains, families = domains or [""] * len(doc_ids), family_ids or doc_ids
+        outside = len(families) - int(_numbered(families).bincount().max()) if families else 0
         return cls(
             pool=originals,
             rows=torch.arange(len(originals)),
             mean=mean,
-            wrong=derangement(doc_ids, seed),
-            others=other_rows(doc_ids, max(NUM_OTHERS, min(MOST_OTHERS, outside)), seed + 1),
-            hard_others=hard_rows(originals, doc_ids, domains, mean, NUM_OTHERS),
+            wrong=derangement(families, seed),
+            others=other_rows(families, max(NUM_OTHERS, min(MOST_OTHERS, outside)), seed + 1),
+            hard_others=hard_rows(originals, families, domains, mean, NUM_OTHERS),
             document_others=document_rows(doc_ids),
         )
 
@@ -102,22 +105,22 @@ class Comparisons:
         return vectors.direction(vectors.centre(self.pool, self.mean))
 
 
-def derangement(doc_ids: Sequence[str], seed: int) -> Int[Tensor, " rows"]:
-    """A permutation that gives every row a row of another document.
+def derangement(family_ids: Sequence[str], seed: int) -> Int[Tensor, " rows"]:
+    """A permutation that gives every row a row of another family.
 
-    Rows are laid out document by document in random order and shifted by a random amount that is at
-    least the longest document, on either side. Raises ValueError when one document has more than
+    Rows are laid out family by family in random order and shifted by a random amount that is at
+    least the longest family, on either side. Raises ValueError when one family has more than
     half of the rows.
     """
-    documents = _numbered(doc_ids)
-    rows, longest = len(documents), int(documents.bincount().max()) if len(documents) else 0
+    families = _numbered(family_ids)
+    rows, longest = len(families), int(families.bincount().max()) if len(families) else 0
     if rows < 2 or 2 * longest > rows:
         raise ValueError(
-            f"derangement: got {rows} rows with {longest} of one document, expected at most half of"
-            " the rows from one. Use a corpus with more documents."
+            f"derangement: got {rows} rows with {longest} of one family, expected at most half of"
+            " the rows from one. Use more documents; those that share text are one family."
         )
     generator = torch.Generator().manual_seed(seed)
-    turns = torch.randperm(int(documents.max()) + 1, generator=generator)[documents]
+    turns = torch.randperm(int(families.max()) + 1, generator=generator)[families]
     order = torch.argsort(turns * rows + torch.randperm(rows, generator=generator))
     shift = int(torch.randint(longest, rows - longest + 1, (1,), generator=generator))
     result = torch.empty(rows, dtype=torch.int64)
@@ -126,46 +129,46 @@ def derangement(doc_ids: Sequence[str], seed: int) -> Int[Tensor, " rows"]:
 
 
 def other_rows(
-    doc_ids: Sequence[str], num_others: int, seed: int
+    family_ids: Sequence[str], num_others: int, seed: int
 ) -> Int[Tensor, "rows {num_others}"]:
-    """For every row distinct rows of other documents, uniformly at random.
+    """For every row distinct rows of other families, uniformly at random.
 
-    Raises ValueError when a row has fewer rows of other documents than that.
+    Raises ValueError when a row has fewer rows of other families than that.
     """
-    documents = _numbered(doc_ids)
-    rows, longest = len(documents), int(documents.bincount().max()) if len(documents) else 0
+    families = _numbered(family_ids)
+    rows, longest = len(families), int(families.bincount().max()) if len(families) else 0
     if rows - longest < num_others:
         raise ValueError(
-            f"wrong rows: got {rows - longest} rows outside the longest document, expected at least"
-            f" {num_others}. Evaluate more documents."
+            f"wrong rows: got {rows - longest} rows outside the longest family, expected at least"
+            f" {num_others}. Evaluate more documents; those that share text are one family."
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = []
-    for block in documents.split(_BLOCK_ROWS):
+    for block in families.split(_BLOCK_ROWS):
         keys = torch.rand(len(block), rows, generator=generator)
-        keys[block[:, None] == documents[None, :]] = -1.0
+        keys[block[:, None] == families[None, :]] = -1.0
         chosen.append(keys.topk(num_others, dim=1).indices)
     return torch.cat(chosen)
 
 
 def hard_rows(
     originals: Float[Tensor, "rows d_model"],
-    doc_ids: Sequence[str],
+    family_ids: Sequence[str],
     domains: Sequence[str],
     mean: Float[Tensor, " d_model"],
     num_others: int,
 ) -> Int[Tensor, "rows {num_others}"]:
-    """For every row the nearest rows of its domain in other documents, by centred cosine.
+    """For every row the nearest rows of its domain in other families, by centred cosine.
 
     A domain with too few is filled up with the nearest rows of other domains.
     """
-    documents, domain = _numbered(doc_ids), _numbered(domains)
+    families, domain = _numbered(family_ids), _numbered(domains)
     centred = vectors.direction(vectors.centre(originals, mean))
     chosen = []
-    for rows in torch.arange(len(documents)).split(_BLOCK_ROWS):
+    for rows in torch.arange(len(families)).split(_BLOCK_ROWS):
         nearness = centred[rows] @ centred.T
         nearness -= 4.0 * (domain[rows, None] != domain[None, :])  # two cosines differ by 2 at most
-        nearness[documents[rows, None] == documents[None, :]] = -torch.inf
+        nearness[families[rows, None] == families[None, :]] = -torch.inf
         chosen.append(nearness.topk(num_others, dim=1).indices)
     return torch.cat(chosen)
 

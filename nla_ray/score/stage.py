@@ -28,7 +28,7 @@ from nla_ray.run.stages import INSPECTION_FORMAT, INSPECTION_NAME
 from nla_ray.score.ceiling import DEPTHS, inspect_layer
 from nla_ray.score.linear import DescriptionFeatures
 from nla_ray.settings.config import RunConfig, require
-from nla_ray.text.stage import read_chunks
+from nla_ray.text.stage import read_chunks, read_families
 
 logger = get_logger(__name__)
 
@@ -63,7 +63,8 @@ def inspect_base(run: Run) -> dict[str, Any]:
     reader = ActivationReader(model, layers, config.capture.batch_tokens)
     train, train_activations = _read(encoder, reader, train)
     validation, validation_activations = _read(encoder, reader, validation)
-    doc_ids = [row["doc_id"] for row in validation]
+    families = read_families(run)
+    family_ids = [families.get(row["doc_id"], row["doc_id"]) for row in validation]
     by_layer = {}
     for layer in layers:
         # The stream in the middle below the layer: what the linear reconstructor reads.
@@ -75,7 +76,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
             validation_activations[layer],
             features([row["label"] for row in train]),
             features([row["label"] for row in validation]),
-            doc_ids,
+            family_ids,
         )
     results = {
         "format": INSPECTION_FORMAT,

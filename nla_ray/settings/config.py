@@ -199,7 +199,7 @@ class ReconstructorConfig:
 
     lora: LoraSettings = LoraSettings()
     document_half: Literal["even", "odd"] = "even"
-    """Half of the train documents it learns from; the two scorers' halves are disjoint."""
+    """Half of the train families it learns from; the two scorers' halves are disjoint."""
     labels: Literal["one", "all"] = "one"
     """Labels of a train text it learns from: one, or every teacher's with the same activation."""
     teacher_share: float = 0.5

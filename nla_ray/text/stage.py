@@ -195,10 +195,10 @@ def read_chunks(run: Run, columns: Sequence[str]) -> pa.Table:
 def read_families(run: Run) -> dict[str, str]:
     """doc_id -> family id, of every document that is no family by itself.
 
-    None in a corpus that was made before families were found.
+    None of them in a corpus that was made before families were found.
     """
-    corpus = run.require("corpus")
-    if FAMILIES_NAME not in corpus.files:
+    corpus = run.find("corpus")
+    if corpus is None or FAMILIES_NAME not in corpus.files:
         return {}
     lines = run.verified("corpus", corpus, FAMILIES_NAME).read_text().splitlines()
     rows = map(json.loads, lines)

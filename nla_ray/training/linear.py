@@ -60,7 +60,7 @@ def make_linear_scorer(config: RunConfig) -> None:
             f"train examples of the linear scorer: got {len(train.descriptions)}, expected at least"
             " two. Use a larger corpus, label more texts or raise --linear-scorer.max-examples."
         )
-    wrong = derangement(validation.doc_ids, settings.seed)
+    wrong = derangement(validation.family_ids, settings.seed)
     learned, held_out = features(train.descriptions), features(validation.descriptions)
     best: tuple[float, dict[str, float], dict[str, torch.Tensor]] | None = None
     for penalty in PENALTIES:

@@ -78,13 +78,14 @@ class Examples:
     """Descriptions with the activations they describe.
 
     Example: descriptions=["- A Python test"], targets=tensor([[0.3, ...]]) of shape [1, d_model],
-    doc_ids=["pytest/x.py"]
+    doc_ids=["pytest/x.py"], family_ids=["pytest/x.py"]
     """
 
     descriptions: list[str]
     targets: Tensor
     """[rows, d_model] float32, raw."""
     doc_ids: list[str]
+    family_ids: list[str]
 
 
 def choose_labels(
@@ -138,7 +139,7 @@ def scorer_labels(
 def load_examples(
     run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig
 ) -> Examples:
-    """The split's activations of the scorer's half of the documents, each with a label.
+    """The split's activations of the scorer's half of the families, each with a label.
 
     Raises ValueError when none is left, and for labels of other positions than the activations'.
     """
@@ -147,7 +148,7 @@ def load_examples(
     kept = [
         (index, label)
         for index, subject in enumerate(activation_subjects(run, table))
-        if document_half(table.doc_ids[index]) == settings.document_half
+        if document_half(table.family_ids[index]) == settings.document_half
         for label in labels.get(subject, ())
     ]
     if split == "train" and settings.max_examples is not None:
@@ -159,13 +160,14 @@ def load_examples(
     if not kept:
         raise ValueError(
             f"{split} examples: got 0 labelled activations in the {settings.document_half} half of"
-            " the documents, expected at least one. Use a larger corpus or label more texts."
+            " the families, expected at least one. Use a larger corpus or label more texts."
         )
     table = table.select([index for index, _ in kept])
     return Examples(
         descriptions=[label for _, label in kept],
         targets=table.vectors,
-        doc_ids=list(table.doc_ids),
+        doc_ids=table.doc_ids,
+        family_ids=table.family_ids,
     )
 
 
@@ -384,7 +386,7 @@ def make_reconstruction_trainer(
         validation=Validation(
             examples=validation,
             mean=reconstructor.mean.cpu(),
-            wrong=derangement(validation.doc_ids, settings.seed),
+            wrong=derangement(validation.family_ids, settings.seed),
         ),
         settings=settings,
         checkpoints=checkpoints,

@@ -65,14 +65,15 @@ def train_sft(run: Run) -> Manifest:
 class Pairs:
     """Activations with the labels they are to be described by.
 
-    Example: rows=[0], labels=["- A Python test"], doc_ids=["pytest/x.py"], vectors of shape [1,
-    d_model]
+    Example: rows=[0], labels=["- A Python test"], doc_ids=["pytest/x.py"],
+    family_ids=["pytest/x.py"], vectors of shape [1, d_model]
     """
 
     rows: list[int]
     """Rows of the activation bank."""
     labels: list[str]
     doc_ids: list[str]
+    family_ids: list[str]
     vectors: Tensor
     """[rows, d_model] float32, raw."""
 
@@ -115,7 +116,8 @@ def load_pairs(
     return Pairs(
         rows=list(range(first_row, first_row + len(kept))),
         labels=[label for _, label in kept],
-        doc_ids=list(table.doc_ids),
+        doc_ids=table.doc_ids,
+        family_ids=table.family_ids,
         vectors=table.vectors,
     )
 
@@ -301,7 +303,7 @@ def make_sft_trainer(
     settings = run_config.sft
     prompt = build_injection_prompt(tokenizer, run_config.base.marker)
     vocab_size = model.get_input_embeddings().num_embeddings
-    wrong = derangement(validation.doc_ids, settings.seed).tolist()
+    wrong = derangement(validation.family_ids, settings.seed).tolist()
     shuffled = [validation.rows[number] for number in wrong]
     examples = encode_pairs(train, tokenizer, prompt, vocab_size)
     lengths = [len(example["input_ids"]) for example in examples]

@@ -46,6 +46,7 @@ def monitor() -> Monitor:
         rows=list(range(ROWS)),
         comparisons=Comparisons.draw(vectors, doc_ids, torch.zeros(8), seed=0),
         doc_ids=doc_ids,
+        family_ids=doc_ids,
         texts=[""] * ROWS,
     )
     return Monitor(GRPOSettings(), data, rollouts=None, scorers=None)

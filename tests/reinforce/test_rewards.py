@@ -109,7 +109,7 @@ def test_every_row_of_the_other_documents_can_be_drawn() -> None:
 
 def test_too_few_other_documents_is_one_clear_error() -> None:
     with pytest.raises(
-        ValueError, match=r"got 2 rows from other documents.*expected at least 3.*num-wrong"
+        ValueError, match=r"got 2 rows from other families.*expected at least 3.*num-wrong"
     ):
         rewards.WrongActivations(["a", "a", "b", "c", "a"], count=3)
 

@@ -190,6 +190,18 @@ def test_hard_rows_are_the_nearest_of_the_domain_then_of_the_others_and_never_of
     assert hard[5].tolist() == [2, 4, 3]
 
 
+def test_no_wrong_row_is_of_the_same_family_and_other_rows_of_a_document_stay_its_own() -> None:
+    doc_ids = [f"d{row // 2}" for row in range(60)]
+    family_ids = [f"f{row // 6}" for row in range(60)]
+    originals = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    drawn = Comparisons.draw(originals, doc_ids, torch.zeros(4), 0, family_ids=family_ids)
+    compared = torch.cat([drawn.wrong[:, None], drawn.others, drawn.hard_others], dim=1)
+    for row, others in enumerate(compared.tolist()):
+        assert family_ids[row] not in {family_ids[other] for other in others}
+    assert drawn.others.shape == (60, 54)
+    assert drawn.document_others.tolist() == [[row + 1 - 2 * (row % 2)] for row in range(60)]
+
+
 def test_the_nearest_row_is_by_centred_cosine_across_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     candidates, mean = (

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from ranks import offer_losses, on_ranks
 from safetensors.torch import load_file
-from tiny_artifacts import make_artifacts
+from tiny_artifacts import join_families, make_artifacts
 from torch import nn
 
 from nla_ray.run.artifact import Run
@@ -476,6 +477,27 @@ def test_the_two_scorers_learn_from_disjoint_documents(stage_run: Run) -> None:
     assert all(
         not first & second for index, first in enumerate(parts) for second in parts[index + 1 :]
     )
+
+
+def test_the_documents_of_a_family_are_in_one_scorers_half(stage_run: Run, tmp_path: Path) -> None:
+    from nla_ray.activation.stage import load_activations
+    from nla_ray.training.reconstruction import load_examples
+
+    twin = twin_of(stage_run, tmp_path)
+    (tmp_path / "corpus").unlink()
+    shutil.copytree(Path(stage_run.root.path) / "corpus", tmp_path / "corpus")
+    train = sorted(set(load_activations(twin, "train").doc_ids))
+    assert {document_half(doc_id) for doc_id in train[:6]} == {"even", "odd"}
+    join_families(twin, dict.fromkeys(train[:6], "joined"))
+    for settings in (twin.config.reward_scorer, twin.config.judge_scorer):
+        examples = load_examples(twin, "train", settings)
+        is_half = document_half("joined") == settings.document_half
+        assert set(examples.doc_ids) & set(train[:6]) == (set(train[:6]) if is_half else set())
+        assert set(examples.family_ids) == {
+            family
+            for family in ("joined", *train[6:])
+            if document_half(family) == settings.document_half
+        }
 
 
 def test_every_label_of_a_text_can_be_learned_with_its_activation(

@@ -40,6 +40,7 @@ def make_examples(count: int, seed: int) -> Examples:
     return Examples(
         descriptions=[LABELS[row % 4] for row in range(count)],
         doc_ids=[f"doc-{seed}-{row}" for row in range(count)],
+        family_ids=[f"doc-{seed}-{row}" for row in range(count)],
         targets=5.0 * (3.0 * common + centres.repeat(count // 4 + 1, 1)[:count] + noise),
     )
 

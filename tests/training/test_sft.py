@@ -52,6 +52,7 @@ def make_pairs(count: int, *, first_row: int = 0, seed: int = 0) -> Pairs:
         rows=list(range(first_row, first_row + count)),
         labels=[LABELS[row % 4] for row in range(count)],
         doc_ids=[f"doc-{first_row + row}" for row in range(count)],
+        family_ids=[f"doc-{first_row + row}" for row in range(count)],
         vectors=centres.repeat(count // 4 + 1, 1)[:count] + noise,
     )
 
