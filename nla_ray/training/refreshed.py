@@ -140,6 +140,7 @@ def refreshing_examples(run: Run) -> Examples:
         descriptions=[*labels, *(description.text for description in _written(run))],
         targets=torch.cat([table.vectors, table.vectors]),
         doc_ids=[*table.doc_ids, *table.doc_ids],
+        family_ids=[*table.family_ids, *table.family_ids],
     )
 
 
