@@ -38,7 +38,7 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
-from nla_ray.text.stage import read_families
+from nla_ray.text.stage import families_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -364,15 +364,13 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
     for chunk in table["activation"].chunks:
         matrix[start : start + len(chunk)] = activation_matrix(chunk, d_model)
         start += len(chunk)
-    ids = table["activation_id"].to_pylist()
-    doc_ids: list[str] = table["doc_id"].to_pylist()  # pyright: ignore[reportAssignmentType]
-    families = read_families(run)
+    ids, doc_ids = table["activation_id"].to_pylist(), table["doc_id"].to_pylist()
     order = sorted(range(len(ids)), key=ids.__getitem__)
     loaded = ActivationTable(
         ids=ids,
         text_ids=table["text_id"].to_pylist(),
         doc_ids=doc_ids,
-        family_ids=[families.get(doc_id, doc_id) for doc_id in doc_ids],
+        family_ids=families_of(run, doc_ids),
         domains=table["domain"].to_pylist(),
         texts=table["text"].to_pylist(),
         vectors=torch.from_numpy(matrix),

@@ -28,7 +28,7 @@ from nla_ray.run.stages import INSPECTION_FORMAT, INSPECTION_NAME
 from nla_ray.score.ceiling import DEPTHS, inspect_layer
 from nla_ray.score.linear import DescriptionFeatures
 from nla_ray.settings.config import RunConfig, require
-from nla_ray.text.stage import read_chunks, read_families
+from nla_ray.text.stage import families_of, read_chunks
 
 logger = get_logger(__name__)
 
@@ -63,8 +63,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
     reader = ActivationReader(model, layers, config.capture.batch_tokens)
     train, train_activations = _read(encoder, reader, train)
     validation, validation_activations = _read(encoder, reader, validation)
-    families = read_families(run)
-    family_ids = [families.get(row["doc_id"], row["doc_id"]) for row in validation]
+    family_ids = families_of(run, (row["doc_id"] for row in validation))
     by_layer = {}
     for layer in layers:
         # The stream in the middle below the layer: what the linear reconstructor reads.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,12 @@ def read_families(run: Run) -> dict[str, str]:
     lines = run.verified("corpus", corpus, FAMILIES_NAME).read_text().splitlines()
     rows = map(json.loads, lines)
     return {row["doc_id"]: row["family_id"] for row in rows}
+
+
+def families_of(run: Run, doc_ids: Iterable[str]) -> list[str]:
+    """The family id of each document: its own id where it shares text with no other."""
+    families = read_families(run)
+    return [families.get(doc_id, doc_id) for doc_id in doc_ids]
 
 
 def read_shards(
