@@ -2,6 +2,7 @@
 
 $ python jobs/grpo.py                          # preset nano, in runs/nano
 $ python jobs/grpo.py --grpo.contrast none     # the ablation: no wrong activations
+$ python jobs/grpo.py --seeds 0 1 2            # three trainings from one SFT, for a report of them
 $ ray job submit --working-dir . -- python jobs/grpo.py
 """
 

@@ -17,7 +17,7 @@ from nla_ray.plan.facts import PlanFacts, StagePlan
 from nla_ray.plan.formulas import FORMULAS
 from nla_ray.plan.units import format_bytes, format_seconds
 from nla_ray.run.artifact import Run
-from nla_ray.run.stages import INSPECTION_JOB, Stage, is_superfluous, stages_of_job
+from nla_ray.run.stages import INSPECTION_JOB, Stage, is_superfluous, stages_of_job, steps_of_job
 from nla_ray.settings.config import RunConfig
 
 
@@ -43,15 +43,17 @@ def describe_plan(config: RunConfig, job: str) -> str:
     )
     if not stages:
         lines.append("  nothing is made: the job reads what a run holds")
-    for stage in stages:
-        lines.append(f"{stage.name}{_reason_to_skip(run, job, stage, stages)}")
+    for stage, made_for in steps_of_job(run, job):
+        artifact = stage.artifact_of_job(job, made_for.config)
+        title = stage.name if made_for is run else artifact
+        lines.append(f"{title}{_reason_to_skip(run, artifact, stage, stages)}")
         lines += _stage_lines(FORMULAS[stage.name](facts), facts)
     return "\n".join(lines)
 
 
-def _reason_to_skip(run: Run, job: str, stage: Stage, stages: Sequence[Stage]) -> str:
+def _reason_to_skip(run: Run, artifact: str, stage: Stage, stages: Sequence[Stage]) -> str:
     """What follows the name of a stage that the job does not make; the empty string for others."""
-    if run.find(stage.artifact_of_job(job, run.config)) is not None:
+    if run.find(artifact) is not None:
         return "  (complete: skipped)"
     if is_superfluous(run, stage, stages):
         return "  (what is made from it exists already: skipped)"

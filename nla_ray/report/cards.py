@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,23 @@ def experiments(preset: str) -> list[dict[str, Any]]:
     """What was tried on validation before the settings of a preset were chosen; or nothing.
 
     Rows of `changed` (in words), `kept`, `n` (activations) and `minus_sft` (figure -> paired
-    difference with the SFT verbalizer).
+    difference with the SFT verbalizer); where other seeds were trained, `other_seeds`, a mapping
+    figure -> difference for each. Every row gets `seeds`, their number, and `spread`: figure ->
+    standard deviation over the seeds.
     """
     path = FOLDER / f"{preset}_experiments.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return [{**row, **_over_seeds(row)} for row in rows]
+
+
+def _over_seeds(row: Mapping[str, Any]) -> dict[str, Any]:
+    others = row.get("other_seeds", [])
+    spread = {}
+    for figure, difference in row["minus_sft"].items():
+        values = [difference["value"], *(other[figure] for other in others)]
+        if others:
+            spread[figure] = statistics.stdev(values)
+    return {"seeds": 1 + len(others), "spread": spread}
 
 
 def findings(preset: str) -> str:

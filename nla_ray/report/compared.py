@@ -41,6 +41,8 @@ class Compared:
     """SHA-256 of the content: another content makes another report."""
     manifest: Manifest | None
     """The manifest of an artifact. Without one the lineage is unknown, and the report says so."""
+    run_folder: Path | None = None
+    """The run that the artifact lies in."""
 
     @property
     def is_adapter(self) -> bool:
@@ -81,15 +83,18 @@ def _find(name: str, path: Path) -> Compared:
             f"--compare {name}: got {path}, expected a JSONL file of descriptions, or a folder with"
             f" {ADAPTER_CONFIG} in it or in its folder adapter. Correct the path."
         )
-    files, manifest = [path], None
+    files, manifest, run_folder = [path], None, None
     if folder is not None:
         files = sorted(file for file in folder.iterdir() if file.is_file())
         artifact = _first_with(MANIFEST_NAME, path, path.parent)
         if artifact is not None:
             source = artifact / MANIFEST_NAME
             manifest = Manifest.from_json(source.read_text(), str(source))
+            run_folder = artifact.resolve().parent
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return Compared(name=name, path=folder or path, digest=digest, manifest=manifest)
+    return Compared(
+        name=name, path=folder or path, digest=digest, manifest=manifest, run_folder=run_folder
+    )
 
 
 def _first_with(file_name: str, *folders: Path) -> Path | None:

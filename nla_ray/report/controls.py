@@ -60,13 +60,17 @@ def artifact_of(scorer: str) -> str:
 
 
 def trained_in(artifacts: Collection[str]) -> list[str]:
-    """Which artifacts of a run are verbalizers, SFT first, named arms of GRPO last.
+    """Which artifacts of a run are verbalizers, SFT first, those with names of their own last.
 
-    >>> trained_in(["grpo_kl0", "labels", "grpo", "sft"])
-    ['sft', 'grpo', 'grpo_kl0']
+    >>> trained_in(["grpo_kl0", "labels", "grpo", "sft_seed1", "sft"])
+    ['sft', 'grpo', 'grpo_kl0', 'sft_seed1']
     """
-    named_arms = [name for name in artifacts if name.startswith("grpo") and name not in TRAINED]
-    return [*(name for name in TRAINED if name in artifacts), *sorted(named_arms)]
+    stages = artifacts_of_kind("verbalizer")
+    named = [name for name in artifacts if name.startswith(tuple(f"{stage}_" for stage in stages))]
+    return [
+        *(name for name in TRAINED if name in artifacts),
+        *sorted(name for name in named if name not in TRAINED),
+    ]
 
 
 def pairs_of(verbalizers: Sequence[str]) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest, check_disjoint, check_lineage
 from nla_ray.run.recipe import config_differences
+from nla_ray.run.stages import seed_variants, stage_named
 from nla_ray.settings.config import EvaluationConfig, RunConfig, to_dict
 
 logger = get_logger(__name__)
@@ -33,10 +34,16 @@ logger = get_logger(__name__)
 def ancestors(run: Run) -> dict[str, Manifest]:
     """Manifests of everything the report is made from, by artifact.
 
-    A report on another arm has the contrastive arm as well, where that is complete. Raises
-    ValueError when an artifact is missing; the message names its job.
+    A report on another arm has the contrastive arm as well, where that is complete; a report with
+    `--seeds` has GRPO under each, and SFT where that was trained. Raises ValueError when an
+    artifact is missing; the message names its job.
     """
     manifests = run.parents_of("report")
+    for variant in seed_variants(run.config, stage_named("grpo")):
+        manifests[variant.grpo.artifact] = run.require(variant.grpo.artifact)
+    for variant in seed_variants(run.config, stage_named("sft")):
+        if (trained := run.find(variant.sft.artifact)) is not None:
+            manifests[variant.sft.artifact] = trained
     if run.config.grpo.contrast == "none" and (contrastive := run.find("grpo")) is not None:
         arm = run.config.grpo.artifact
         manifests = {**manifests, "grpo": contrastive, arm: manifests[arm]}

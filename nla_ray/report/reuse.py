@@ -45,7 +45,7 @@ class OwnReport:
 def _own_report_name(config: RunConfig) -> str:
     """The artifact of the report on the contrastive arm, with nothing beside it."""
     grpo = dataclasses.replace(config.grpo, contrast="wrong", name=None)
-    return dataclasses.replace(config, grpo=grpo, compare=()).report_artifact
+    return dataclasses.replace(config, grpo=grpo, compare=(), seeds=()).report_artifact
 
 
 def _has_same_rows(report: Manifest, stage: Artifact, manifests: Mapping[str, Manifest]) -> bool:

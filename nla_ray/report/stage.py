@@ -40,6 +40,7 @@ from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.rendering.page import to_html
 from nla_ray.report.rendering.terminal import print_report
 from nla_ray.report.reuse import OwnReport
+from nla_ray.report.seeds import seed_section
 from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
@@ -110,6 +111,7 @@ def make_report(config: RunConfig) -> None:
                 "notes": [*missing_notes(evaluated, test, compared), *notes],
                 "protocols": protocol_records(evaluated.protocols),
                 **summary,
+                "seeds": seed_section(summary, run, manifests, compared),
                 "growth": growth(summary["results"], manifests, compared, training, inspection),
                 "examples": examples(evaluated, test, settings),
             }
@@ -191,10 +193,11 @@ def publish_card(run: Run, report: Mapping[str, Any]) -> Path:
     a card is of the preset as it is.
     """
     name = run.config.report_artifact
-    if name != "report":
+    if name not in ("report", "report_seeds"):
         raise ValueError(
             f"--card: got the report {name!r}, expected 'report', the one on test documents of the"
-            " preset's own verbalizers. Leave out --compare and what chooses another report."
+            " preset's own verbalizers, or 'report_seeds'. Leave out --compare and what chooses"
+            " another report."
         )
     recorded: dict[str, dict[str, Any]] = {}
     for manifest in [*ancestors(run).values(), run.require(name)]:
@@ -204,7 +207,7 @@ def publish_card(run: Run, report: Mapping[str, Any]) -> Path:
     card = to_card(
         report,
         seconds=pipeline_timings(run),
-        commands=commands_of(preset_name, recorded, to_dict(preset(preset_name))),
+        commands=commands_of(preset_name, recorded, to_dict(preset(preset_name)), run.config.seeds),
         findings=findings(preset_name),
         examples=explain_examples(run),
     )

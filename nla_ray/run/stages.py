@@ -68,6 +68,9 @@ class Stage:
     """True: later stages are made from the variant that `named_by` names. False: they are always
     made from the artifact with the stage's own name."""
 
+    seeded_by: Literal["sft", "grpo"] | None = None
+    """The section with its seed, where `--seeds` makes it once for each."""
+
     def artifact(self, config: RunConfig) -> str:
         """The artifact's name under a configuration: `grpo_no_contrast` of stage `grpo`."""
         return operator.attrgetter(self.named_by)(config) if self.named_by else self.name
@@ -147,6 +150,7 @@ STAGES = (
         parents=("activations", "labels"),
         sections=("base", "sft"),
         named_by="sft.artifact",
+        seeded_by="sft",
         function="nla_ray.training.sft:train_sft",
     ),
     Stage(
@@ -156,6 +160,7 @@ STAGES = (
         parents=("activations", "sft", "reward_scorer", "judge_scorer"),
         sections=("base", "grpo"),
         named_by="grpo.artifact",
+        seeded_by="grpo",
         passes_name_on=True,
         function="nla_ray.reinforce.stage:train_grpo",
     ),
@@ -257,28 +262,59 @@ def artifacts_of_kind(kind: ArtifactKind) -> tuple[str, ...]:
     return tuple(stage.name for stage in STAGES if stage.kind == kind)
 
 
+def seed_variants(config: RunConfig, stage: Stage) -> list[RunConfig]:
+    """The configurations that `--seeds` asks for of a stage, beside the one that is given.
+
+    >>> from nla_ray.settings.config import RunConfig
+    >>> variants = seed_variants(RunConfig(seeds=(0, 1, 2)), stage_named("grpo"))
+    >>> [variant.grpo.artifact for variant in variants]
+    ['grpo_seed1', 'grpo_seed2']
+    """
+    if stage.seeded_by is None:
+        return []
+    own = getattr(config, stage.seeded_by).seed
+    return [config.with_seed(stage.seeded_by, seed) for seed in config.seeds if seed != own]
+
+
+def steps_of_job(run: Run, job: str) -> list[tuple[Stage, Run]]:
+    """The stages of a job, each with the run that it is made for.
+
+    `--seeds` adds variants of the last training among them: of SFT in its own job, else of GRPO.
+    """
+    stages = stages_of_job(job)
+    trainings = [stage for stage in stages if stage.seeded_by]
+    steps: list[tuple[Stage, Run]] = []
+    for stage in stages:
+        steps.append((stage, run))
+        if stage in trainings[-1:]:
+            variants = seed_variants(run.config, stage)
+            steps += [(stage, type(run)(variant)) for variant in variants]
+    return steps
+
+
 def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[Stage, Any]]:
     """Make what a job makes, stage by stage; yields each with what its function returned.
 
     That is the manifest of a complete artifact, or what a stage without one found. A stage that is
-    superfluous is left out. Stages of the
-    job itself are opened always, and so compared with the configuration. The artifact of a parent
-    is taken as it is when it is complete; with `strict` it is compared too. Seconds of what was
-    completed here are written to TIMINGS_NAME.
+    superfluous is left out. Stages of the job itself are opened always, and so compared with the
+    configuration. The artifact of a parent is taken as it is when it is complete; with `strict` it
+    is compared too. Seconds of what was completed here are written to TIMINGS_NAME.
     """
+    steps = steps_of_job(run, job)
     stages = stages_of_job(job)
-    for number, stage in enumerate(stages, 1):
-        title = f"[{number}/{len(stages)}] {stage.name}"
-        artifact, started = stage.artifact_of_job(job, run.config), time.monotonic()
+    for number, (stage, made_for) in enumerate(steps, 1):
+        artifact, started = stage.artifact_of_job(job, made_for.config), time.monotonic()
+        title = f"[{number}/{len(steps)}] {stage.name if made_for is run else artifact}"
         if is_superfluous(run, stage, stages):
             logger.info("%s: left out, because what is made from it exists already", title)
             continue
         result = run.find(artifact)
-        if result is None and stage.kind is not None and artifact != stage.artifact(run.config):
+        is_made = stage.kind is None or artifact == stage.artifact(made_for.config)
+        if result is None and not is_made:
             run.require(artifact)  # the function would make the one with a name of its own
         if result is None:
             logger.info("%s", title)
-            result = stage.make(run)
+            result = stage.make(made_for)
             seconds = round(time.monotonic() - started, 1)
             logger.info("%s: %.1f s", title, seconds)
             if stage.kind is not None:
@@ -286,7 +322,7 @@ def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[S
         else:
             logger.info("%s: complete", title)
             if strict or stage.job == job:
-                result = stage.make(run)
+                result = stage.make(made_for)
         yield stage, result
 
 

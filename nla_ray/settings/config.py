@@ -550,6 +550,9 @@ class RunConfig:
     """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions with
     activation_id and description, an adapter, or the folder of another run's artifact. A file is
     compared where its first line says that it was generated under the report's protocol."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to train with, each an artifact of its own: of SFT in jobs/sft.py, of GRPO elsewhere.
+    The report shows every one's figures and their spread, beside intervals that hold one fixed."""
     base: BaseConfig = field(default_factory=BaseConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
@@ -574,15 +577,27 @@ class RunConfig:
 
     @property
     def report_artifact(self) -> str:
-        """`report`, with what it differs by: another arm, validation, names of `compare`.
+        """`report`, with what it differs by: another arm, validation, seeds, names of `compare`.
 
         Example: `report_kl0_validation_baseline` of arm `grpo_kl0` on validation, compared with
         `baseline`.
         """
         arm = self.grpo.artifact.removeprefix("grpo")
         split = "" if self.evaluation.split == "test" else f"_{self.evaluation.split}"
+        seeds = "_seeds" if self.seeds else ""
         compared = [argument.partition("=")[0] for argument in self.compare]
-        return "_".join([f"report{arm}{split}", *compared])
+        return "_".join([f"report{arm}{split}{seeds}", *compared])
+
+    def with_seed(self, section: Literal["sft", "grpo"], seed: int) -> Self:
+        """The same run where a training has another seed, and its artifact a name by it.
+
+        >>> RunConfig().with_seed("grpo", 2).grpo.artifact
+        'grpo_seed2'
+        """
+        settings: SFTConfig | GRPOSettings = getattr(self, section)
+        name = f"seed{seed}" if settings.name is None else f"{settings.name}_seed{seed}"
+        changed = dataclasses.replace(settings, seed=seed, name=name)
+        return dataclasses.replace(self, seeds=(), **{section: changed})
 
     def __post_init__(self) -> None:
         layer = self.linear_scorer.layer

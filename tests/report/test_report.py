@@ -444,7 +444,7 @@ def test_markdown_holds_every_table_and_keeps_texts_inside_their_fences(summary:
         "| sft | 12 | eval_loss 0.5 |\n| grpo | 40 | monitor/judge_centred_cosine 0.67 |\n|"
         " linear_scorer | - | penalty 0.01 |" in markdown
     )
-    assert "| no KL | -0.012 [-0.020, -0.004] | 621 | no |" in markdown
+    assert "| no KL | -0.012 [-0.020, -0.004] | 621 | 1 | – | no |" in markdown
     assert (
         "| of | labels | 2-way centred |" in markdown
         and "| judge | 739 | 0.812 [0.750, 0.875] |" in markdown

@@ -294,3 +294,52 @@ def test_what_an_earlier_version_made_or_began_stays_without_the_optional_parent
     assert "[2/3] extra: left out, because what is made from it exists already" in told
     assert set(extended.require("second").parents) == {"first"}
     assert before is None if begun else extended.require("second") == before
+
+
+# Seeds --------------------------------------------------------------------------------------------
+
+
+def make_sft(run: Run) -> Manifest:
+    artifact = run.open("sft")
+    if artifact.manifest is None:
+        MADE.append(f"{artifact.name} of seed {run.config.sft.seed}")
+        return artifact.publish()
+    return artifact.manifest
+
+
+def test_seeds_are_trained_one_after_another_from_the_same_parents(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *_ = stages.STAGES
+    [sft] = [stage for stage in STAGES if stage.name == "sft"]
+    sft = dataclasses.replace(sft, parents=("first",), function=f"{__name__}:make_sft")
+    monkeypatch.setattr(stages, "STAGES", (first, sft))
+    seeded = Run(dataclasses.replace(run.config, seeds=(0, 2, 5)))
+    made = list(make_stages(seeded, "sft"))
+    trained = ["sft of seed 0", "sft_seed2 of seed 2", "sft_seed5 of seed 5"]
+    assert ["first", *trained] == MADE
+    assert [manifest.name for _, manifest in made[1:]] == ["sft", "sft_seed2", "sft_seed5"]
+    assert {manifest.parents["first"] for _, manifest in made[1:]} == {
+        seeded.require("first").fingerprint
+    }
+    assert list(make_stages(seeded, "sft")) == made and ["first", *trained] == MADE
+    assert set(read_timings(seeded)) == {"first", "sft", "sft_seed2", "sft_seed5"}
+    again = Run(dataclasses.replace(run.config, seeds=(7,)))
+    assert [manifest.name for _, manifest in make_stages(again, "sft")][1:] == ["sft", "sft_seed7"]
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ("sft", [*PIPELINE[:7], "sft_seed1"]),
+        ("grpo", [*PIPELINE[:5], "sft", "grpo", "grpo_seed1"]),
+        ("pipeline", [*PIPELINE[:8], "grpo_seed1", *PIPELINE[8:]]),
+        ("label", ["corpus", "labels"]),
+    ],
+)
+def test_a_jobs_last_training_is_the_one_that_seeds_vary(
+    job: str, expected: list[str], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(nano(), run_dir=str(tmp_path), seeds=(0, 1))
+    lines = describe_plan(config, job).splitlines()
+    assert [line for line in lines[1:] if not line.startswith(" ")] == expected

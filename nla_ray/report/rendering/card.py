@@ -90,10 +90,13 @@ def seconds_section(seconds: Mapping[str, float]) -> Section:
     return Section(id="seconds", name="Seconds", title="Seconds", blocks=[table])
 
 
-def commands_of(preset: str, recorded: Settings, defaults: Settings) -> list[str]:
+def commands_of(
+    preset: str, recorded: Settings, defaults: Settings, seeds: Sequence[int] = ()
+) -> list[str]:
     """The commands that make the run and its card again, with every setting that differs.
 
-    `recorded`: what the run's manifests say; `defaults`: what the preset says.
+    `recorded`: what the run's manifests say; `defaults`: what the preset says; `seeds`: those that
+    the report compares.
 
     >>> commands_of("nano", {"sft": {"epochs": 2, "seed": 0}}, {"sft": {"epochs": 1, "seed": 0}})
     ['python jobs/pipeline.py --sft.epochs 2', 'python jobs/evaluate.py --sft.epochs 2 --card']
@@ -105,6 +108,8 @@ def commands_of(preset: str, recorded: Settings, defaults: Settings) -> list[str
                 continue
             if value != defaults[section][field]:
                 flags += _flag(section, field, value)
+    if seeds:
+        flags += ["--seeds", *map(str, seeds)]
     line = shlex.join(flags)
     return [
         f"python jobs/pipeline.py {line}".rstrip(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.rendering import curves, domains, lengths, protocols, refreshed
+from nla_ray.report.rendering import curves, domains, lengths, protocols, refreshed, seeds
 from nla_ray.report.rendering.content import (
     Bullets,
     Cell,
@@ -79,6 +79,7 @@ def sections(
         _results_section(report),
         _gates_section(report),
         _paired_section(report),
+        seeds.seeds_section(report),
         _claims_section(report),
         _agreement_section(report),
         refreshed.refreshed_section(report),
@@ -396,13 +397,15 @@ def _experiments_section(report: Report) -> Section:
     figures = keys_of(experiment["minus_sft"] for experiment in tried)
     rows = []
     for experiment in tried:
+        spread = experiment.get("spread", {})
         cells: list[Cell] = [experiment["minus_sft"].get(figure) for figure in figures]
-        cells += [experiment["n"], experiment["kept"]]
+        cells += [experiment["n"], experiment.get("seeds", 1)]
+        cells += [spread.get(figures[0]), experiment["kept"]]
         rows.append(TableRow(name="", title=experiment["changed"], cells=cells))
     table = Table(
         title="Settings tried on validation: difference from SFT",
         head="changed",
-        columns=plain_columns([*figures, "n", "kept"]),
+        columns=plain_columns([*figures, "n", "seeds", "spread of the first", "kept"]),
         rows=rows,
     )
     return Section(
@@ -411,7 +414,9 @@ def _experiments_section(report: Report) -> Section:
         title=table.title,
         intro=(
             "Differences with the SFT verbalizer on the same validation activations, paired, with"
-            " 95% intervals. Settings were chosen by these."
+            " 95% intervals. Settings were chosen by these. An interval holds one training fixed;"
+            " the spread is the standard deviation of the first figure over seeds, where several"
+            " were trained."
         ),
         blocks=[table] if rows else [],
     )
