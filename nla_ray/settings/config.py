@@ -239,7 +239,7 @@ class RefreshedScorerConfig:
     Everything else is as in `reward_scorer`.
     """
 
-    max_examples: int | None = 2_048
+    max_examples: int | None = 1_536
     """Most train activations that SFT describes, drawn by seed; it learns their labels too."""
     max_new_tokens: int = 64
     """Longest of these descriptions, in tokens, closing tag included."""
