@@ -333,8 +333,8 @@ class GRPOSettings:
     save_steps: int = 20
     """Steps between two checkpoints; what is killed loses no more."""
     monitor_steps: int = 20
-    """Steps between two looks at validation. The judge's best is published; a later look has to be
-    better by its 95% interval, paired over the activations."""
+    """Steps between two looks at validation. The newest checkpoint is published that has not fallen
+    from the judge's best look: by the 95% interval of their paired difference."""
     monitor_activations: int = 128
     """Validation activations in each look."""
     num_rollout_actors: int = 1
