@@ -23,6 +23,10 @@ _CAPTURE_TOLERANCE = 0.05
 bfloat16 in batches of another shape. Another prompt or another base differs by more."""
 
 
+class Drifted(ValueError):
+    """A prompt after which the base's stream is not the activation that was captured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Patched:
     """What the base says next with each of n vectors in place of one activation.
@@ -59,20 +63,23 @@ class Patcher:
     ) -> Patched:
         """Each replacement, as it is, in place of the activation at the last of `ids`.
 
-        Raises ValueError where the base's own stream there is not the activation.
+        Equal vectors are put in once, so that what they lead to is equal to the last digit.
+        Raises Drifted where the base's own stream there is not the activation.
         """
         stream, before = self._writer.read(torch.tensor(ids, device=self._device))
         difference = norm(stream.float().cpu() - activation) / norm(activation)
         if difference.item() > _CAPTURE_TOLERANCE:
-            raise ValueError(
+            raise Drifted(
                 f"patch-back: got a residual stream that differs by {difference.item():.0%} of its"
                 f" length from the captured activation, expected at most {_CAPTURE_TOLERANCE:.0%}."
-                " The base, its tokenizer or its chat template are not those of capture; capture"
-                " activations again."
+                " The base, its tokenizer or its chat template reads the text otherwise than at"
+                " capture; capture activations again."
             )
-        written = torch.cat([activation[None], replacements])
+        written, index = torch.cat([activation[None], replacements]).unique(
+            dim=0, return_inverse=True
+        )
         log_probs = self._writer.next_logits(written, before).log_softmax(-1)
-        clean = log_probs[:1]
-        divergence = (clean.exp() * (clean - log_probs[1:])).sum(-1)
-        keeps_top = log_probs[1:].argmax(-1) == clean.argmax(-1)
-        return Patched(divergence=divergence.cpu(), keeps_top=keeps_top.cpu())
+        clean = log_probs[index[0]]
+        divergence = (clean.exp() * (clean - log_probs)).sum(-1).cpu()
+        keeps_top = (log_probs.argmax(-1) == clean.argmax(-1)).cpu()
+        return Patched(divergence=divergence[index[1:]], keeps_top=keeps_top[index[1:]])

@@ -200,13 +200,16 @@ def _plan_report(facts: PlanFacts) -> StagePlan:
     activations = min(facts.texts * config.corpus.test_share, most)
     descriptions = activations * (3 + evaluation.samples)  # SFT, SFT on random vectors, GRPO
     described = descriptions * config.grpo.max_new_tokens
-    scored = activations * (8 + evaluation.samples) * 3 * LABEL_TOKENS
+    # Labels, controls, what is cut or reworded, samples; and the texts, by three scorers each.
+    scored = activations * 3 * ((10 + evaluation.samples) * LABEL_TOKENS + facts.text_tokens)
+    patched = min(evaluation.patch_rows, activations) * facts.text_tokens
     blocks = config.base.layer + 1
     memory = (sizes.parameters + sizes.kv_bytes(_ROWS_AT_ONCE * 128, 1)) * facts.item_bytes
     return StagePlan(
         processes=(facts.process("scorer", 1, memory),),
-        tokens=described + scored,
-        flops=2 * sizes.parameters * described + 2 * blocks * sizes.block_parameters * scored,
+        tokens=described + scored + patched,
+        flops=2 * sizes.parameters * (described + patched)
+        + 2 * blocks * sizes.block_parameters * scored,
         files=(
             "report.html, report.json, report.md, scores.parquet, descriptions of"
             f" {activations:,.0f} test activations"

@@ -1,8 +1,11 @@
 """Who describes the test activations: trained verbalizers, gold labels, controls to be beaten.
 
-    gold                 the label drawn for the same text: the ceiling
+    gold                 the label drawn for the same text: a ceiling
+    source_text          the text itself, and
+    source_summary       its best sentences, as long as what GRPO's verbalizer says: ceilings
     nearest_train_label  the label of the nearest train activation: what a verbalizer must beat to
                          be worth training
+    linear_probe         as many words as GRPO's verbalizer claims, read without any verbalizer
     shuffled             another test document's gold label
     generic              one fixed sentence
     mean_activation      the SFT verbalizer, given the train mean
@@ -33,7 +36,19 @@ TRAINED = (*artifacts_of_kind("verbalizer"), "grpo_no_contrast")
 """Artifacts that are verbalizers: sft, grpo, and the ablation arm, shown where it was trained."""
 INJECTED = ("mean_activation", "random_vector")
 """Controls that inject something other than the activation."""
-VERBALIZERS = ("gold", "nearest_train_label", *TRAINED, "shuffled", "generic", *INJECTED)
+SOURCE = "source_text"
+"""The ceiling that is no description: what it quotes is not quoted from the text."""
+VERBALIZERS = (
+    "gold",
+    SOURCE,
+    "source_summary",
+    "nearest_train_label",
+    *TRAINED,
+    "linear_probe",
+    "shuffled",
+    "generic",
+    *INJECTED,
+)
 """In the order of the report's tables."""
 CONTROLS = tuple(name for name in VERBALIZERS if name not in ("gold", *TRAINED))
 _SHUFFLE_SEED = 7_919

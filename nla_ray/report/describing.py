@@ -39,6 +39,7 @@ from nla_ray.report.controls import (
     nearest_train_labels,
     trained_in,
 )
+from nla_ray.report.matched import matched_descriptions
 from nla_ray.report.reuse import OwnReport
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
@@ -77,9 +78,11 @@ def describe_all(
     folder: Path,
     compared: Sequence[Compared],
     own_report: OwnReport,
+    probed: Sequence[Sequence[str]],
 ) -> Described:
     """What labels, controls and verbalizers say of every test activation.
 
+    `probed`: the words that a linear probe reads in each, best first.
     Samples are drawn by the arm of GRPO, `evaluation.samples` of each activation. All descriptions
     are written to `folder` as they come, or taken over from the run's own report.
     """
@@ -111,6 +114,11 @@ def describe_all(
         else:
             texts, _ = read_descriptions(path, test.ids)
             describer.keep(name, texts, verbalizer.protocol)
+    matched = matched_descriptions(
+        run, describer.tokenizer, test.texts, probed, describer.described[arm]
+    )
+    for name, texts in matched.items():
+        describer.keep(name, texts, NOT_GENERATED)
     return Described(
         by_verbalizer=describer.described, protocols=describer.protocols, samples=samples
     )
@@ -162,7 +170,7 @@ class Describer:
     ) -> None:
         self._config, self._sampling, self._base_digest = run.config, decoding(run), base_digest
         self._ids, self._folder, self._own_report = test.ids, folder, own_report
-        self._tokenizer, self._model = load_tokenizer(run.config.base), None
+        self.tokenizer, self._model = load_tokenizer(run.config.base), None
         self._num_tokens: dict[str, int] = {}
         self.described: dict[str, list[Description]] = {}
         """What is said of every activation, by verbalizer."""
@@ -204,7 +212,7 @@ class Describer:
     def _protocol(self, adapter: Path, **decoded: Any) -> GenerationProtocol:
         return generation_protocol(
             self._config.base,
-            self._tokenizer,
+            self.tokenizer,
             max_new_tokens=self._sampling["max_new_tokens"],
             weights={"base": self._base_digest, "adapter": adapter_digest(adapter)},
             **decoded,
@@ -257,6 +265,6 @@ class Describer:
         Labels and controls repeat: the tokens of each text are counted once.
         """
         if text not in self._num_tokens:
-            [ids] = encode_texts(self._tokenizer, [text])
+            [ids] = encode_texts(self.tokenizer, [text])
             self._num_tokens[text] = len(ids)
         return Description.from_text(text, num_tokens=self._num_tokens[text], closed=closed)

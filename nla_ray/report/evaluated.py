@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nla_ray.report.claim_figures import claim_figures
-from nla_ray.report.controls import SCORERS
+from nla_ray.report.controls import SCORERS, SOURCE
 from nla_ray.report.pairing import comparable_pairs
 from nla_ray.score import claims
 from nla_ray.score.comparisons import Comparisons
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nla_ray.description.protocol import GenerationProtocol
     from nla_ray.description.record import Description
     from nla_ray.report.readings import Readings
+    from nla_ray.report.recovered import PatchBack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,12 @@ class Evaluated:
     refreshed: Readings | None = None
     """What the refreshed scorer reads in what the run's verbalizers and the labels say; None: the
     report is made without it."""
+    reworded: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    """Verbalizer -> form of rewording -> the descriptions of those rows reworded."""
+    probed: Sequence[Sequence[str]] = ()
+    """Words that a linear probe reads in each activation, best first."""
+    patched: PatchBack | None = None
+    """What the base said with reconstructions put back; None: that was not measured."""
     sampled: str
     """The verbalizer that the samples are of."""
 
@@ -70,14 +77,23 @@ class Evaluated:
 
     @cached_property
     def geometry(self) -> dict[str, dict[str, dict[str, Figure]]]:
-        """verbalizer -> scorer -> metric."""
+        """verbalizer -> scorer -> metric, and figure of patch-back where that was measured."""
         geometry: dict[str, dict[str, dict[str, Figure]]] = {}
         for name in self.descriptions:
             texts = self.texts_of(name)
             geometry[name] = {
-                scorer: figures(self.read(scorer, texts), self.comparisons) for scorer in SCORERS
+                scorer: {
+                    **figures(self.read(scorer, texts), self.comparisons),
+                    **self._patch_figures(name, scorer),
+                }
+                for scorer in SCORERS
             }
         return geometry
+
+    def _patch_figures(self, verbalizer: str, scorer: str) -> dict[str, Figure]:
+        if self.patched is None:
+            return {}
+        return self.patched.figures(verbalizer, scorer, len(self.doc_ids))
 
     @cached_property
     def claims(self) -> dict[str, dict[str, Figure]]:
@@ -98,14 +114,16 @@ def texts_to_read(
     samples: Sequence[Sequence[Description]],
     prefixes: Mapping[str, Mapping[int, Sequence[str]]],
     cut: Iterable[tuple[Sequence[Description], Sequence[Description]]] = (),
+    reworded: Iterable[Mapping[str, Sequence[str]]] = (),
 ) -> set[str]:
     """Everything that the readings of an `Evaluated` must hold."""
     wanted: set[str] = set()
-    for described in descriptions.values():
+    for name, described in descriptions.items():
         for description in described:
-            wanted.update(forms_of(description.text))
-    for by_length in prefixes.values():
-        for texts in by_length.values():
+            forms = forms_of(description.text)
+            wanted.update(forms[:1] if name == SOURCE else forms)
+    for by_form in (*prefixes.values(), *reworded):
+        for texts in by_form.values():
             wanted.update(texts)
     for both in cut:
         for described in both:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from nla_ray.activation.bank import ActivationTable
-from nla_ray.report.controls import CONTROLS
+from nla_ray.report.controls import CONTROLS, SOURCE
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.score import claims
 from nla_ray.score.metrics import Figure
@@ -52,6 +52,8 @@ def gallery(evaluated: Evaluated, test: ActivationTable) -> list[dict[str, Any]]
     for row, text in enumerate(test.texts):
         descriptions = {}
         for name, described in evaluated.descriptions.items():
+            if name == SOURCE:
+                continue  # stands beside the descriptions
             precision = evaluated.claims[name]["precision"].numerator[row].item()
             descriptions[name] = {
                 "segments": claims.marked(described[row].text, text),

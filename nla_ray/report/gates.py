@@ -3,7 +3,9 @@
 A gate is (figure, relation, threshold). Figures are named by where they stand in the report:
 
     grpo.judge.top1                       of a verbalizer under a scorer
+    gold.judge.recovered                  of its reconstructions, put back into the base
     sft.claims.domain                     of what a verbalizer claims
+    grpo.probe.difference                 of its words beside those of a linear probe
     grpo-sft.judge.centred_cosine         a paired difference under a scorer
     grpo-sft.claims.precision_excess      a paired difference of what is claimed
     grpo/sft.judge.delta                  a paired ratio
@@ -19,7 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nla_ray.report.claim_figures import CLAIM_FIGURES
-from nla_ray.report.controls import SCORERS, VERBALIZERS, pairs_of
+from nla_ray.report.controls import CONTROLS, SCORERS, VERBALIZERS, pairs_of
+from nla_ray.report.matched import PROBE_FIGURES
+from nla_ray.report.recovered import PATCH_FIGURES
 from nla_ray.report.samples import CONFIDENCE_METRICS
 from nla_ray.score.metrics import METRICS
 from nla_ray.settings.config import Gate
@@ -39,8 +43,8 @@ def check_gates(gates: Sequence[Gate]) -> None:
             pairs = ", ".join("-".join(pair) for pair in pairs_of(VERBALIZERS))
             raise ValueError(
                 f"gate: got {name!r} {relation!r}, expected VERBALIZER.SCORER.METRIC,"
-                " VERBALIZER.claims.FIGURE, FIRST-SECOND in place of the verbalizer"
-                f" ({pairs}), FIRST/SECOND.SCORER.delta or"
+                " VERBALIZER.claims.FIGURE, VERBALIZER.probe.FIGURE, FIRST-SECOND in place of the"
+                f" verbalizer ({pairs}), FIRST/SECOND.SCORER.delta or"
                 f" confidence.SCORER.{'|'.join(CONFIDENCE_METRICS)}, with a relation of >=, >, <=,"
                 " <. Correct --evaluation.gates."
             )
@@ -59,7 +63,9 @@ def _names_figure(name: str) -> bool:
         return False
     if scorer == "claims":
         return metric in CLAIM_FIGURES
-    return scorer in SCORERS and metric in METRICS
+    if scorer == "probe":
+        return subject in VERBALIZERS and subject not in CONTROLS and metric in PROBE_FIGURES
+    return scorer in SCORERS and metric in {*METRICS, *PATCH_FIGURES}
 
 
 def judge_gate(summary: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
@@ -76,8 +82,8 @@ def judge_gate(summary: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
         by_metric = summary["paired"].get(subject, {}).get(scorer, {})
     elif "/" in subject:
         by_metric = summary["ratios"].get(subject, {}).get(scorer, {})
-    elif scorer == "claims":
-        by_metric = summary["claims"].get(subject, {})
+    elif scorer in ("claims", "probe"):
+        by_metric = summary.get(scorer, {}).get(subject, {})
     else:
         by_metric = summary["results"].get(subject, {}).get(scorer, {})
     figure = by_metric.get(metric)

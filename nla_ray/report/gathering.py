@@ -21,10 +21,13 @@ from nla_ray.report.controls import REFRESHED, VERBALIZERS, artifact_of, trained
 from nla_ray.report.describing import describe_all
 from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts
+from nla_ray.report.matched import probe_words
 from nla_ray.report.pairing import comparable_pairs
-from nla_ray.report.readings import reconstruct_texts
+from nla_ray.report.patch_back import patch_reconstructions
+from nla_ray.report.readings import Readings, reconstruct_texts
 from nla_ray.report.reuse import OwnReport
 from nla_ray.report.summary import PREFIX_TOKENS
+from nla_ray.report.wording import reword_descriptions
 from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import Comparisons
@@ -52,8 +55,9 @@ def gather_evaluated(
     """
     config, seed = run.config, run.config.evaluation.seed
     mean = torch.tensor(load_stats(run)["mean_direction"])
+    probed = probe_words(run, test, mean)
     written = describe_all(
-        run, manifests, test, mean, folder / "descriptions", compared, own_report
+        run, manifests, test, mean, folder / "descriptions", compared, own_report, probed
     )
     said, samples = written.by_verbalizer, written.samples
     # In the order of the tables; what was named on the command line comes last.
@@ -70,12 +74,10 @@ def gather_evaluated(
     protocols = {name: written.protocols[name] for name in names}
     from_elsewhere = [verbalizer.name for verbalizer in compared]
     cut = cut_pairs(tokenizer, descriptions, comparable_pairs(names, protocols, from_elsewhere))
-    wanted = texts_to_read(descriptions, samples, prefixes, cut.values())
-    refreshed = None
-    if artifact_of(REFRESHED) in manifests:
-        read = ("gold", *trained_in(manifests))
-        texts = {description.text for name in read for description in descriptions[name]}
-        refreshed = reconstruct_texts(run, manifests, texts, folder / "scratch", [REFRESHED])
+    reworded = reword_descriptions(described_rows)
+    wanted = texts_to_read(descriptions, samples, prefixes, cut.values(), reworded.values())
+    scratch = folder / "scratch"
+    readings = reconstruct_texts(run, manifests, wanted, scratch)
     return Evaluated(
         doc_ids=test.doc_ids,
         domains=test.domains,
@@ -90,10 +92,27 @@ def gather_evaluated(
         prefix_rows=prefix_rows,
         prefixes=prefixes,
         cut=cut,
-        refreshed=refreshed,
-        readings=reconstruct_texts(run, manifests, wanted, folder / "scratch"),
+        refreshed=_read_refreshed(run, manifests, descriptions, scratch),
+        reworded=reworded,
+        probed=probed,
+        readings=readings,
+        patched=patch_reconstructions(run, test, descriptions, readings, mean, scratch),
         domain_names=_domain_names(test.domains),
     )
+
+
+def _read_refreshed(
+    run: Run,
+    manifests: Mapping[str, Manifest],
+    descriptions: Mapping[str, Sequence[Description]],
+    scratch: Path,
+) -> Readings | None:
+    """What the refreshed scorer reads, where the report is made with it: see `Evaluated`."""
+    if artifact_of(REFRESHED) not in manifests:
+        return None
+    names = ("gold", *trained_in(manifests))
+    texts = {description.text for name in names for description in descriptions[name]}
+    return reconstruct_texts(run, manifests, texts, scratch, [REFRESHED])
 
 
 def _prefix_rows(rows: int, seed: int) -> list[int]:

@@ -34,6 +34,11 @@ def missing_notes(
             f"gold: {unlabelled} of {len(test.ids)} activations have no label; they count as"
             " described by nothing, in what is shuffled too."
         )
+    if evaluated.patched is not None and (left_out := evaluated.patched.left_out):
+        notes.append(
+            f"patch-back: {left_out} of {left_out + len(evaluated.patched.rows)} activations are"
+            " left out, because the base reads their texts otherwise than at capture."
+        )
     for verbalizer in compared:
         name, path = verbalizer.name, verbalizer.path
         if verbalizer.manifest is None:

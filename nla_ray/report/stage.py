@@ -55,24 +55,34 @@ logger = get_logger(__name__)
 def evaluate(run: Run) -> Manifest:
     """The report of a run, made by one Ray process that is placed like a scorer.
 
-    A complete report is skipped, unless the readers' notes have changed: then it is made anew from
-    the same descriptions. Raises ValueError for a missing artifact, too few test documents, a test
-    document that was trained on, or a gate that names no figure.
+    A complete report is skipped, unless the readers' notes or the gates have changed: then it is
+    made anew from the same descriptions. Raises ValueError for a missing artifact, too few test
+    documents, a test document that was trained on, or a gate that names no figure.
     """
     stage = _open_stage(run)
-    noted = stage.manifest.metrics.get("readers_notes", []) if stage.manifest else None
-    if noted == readers_notes(run):
+    changed = _changed_since(run, stage.manifest) if stage.manifest else []
+    if stage.manifest is not None and not changed:
         logger.info("%s: complete, skipped", stage.name)
         return stage.manifest
     check_gates(run.config.evaluation.gates)
     if stage.manifest is not None:
-        notes = run.root / NOTES_NAME
-        logger.info("%s: %s has changed; made anew from the same descriptions", stage.name, notes)
+        what = " and ".join(changed)
+        logger.info("%s: made anew from the same descriptions, because of %s", stage.name, what)
         for path in stage.manifest.files:
             run.verified(stage.name, stage.manifest, path)
         stage.reopen()
     run_placed(run.config, "scorer", make_report)
     return run.require(stage.name)
+
+
+def _changed_since(run: Run, manifest: Manifest) -> list[str]:
+    """What a complete report was made with and is now otherwise, of what shapes no description."""
+    changed = []
+    if manifest.metrics.get("readers_notes", []) != readers_notes(run):
+        changed.append(f"another {run.root / NOTES_NAME}")
+    if manifest.config["evaluation"]["gates"] != to_dict(run.config)["evaluation"]["gates"]:
+        changed.append("other gates")
+    return changed
 
 
 def check_corpus(run: Run) -> None:

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from nla_ray.report.controls import CONTROLS, SCORERS
+from nla_ray.report.controls import CONTROLS, SCORERS, SOURCE
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
 from nla_ray.report.lengths import length_section
+from nla_ray.report.matched import probe_section
 from nla_ray.report.refreshed import two_by_two
 from nla_ray.report.samples import sample_sections
+from nla_ray.report.wording import wording_section
 from nla_ray.score import claims
 from nla_ray.score.bootstrap import DocumentBootstrap, Interval
 from nla_ray.score.metrics import Figure, chances, figures, retrieval
@@ -60,6 +62,8 @@ def summarise(
             "prefix": _prefix_curves(evaluated, resamples, seed),
             "lengths": length_section(bootstrap, evaluated),
             "refreshed": two_by_two(bootstrap, evaluated),
+            "wording": wording_section(evaluated, resamples, seed),
+            "probe": probe_section(bootstrap, evaluated),
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),
             "domains": _by_domain(evaluated, resamples, seed),
@@ -175,10 +179,13 @@ def _gaps(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Inter
 def _quotes(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """verbalizer -> `quoting`, and scorer -> what is lost without what the descriptions quote.
 
-    `quoting`: share of descriptions that quote. A verbalizer that never quotes is left out.
+    `quoting`: share of descriptions that quote. A verbalizer that never quotes is left out, and so
+    is the source text.
     """
     quotes: dict[str, Any] = {}
     for name, by_scorer in evaluated.geometry.items():
+        if name == SOURCE:
+            continue
         texts = evaluated.texts_of(name)
         quoting = [claims.quotes_something(text) for text in texts]
         if not any(quoting):
@@ -288,10 +295,28 @@ def _confusion(evaluated: Evaluated) -> dict[str, dict[str, dict[str, int]]]:
 
 def _warnings(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know before any figure, in words."""
+    return [*_gap_warnings(summary), *_probe_warnings(summary)]
+
+
+def _gap_warnings(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: the reward scorer's centred cosine exceeds the judge's by {gap['value']:.3f}"
         f" [{gap['low']:.3f}, {gap['high']:.3f}] more than for the gold labels: what the reward"
         " scorer sees there the judge does not. Reward hacking is likely."
         for name, gap in summary["gaps"].items()
-        if gap["low"] > GAP_WARNING
+        if gap["low"] > GAP_WARNING and name not in CONTROLS
     ]
+
+
+def _probe_warnings(summary: Mapping[str, Any]) -> list[str]:
+    warnings = []
+    for name, named in summary["probe"].items():
+        difference = named["difference"]
+        if difference["high"] < 0 and name != "gold":
+            warnings.append(
+                f"{name}: of the words it claims {named['precision']['value']:.3f} are in the text,"
+                f" of as many words of a linear probe {named['probe_precision']['value']:.3f}"
+                f" (difference [{difference['low']:.3f}, {difference['high']:.3f}]): it has not"
+                " read what is there."
+            )
+    return warnings

@@ -35,6 +35,7 @@ NOT_IN_RECIPE: dict[str, str] = {
     "grpo.num_scorer_actors": "every description is scored by itself",
     "evaluation.batch_size": "every description is written and read by itself",
     "evaluation.min_documents": "it refuses a report, and shapes none",
+    "evaluation.gates": "verdicts on figures; under other gates a report is made anew",
     "pretrain.compile": "the same sums in another order",
     "pretrain.checkpoint_seconds": "a run that goes on meets the state that it would have met",
     "pretrain.install": "a copy in the package is no other model",

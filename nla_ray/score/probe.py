@@ -34,7 +34,7 @@ class WordProbe:
     Example: words=["frame", "licence"], weight=<[2, d_model]>, mean=<[d_model]>
     """
 
-    words: Sequence[str]
+    words: list[str]
     weight: Float[Tensor, "words d_model"]
     """W, each row divided by the standard deviation of its word's presence."""
     feature_mean: Float[Tensor, " d_model"]

@@ -401,6 +401,8 @@ class EvaluationConfig:
     """Descriptions in one forward pass; fewer need less memory."""
     samples: int = 8
     """Samples of every activation by GRPO's verbalizer, for best of N and confidence; 0: none."""
+    patch_rows: int = 256
+    """Activations, drawn by seed, whose reconstructions are put back into the base; 0: none."""
     examples: int = 3
     """Texts that are shown with all their descriptions, each of another domain."""
     gates: tuple[Gate, ...] = ()

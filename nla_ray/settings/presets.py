@@ -94,7 +94,23 @@ def _nano_gates() -> tuple[Gate, ...]:
         ("sft.claims.unclosed", "<=", 0.02),
         ("grpo.claims.unclosed", "<=", 0.01),
         ("confidence.judge.top1", ">", 0.0),
+        *_CAUSAL_GATES,
+        *_PROBE_GATES,
     )
+
+
+_CAUSAL_GATES: tuple[Gate, ...] = (
+    ("gold.judge.recovered", ">", 0.0),
+    ("gold.judge.recovered_excess", ">", 0.0),
+    ("grpo.judge.recovered", ">", 0.0),
+    ("grpo.judge.recovered_excess", ">", 0.0),
+)
+"""What the base says next must come back better with the reconstruction of a description than with
+the mean direction, which knows nothing of the activation, and than with another text's label, which
+knows what labels are like. No size is asked for: none was known when these were set."""
+_PROBE_GATES: tuple[Gate, ...] = (("grpo.probe.difference", ">=", 0.0),)
+"""At an equal number of words the verbalizer's are true at least as often as a linear probe's: what
+names fewer has not read what is there. The threshold is this definition; a failure is reported."""
 
 
 def smollm2_135m() -> RunConfig:
@@ -163,6 +179,8 @@ _SMOLLM2_GATES: tuple[Gate, ...] = (
     ("grpo-sft.judge.centred_cosine", ">", 0.0),
     ("grpo-sft.claims.precision", ">", 0.0),
     ("grpo-nearest_train_label.judge.centred_cosine", ">", 0.0),
+    *_CAUSAL_GATES,
+    *_PROBE_GATES,
 )
 
 

@@ -4,7 +4,7 @@ Nouns: a document (with a stable doc_id), a chunk (one text of it), a family (do
 text; the hash of its id is its split).
 
 Read: stage, documents, rejects, cutting, chunks, choosing, duplicates, user_corpus, shingles,
-joining, families, words, domains.
+joining, families, words, summary, domains.
 
 No choice depends on order or time: on ids and the seed alone.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nla_ray.activation.patching import Patcher, at_norm_of
+from nla_ray.activation.patching import Drifted, Patcher, at_norm_of
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone
 from nla_ray.settings.config import BaseConfig
@@ -65,7 +65,7 @@ def test_divergence_is_that_of_the_whole_model_with_an_overwritten_stream(
 
 def test_an_activation_of_another_prompt_is_refused(model) -> None:
     activation = ResidualReader(model, [1]).read(torch.tensor([IDS]))[1][0, -1]
-    with pytest.raises(ValueError, match=r"patch-back: got a residual stream that differs by"):
+    with pytest.raises(Drifted, match=r"patch-back: got a residual stream that differs by"):
         Patcher(model, 1).patch([*IDS, 3], activation, activation[None])
     with pytest.raises(ValueError, match=r"base\.layer: got 3"):
         Patcher(model, 3)

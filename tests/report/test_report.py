@@ -358,6 +358,10 @@ def test_the_rank_correlation_gives_equal_values_the_mean_of_their_ranks() -> No
         ("grpo/sft.claims.domain", ">=", 0.1),
         ("confidence.judge.fve", ">=", 0.1),
         ("confidence.claims.domain", ">=", 0.1),
+        ("grpo.probe.recovered", ">=", 0.1),
+        ("shuffled.probe.difference", ">=", 0.1),
+        ("grpo-sft.probe.difference", ">=", 0.1),
+        ("grpo.claims.recovered", ">=", 0.1),
     ],
 )
 def test_a_gate_that_names_no_figure_is_refused_before_any_work(gate: tuple) -> None:
@@ -484,9 +488,12 @@ def test_the_stage_publishes_a_report_on_test_documents_and_is_skipped_when_comp
     report = read_report(run)
     assert list(report["results"]) == [
         "gold",
+        "source_text",
+        "source_summary",
         "nearest_train_label",
         "sft",
         "grpo",
+        "linear_probe",
         "shuffled",
         "generic",
         "mean_activation",
@@ -533,6 +540,22 @@ def test_what_a_reader_wrote_down_becomes_notes_of_a_report_made_anew_from_the_s
         "Numbers are invented." in (folder / "report/report.md").read_text()
         and evaluate(run) == manifest
     )
+
+
+def test_other_gates_make_a_report_anew_from_the_same_descriptions(
+    copied_run: Callable[..., Run],
+) -> None:
+    run = copied_run()
+    evaluate(run)
+    first, file = read_report(run), Path(run.config.run_dir) / "report/descriptions/sft.jsonl"
+    written, gate = file.stat().st_mtime_ns, ("gold.claims.empty", "<=", 0.5)
+    evaluation = dataclasses.replace(run.config.evaluation, gates=(gate,))
+    gated = Run(dataclasses.replace(run.config, evaluation=evaluation))
+    manifest = evaluate(gated)
+    [judged] = read_report(gated)["gates"]
+    assert judged["name"] == gate[0] and judged["passed"]
+    assert read_report(gated) == {**first, "gates": [judged]}
+    assert file.stat().st_mtime_ns == written and evaluate(gated) == manifest
 
 
 def test_growth_is_told_along_labels_steps_and_layers(copied_run: Callable[..., Run]) -> None:
@@ -1047,9 +1070,12 @@ def test_what_the_scorers_have_read_is_not_read_again(
     assert {
         file.name.partition("-")[0]
         for file in (Path(again.config.run_dir) / "report" / "scratch").iterdir()
-    } == {"reward", "judge", "linear"}
+    } == {"reward", "judge", "linear", "patched"}
     monkeypatch.setattr(
         "nla_ray.report.readings._load", lambda *arguments: pytest.fail("read again")
+    )
+    monkeypatch.setattr(
+        "nla_ray.report.patch_back.Patcher", lambda *arguments: pytest.fail("patched again")
     )
     make_report(again.config)
     assert read_report(again) == read_report(run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.rendering import curves, domains, lengths, protocols, refreshed, seeds
+from nla_ray.report.rendering import checks, curves, domains, lengths, protocols, refreshed, seeds
 from nla_ray.report.rendering.content import (
     Bullets,
     Cell,
@@ -41,6 +41,7 @@ from nla_ray.report.rendering.rows import (
 from nla_ray.report.rendering.vocabulary import (
     DEFINITIONS,
     MAIN_METRICS,
+    PATCH_TITLES,
     SIGNS,
     TITLES,
     spaced,
@@ -81,6 +82,8 @@ def sections(
         _paired_section(report),
         seeds.seeds_section(report),
         _claims_section(report),
+        checks.probe_section_of(report),
+        checks.patch_back_section(report),
         _agreement_section(report),
         refreshed.refreshed_section(report),
         curves.training_section(training or {}),
@@ -91,6 +94,7 @@ def sections(
         lengths.lengths_section(report),
         curves.retrieval_section(report),
         _quotes_section(report),
+        checks.wording_section_of(report),
         curves.best_of_section(report),
         curves.calibration_section(report),
         _examples_section(report),
@@ -141,7 +145,7 @@ def _results_section(report: Report) -> Section:
     """A table for each scorer: a row for each verbalizer."""
     results = report["results"]
     scored = [figures for by_scorer in results.values() for figures in by_scorer.values()]
-    metrics = keys_of(scored)
+    metrics = [name for name in keys_of(scored) if name not in PATCH_TITLES]
     metrics = list(dict.fromkeys([name for name in MAIN_METRICS if name in metrics] + metrics))
     tables: list[ReportBlock] = []
     for scorer in judge_first(keys_of(results.values())):

@@ -22,6 +22,12 @@ METRIC_TITLES = {
     "raw_error": "raw error",
     "magnitude": "magnitude",
 }
+PATCH_TITLES = {
+    "recovered": "recovered",
+    "recovered_excess": "recovered, less shuffled",
+    "patched_divergence": "KL, nats",
+    "keeps_top": "same next token",
+}
 CLAIM_TITLES = {
     "precision": "words in text",
     "precision_shuffled": "in a shuffled text",
@@ -79,6 +85,14 @@ DEFINITIONS = {
         "correlation of |r| with |v|: whether the length of the activation is recovered; 0 where"
         " all |r| are equal"
     ),
+    "recovered": (
+        "1 - KL(clean || r) / KL(clean || μ), both means over the patched activations: KL of the"
+        " base's next-token distributions, r and μ at the length of v in its place; 1: nothing is"
+        " lost, 0: no better than the mean direction"
+    ),
+    "recovered_excess": "the same less that of the shuffled label",
+    "patched_divergence": "mean KL(clean || r) in nats",
+    "keeps_top": "share of activations after which the likeliest next token stays the same",
     "precision": (
         "share of a description's salient words that occur in its text; 0 for a description that"
         " claims nothing"
@@ -105,7 +119,12 @@ DEFINITIONS = {
     "unclosed": "share cut off before their end",
     "empty": "share without a word",
     "tokens": "mean length of a description",
-    "gold": "the label of the text: the ceiling",
+    "gold": "the label of the text: a ceiling",
+    "source_text, source_summary": (
+        "ceilings: the text itself, of which a scorer reads the tokens that it reads of a"
+        " description; and the text's sentences with the most telling words, as many tokens as"
+        " GRPO's description has"
+    ),
     "nearest_train_label": (
         "the label of the nearest train activation: what a verbalizer must beat to be worth"
         " training"
@@ -113,6 +132,11 @@ DEFINITIONS = {
     "sft, grpo, grpo_no_contrast": (
         "the verbalizer after supervised training, after contrastive GRPO, and after GRPO rewarded"
         " with the plain cosine"
+    ),
+    "linear_probe": (
+        "the words with the highest scores of a ridge regression from c(v) to the words of train"
+        " texts, each score divided by the standard deviation of its word; as many as GRPO's"
+        " description claims"
     ),
     "shuffled, generic": "another document's label; one fixed sentence",
     "mean_activation, random_vector": "the SFT verbalizer given these instead of the activation",
@@ -130,7 +154,7 @@ SIGNS = (
     "v is the original activation, r its reconstruction from a description, n(x) = x/|x|, μ the"
     " mean of n(v) over the train split, c(x) = n(x) − μ."
 )
-TITLES = METRIC_TITLES | CLAIM_TITLES
+TITLES = METRIC_TITLES | PATCH_TITLES | CLAIM_TITLES
 MAIN_METRICS = (
     "top1",
     "top1_2way",
