@@ -103,43 +103,48 @@ def _seeds_of(
 
 
 def differs_in_seed(theirs: Manifest, ours: Manifest, find_theirs: Find, find_ours: Find) -> bool:
-    """Whether two artifacts are of one recipe but for seeds, and all they were made from too.
+    """Whether seeds are all that two artifacts, and all they were made from, differ in.
 
-    What was made from nothing else, texts above all, must be the same.
+    What was made from nothing else, texts above all, must be the same. A training that was repeated
+    under the same seeds is none: it would make the spread smaller than it is.
     """
-    if theirs.fingerprint == ours.fingerprint:
-        return False
-    return _is_same_but_for_seeds(theirs, ours, find_theirs, find_ours)
+    return bool(_seeds_differ(theirs, ours, find_theirs, find_ours))
 
 
-def _is_same_but_for_seeds(
+def _seeds_differ(
     theirs: Manifest, ours: Manifest, find_theirs: Find, find_ours: Find
-) -> bool:
+) -> bool | None:
+    """Whether a seed differs anywhere; None: something else does."""
     if theirs.fingerprint == ours.fingerprint:
-        return True
+        return False
     if not ours.parents or theirs.parents.keys() != ours.parents.keys():
-        return False
-    if _without_seeds(theirs) != _without_seeds(ours):
-        return False
+        return None
+    recipes = [recipe_of(manifest.name, manifest.config) for manifest in (theirs, ours)]
+    if _without_seeds(recipes[0]) != _without_seeds(recipes[1]):
+        return None
+    differ = recipes[0] != recipes[1]
     for name, fingerprint in ours.parents.items():
         if theirs.parents[name] == fingerprint:
             continue
-        parents = find_theirs(name), find_ours(name)
-        if None in parents or parents[0].fingerprint != theirs.parents[name]:
-            return False
-        if not _is_same_but_for_seeds(*parents, find_theirs, find_ours):
-            return False
-    return True
+        their_parent, our_parent = find_theirs(name), find_ours(name)
+        if their_parent is None or our_parent is None:
+            return None
+        if their_parent.fingerprint != theirs.parents[name]:
+            return None
+        found = _seeds_differ(their_parent, our_parent, find_theirs, find_ours)
+        if found is None:
+            return None
+        differ |= found
+    return differ
 
 
-def _without_seeds(manifest: Manifest) -> dict[str, Any]:
-    recipe = recipe_of(manifest.name, manifest.config)
-    return {
-        section: {name: value for name, value in values.items() if name != "seed"}
-        if isinstance(values, dict)
-        else values
-        for section, values in recipe.items()
-    }
+def _without_seeds(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    without = {}
+    for section, values in recipe.items():
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if name != "seed"}
+        without[section] = values
+    return without
 
 
 def _seed_in(manifest: Manifest) -> int:

@@ -52,6 +52,13 @@ def test_another_setting_or_other_texts_anywhere_among_the_ancestors_is_no_seed(
             assert not differs_in_seed(theirs[name], ours[name], theirs.get, ours.get)
 
 
+def test_a_repetition_under_the_same_seed_is_no_other_seed() -> None:
+    ours, theirs = a_run(0), a_run(0)
+    again = dataclasses.replace(ours["grpo"], files={"weights": FileRecord(size=1, sha256="b")})
+    assert again.fingerprint != ours["grpo"].fingerprint
+    assert not differs_in_seed(again, ours["grpo"], theirs.get, ours.get)
+
+
 def test_what_an_artifact_was_made_from_must_lie_beside_it_to_be_compared() -> None:
     ours, theirs = a_run(0), a_run(1)
     assert not differs_in_seed(theirs["grpo"], ours["grpo"], {}.get, ours.get)
