@@ -171,6 +171,43 @@ def full_report() -> dict[str, Any]:
                 "gold": [{"at": layer, "centred_cosine": figure(random)} for layer in (4, 8)]
             },
         },
+        "lengths": {
+            "grpo-sft": {
+                view: {
+                    "tokens": [figure(random, 30.0) for _ in range(2)],
+                    **{name: {"top1": figure(random)} for name in (*SCORERS, "claims")},
+                }
+                for view in ("whole", "cut", "matched")
+            }
+        },
+        "refreshed": {
+            name: {
+                scorer: {"centred_cosine": figure(random), "top1_10way": figure(random)}
+                for scorer in ("reward", "refreshed", "difference")
+            }
+            for name in ("sft", "grpo", "grpo-sft")
+        },
+        "seeds": {
+            "grpo": {
+                "seeds": {"grpo": 0, "grpo_seed1": 1},
+                **{
+                    part: {
+                        scorer: {
+                            "top1": {
+                                "by_seed": {
+                                    name: figure(random) for name in ("grpo", "grpo_seed1")
+                                },
+                                "mean": 0.5,
+                                "spread": 0.1,
+                            }
+                        }
+                        for scorer in ("judge", "claims")
+                    }
+                    for part in ("figures", "minus_sft")
+                },
+            }
+        },
+        "protocols": {"gold": "not generated", "read_by_a_human": "not recorded"},
         "lineage": {
             "sft": {
                 "fingerprint": "f",
