@@ -62,7 +62,9 @@ class Evaluated:
     """What the refreshed scorer reads in what the run's verbalizers and the labels say; None: the
     report is made without it."""
     reworded: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
-    """Verbalizer -> form of rewording -> the descriptions of those rows reworded."""
+    """Verbalizer -> form of rewording -> the descriptions of `reworded_rows` reworded."""
+    reworded_rows: Sequence[int] = ()
+    """The rows whose descriptions are also read reworded."""
     probed: Sequence[Sequence[str]] = ()
     """Words that a linear probe reads in each activation, best first."""
     patched: PatchBack | None = None

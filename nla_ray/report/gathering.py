@@ -36,6 +36,8 @@ from nla_ray.text.words import WordStatistics, salient_words
 
 PREFIX_ROWS = 400
 """Activations, chosen by seed, whose descriptions are also read in part."""
+REWORDED_ROWS = 200
+"""Of these, whose descriptions are also read reworded: differences are paired, so fewer will do."""
 SALIENT_WORDS = 12
 """Words of a text that its description might be expected to name."""
 
@@ -64,17 +66,14 @@ def gather_evaluated(
     names = [name for name in dict.fromkeys([*VERBALIZERS, *said]) if name in said]
     descriptions = {name: said[name] for name in names}
     prefix_rows = _prefix_rows(len(test.ids), seed)
-    described_rows = {
-        name: [descriptions[name][row] for row in prefix_rows]
-        for name in names
-        if name in ("gold", *trained_in(manifests))
-    }
+    read_in_part = [name for name in names if name in ("gold", *trained_in(manifests))]
     tokenizer = load_tokenizer(config.base)
-    prefixes = _prefixes(tokenizer, described_rows)
+    prefixes = _prefixes(tokenizer, descriptions, read_in_part, prefix_rows)
     protocols = {name: written.protocols[name] for name in names}
     from_elsewhere = [verbalizer.name for verbalizer in compared]
     cut = cut_pairs(tokenizer, descriptions, comparable_pairs(names, protocols, from_elsewhere))
-    reworded = reword_descriptions(described_rows)
+    reworded_rows = prefix_rows[:: PREFIX_ROWS // REWORDED_ROWS]
+    reworded = reword_descriptions(descriptions, read_in_part, reworded_rows)
     wanted = texts_to_read(descriptions, samples, prefixes, cut.values(), reworded.values())
     scratch = folder / "scratch"
     readings = reconstruct_texts(run, manifests, wanted, scratch)
@@ -94,6 +93,7 @@ def gather_evaluated(
         cut=cut,
         refreshed=_read_refreshed(run, manifests, descriptions, scratch),
         reworded=reworded,
+        reworded_rows=reworded_rows,
         probed=probed,
         readings=readings,
         patched=patch_reconstructions(run, test, descriptions, readings, mean, scratch),
@@ -121,12 +121,15 @@ def _prefix_rows(rows: int, seed: int) -> list[int]:
 
 
 def _prefixes(
-    tokenizer: Any, descriptions: Mapping[str, Sequence[Description]]
+    tokenizer: Any,
+    descriptions: Mapping[str, Sequence[Description]],
+    names: Sequence[str],
+    rows: Sequence[int],
 ) -> dict[str, dict[int, list[str]]]:
-    """Every description cut to its first tokens, by verbalizer and number of tokens."""
+    """Every description of these rows cut to its first tokens, by verbalizer and their number."""
     prefixes: dict[str, dict[int, list[str]]] = {}
-    for name, described in descriptions.items():
-        texts = [description.text for description in described]
+    for name in names:
+        texts = [descriptions[name][row].text for row in rows]
         prefixes[name] = {
             length: cut_texts(tokenizer, texts, [length] * len(texts)) for length in PREFIX_TOKENS
         }

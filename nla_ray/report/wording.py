@@ -21,16 +21,14 @@ _METRICS = ("centred_cosine", "top1_10way")
 
 
 def reword_descriptions(
-    descriptions: Mapping[str, Sequence[Description]],
+    descriptions: Mapping[str, Sequence[Description]], names: Sequence[str], rows: Sequence[int]
 ) -> dict[str, dict[str, list[str]]]:
-    """verbalizer -> form of FORMS -> its descriptions reworded."""
-    return {
-        name: {
-            form: [reword(description.text) for description in described]
-            for form, reword in FORMS.items()
-        }
-        for name, described in descriptions.items()
-    }
+    """verbalizer -> form of FORMS -> its descriptions of these rows reworded."""
+    reworded: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        texts = [descriptions[name][row].text for row in rows]
+        reworded[name] = {form: [reword(text) for text in texts] for form, reword in FORMS.items()}
+    return reworded
 
 
 def wording_section(evaluated: Evaluated, resamples: int, seed: int) -> dict[str, Any]:
@@ -41,7 +39,7 @@ def wording_section(evaluated: Evaluated, resamples: int, seed: int) -> dict[str
     """
     if not evaluated.reworded:
         return {}
-    rows = list(evaluated.prefix_rows)
+    rows = list(evaluated.reworded_rows)
     comparisons = evaluated.comparisons.at(torch.tensor(rows))
     bootstrap = DocumentBootstrap([evaluated.doc_ids[row] for row in rows], resamples, seed)
     section: dict[str, Any] = {}

@@ -83,7 +83,8 @@ def test_every_form_of_wording_is_told_with_what_it_loses() -> None:
     rows = list(made.prefix_rows)
     said = [made.descriptions["gold"][row].text for row in rows]
     reworded = {"gold": {"bullets_reversed": said, "synonyms": [""] * len(rows)}}
-    wording = summarise(dataclasses.replace(made, reworded=reworded), (), 100, seed=0)["wording"]
+    made = dataclasses.replace(made, reworded=reworded, reworded_rows=rows)
+    wording = summarise(made, (), 100, seed=0)["wording"]
     same, emptied = wording["gold"]["bullets_reversed"], wording["gold"]["synonyms"]
     assert same["changed"]["value"] == 0.0 and emptied["changed"]["value"] == 1.0
     assert same["judge"]["centred_cosine"] == {
