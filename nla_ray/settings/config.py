@@ -539,7 +539,7 @@ class RunConfig:
     """Everything one run is made from, in the order of the pipeline."""
 
     preset: str = "nano"
-    """The named configuration to start from: nano, smollm2-135m or qwen2.5-7b."""
+    """The named configuration to start from: nano, smollm2-135m, qwen2.5-7b, qwen2.5-7b-public."""
     run_dir: str = "runs/nano"
     """Folder or URI (s3://, gs://, file://) of the run's artifacts; `--run` is short for it."""
     dry_run: bool = False

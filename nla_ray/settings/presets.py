@@ -1,4 +1,4 @@
-"""Named complete configurations: nano, smollm2-135m and qwen2.5-7b.
+"""Named complete configurations: nano, smollm2-135m, qwen2.5-7b and qwen2.5-7b-public.
 
 It decides the values of settings; which settings exist is decided in `config`. What a value was
 chosen by stands beside it.
@@ -185,7 +185,30 @@ _SMOLLM2_GATES: tuple[Gate, ...] = (
 
 
 def qwen2_5_7b() -> RunConfig:
-    """The public recipe on Qwen2.5-7B-Instruct, layer 20.
+    """The public recipe on Qwen2.5-7B-Instruct, with another rate of SFT.
+
+    The public rate, 1.4e-5, is one for training all weights. On SmolLM2-135M the rate of a LoRA
+    decided most: 3e-3 beat 1e-3, and 6e-3 was worse (cards/findings/smollm2-135m.md). How the best
+    rate falls with d_model is disputed, from hardly to in proportion. The latter is the careful
+    end: 3e-3 x 576 / 3584 = 4.8e-4. Public guidance comes near it from the other side: ten times
+    the 5e-5 of training all weights, for alpha = rank; half of that here, where alpha is twice the
+    rank, 2.5e-4. The preset lies between the two. It is an estimate: nobody has measured it at 7B.
+    Try two or three rates on a few hundred steps (--sft.max-examples) before a whole run.
+
+    The other rates are the public ones: the reconstructors' 7e-5 is about what the same scaling
+    says (3e-4 x 576 / 3584 = 4.8e-5), and for GRPO's there is no measurement to scale.
+    """
+    public = qwen2_5_7b_public()
+    return dataclasses.replace(
+        public,
+        preset="qwen2.5-7b",
+        run_dir="runs/qwen2.5-7b",
+        sft=dataclasses.replace(public.sft, learning_rate=4e-4),
+    )
+
+
+def qwen2_5_7b_public() -> RunConfig:
+    """The public recipe on Qwen2.5-7B-Instruct, layer 20, to reproduce it.
 
     Source: protocol facts of the public recipe: marker U+320E, norm 150, LoRA r 32 alpha 64 dropout
     0.05 on seven projections, lr 1.4e-5, at most 512 tokens, reconstructor lr 7e-5 for 10 epochs,
@@ -202,8 +225,8 @@ def qwen2_5_7b() -> RunConfig:
         seed=1,
     )
     return RunConfig(
-        preset="qwen2.5-7b",
-        run_dir="runs/qwen2.5-7b",
+        preset="qwen2.5-7b-public",
+        run_dir="runs/qwen2.5-7b-public",
         corpus=CorpusConfig(chunk_chars=2_000, chunks_per_document=1),
         base=BaseConfig(
             model="Qwen/Qwen2.5-7B-Instruct",
@@ -262,6 +285,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "nano": nano,
     "smollm2-135m": smollm2_135m,
     "qwen2.5-7b": qwen2_5_7b,
+    "qwen2.5-7b-public": qwen2_5_7b_public,
 }
 
 

@@ -43,6 +43,18 @@ def test_a_preset_survives_json_and_its_hash_is_stable(name: str) -> None:
     assert len({config_hash(make()) for make in PRESETS.values()}) == len(PRESETS)
 
 
+def test_the_published_recipe_of_the_7b_preset_differs_from_it_in_the_rate_of_sft_alone() -> None:
+    public, scaled = PRESETS["qwen2.5-7b-public"](), PRESETS["qwen2.5-7b"]()
+    assert public.sft.learning_rate == 1.4e-5
+    # Between d_model's share of what was measured, and ten times a rate for all weights, halved.
+    assert 10 * 5e-5 / 2 < scaled.sft.learning_rate < 3e-3 * 576 / 3_584
+    assert scaled == dataclasses.replace(
+        override(public, sft={"learning_rate": scaled.sft.learning_rate}),
+        preset="qwen2.5-7b",
+        run_dir="runs/qwen2.5-7b",
+    )
+
+
 def test_nano_is_what_runs_without_a_preset() -> None:
     assert parse_arguments("test", []) == nano()
 
@@ -71,7 +83,10 @@ def test_an_override_changes_its_field_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "nono"], ["unknown preset", "'nono'", "nano, smollm2-135m, qwen2.5-7b"]),
+        (
+            ["--preset", "nono"],
+            ["unknown preset", "'nono'", "nano, smollm2-135m, qwen2.5-7b, qwen2.5-7b-public"],
+        ),
         (["--grpo.group-sice", "4"], ["group-sice"]),
         (["--grpo.group-size", "four"], ["four"]),
         (["--grpo.group-size", "1"], ["grpo.group_size: got 1, expected at least 2"]),
@@ -121,7 +136,7 @@ def test_sections_stand_in_the_order_of_the_pipeline_and_pretraining_is_added_la
     assert fields == [
         *("preset", "run_dir", "dry_run", "gate", "card", "compare"),
         *("base", "corpus", "capture", "label", "reward_scorer", "judge_scorer", "linear_scorer"),
-        *("sft", "grpo", "evaluation", "serve", "compute"),
+        *("sft", "grpo", "reward_scorer_refreshed", "evaluation", "serve", "compute"),
     ]
     extended = [field.name for field in dataclasses.fields(PretrainRunConfig)]
     assert extended == [*fields, "pretrain"]
