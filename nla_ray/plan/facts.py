@@ -30,8 +30,11 @@ _CPU_HEAP = 2.5
 """What a process on a CPU holds for each byte that the formulas count: buffers, and the holes that
 batches of many lengths leave. Measured with SmolLM2-135M: 1.1 (GRPO's trainer) to 7 (its rollout
 actor), 2.6 for all processes of GRPO together."""
-_GPU_PROCESS_BYTES = 1.5e9
-"""The same with a CUDA context."""
+_GPU_PROCESS_BYTES, _GPU_HOST_BYTES = 1.5e9, 3e9
+"""A process with a GPU, before any weight: its CUDA context, and its host memory with CUDA
+libraries. Estimates."""
+_SHARD_COPIES = 3
+"""Of a shard's activations in a capture process: as read, as a table, and in the object store."""
 _FLOPS = {"cpu float32": 6e10, "cpu bfloat16": 1.5e11, "gpu": 2.5e14}
 """Sustained FLOP/s of one thread, or of one GPU. Source: measured forward passes of a 135M model on
 two idle cores; a quarter of the dense bf16 peak of an H100."""
@@ -46,6 +49,10 @@ class Processes:
     resources: dict[str, float]
     bytes: float
     """Memory of one of them: accelerator memory where it has a GPU, else resident memory."""
+    changing_bytes: float = 0.0
+    """What it holds beside that while an engine's weights change."""
+    host_bytes: float = 0.0
+    """Host memory of one that has a GPU: the weights pass through it while they are loaded."""
 
     @property
     def on_gpu(self) -> bool:
@@ -161,14 +168,77 @@ class PlanFacts:
         items = blocks * (20 * self.sizes.d_model + 4 * self.sizes.ffn)
         return items * self.item_bytes + (8 * self.sizes.vocab if with_head else 0)
 
-    def process(self, kind: Kind, count: int, model_bytes: float) -> Processes:
-        """Processes of a kind that hold `model_bytes` each, beside what Python and CUDA take."""
+    def weights_bytes(self, layer: int | None = None) -> float:
+        """Weights of the base, of blocks 0..layer and the embedding where `layer` is given."""
+        whole = self.sizes.parameters
+        return (whole if layer is None else self.sizes.parameters_up_to(layer)) * self.item_bytes
+
+    def activations_bytes(self, texts: float) -> float:
+        """Activations of texts at one position and layer, float32, as banks hold them."""
+        return texts * self.sizes.d_model * 4
+
+    @property
+    def shard_bytes(self) -> float:
+        """Host memory of a shard's activations while they are captured."""
+        rows = min(self.texts, self.config.corpus.shard_rows) * self.activations_per_text
+        return _SHARD_COPIES * self.activations_bytes(rows)
+
+    def engine_bytes(self, kind: Kind) -> tuple[float, float]:
+        """What a generation engine holds beside the base, and again while its weights change.
+
+        In float32 it merges the adapter into a copy of blocks and head, and builds the next copy of
+        the blocks beside the last one. In bfloat16 the base's weights are used as they are, except
+        queries, keys and values, which are joined; a CPU packs all of them and holds the head in
+        float32. The adapter's factors stay beside them.
+        """
+        sizes, item_bytes = self.sizes, self.item_bytes
+        blocks = sizes.num_layers * sizes.block_parameters * item_bytes
+        head = sizes.vocab * sizes.d_model * 4
+        if item_bytes == 4:
+            return blocks + head, blocks
+        factors = sizes.lora_parameters(self.config.sft.lora, sizes.num_layers) * item_bytes
+        if not resources_of(self.config.compute, kind).get("GPU"):
+            return blocks + head + factors, factors
+        joined = sizes.d_model * (sizes.query_width + 2 * sizes.key_value_width)
+        return sizes.num_layers * joined * item_bytes + factors, factors
+
+    def generation_bytes(self, rows: int, length: int) -> float:
+        """Keys and values of rows of `length` tokens, and their logits twice in float32."""
+        caches = self.sizes.kv_bytes(rows * length, self.item_bytes)
+        return caches + 8 * rows * self.sizes.vocab
+
+    def process(
+        self,
+        kind: Kind,
+        count: int,
+        held: float,
+        *,
+        loaded: float,
+        changing: float = 0.0,
+        data: float = 0.0,
+    ) -> Processes:
+        """Processes of a kind, with what Python and CUDA take; all in bytes of each of them.
+
+        `held`: where it computes, weights included. `loaded`: weights that are read into host
+        memory first. `changing`: as in Processes. `data`: arrays that stay in host memory.
+        """
         resources = resources_of(self.config.compute, kind)
         if resources.get("GPU"):
-            held = _GPU_PROCESS_BYTES + model_bytes
-        else:
-            held = CPU_PROCESS_BYTES + _CPU_HEAP * model_bytes
-        return Processes(kind=kind, count=count, resources=resources, bytes=held)
+            return Processes(
+                kind=kind,
+                count=count,
+                resources=resources,
+                bytes=_GPU_PROCESS_BYTES + held,
+                changing_bytes=changing,
+                host_bytes=_GPU_HOST_BYTES + loaded + data,
+            )
+        return Processes(
+            kind=kind,
+            count=count,
+            resources=resources,
+            bytes=CPU_PROCESS_BYTES + _CPU_HEAP * held + data,
+            changing_bytes=changing,
+        )
 
     def flops_per_second(self, processes: Processes) -> float:
         """What each of these processes sustains."""

@@ -22,9 +22,10 @@ from nla_ray.plan.sizes import pretrain_section, pretrained_sizes
 from nla_ray.plan.units import format_bytes
 from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME
 from nla_ray.settings.config import ReconstructorConfig
+from nla_ray.settings.resources import Kind
 
-_ROWS_AT_ONCE = 64
-"""Descriptions that a generation engine writes at the same time."""
+_ROWS_AT_ONCE, _ROLLOUTS_AT_ONCE = 64, 128
+"""Descriptions that a generation engine writes at the same time, in the report and in GRPO."""
 _UNLIMITED = float("inf")
 
 
@@ -60,16 +61,20 @@ def _plan_corpus(facts: PlanFacts) -> StagePlan:
 def _plan_activations(facts: PlanFacts) -> StagePlan:
     capture, sizes = facts.config.capture, facts.sizes
     tokens = facts.texts * facts.text_tokens
-    weights = sizes.parameters_up_to(facts.top_layer) * facts.item_bytes
+    weights = facts.weights_bytes(facts.top_layer)
     work = capture.batch_tokens * (3 * sizes.ffn + 6 * sizes.d_model) * facts.item_bytes
+    process = facts.process(
+        "capture", capture.num_actors, weights + work, loaded=weights, data=facts.shard_bytes
+    )
     rows = facts.texts * facts.activations_per_text
     return StagePlan(
-        processes=(facts.process("capture", capture.num_actors, weights + work),),
+        processes=(process,),
         tokens=tokens,
         flops=2 * (facts.top_layer + 1) * sizes.block_parameters * tokens,
         files=(
             f"{facts.num_shards} Parquet shards, {rows:,} activations x {sizes.d_model} float32 ="
-            f" {format_bytes(rows * sizes.d_model * 4)}, stats.json"
+            f" {format_bytes(facts.activations_bytes(rows))}, stats.json; a shard takes"
+            f" {format_bytes(facts.shard_bytes)} of host memory"
         ),
     )
 
@@ -104,8 +109,15 @@ def _plan_reconstructor(
     state = facts.trainer_bytes(sizes.parameters_up_to(layer), trainable)
     batch_tokens = settings.batch_size / workers * settings.max_tokens
     memory = state + batch_tokens * facts.backward_bytes(blocks)
+    process = facts.process(
+        "trainer",
+        workers,
+        memory,
+        loaded=facts.weights_bytes(layer),
+        data=facts.activations_bytes(facts.train_texts / 2),
+    )
     return StagePlan(
-        processes=(facts.process("trainer", workers, memory),),
+        processes=(process,),
         tokens=tokens,
         flops=6 * blocks * sizes.block_parameters * tokens,
         files=f"adapter of {format_bytes(trainable * 4)}, head, metrics.jsonl",
@@ -118,9 +130,13 @@ def _plan_linear_scorer(facts: PlanFacts) -> StagePlan:
     if layer is None:
         layer = config.base.layer // 2
     half = facts.labels_of(config.judge_scorer) / 2
-    tokens = min(half, config.linear_scorer.max_examples or half) * LABEL_TOKENS
+    examples = min(half, config.linear_scorer.max_examples or half)
+    tokens = examples * LABEL_TOKENS
+    weights = facts.weights_bytes(layer)
+    # Features and activations, and the equations of a ridge regression in float64.
+    data = 2 * facts.activations_bytes(examples) + 2 * sizes.d_model**2 * 8
     return StagePlan(
-        processes=(facts.process("scorer", 1, sizes.parameters_up_to(layer) * facts.item_bytes),),
+        processes=(facts.process("scorer", 1, weights, loaded=weights, data=data),),
         tokens=tokens,
         flops=2 * (layer + 1) * sizes.block_parameters * tokens,
         files=f"matrix of {format_bytes(sizes.d_model**2 * 4)}",
@@ -136,8 +152,15 @@ def _plan_sft(facts: PlanFacts) -> StagePlan:
     state = facts.trainer_bytes(sizes.parameters, trainable)
     token_bytes = facts.backward_bytes(sizes.num_layers, with_head=True)
     memory = state + sft.batch_size / workers * length * token_bytes
+    process = facts.process(
+        "trainer",
+        workers,
+        memory,
+        loaded=facts.weights_bytes(),
+        data=facts.activations_bytes(facts.train_texts),
+    )
     return StagePlan(
-        processes=(facts.process("trainer", workers, memory),),
+        processes=(process,),
         tokens=tokens,
         flops=6 * sizes.parameters * tokens,
         files=f"adapter of {format_bytes(trainable * 4)}, metrics.jsonl",
@@ -146,26 +169,14 @@ def _plan_sft(facts: PlanFacts) -> StagePlan:
 
 def _plan_grpo(facts: PlanFacts) -> StagePlan:
     config, grpo, sizes = facts.config, facts.config.grpo, facts.sizes
-    workers, blocks_below = config.compute.trainer_workers, config.base.layer + 1
+    blocks_below = config.base.layer + 1
     rollouts = grpo.steps * grpo.prompts_per_step * grpo.group_size
-    length = PROMPT_TOKENS + grpo.max_new_tokens
     trainable = sizes.lora_parameters(config.sft.lora, sizes.num_layers)
-    # Beside the adapter in training: the frozen SFT adapter.
-    state = facts.trainer_bytes(sizes.parameters, trainable) + trainable * 4
-    token_bytes = facts.backward_bytes(sizes.num_layers, with_head=True)
-    trainer_memory = state + grpo.micro_batch_size * length * token_bytes
-    caches = sizes.kv_bytes(_ROWS_AT_ONCE * length, facts.item_bytes)
-    rollout_memory = sizes.parameters * facts.item_bytes + caches
-    scorer_memory = sizes.parameters_up_to(config.base.layer) * facts.item_bytes
     passes = 1 + 3 * grpo.iterations + 1  # sampling, training, the frozen SFT adapter's log-probs
     weights_used = sizes.parameters * passes + blocks_below * sizes.block_parameters
     tokens = rollouts * grpo.max_new_tokens
     return StagePlan(
-        processes=(
-            facts.process("trainer", workers, trainer_memory),
-            facts.process("rollout", grpo.num_rollout_actors, rollout_memory),
-            facts.process("scorer", grpo.num_scorer_actors, scorer_memory),
-        ),
+        processes=_grpo_processes(facts, trainable),
         tokens=tokens,
         flops=2 * tokens * weights_used,
         files=(
@@ -176,18 +187,48 @@ def _plan_grpo(facts: PlanFacts) -> StagePlan:
     )
 
 
+def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
+    """Trainer, rollout and scorer processes, and the driver with the activations of them all."""
+    config, grpo, sizes = facts.config, facts.config.grpo, facts.sizes
+    length = PROMPT_TOKENS + grpo.max_new_tokens
+    # Beside the adapter in training: the frozen SFT adapter.
+    state = facts.trainer_bytes(sizes.parameters, trainable) + trainable * 4
+    token_bytes = facts.backward_bytes(sizes.num_layers, with_head=True)
+    training = state + grpo.micro_batch_size * length * token_bytes
+    scoring = facts.weights_bytes(config.base.layer)
+    for scorer in (config.reward_scorer, config.judge_scorer):
+        adapter = sizes.lora_parameters(scorer.lora, config.base.layer + 1)
+        scoring += 4 * (adapter + sizes.d_model**2)
+    # As it reads them, and in the object store, where all processes of a node read them in place.
+    data = 2 * facts.activations_bytes(facts.texts * (1 - config.corpus.test_share))
+    return (
+        facts.process(
+            "trainer", config.compute.trainer_workers, training, loaded=facts.weights_bytes()
+        ),
+        _generating(facts, "rollout", grpo.num_rollout_actors, _ROLLOUTS_AT_ONCE, length),
+        facts.process("scorer", grpo.num_scorer_actors, scoring, loaded=scoring),
+        dataclasses.replace(DRIVER, bytes=DRIVER.bytes + data),
+    )
+
+
+def _generating(facts: PlanFacts, kind: Kind, count: int, rows: int, length: int) -> Processes:
+    """Processes with a base, a generation engine, and rows of `length` tokens that it writes."""
+    weights, (engine, changing) = facts.weights_bytes(), facts.engine_bytes(kind)
+    held = weights + engine + facts.generation_bytes(rows, length)
+    return facts.process(kind, count, held, loaded=weights, changing=changing)
+
+
 def _plan_refreshed_scorer(facts: PlanFacts) -> StagePlan:
     refreshed, sizes = facts.config.reward_scorer_refreshed, facts.sizes
     rows = min(facts.train_texts / 2, refreshed.max_examples or _UNLIMITED)
     settings = dataclasses.replace(facts.config.reward_scorer, epochs=refreshed.epochs)
     training = _plan_reconstructor(facts, settings, 2 * rows)  # a label and a description of each
     length = PROMPT_TOKENS + refreshed.max_new_tokens
-    caches = sizes.kv_bytes(_ROWS_AT_ONCE * length, facts.item_bytes)
-    memory = sizes.parameters * facts.item_bytes + caches
+    writer = _generating(facts, "scorer", 1, _ROWS_AT_ONCE, length)
     described = rows * refreshed.max_new_tokens
     return dataclasses.replace(
         training,
-        processes=(*training.processes, facts.process("scorer", 1, memory)),
+        processes=(*training.processes, writer),
         tokens=training.tokens + described,
         flops=training.flops + 2 * sizes.parameters * described,
         files=f"{training.files}, {rows:,.0f} descriptions",
@@ -204,9 +245,9 @@ def _plan_report(facts: PlanFacts) -> StagePlan:
     scored = activations * 3 * ((10 + evaluation.samples) * LABEL_TOKENS + facts.text_tokens)
     patched = min(evaluation.patch_rows, activations) * facts.text_tokens
     blocks = config.base.layer + 1
-    memory = (sizes.parameters + sizes.kv_bytes(_ROWS_AT_ONCE * 128, 1)) * facts.item_bytes
+    length = PROMPT_TOKENS + config.grpo.max_new_tokens
     return StagePlan(
-        processes=(facts.process("scorer", 1, memory),),
+        processes=(_generating(facts, "scorer", 1, _ROWS_AT_ONCE, length),),
         tokens=described + scored + patched,
         flops=2 * sizes.parameters * (described + patched)
         + 2 * blocks * sizes.block_parameters * scored,
@@ -222,7 +263,7 @@ def _plan_inspection(facts: PlanFacts) -> StagePlan:
     top = min(facts.top_layer, sizes.num_layers - 1)
     read_texts = facts.texts * (1 - facts.config.corpus.test_share)
     tokens = read_texts * (facts.text_tokens + LABEL_TOKENS)
-    memory = CPU_PROCESS_BYTES + sizes.parameters_up_to(top) * facts.item_bytes
+    memory = CPU_PROCESS_BYTES + facts.weights_bytes(top)
     return StagePlan(
         processes=(dataclasses.replace(DRIVER, bytes=memory),),
         tokens=tokens,
@@ -232,15 +273,19 @@ def _plan_inspection(facts: PlanFacts) -> StagePlan:
 
 
 def _plan_benchmark(facts: PlanFacts) -> StagePlan:
-    memory = CPU_PROCESS_BYTES + 2 * facts.sizes.parameters * facts.item_bytes
+    engine, changing = facts.engine_bytes("serve")
+    memory = CPU_PROCESS_BYTES + 2 * facts.weights_bytes() + engine + changing
     process = dataclasses.replace(DRIVER, bytes=memory)
     return StagePlan(processes=(process,), files=BENCHMARK_NAME)
 
 
 def _plan_serve(facts: PlanFacts) -> StagePlan:
-    serve = facts.config.serve
+    serve, length = facts.config.serve, PROMPT_TOKENS + facts.config.grpo.max_new_tokens
+    verbalizer = _generating(facts, "serve", 1, serve.max_batch, length)
+    below = facts.weights_bytes(facts.config.base.layer)
     return StagePlan(
-        processes=(facts.process("serve", 3, facts.sizes.parameters * facts.item_bytes),),
+        # The scorer and the reader of activations hold the same blocks.
+        processes=(verbalizer, facts.process("serve", 2, below, loaded=below)),
         files=f"none; http://{serve.host}:{serve.port}",
     )
 

@@ -13,19 +13,20 @@ from typing import Any
 from nla_ray.base.config_files import local_file
 from nla_ray.base.families import check_layer
 from nla_ray.base.prompts import marker_token
-from nla_ray.plan.facts import PlanFacts, StagePlan
+from nla_ray.plan.facts import PlanFacts, Processes, StagePlan
 from nla_ray.plan.formulas import FORMULAS
 from nla_ray.plan.units import format_bytes, format_seconds
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import INSPECTION_JOB, Stage, is_superfluous, stages_of_job, steps_of_job
 from nla_ray.settings.config import RunConfig
+from nla_ray.settings.fit import check_stage
 
 
 def describe_plan(config: RunConfig, job: str) -> str:
     """The plan of a job as text.
 
     Raises ValueError when a file that the configuration names is missing, when the sizes of the
-    base cannot be known, and for a base, a layer or a marker that the job would refuse.
+    base cannot be known, and for a base, a layer, a marker or a batch that the job would refuse.
     """
     run, stages = Run(config), stages_of_job(job)
     _require_files(run)
@@ -46,7 +47,10 @@ def describe_plan(config: RunConfig, job: str) -> str:
     for stage, made_for in steps_of_job(run, job):
         artifact = stage.artifact_of_job(job, made_for.config)
         title = stage.name if made_for is run else artifact
-        lines.append(f"{title}{_reason_to_skip(run, artifact, stage, stages)}")
+        skipped = _reason_to_skip(run, artifact, stage, stages)
+        if not skipped:
+            check_stage(made_for.config, stage.name)
+        lines.append(f"{title}{skipped}")
         lines += _stage_lines(FORMULAS[stage.name](facts), facts)
     return "\n".join(lines)
 
@@ -108,15 +112,25 @@ def _base_lines(facts: PlanFacts) -> list[str]:
     ]
 
 
+def _memory(process: Processes) -> str:
+    """`29.4 GB GPU memory each (42.4 GB while weights change), 18.2 GB host memory each`."""
+    name = "GPU memory" if process.on_gpu else "memory"
+    memory = f"{format_bytes(process.bytes)} {name} each"
+    if process.changing_bytes:
+        most = process.bytes + process.changing_bytes
+        memory += f" ({format_bytes(most)} while weights change)"
+    if process.on_gpu:
+        memory += f", {format_bytes(process.host_bytes)} host memory each"
+    return memory
+
+
 def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
     lines = []
     for process in plan.processes:
         amounts = [f"{amount:g} {name}" for name, amount in process.resources.items()]
-        memory = "GPU memory" if process.on_gpu else "memory"
         lines.append(
             f"  processes  {process.count} x {process.kind}:"
-            f" {', '.join(amounts) or 'no resources of Ray'}; about"
-            f" {format_bytes(process.bytes)} {memory} each"
+            f" {', '.join(amounts) or 'no resources of Ray'}; about {_memory(process)}"
         )
     if plan.tokens:
         workers = plan.processes[0]

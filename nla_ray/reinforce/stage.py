@@ -36,7 +36,8 @@ from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest, check_disjoint
 from nla_ray.run.metrics import METRICS_NAME
 from nla_ray.score.comparisons import Comparisons, hard_rows
-from nla_ray.settings.config import GRPOSettings, RunConfig, require
+from nla_ray.settings.config import GRPOSettings, RunConfig
+from nla_ray.settings.fit import check_stage
 from nla_ray.training.workers import run_training
 
 logger = get_logger(__name__)
@@ -63,7 +64,7 @@ def train_grpo(run: Run) -> Manifest:
     info = base_info(run.config.base)
     for parent in parents.values():
         check_base(parent, info)
-    check_settings(run.config)
+    check_stage(run.config, "grpo")
     complete = run.find(name)
     algorithm = complete.config.get("inputs") if complete else {"algorithm": ALGORITHM}
     stage = run.open("grpo", parents=parents, inputs=algorithm)
@@ -89,39 +90,6 @@ def train_grpo(run: Run) -> Manifest:
         model=info.to_dict(),
         metrics=summary([json.loads(line) for line in lines], trained["published_step"]),
     )
-
-
-def check_settings(config: RunConfig) -> None:
-    """Raise ValueError for settings that do not fit together.
-
-    Batches must be cut, and on a resume be cut again, into whole groups; GRPO starts from the SFT
-    without a name.
-    """
-    settings, workers = config.grpo, config.compute.trainer_workers
-    require(
-        config.sft.name is None,
-        "sft.name",
-        config.sft.name,
-        "none",
-        "GRPO starts from the SFT without a name; a named one is trained by jobs/sft.py, for"
-        " --compare.",
-    )
-    require(
-        settings.prompts_per_step % workers == 0,
-        "grpo.prompts_per_step",
-        settings.prompts_per_step,
-        f"a multiple of compute.trainer_workers = {workers}",
-        "A group may not be cut in two.",
-    )
-    for name in ("save_steps", "monitor_steps"):
-        value = getattr(settings, name)
-        require(
-            value % settings.iterations == 0,
-            f"grpo.{name}",
-            value,
-            f"a multiple of grpo.iterations = {settings.iterations}",
-            "A batch of rollouts may not be cut in two.",
-        )
 
 
 def require_room(config: RunConfig) -> None:

@@ -29,6 +29,7 @@ from nla_ray.score.comparisons import derangement
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.score.scorer import ScorerName
 from nla_ray.settings.config import ReconstructorConfig, RunConfig
+from nla_ray.settings.fit import worker_batch
 from nla_ray.training.attention import training_attention
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
@@ -37,12 +38,7 @@ from nla_ray.training.checkpoints import (
     checkpoint_trainable_only,
     trainable_parameters,
 )
-from nla_ray.training.workers import (
-    prepare_worker,
-    train_on_labels,
-    trainer_arguments,
-    worker_batch,
-)
+from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
 
 TEMPERATURE = 0.1
 """Of the in-batch contrastive term: centred cosines are divided by it."""

@@ -38,6 +38,7 @@ from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.settings.config import ReconstructorConfig, RunConfig
+from nla_ray.settings.fit import check_stage
 from nla_ray.training.attention import training_attention
 from nla_ray.training.reconstruction import (
     Examples,
@@ -45,7 +46,7 @@ from nla_ray.training.reconstruction import (
     scorer_labels,
     train_reconstructor,
 )
-from nla_ray.training.workers import prepare_worker, run_training, worker_batch
+from nla_ray.training.workers import prepare_worker, run_training
 
 NAME = "reward_scorer_refreshed"
 """Of the stage, its artifact and its section of the configuration."""
@@ -65,7 +66,7 @@ def refresh_reward_scorer(run: Run) -> Manifest:
     training runs in Ray Train workers. Either goes on where it was cut off.
     """
     check_base(run.require("activations"), base_info(run.config.base))
-    worker_batch(run.config.compute, run.config.reward_scorer.batch_size)
+    check_stage(run.config, "reward_scorer_refreshed")
     stage = _open_stage(run)
     if stage.manifest is not None:
         logger.info("%s: complete, skipped", stage.name)

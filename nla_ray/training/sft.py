@@ -32,16 +32,12 @@ from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import derangement
 from nla_ray.settings.config import RunConfig
+from nla_ray.settings.fit import worker_batch
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
 from nla_ray.training.verbalizer import TrainableVerbalizer
-from nla_ray.training.workers import (
-    prepare_worker,
-    train_on_labels,
-    trainer_arguments,
-    worker_batch,
-)
+from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
 
 IGNORED = -100
 """Label of a token without loss."""

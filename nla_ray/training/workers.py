@@ -31,7 +31,8 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.run.metrics import METRICS_NAME
-from nla_ray.settings.config import ComputeConfig, RunConfig, require
+from nla_ray.settings.config import ComputeConfig, RunConfig
+from nla_ray.settings.fit import check_stage
 from nla_ray.settings.resources import resources_of
 from nla_ray.training.checkpoints import BEST_NAME
 from nla_ray.training.zero import deepspeed_config
@@ -129,7 +130,7 @@ def train_on_labels(
     before anything is begun.
     """
     check_base(run.require("activations"), base_info(run.config.base))
-    worker_batch(run.config.compute, getattr(run.config, name).batch_size)
+    check_stage(run.config, name)
     stage = run.open(name)
     if stage.manifest is not None:
         logger.info("%s: complete, skipped", stage.name)
@@ -220,18 +221,3 @@ def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
     }
-
-
-def worker_batch(compute: ComputeConfig, batch_size: int) -> int:
-    """One worker's share of an optimizer step's examples.
-
-    Raises ValueError when they cannot be shared out evenly.
-    """
-    require(
-        batch_size % compute.trainer_workers == 0,
-        "batch_size",
-        batch_size,
-        f"a multiple of compute.trainer_workers = {compute.trainer_workers}",
-        "Change one of them.",
-    )
-    return batch_size // compute.trainer_workers

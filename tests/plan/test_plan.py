@@ -189,3 +189,102 @@ def test_a_plan_refuses_a_further_layer_and_a_job_without_a_base_asks_for_none(
         describe_plan(override(config, capture={"layers": (99,)}), "capture")
     unknown = override(config, base={"model": "nobody/knows"})
     assert "base nobody/knows" not in describe_plan(unknown, "label")
+
+
+def test_a_plan_refuses_batches_that_the_workers_cannot_share(tmp_path: Path) -> None:
+    config = dataclasses.replace(nano(), run_dir=str(tmp_path))  # of two workers
+    with pytest.raises(ValueError, match=r"batch_size: got 33, expected a multiple of .* = 2"):
+        describe_plan(override(config, sft={"batch_size": 33}), "sft")
+    odd = override(config, grpo={"prompts_per_step": 15})
+    with pytest.raises(ValueError, match=r"grpo.prompts_per_step: got 15"):
+        describe_plan(odd, "grpo")
+    assert "sft" in describe_plan(odd, "sft")
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+def planned(name: str, folder: Path, **sections: dict) -> PlanFacts:
+    return PlanFacts.of(
+        Run(dataclasses.replace(override(PRESETS[name](), **sections), run_dir=str(folder)))
+    )
+
+
+def storages(value: object, seen: dict[int, object]) -> dict[int, int]:
+    """Bytes of every storage that is reached from an object; modules are passed over."""
+    import torch
+
+    if id(value) in seen or isinstance(value, torch.nn.Module):
+        return {}
+    seen[id(value)] = value
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        return {storage._cdata: storage.nbytes()}
+    if isinstance(value, list | tuple):
+        inner = list(value)
+    else:
+        inner = list(
+            (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
+        )
+    found: dict[int, int] = {}
+    for part in inner:
+        found |= storages(part, seen)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_copies_of_an_engine_are_those_that_the_plan_counts(dtype: str, tmp_path: Path) -> None:
+    import torch
+
+    from nla_ray.base.load import load_model_config, random_backbone
+    from nla_ray.description.engines.decoder import Decoder
+
+    facts = planned("qwen2.5-7b", tmp_path, base={"dtype": dtype})
+    base, rank = facts.config.base, facts.config.sft.lora.rank
+    model = random_backbone(load_model_config(base), dtype=getattr(torch, dtype))
+    adapter = {}
+    for name, module in model.model.layers.named_modules(prefix="base_model.model.model.layers"):
+        if isinstance(module, torch.nn.Linear):
+            out, inner = module.weight.shape
+            adapter[f"{name}.lora_A.weight"] = torch.empty(rank, inner, device="meta")
+            adapter[f"{name}.lora_B.weight"] = torch.empty(out, rank, device="meta")
+    decoder = Decoder(model, rows=64)
+    decoder.load(adapter, 2.0)
+    shared = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    copies = {key: held for key, held in storages(decoder, {}).items() if key not in shared}
+    held, changing = facts.engine_bytes("rollout")
+    if dtype == "bfloat16":  # a GPU uses the base's head; this device, which is none, holds a copy
+        held += facts.sizes.vocab * facts.sizes.d_model * 4
+    assert held == pytest.approx(sum(copies.values()), rel=0.01)
+    # The next blocks, or the next factors, stand beside the last ones.
+    blocks = storages(decoder._blocks, {})
+    assert changing == pytest.approx(
+        sum(held for key, held in blocks.items() if key not in shared)
+        - (28 * 3_584 * 4_608 * 2 if dtype == "bfloat16" else 0),
+        rel=0.15,
+    )
+
+
+def test_a_plan_states_the_memory_of_every_process_its_host_memory_and_that_of_a_shard(
+    tmp_path: Path,
+) -> None:
+    config = dataclasses.replace(PRESETS["qwen2.5-7b"](), run_dir=str(tmp_path))
+    text = describe_plan(config, "grpo")
+    # 15.23 GB of weights, .92 of joined queries, keys and values, .16 of factors, 128 rows of 245
+    # tokens x 57,344 bytes and of logits twice, and 1.5 of CUDA.
+    assert "4 x rollout: 4 CPU, 1 GPU, 1 rollout_node; about 19.8 GB GPU memory each" in text
+    # The weights pass through host memory: 15.23 GB beside 3 of the process.
+    assert "(19.9 GB while weights change), 18.2 GB host memory each" in text
+    # 1,024 vectors of 3,584 float32, three times.
+    assert "a shard takes 44 MB of host memory" in text
+    merged = describe_plan(override(config, base={"dtype": "float32"}), "grpo")
+    # 30.46 of weights, 28.28 of merged copies of blocks and head; 26.1 more for the next blocks.
+    [rollout] = re.findall(r"4 x rollout: .* about (.*) GB GPU .*\((.*) GB while", merged)
+    assert float(rollout[1]) - float(rollout[0]) == pytest.approx(26.1, abs=0.1)
+    assert float(rollout[0]) == pytest.approx(30.46 + 28.28 + 1.5 + 3.6 + 0.16, abs=0.1)
+
+
+def test_a_plan_for_a_laptop_names_one_memory(tmp_path: Path) -> None:
+    text = describe_plan(dataclasses.replace(nano(), run_dir=str(tmp_path)), "grpo")
+    assert "GPU memory" not in text and "host memory each" not in text
+    assert re.search(r"2 x rollout: .* MB memory each \(\d+ MB while weights change\)", text)

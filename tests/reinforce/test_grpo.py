@@ -38,6 +38,7 @@ from nla_ray.reinforce.steps import StepClock, StepSampler
 from nla_ray.run.artifact import Run
 from nla_ray.run.metrics import MetricsLog
 from nla_ray.settings.config import BaseConfig, RunConfig
+from nla_ray.settings.fit import check_stage
 from nla_ray.settings.presets import override
 from nla_ray.training.verbalizer import TrainableVerbalizer
 
@@ -318,15 +319,16 @@ def test_settings_under_which_a_group_or_a_batch_would_be_cut_are_refused(
         ValueError,
         match=r"grpo.prompts_per_step: got 3, expected a multiple of compute.trainer_workers = 2",
     ):
-        stage.check_settings(
+        check_stage(
             dataclasses.replace(
                 config, compute=dataclasses.replace(config.compute, trainer_workers=2)
-            )
+            ),
+            "grpo",
         )
     with pytest.raises(
         ValueError, match=r"grpo.save_steps: got 3, expected a multiple of grpo.iterations = 2"
     ):
-        stage.check_settings(grpo_config(tiny_base, "unused", iterations=2, save_steps=3))
+        check_stage(grpo_config(tiny_base, "unused", iterations=2, save_steps=3), "grpo")
 
 
 def test_a_missing_artifact_is_named_with_the_job_that_makes_it(

@@ -134,7 +134,7 @@ def is_section(statement: ast.AnnAssign) -> bool:
 def test_sections_stand_in_the_order_of_the_pipeline_and_pretraining_is_added_last() -> None:
     fields = [field.name for field in dataclasses.fields(RunConfig)]
     assert fields == [
-        *("preset", "run_dir", "dry_run", "gate", "card", "compare"),
+        *("preset", "run_dir", "dry_run", "gate", "card", "compare", "seeds"),
         *("base", "corpus", "capture", "label", "reward_scorer", "judge_scorer", "linear_scorer"),
         *("sft", "grpo", "reward_scorer_refreshed", "evaluation", "serve", "compute"),
     ]

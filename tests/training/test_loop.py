@@ -29,10 +29,11 @@ from nla_ray.settings.config import (
     ReconstructorConfig,
     SFTConfig,
 )
+from nla_ray.settings.fit import worker_batch
 from nla_ray.settings.presets import nano, preset
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.checkpoints import Checkpoints, checkpoint_trainable_only, last_checkpoint
-from nla_ray.training.workers import collect_result, run_training, worker_batch
+from nla_ray.training.workers import collect_result, run_training
 from nla_ray.training.zero import deepspeed_config
 
 
