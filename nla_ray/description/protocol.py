@@ -5,9 +5,10 @@ COMPARISON is therefore everything else: the prompt, the decoding, the limits an
 one of these differs, a difference of two figures is no longer one of two verbalizers: a baseline
 that was cut off earlier, asked in other words, or sampled, loses for reasons of its own.
 
-A description that no verbalizer generated (a label, a fixed sentence) has no protocol that could
-differ, and is compared with any. A file of an earlier version, or from elsewhere, may not record
-its protocol; nothing follows from that but that it is not known.
+What is injected is no part of it: the controls that inject something else than the activation say
+so by their names. A description that no verbalizer generated (a label, a fixed sentence) has no
+protocol that could differ, and is compared with any. A file of an earlier version, or from
+elsewhere, may not record its protocol; nothing follows from that but that it is not known.
 """
 
 from __future__ import annotations

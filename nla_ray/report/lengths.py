@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nla_ray.base.encoding import encode_texts
 from nla_ray.description.record import Description
-from nla_ray.report.claim_figures import claim_figures
+from nla_ray.report.claim_figures import CLAIM_FIGURES, ClaimRows
 from nla_ray.report.controls import CONTROLS
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.score.bootstrap import DocumentBootstrap
@@ -80,13 +80,7 @@ def length_section(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[s
     for pair, cut in evaluated.cut.items():
         whole = [_named(evaluated, name) for name in pair]
         lengths = [_lengths(evaluated.descriptions[name]) for name in pair]
-        equal = dataclasses.replace(
-            evaluated,
-            descriptions={
-                "gold": evaluated.descriptions["gold"],
-                **dict(zip(pair, cut, strict=True)),
-            },
-        )
+        equal = dataclasses.replace(evaluated, descriptions=dict(zip(pair, cut, strict=True)))
         views = {"whole": (whole, lengths, torch.ones(bootstrap.rows))}
         cut_lengths = [_lengths(described) for described in cut]
         views["cut"] = ([_named(equal, name) for name in pair], cut_lengths, views["whole"][2])
@@ -115,13 +109,12 @@ def _matched(first: Tensor, second: Tensor) -> Tensor:
 
 def _named(evaluated: Evaluated, verbalizer: str) -> _Named:
     """The figures that are compared at equal length."""
-    texts = evaluated.texts_of(verbalizer)
+    texts, rows = evaluated.texts_of(verbalizer), ClaimRows(evaluated, verbalizer)
     named: dict[str, dict[str, Figure]] = {}
     for scorer in evaluated.readings.scorers:
         found = figures(evaluated.read(scorer, texts), evaluated.comparisons)
         named[scorer] = {metric: found[metric] for metric in _METRICS}
-    claimed = claim_figures(evaluated, verbalizer)
-    named["claims"] = {name: claimed[name] for name in _CLAIMS}
+    named["claims"] = {name: CLAIM_FIGURES[name](rows) for name in _CLAIMS}
     return named
 
 
