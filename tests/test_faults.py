@@ -148,6 +148,57 @@ def test_killed_actors_and_a_killed_trainer_of_two_do_what_an_undisturbed_traine
     assert stage.train_grpo(run) == manifest, "a complete artifact is skipped"
 
 
+def test_grpo_goes_on_with_two_then_one_then_three_workers_and_other_actors(
+    tiny_base: BaseConfig, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off_at(step: int) -> Callable[[dict], dict]:
+        """A worker that refuses to begin a step."""
+
+        def work(arguments: dict) -> dict:
+            from nla_ray.reinforce import grpo
+
+            class CutOff(grpo.GRPOCallback):
+                def on_step_begin(self, args, state, control, **kwargs) -> None:
+                    super().on_step_begin(args, state, control, **kwargs)
+                    if state.global_step == step:
+                        raise ValueError(f"cut off at step {step}")
+
+            grpo.GRPOCallback = CutOff
+            return grpo.grpo_worker(arguments)
+
+        return work
+
+    six = {"prompts_per_step": 6, "micro_batch_size": 8}
+    whole = prepared(tiny_base, tmp_path / "whole", **six)
+    stage.train_grpo(whole)
+    parts = [
+        (3, {"trainer_workers": 2, "num_rollout_actors": 2, "micro_batch_size": 6}),
+        (5, {"trainer_workers": 1, "num_scorer_actors": 2}),
+        (None, {"trainer_workers": 3, "micro_batch_size": 4, "zero_stage": 2}),
+    ]
+    prepared(tiny_base, tmp_path / "parts", **six)
+    for step, changes in parts:
+        run = Run(
+            grpo_config(
+                tiny_base,
+                tmp_path / "parts" / "run",
+                steps=STEPS,
+                save_steps=2,
+                monitor_steps=3,
+                **{"zero_stage": 2, **six, **changes},
+            )
+        )
+        if step is None:
+            stage.train_grpo(run)
+            break
+        with pytest.raises(ValueError, match=f"cut off at step {step}"), monkeypatch.context() as m:
+            m.setattr(stage, "grpo_worker", cut_off_at(step))
+            stage.train_grpo(run)
+    expected = MetricsLog(Path(whole.config.run_dir) / "grpo" / "metrics.jsonl").read()
+    metrics = Path(run.config.run_dir) / "grpo" / "metrics.jsonl"
+    assert_same_run(metrics, expected, kl_tolerance=5e-3)
+
+
 def test_a_killed_driver_leaves_no_process_and_the_same_command_continues(
     undisturbed: list[dict], tiny_base: BaseConfig, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.settings.config import RunConfig
 from nla_ray.training.checkpoints import Checkpoints
+from nla_ray.training.resuming import ResumableTrainer
 from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import prepare_worker, trainer_arguments
 
@@ -61,27 +62,26 @@ def grpo_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     data: TrainingData = arguments["data"]
     rollouts, scorers = arguments["rollouts"], arguments["scorers"]
     prepare_worker(config.compute)
-    checkpoints = Checkpoints(config, arguments["name"])
     prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
     policy, clock = load_policy(config, data, prompt), StepClock()
     vocab_size = policy.get_input_embeddings().vocab_size
     sampler = StepSampler(config.grpo, data, prompt, vocab_size, rollouts, scorers, clock)
-    trainer = build_trainer(config, checkpoints.folder, policy, sampler, clock)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(
-        GRPOCallback(
-            checkpoints,
-            config.grpo,
-            trainer,
-            sampler.publisher,
-            Monitor(config.grpo, data.monitor, rollouts, scorers),
-            clock,
-            tells_steps=arguments["tells_steps"],
+    with Checkpoints(config, arguments["name"]) as checkpoints:
+        trainer = build_trainer(config, checkpoints.folder, policy, sampler, clock)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(
+            GRPOCallback(
+                checkpoints,
+                config.grpo,
+                trainer,
+                sampler.publisher,
+                Monitor(config.grpo, data.monitor, rollouts, scorers),
+                clock,
+                tells_steps=arguments["tells_steps"],
+            )
         )
-    )
-    trainer.train(resume_from_checkpoint=checkpoints.last())
-    checkpoints.upload()
-    return {"published_step": checkpoints.best["step"]}
+        trainer.train(resume_from_checkpoint=checkpoints.last())
+        return {"published_step": checkpoints.best["step"]}
 
 
 def load_policy(
@@ -173,7 +173,7 @@ def schedule_dataset(schedule: Sequence[Sequence[int]]) -> Dataset:
     return Dataset.from_dict({"prompt": [str(row) for row in rows], "row": rows})
 
 
-class VerbalizerTrainer(GRPOTrainer):
+class VerbalizerTrainer(ResumableTrainer, GRPOTrainer):
     """TRL's trainer; ratios are taken against the sampler, and credit may go to lines.
 
     Where the policy computes in bfloat16 the sampler cannot be the policy to the last bit. So

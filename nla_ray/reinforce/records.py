@@ -86,6 +86,7 @@ class GRPOCallback(StageCallback):
             self._watch(0, {})
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
         self._started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

@@ -6,6 +6,7 @@ that is not renewed is stale.
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from nla_ray.run.log import get_logger
 
 logger = get_logger(__name__)
 
-_LOCK_NAME = ".lock"
+_LOCK_NAME, _CLAIMS_NAME = ".lock", ".claims"
 _LEASE_SECONDS = 90.0
 """How long a lease is valid; it is renewed every third of this time."""
 
@@ -55,35 +56,69 @@ class LocalLock:
 
 
 class Lease:
-    """The same on an object store: a file that says who works here, and since when."""
+    """The same on an object store: a claim, in a file of its own, that no other process has.
+
+    pyarrow writes to no store under a condition (S3's If-None-Match), so a common file could be
+    taken by two processes at once. Instead a process writes its claim first and lists all claims
+    then; who sees another that is alive withdraws. S3, GCS and Azure list what was written before,
+    so of two processes at least one sees the other: never do both hold the run. (Both may withdraw,
+    when they start at the same moment.) A claim is alive for _LEASE_SECONDS from its renewal, by
+    clocks that must agree within a minute.
+
+    What no lease can do: a process that was frozen for longer than that may finish the one write
+    that it was in. It stops at its next renewal, when it sees who has taken over.
+    """
 
     def __init__(self, root: Location) -> None:
-        self._file = root / _LOCK_NAME
-        self._owner = f"{_this_process()} {uuid.uuid4().hex[:6]}"
-        if self._file.exists():
-            lease = json.loads(self._file.read_text())
-            if time.time() - lease["time"] < _LEASE_SECONDS:
-                raise ValueError(_busy(root, lease["owner"]))
+        self._claims = root / _CLAIMS_NAME
+        self._name = f"{uuid.uuid4().hex}.json"
         self._renew()
+        others = self._others()
+        if others:
+            (self._claims / self._name).delete()
+            raise ValueError(_busy(root, others[0]))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
         self._thread.start()
 
     def _renew(self) -> None:
-        self._file.write_text(json.dumps({"owner": self._owner, "time": time.time()}))
+        claim = {"owner": _this_process(), "time": time.time()}
+        (self._claims / self._name).write_text(json.dumps(claim))
+
+    def _others(self) -> list[str]:
+        """Owners of the other claims that are alive; those of the dead are removed."""
+        owners = []
+        for name in self._claims.list_files():
+            if name == self._name:
+                continue
+            try:
+                claim = json.loads((self._claims / name).read_text())
+            except FileNotFoundError:  # withdrawn meanwhile
+                continue
+            except ValueError:  # being written
+                claim = {"owner": "", "time": time.time()}
+            if time.time() - claim["time"] < _LEASE_SECONDS:
+                owners.append(claim["owner"])
+            else:
+                (self._claims / name).delete()
+        return owners
 
     def _keep_renewing(self) -> None:
         while not self._stop.wait(_LEASE_SECONDS / 3):
             try:
+                if others := self._others():
+                    logger.error("%s: taken over by %s; this job stops", self._claims, others[0])
+                    _thread.interrupt_main()
+                    return
                 self._renew()
             except OSError as error:  # a store that is away for a moment must not end the renewals
-                logger.warning("%s: not renewed this time: %s", self._file, error)
+                logger.warning("%s: not renewed this time: %s", self._claims, error)
 
     def release(self) -> None:
         """Give the run directory back."""
         self._stop.set()
         self._thread.join()
-        self._file.delete()
+        (self._claims / self._name).delete()
 
 
 def _this_process() -> str:

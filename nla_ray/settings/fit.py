@@ -25,7 +25,7 @@ def worker_batch(compute: ComputeConfig, batch_size: int) -> int:
         "batch_size",
         batch_size,
         f"a multiple of compute.trainer_workers = {compute.trainer_workers}",
-        "Change one of them.",
+        "A step is the same whatever the number of workers: take another number of them.",
     )
     return batch_size // compute.trainer_workers
 

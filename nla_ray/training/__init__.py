@@ -1,10 +1,11 @@
 """Supervised training: the verbalizer's SFT and the scorers, in Ray Train workers.
 
 Nouns: a trainable verbalizer (base, adapter and a forward of its own; GRPO trains it too), a worker
-(one process of a training stage), a checkpoint, an offer (published when it is the best).
+(one process of a training stage), a checkpoint (what is trained, free of the number of workers), an
+offer (published when it is the best).
 
-Read: verbalizer, sft, reconstruction, linear, refreshed, workers, checkpoints, callbacks, trackers,
-batches, attention, zero.
+Read: verbalizer, sft, reconstruction, linear, refreshed, workers, resuming, checkpoints, callbacks,
+trackers, batches, attention, zero.
 
 A scorer needs no such class: `score.Reconstructor` is a module with its own forward. Stages are the
 first functions of sft, reconstruction, linear and refreshed, which stand beside their trainers.

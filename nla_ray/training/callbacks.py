@@ -1,14 +1,16 @@
-"""What every trainer tells while it runs: metrics, progress lines, complete checkpoints."""
+"""What every trainer does beside its steps: metrics, progress lines, old checkpoints, seeds."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from nla_ray.cpu import door
 from nla_ray.cpu.memory import give_back_free_memory
+from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.training.checkpoints import Checkpoints
 
@@ -27,8 +29,8 @@ _TRIM_STEPS = 20
 class StageCallback(TrainerCallback):
     """What a trainer tells while it runs.
 
-    It writes the logs to the metrics file and the trackers, tells progress every ten seconds, and
-    marks checkpoints complete.
+    It writes the logs to the metrics file and the trackers, tells progress every ten seconds,
+    drops what a checkpoint supersedes, and draws anew at every step.
     """
 
     def __init__(self, checkpoints: Checkpoints, title: str) -> None:
@@ -58,6 +60,14 @@ class StageCallback(TrainerCallback):
                 float(logs["loss"]),
             )
 
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Draw (dropout, the order inside a step) by seed, step and rank.
+
+        So a run that goes on draws as one that was never cut off, and no state is kept for it.
+        """
+        step, rank = str(state.global_step), str(args.process_index)
+        torch.manual_seed(seed_of(args.seed, "step", step, rank))
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Keep the heap small."""
         if state.global_step % _TRIM_STEPS == 0 and door.is_for_device(args.device):
@@ -78,8 +88,9 @@ class StageCallback(TrainerCallback):
             )
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        """Declare the checkpoint that was just written whole."""
-        self.checkpoints.mark_complete(state.global_step)
+        """Drop the checkpoint before the one that was just written; on a remote run, upload."""
+        self.checkpoints.drop_superseded()
+        self.checkpoints.upload()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Close the trackers."""

@@ -1,7 +1,7 @@
 """The scratch folder of a training stage: checkpoints, metrics, and the best files so far.
 
-Protects two rules: a stage that is cut off anywhere goes on from its newest complete checkpoint,
-and the best evaluation is what is published.
+Protects three rules: a stage that is cut off anywhere goes on from its newest complete checkpoint;
+the best evaluation is what is published; nothing that is superseded stays, here or in a store.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nla_ray.run.artifact import Run
 from nla_ray.run.location import Location
@@ -29,17 +29,24 @@ from nla_ray.training.zero import gathered
 logger = get_logger(__name__)
 
 
-COMPLETE_NAME = "complete"
-"""Empty file inside a checkpoint, written last: a checkpoint without it is torn and ignored."""
+TRAINED_NAME = "trained.safetensors"
+"""File inside a checkpoint, written last and whole: a checkpoint without it is torn and ignored."""
 BEST_NAME = "best.json"
+_RAY_PREFIX = "ray/"
+"""What Ray Train keeps in a stage's scratch folder for itself."""
 
 
 # Checkpoints --------------------------------------------------------------------------------------
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after a step."""
+    return f"checkpoint-{step}"
+
+
 def last_checkpoint(folder: Path | str) -> Path | None:
     """The newest complete `checkpoint-N` in a folder, by N; None when there is none."""
-    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE_NAME}")]
+    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINED_NAME}")]
     return max(complete, key=_step_of, default=None)
 
 
@@ -48,11 +55,12 @@ def _step_of(checkpoint: Path) -> int:
 
 
 class Checkpoints:
-    """The scratch folder of one training stage, as a worker sees it.
+    """The scratch folder of one training stage, as a worker sees it; a context manager.
 
-    It holds checkpoints, metrics.jsonl and the best files so far. On a local run it is the run's
-    own folder. On a remote one it is a temporary folder that is filled from the run at the start
-    and uploaded after every checkpoint, the files that declare others whole last.
+    It holds a checkpoint, metrics.jsonl and the best files so far, all written by the first rank.
+    On a local run it is the run's own folder. On a remote one it is a temporary folder, which is
+    filled from the run at the start and removed at the end. The first rank keeps the run's files
+    those of its folder; the others take what they resume from, and write nothing.
     """
 
     def __init__(self, run_config: RunConfig, name: str) -> None:
@@ -69,6 +77,17 @@ class Checkpoints:
         record = self.folder / BEST_NAME
         self.best: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
         """Step, value and metrics of the best offer so far; empty before the first."""
+        self.drop_superseded()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Upload what is left, unless an error ends the stage; leave no temporary folder."""
+        if kind is None:
+            self.upload()
+        if not self.location.is_local:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def last(self) -> str | None:
         """The checkpoint that `Trainer.train(resume_from_checkpoint=...)` is to resume from."""
@@ -124,33 +143,27 @@ class Checkpoints:
             if self.is_writer:
                 folder.mkdir()
                 save(folder)
-        before, self.best = (
-            self.best,
-            {"step": step, "value": value, "folder": folder.name, "metrics": metrics or {}},
-        )
+        self.best = {"step": step, "value": value, "folder": folder.name, "metrics": metrics or {}}
         if self.is_writer:
             Location.of(self.folder / BEST_NAME).write_text(json.dumps(self.best))
-            if before:
-                shutil.rmtree(self.folder / before["folder"], ignore_errors=True)
+        self.drop_superseded()
         return True
 
-    def mark_complete(self, step: int) -> None:
-        """Declare `checkpoint-{step}` whole.
-
-        On a remote run that is done after every rank has uploaded its part.
-        """
-        self.upload()
-        _wait_for_all_ranks()
-        if self.is_writer:
-            (self.folder / f"checkpoint-{step}" / COMPLETE_NAME).touch()
-            self.upload()
+    def drop_superseded(self) -> None:
+        """Remove every checkpoint but the newest, what is torn, and every offer but the best."""
+        if not self.is_writer:
+            return
+        kept = {last_checkpoint(self.folder), self.folder / self.best.get("folder", BEST_NAME)}
+        for pattern in ("checkpoint-*", "best-*"):
+            for path in set(self.folder.glob(pattern)) - kept:
+                shutil.rmtree(path, ignore_errors=True)
 
     def upload(self) -> None:
-        """On a remote run: make the run's files those of this folder.
+        """On a remote run, from the first rank: make the run's files those of this folder.
 
         New and changed files are copied, and what was removed here is removed there.
         """
-        if self.location.is_local:
+        if self.location.is_local or not self.is_writer:
             return
         files = {
             str(path.relative_to(self.folder)): path
@@ -168,7 +181,13 @@ class Checkpoints:
             del self._uploaded[name]
 
     def _download(self) -> None:
-        for name in self.location.list_files():
+        """The first rank takes everything; the others the newest checkpoint and the best record."""
+        names = [name for name in self.location.list_files() if not name.startswith(_RAY_PREFIX)]
+        if not self.is_writer:
+            complete = [Path(name).parent for name in names if name.endswith(f"/{TRAINED_NAME}")]
+            newest = max(complete, key=_step_of, default=None)
+            names = [name for name in names if name == BEST_NAME or Path(name).parent == newest]
+        for name in names:
             target = self.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((self.location / name).read_bytes())
@@ -178,12 +197,7 @@ class Checkpoints:
 
 def _declares(name: str) -> bool:
     """Whether a file says that others are whole: written after them, removed before them."""
-    return name.endswith(COMPLETE_NAME) or name == BEST_NAME
-
-
-def _wait_for_all_ranks() -> None:
-    if _has_other_ranks():
-        torch.distributed.barrier()
+    return name.endswith(f"/{TRAINED_NAME}") or name == BEST_NAME
 
 
 def _as_first_rank_says(decision: bool) -> bool:
@@ -201,27 +215,3 @@ def _has_other_ranks() -> bool:
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that training changes."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def checkpoint_trainable_only(model: nn.Module) -> None:
-    """Leave a module's frozen parameters out of its `state_dict`.
-
-    When one is loaded, they are not missed.
-    """
-    frozen = {
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not parameter.requires_grad
-    }
-
-    def drop(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-        for name in frozen:
-            state.pop(prefix + name, None)
-
-    def forgive(module: nn.Module, incompatible: Any) -> None:
-        incompatible.missing_keys[:] = [
-            key for key in incompatible.missing_keys if key not in frozen
-        ]
-
-    model.register_state_dict_post_hook(drop)
-    model.register_load_state_dict_post_hook(forgive)

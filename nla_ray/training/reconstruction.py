@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from nla_ray.activation import vectors
 from nla_ray.activation.stage import load_activations, load_stats
@@ -33,11 +33,8 @@ from nla_ray.settings.fit import worker_batch
 from nla_ray.training.attention import training_attention
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
-from nla_ray.training.checkpoints import (
-    Checkpoints,
-    checkpoint_trainable_only,
-    trainable_parameters,
-)
+from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
+from nla_ray.training.resuming import ResumableTrainer
 from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
 
 TEMPERATURE = 0.1
@@ -170,24 +167,34 @@ def load_examples(
 # Loss and figures ---------------------------------------------------------------------------------
 
 
-def reconstruction_loss(
-    reconstruction: Tensor, target: Tensor, mean: Tensor, contrastive_weight: float
+def reconstruction_losses(
+    reconstruction: Tensor,
+    target: Tensor,
+    mean: Tensor,
+    contrastive_weight: float,
+    candidates: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """mean(1 - cos(r, v)) + weight * InfoNCE, both over the batch.
+    """1 - cos(r, v) + weight * InfoNCE of every row: [rows].
 
-    r, v [batch, d_model], mean mu [d_model]. InfoNCE: cross entropy of row i among all rows j under
-    cos(c(r_i), c(v_j)) / 0.1. Source: van den Oord et al. 2018, arXiv 1807.03748.
+    r, v [rows, d_model], mean mu [d_model]. InfoNCE: cross entropy of row i among all `candidates`
+    [n, d_model] under cos(c(r_i), c(v_j)) / 0.1. They are the targets of the whole batch, those of
+    other workers too, and this part's own stand in it from `first` on; None: of these rows. Source:
+    van den Oord et al. 2018, arXiv 1807.03748.
     """
-    loss = (1.0 - vectors.cosine(reconstruction, target)).mean()
+    losses = 1.0 - vectors.cosine(reconstruction, target)
     if contrastive_weight:
         centred = (
             vectors.direction(vectors.centre(reconstruction, mean))
-            @ vectors.direction(vectors.centre(target, mean)).T
+            @ vectors.direction(
+                vectors.centre(target if candidates is None else candidates, mean)
+            ).T
         )
-        loss = loss + contrastive_weight * functional.cross_entropy(
-            centred / TEMPERATURE, torch.arange(len(centred), device=centred.device)
+        right = first + torch.arange(len(centred), device=centred.device)
+        losses = losses + contrastive_weight * functional.cross_entropy(
+            centred / TEMPERATURE, right, reduction="none"
         )
-    return loss
+    return losses
 
 
 def validation_figures(
@@ -241,18 +248,22 @@ def train_reconstructor(
     `name`: of the artifact, whose best weights are offered. Returns the documents, the base and the
     best figures.
     """
-    checkpoints = Checkpoints(run_config, name)
-    trainer = make_reconstruction_trainer(
-        reconstructor, examples["train"], examples["validation"], settings, run_config, checkpoints
-    )
-    logger.info(
-        "%s: %d descriptions, %d for validation",
-        name,
-        len(examples["train"].doc_ids),
-        len(examples["validation"].doc_ids),
-    )
-    trainer.train(resume_from_checkpoint=checkpoints.last())
-    checkpoints.upload()
+    with Checkpoints(run_config, name) as checkpoints:
+        trainer = make_reconstruction_trainer(
+            reconstructor,
+            examples["train"],
+            examples["validation"],
+            settings,
+            run_config,
+            checkpoints,
+        )
+        logger.info(
+            "%s: %d descriptions, %d for validation",
+            name,
+            len(examples["train"].doc_ids),
+            len(examples["validation"].doc_ids),
+        )
+        trainer.train(resume_from_checkpoint=checkpoints.last())
     return {
         "documents": {split: sorted(set(part.doc_ids)) for split, part in examples.items()},
         "model": base_info(run_config.base).to_dict(),
@@ -278,7 +289,7 @@ class Validation:
     """[rows] the row whose activation each description must not fit."""
 
 
-class ReconstructionTrainer(Trainer):
+class ReconstructionTrainer(ResumableTrainer):
     """The library's trainer with our loss, order of batches, optimizer and validation figures."""
 
     def __init__(
@@ -304,11 +315,25 @@ class ReconstructionTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        """The mean over the rows of the whole batch, of which this worker has a part.
+
+        Blank rows stand last in a part. Gradients are averaged over the workers.
+        """
         output = model(inputs["input_ids"], inputs["attention_mask"])
-        target = inputs["target"].to(output.device)
-        return reconstruction_loss(
-            output, target, self.model.mean, self._settings.contrastive_weight
+        target, weight = inputs["target"].to(output.device), self._settings.contrastive_weight
+        rows = int(inputs["num_rows"])
+        counts = self.accelerator.gather(inputs["num_rows"].to(output.device)).tolist()
+        before = sum(counts[: self.accelerator.process_index])
+        candidates = None
+        if weight and len(counts) > 1:
+            parts = self.accelerator.gather(target).split(len(target))
+            candidates = torch.cat(
+                [part[:count] for part, count in zip(parts, counts, strict=True)]
+            )
+        losses = reconstruction_losses(
+            output[:rows], target[:rows], self.model.mean, weight, candidates, before
         )
+        return losses.sum() / sum(counts) * len(counts)
 
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
@@ -340,7 +365,10 @@ class ReconstructionTrainer(Trainer):
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleCollator:
-    """Makes a batch of rows: the prompts' ids, and the `target` activations [batch, d_model]."""
+    """Makes a batch of rows: the prompts' ids, and the `target` activations [batch, d_model].
+
+    Blanks, rows beyond the last, repeat row 0; they stand last and are not counted in `num_rows`.
+    """
 
     reconstructor: Reconstructor
     encoded: Sequence[Sequence[int]]
@@ -349,9 +377,15 @@ class ExampleCollator:
     """[rows, d_model]"""
 
     def __call__(self, rows: list[int]) -> dict[str, Tensor]:
+        real = [row for row in rows if row < len(self.encoded)]
+        rows = [*real, *[0] * (len(rows) - len(real))]
         input_ids, attention_mask = self.reconstructor.collate([self.encoded[row] for row in rows])
-        target = self.targets[rows]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "target": target}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "target": self.targets[rows],
+            "num_rows": torch.tensor([len(real)]),
+        }
 
 
 def make_reconstruction_trainer(
@@ -363,9 +397,9 @@ def make_reconstruction_trainer(
     checkpoints: Checkpoints,
 ) -> ReconstructionTrainer:
     """The trainer of this reconstructor, whose best validated weights go to `checkpoints`."""
-    checkpoint_trainable_only(reconstructor)
     encoded = reconstructor.encode(train.descriptions)
     lengths = [len(ids) for ids in encoded]
+    batches = LengthBatches(lengths, settings.batch_size, settings.seed)
     arguments = TrainingArguments(
         **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed),
         num_train_epochs=settings.epochs,
@@ -378,7 +412,7 @@ def make_reconstruction_trainer(
         logging_steps=20,
     )
     trainer = ReconstructionTrainer(
-        batches=LengthBatches(lengths, settings.batch_size, settings.seed),
+        batches=batches,
         validation=Validation(
             examples=validation,
             mean=reconstructor.mean.cpu(),
@@ -391,7 +425,7 @@ def make_reconstruction_trainer(
         data_collator=ExampleCollator(
             reconstructor=reconstructor, encoded=encoded, targets=train.targets
         ),
-        train_dataset=range(len(encoded)),
+        train_dataset=range(len(batches)),
         eval_dataset=range(len(validation.doc_ids)),
     )
     follow(trainer, checkpoints, checkpoints.name)

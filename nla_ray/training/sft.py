@@ -36,6 +36,7 @@ from nla_ray.settings.fit import worker_batch
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
+from nla_ray.training.resuming import ResumableTrainer
 from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
 
@@ -145,6 +146,13 @@ def encode_pairs(
     return examples
 
 
+def blanks(examples: Sequence[Mapping[str, list[int]]], count: int) -> list[dict[str, list[int]]]:
+    """`count` copies of the shortest example that carry no loss: they fill up the last batch."""
+    shortest = min(examples, key=lambda example: len(example["input_ids"]))
+    blank = {**shortest, "labels": [IGNORED] * len(shortest["labels"])}
+    return [blank] * count
+
+
 # Loss ---------------------------------------------------------------------------------------------
 
 
@@ -208,11 +216,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     model = TrainableVerbalizer.build(
         run_config.base, settings.lora, bank, prompt, seed=settings.seed
     )
-    checkpoints = Checkpoints(run_config, config["name"])
-    trainer = make_sft_trainer(model, tokenizer, train, validation, run_config, checkpoints)
-    logger.info("sft: %d labels, %d for validation", len(train.rows), len(validation.rows))
-    trainer.train(resume_from_checkpoint=checkpoints.last())
-    checkpoints.upload()
+    with Checkpoints(run_config, config["name"]) as checkpoints:
+        trainer = make_sft_trainer(model, tokenizer, train, validation, run_config, checkpoints)
+        logger.info("sft: %d labels, %d for validation", len(train.rows), len(validation.rows))
+        trainer.train(resume_from_checkpoint=checkpoints.last())
     return {
         "documents": {
             "train": sorted(set(train.doc_ids)),
@@ -230,7 +237,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
 # The trainer --------------------------------------------------------------------------------------
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(ResumableTrainer, SFTTrainer):
     """TRL's trainer with our order of batches, loss and validation figures.
 
     The loss is TRL's, without the figures it computes beside it.
@@ -303,6 +310,7 @@ def make_sft_trainer(
     shuffled = [validation.rows[number] for number in wrong]
     examples = encode_pairs(train, tokenizer, prompt, vocab_size)
     lengths = [len(example["input_ids"]) for example in examples]
+    batches = LengthBatches(lengths, settings.batch_size, settings.seed)
     held_out = {
         "eval_loss": encode_pairs(validation, tokenizer, prompt, vocab_size),
         "eval_loss_shuffled": encode_pairs(validation, tokenizer, prompt, vocab_size, shuffled),
@@ -322,12 +330,12 @@ def make_sft_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     trainer = SupervisedTrainer(
-        batches=LengthBatches(lengths, settings.batch_size, settings.seed),
+        batches=batches,
         held_out=held_out,
         checkpoints=checkpoints,
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=Dataset.from_list([*examples, *blanks(examples, batches.num_blanks)]),
         eval_dataset=Dataset.from_list(held_out["eval_loss"]),
         processing_class=tokenizer,
     )

@@ -44,7 +44,6 @@ _REFUSED = "refused"
 """Key of a worker's result that is the message of its ValueError."""
 _MAX_FAILURES = 3
 """Deaths of workers in one stage that are made good."""
-_CHECKPOINTS_KEPT = 2
 _POLL_SECONDS = 0.2
 """How often Ray Train asks its workers whether they are done."""
 _CLUSTER_HELPERS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
@@ -210,7 +209,6 @@ def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict
         "bf16": False,
         "fp16": False,
         "activation_checkpointing": on_gpu,
-        "save_total_limit": _CHECKPOINTS_KEPT,
         "seed": seed,
         "data_seed": seed,
         "report_to": [],

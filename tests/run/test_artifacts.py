@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -248,11 +249,68 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         pass
 
 
+def claims_in(where: str) -> Location:
+    """The folder of a run on a store that holds the claims on it."""
+    return Location.of(where) / ".claims"
+
+
+def write_claim(where: str, name: str, age_seconds: float = 0.0) -> None:
+    claim = {"owner": f"process of {name}", "time": time.time() - age_seconds}
+    (claims_in(where) / f"{name}.json").write_text(json.dumps(claim))
+
+
 def test_a_lease_that_nobody_renews_is_taken_over() -> None:
     where = f"memory://{uuid.uuid4().hex}"
-    (Location.of(where) / ".lock").write_text(json.dumps({"owner": "a dead process", "time": 0.0}))
+    write_claim(where, "the dead", age_seconds=91)
     with run_at(where).locked():
-        assert "a dead process" not in (Location.of(where) / ".lock").read_text()
+        [name] = claims_in(where).list_files()
+        assert name != "the dead.json"
+    assert claims_in(where).list_files() == []
+
+
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_of_many_that_start_at_one_moment_never_two_hold_a_run(kind: str, request) -> None:
+    make = request.getfixturevalue("s3_uri") if kind == "s3" else "memory://{}".format
+    for _ in range(4):
+        where = make(uuid.uuid4().hex)
+        held, refused, start, end = [], [], threading.Barrier(6), threading.Barrier(6)
+
+        def begin(where=where, held=held, refused=refused, start=start, end=end) -> None:
+            root = Location.of(where)
+            start.wait()
+            try:
+                lease = lock.Lease(root)
+                held.append(lease)
+            except ValueError as error:
+                refused.append(str(error))
+            end.wait()
+
+        threads = [threading.Thread(target=begin) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(held) <= 1 and len(held) + len(refused) == 6
+        assert all("got a lock held by" in message for message in refused)
+        assert len(claims_in(where).list_files()) == len(held), "who is refused leaves no claim"
+        for lease in held:
+            lease.release()
+        with run_at(where).locked():
+            pass
+
+
+def test_a_process_that_was_frozen_until_another_took_over_stops(
+    monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    where = f"memory://{uuid.uuid4().hex}"
+    monkeypatch.setattr(lock, "_LEASE_SECONDS", 0.6)
+    with pytest.raises(KeyboardInterrupt), run_at(where).locked():
+        write_claim(where, "another", age_seconds=-60)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert any("taken over by process of another; this job stops" in line for line in told)
+    assert claims_in(where).list_files() == ["another.json"]
 
 
 def test_a_lease_outlives_a_renewal_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,9 @@ import torch
 from ranks import offer_losses, on_ranks
 from safetensors.torch import load_file
 from tiny_artifacts import join_families, make_artifacts
-from torch import nn
 
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import document_half
-from nla_ray.run.location import Location
 from nla_ray.settings.config import (
     CaptureConfig,
     ComputeConfig,
@@ -32,7 +30,7 @@ from nla_ray.settings.config import (
 from nla_ray.settings.fit import worker_batch
 from nla_ray.settings.presets import nano, preset
 from nla_ray.training.batches import LengthBatches
-from nla_ray.training.checkpoints import Checkpoints, checkpoint_trainable_only, last_checkpoint
+from nla_ray.training.checkpoints import TRAINED_NAME, Checkpoints, last_checkpoint
 from nla_ray.training.workers import collect_result, run_training
 from nla_ray.training.zero import deepspeed_config
 
@@ -46,11 +44,14 @@ def run_in(folder: Path | str, **compute) -> Run:
 
 
 def make_checkpoint(checkpoints: Checkpoints, step: int, *, complete: bool = True) -> None:
+    """What a trainer writes, and what its callback does then."""
     folder = checkpoints.folder / f"checkpoint-{step}"
     folder.mkdir()
-    (folder / "weights").write_text(f"weights of {step}")
+    (folder / "trainer_state.json").write_text(f"state of {step}")
     if complete:
-        checkpoints.mark_complete(step)
+        (folder / TRAINED_NAME).write_text(f"weights of {step}")
+        checkpoints.drop_superseded()
+        checkpoints.upload()
 
 
 # Order of batches ---------------------------------------------------------------------------------
@@ -60,7 +61,9 @@ def test_batches_hold_like_lengths_and_every_example_once_in_an_order_of_seed_an
     lengths = [(index * 37) % 101 for index in range(203)]
     sampler = LengthBatches(lengths, 8, seed=1)
     order = list(sampler)
-    assert sorted(order) == list(range(203)) and len(sampler) == 203
+    assert sorted(order[:203]) == list(range(203))
+    assert order[203:] == [203, 204, 205, 206, 207], "blanks fill up the last of 26 batches"
+    assert len(sampler) == 208 and sampler.num_blanks == 5
     batches = [order[start : start + 8] for start in range(0, 200, 8)]
     spread = [
         max(lengths[index] for index in batch) - min(lengths[index] for index in batch)
@@ -77,13 +80,17 @@ def test_batches_hold_like_lengths_and_every_example_once_in_an_order_of_seed_an
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_the_newest_complete_one_and_a_new_process_drops_the_others(
+    tmp_path: Path,
+) -> None:
     checkpoints = Checkpoints(run_in(tmp_path).config, "sft")
     assert checkpoints.last() is None
     for step, complete in ((9, True), (10, True), (200, False)):
         make_checkpoint(checkpoints, step, complete=complete)
     assert last_checkpoint(checkpoints.folder) == checkpoints.folder / "checkpoint-10"
-    assert checkpoints.last() == str(checkpoints.folder / "checkpoint-10")
+    again = Checkpoints(run_in(tmp_path).config, "sft")
+    assert again.last() == str(checkpoints.folder / "checkpoint-10")
+    assert [path.name for path in checkpoints.folder.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
 def test_ranks_whose_losses_differ_in_the_last_bit_keep_the_same_offers(tmp_path: Path) -> None:
@@ -136,6 +143,7 @@ def test_a_kill_while_the_best_is_being_saved_leaves_the_one_before(tmp_path: Pa
         checkpoints.offer(2, 0.4, dies)
     checkpoints = Checkpoints(run.config, "sft")
     checkpoints.metrics_log().append({"step": 1})
+    assert len(list(checkpoints.folder.glob("best-*"))) == 1, "what is torn is dropped"
     collect_result(run, "sft")
     assert checkpoints.best["step"] == 1 and (tmp_path / "sft" / "adapter").read_text() == "whole"
 
@@ -156,8 +164,9 @@ def test_metrics_after_the_checkpoint_that_training_resumes_from_are_written_aga
     assert [record["step"] for record in checkpoints.metrics_log().read()] == [2, 4]
 
 
-def test_a_remote_run_gets_every_checkpoint_and_another_machine_goes_on_from_it() -> None:
-    run = run_in("memory://bucket/runs/loop-test")
+def test_a_remote_run_gets_every_checkpoint_and_another_machine_goes_on_from_it(s3_uri) -> None:
+    run = run_in(s3_uri("loop-test"))
+    scratch = run.root / "grpo" / "scratch"
     first = Checkpoints(run.config, "grpo")
     assert first.folder.exists() and not first.location.is_local
     make_checkpoint(first, 5)
@@ -166,34 +175,51 @@ def test_a_remote_run_gets_every_checkpoint_and_another_machine_goes_on_from_it(
     make_checkpoint(first, 10)
     torn = first.folder / "checkpoint-15"
     torn.mkdir()
-    (torn / "weights").write_text("half")
-    first.upload()
+    (torn / "trainer_state.json").write_text("half")
+    first.upload()  # and the machine is lost
 
-    second = Checkpoints(run.config, "grpo")
-    assert second.folder != first.folder
-    assert second.last() == str(second.folder / "checkpoint-10")
-    assert (second.folder / "checkpoint-10" / "weights").read_text() == "weights of 10"
-    assert second.best["step"] == 5
-    second.offer(12, 0.3, lambda folder: (folder / "adapter").write_text("twelve"))
-    second.upload()
+    with Checkpoints(run.config, "grpo") as second:
+        assert second.folder != first.folder
+        assert second.last() == str(second.folder / "checkpoint-10")
+        assert (second.folder / "checkpoint-10" / TRAINED_NAME).read_text() == "weights of 10"
+        assert second.best["step"] == 5
+        second.offer(12, 0.3, lambda folder: (folder / "adapter").write_text("twelve"))
+    assert not second.folder.exists()
+    assert scratch.list_files() == [
+        f"{second.best['folder']}/adapter",
+        "best.json",
+        "checkpoint-10/trained.safetensors",
+        "checkpoint-10/trainer_state.json",
+        "metrics.jsonl",
+    ], "nothing torn and nothing superseded stays in the store"
     collect_result(run, "grpo")
     assert (run.root / "grpo" / "adapter").read_text() == "twelve"
-    assert not (run.root / "grpo" / "scratch" / "best-5" / "adapter").exists()
-    Location.of("memory://bucket/runs/loop-test").delete()
 
 
-def test_frozen_parameters_stay_out_of_checkpoints_and_are_not_missed() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].requires_grad_(False)
-    checkpoint_trainable_only(model)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert list(state) == ["1.weight", "1.bias"]
-    frozen = model[0].weight.clone()
-    nn.init.zeros_(model[1].weight)
-    model.load_state_dict(state)
-    assert torch.equal(model[1].weight, state["1.weight"]) and torch.equal(model[0].weight, frozen)
-    with pytest.raises(RuntimeError, match=r"1\.bias"):
-        model.load_state_dict({"1.weight": state["1.weight"]})
+def test_only_the_first_rank_of_a_remote_run_writes_and_no_rank_leaves_a_folder(
+    s3_uri, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in(s3_uri("ranks-test"))
+    with Checkpoints(run.config, "sft") as first:
+        make_checkpoint(first, 5)
+        first.offer(5, 0.5, lambda folder: (folder / "adapter").write_text("five"))
+        first.metrics_log().append({"step": 5})
+    files = (run.root / "sft" / "scratch").list_files()
+
+    monkeypatch.setenv("RANK", "1")
+    with Checkpoints(run.config, "sft") as second:
+        assert second.last() == str(second.folder / "checkpoint-5")
+        assert second.best["step"] == 5
+        assert sorted(path.name for path in second.folder.rglob("*") if path.is_file()) == [
+            "best.json",
+            TRAINED_NAME,
+            "trainer_state.json",
+        ], "no more than it resumes from"
+        assert second.offer(7, 0.4, lambda folder: (folder / "adapter").write_text("seven"))
+        (second.folder / "stray").write_text("written by a library")
+        second.upload()
+    assert not second.folder.exists()
+    assert (run.root / "sft" / "scratch").list_files() == files
 
 
 # DeepSpeed ----------------------------------------------------------------------------------------
@@ -249,7 +275,7 @@ def test_a_worker_that_is_killed_goes_on_from_its_last_complete_checkpoint(
             file.write(f"{os.getpid()} {Path(found).name if found else None}\n")
         if found is None:
             (checkpoints.folder / "checkpoint-3").mkdir()
-            checkpoints.mark_complete(3)
+            (checkpoints.folder / "checkpoint-3" / "trained.safetensors").touch()
             (checkpoints.folder / "checkpoint-6").mkdir()
             os.kill(os.getpid(), signal.SIGKILL)
         checkpoints.metrics_log().append({"step": 6})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_sft import LABELS, StopAt
+from test_sft import COMPUTE, LABELS, StopAt
 
 from nla_ray.activation import vectors
 from nla_ray.score import metrics
@@ -23,7 +23,7 @@ from nla_ray.training.reconstruction import (
     choose_labels,
     make_optimizer,
     make_reconstruction_trainer,
-    reconstruction_loss,
+    reconstruction_losses,
     validation_figures,
 )
 
@@ -45,11 +45,14 @@ def make_examples(count: int, seed: int) -> Examples:
     )
 
 
-def prepare(base: BaseConfig, folder: Path, settings: ReconstructorConfig = SETTINGS):
+def prepare(
+    base: BaseConfig,
+    folder: Path,
+    settings: ReconstructorConfig = SETTINGS,
+    compute: ComputeConfig = COMPUTE,
+):
     """Trainer, validation examples and checkpoints of a small run, without Ray."""
-    config = dataclasses.replace(
-        nano(), run_dir=str(folder), base=base, compute=ComputeConfig(threads=1, zero_stage=0)
-    )
+    config = dataclasses.replace(nano(), run_dir=str(folder), base=base, compute=compute)
     train, validation = make_examples(32, 1), make_examples(12, 2)
     reconstructor = Reconstructor.build(
         base, settings.lora, vectors.mean_direction(train.targets), seed=settings.seed
@@ -109,14 +112,13 @@ def test_where_no_configured_teacher_wrote_a_label_the_first_by_name_has_the_sha
     )
 
 
-def test_the_loss_is_one_minus_cosine_averaged_over_the_batch() -> None:
+def test_the_loss_is_one_minus_cosine_of_every_row() -> None:
     reconstruction, target = (
         torch.tensor([[3.0, 4.0], [1.0, 0.0]]),
         torch.tensor([[10.0, 0.0], [0.0, 7.0]]),
     )
-    assert reconstruction_loss(reconstruction, target, torch.zeros(2), 0.0).item() == pytest.approx(
-        (0.4 + 1.0) / 2
-    )
+    losses = reconstruction_losses(reconstruction, target, torch.zeros(2), 0.0)
+    assert losses.tolist() == pytest.approx([0.4, 1.0])
 
 
 def test_the_contrastive_term_is_the_cross_entropy_of_the_right_row_at_temperature_a_tenth() -> (
@@ -128,9 +130,17 @@ def test_the_contrastive_term_is_the_cross_entropy_of_the_right_row_at_temperatu
     )
     first = -math.log(math.exp(10) / (math.exp(10) + 1))  # cosines 1 and 0 over 0.1
     second = -math.log(math.exp(8) / (math.exp(8) + math.exp(6)))  # cosines 0.8 and 0.6
-    plain = (0.0 + 0.2) / 2
-    loss = reconstruction_loss(reconstruction, target, torch.zeros(2), 0.5)
-    assert loss.item() == pytest.approx(plain + 0.5 * (first + second) / 2, rel=1e-5)
+    expected = [0.5 * first, 0.2 + 0.5 * second]
+    mean = torch.zeros(2)
+    losses = reconstruction_losses(reconstruction, target, mean, 0.5)
+    assert losses.tolist() == pytest.approx(expected, abs=1e-6)
+    parts = [
+        reconstruction_losses(
+            reconstruction[row : row + 1], target[row : row + 1], mean, 0.5, target, row
+        )
+        for row in (0, 1)
+    ]
+    assert torch.cat(parts).tolist() == pytest.approx(expected, abs=1e-6), "each on a worker"
 
 
 def test_validation_figures_are_those_of_the_report() -> None:
@@ -215,9 +225,13 @@ def test_checkpoints_hold_what_is_trained_and_no_more(
 ) -> None:
     trainer, _, checkpoints = prepare(tiny_base, tmp_path, dataclasses.replace(SETTINGS, epochs=1))
     trainer.train()
-    state = load_file(checkpoints.folder / "checkpoint-4" / "model.safetensors")
-    assert all("lora" in name or name in ("head.weight", "mean") for name in state)
-    assert {"head.weight", "mean"} <= state.keys()
+    folder = checkpoints.folder / "checkpoint-4"
+    assert {path.name for path in folder.iterdir()} == {"trained.safetensors", "trainer_state.json"}
+    trained = {
+        name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad
+    }
+    assert {name.partition(":")[2] for name in load_file(folder / "trained.safetensors")} == trained
+    assert all("lora" in name or name == "head.weight" for name in trained)
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tiny_base: BaseConfig, tmp_path: Path) -> None:

@@ -70,19 +70,22 @@ def test_a_control_token_in_a_label_is_learned_as_characters(tiny_base: BaseConf
     assert ordinary["labels"][len(prompt) :] == [*as_always, end]
 
 
-def make_run_config(base: BaseConfig, folder: Path, settings: SFTConfig = SETTINGS) -> RunConfig:
+COMPUTE = ComputeConfig(threads=1, zero_stage=0)
+
+
+def make_run_config(
+    base: BaseConfig, folder: Path, settings: SFTConfig = SETTINGS, compute: ComputeConfig = COMPUTE
+) -> RunConfig:
     return dataclasses.replace(
-        nano(),
-        run_dir=str(folder),
-        base=base,
-        sft=settings,
-        compute=ComputeConfig(threads=1, zero_stage=0),
+        nano(), run_dir=str(folder), base=base, sft=settings, compute=compute
     )
 
 
-def prepare(base: BaseConfig, folder: Path, settings: SFTConfig = SETTINGS):
+def prepare(
+    base: BaseConfig, folder: Path, settings: SFTConfig = SETTINGS, compute: ComputeConfig = COMPUTE
+):
     """Trainer and checkpoints of a small training run in `folder`, without Ray."""
-    config = make_run_config(base, folder, settings)
+    config = make_run_config(base, folder, settings, compute)
     train, validation = make_pairs(32), make_pairs(12, first_row=32, seed=5)
     tokenizer = load_tokenizer(base)
     prompt = build_injection_prompt(tokenizer, base.marker)

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from nla_ray.run.location import Location
 from nla_ray.settings.config import ComputeConfig, RunConfig
 from nla_ray.settings.presets import nano
-from nla_ray.training.checkpoints import Checkpoints
+from nla_ray.training.checkpoints import TRAINED_NAME, Checkpoints
 from nla_ray.training.trackers import Trackers, is_installed
 
 needs_tensorboard = pytest.mark.skipif(
@@ -81,7 +81,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def make_checkpoint(checkpoints: Checkpoints, step: int) -> None:
     (checkpoints.folder / f"checkpoint-{step}").mkdir()
-    checkpoints.mark_complete(step)
+    (checkpoints.folder / f"checkpoint-{step}" / TRAINED_NAME).touch()
 
 
 @needs_tensorboard
