@@ -93,8 +93,10 @@ class Lease:
                 continue
             try:
                 claim = json.loads((self._claims / name).read_text())
-            except FileNotFoundError:  # withdrawn meanwhile
-                continue
+            except OSError:
+                if (self._claims / name).exists():
+                    raise
+                continue  # withdrawn meanwhile
             except ValueError:  # being written
                 claim = {"owner": "", "time": time.time()}
             if time.time() - claim["time"] < _LEASE_SECONDS:

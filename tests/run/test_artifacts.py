@@ -273,17 +273,15 @@ def test_of_many_that_start_at_one_moment_never_two_hold_a_run(kind: str, reques
     make = request.getfixturevalue("s3_uri") if kind == "s3" else "memory://{}".format
     for _ in range(4):
         where = make(uuid.uuid4().hex)
-        held, refused, start, end = [], [], threading.Barrier(6), threading.Barrier(6)
+        held, refused, start = [], [], threading.Barrier(6)
 
-        def begin(where=where, held=held, refused=refused, start=start, end=end) -> None:
+        def begin(where=where, held=held, refused=refused, start=start) -> None:
             root = Location.of(where)
             start.wait()
             try:
-                lease = lock.Lease(root)
-                held.append(lease)
+                held.append(lock.Lease(root))
             except ValueError as error:
                 refused.append(str(error))
-            end.wait()
 
         threads = [threading.Thread(target=begin) for _ in range(6)]
         for thread in threads:
