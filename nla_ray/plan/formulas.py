@@ -181,7 +181,7 @@ def _plan_grpo(facts: PlanFacts) -> StagePlan:
         flops=2 * tokens * weights_used,
         files=(
             f"adapter of {format_bytes(trainable * 4)}, metrics.jsonl,"
-            f" {grpo.steps // max(1, grpo.save_steps)} checkpoints while it runs;"
+            f" a checkpoint of {format_bytes(trainable * 12)} while it runs;"
             f" {rollouts:,} rollouts"
         ),
     )
