@@ -1,4 +1,9 @@
-"""Capture, generation and a step of GRPO, measured side by side with plain transformers."""
+"""Capture, generation and a step of GRPO, measured side by side with plain transformers.
+
+`gpu` as the first word: what a GPU does with the 7B shape, without a run.
+"""
+
+import sys
 
 from nla_ray.cluster.job import run_job
 
@@ -13,5 +18,9 @@ def body(run) -> None:
     print(f"written to {run.root / BENCHMARK_NAME}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:
+    from nla_ray.bench.gpu import main
+
+    main(sys.argv[2:])
+elif __name__ == "__main__":
     run_job(__doc__, body, ray=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 from trl import GRPOTrainer
 
@@ -55,7 +55,18 @@ def benchmark_step(
     prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
     adapter = adapter_folder or save_random_adapter(config, folder / "adapter")
     rows = [number % len(activations) for number in range(settings.prompts_per_step)]
-    ours = _our_trainer(config, activations[rows], adapter, folder / "ours", prompt)
+    policy = TrainableVerbalizer.load(
+        config.base, adapter, activations[rows], prompt, temperature=settings.temperature
+    )
+    ours = engine_trainer(
+        config,
+        policy,
+        activations[rows],
+        folder / "ours",
+        prompt,
+        load_backbone(config.base),
+        logging_strategy="no",
+    )
     library = _library_trainer(config, adapter, folder / "library", prompt)
     rollouts = settings.prompts_per_step * settings.group_size
     result = timed_ratio(*side_by_side(ours.train, library.train, repetitions), rollouts)
@@ -117,28 +128,29 @@ class EngineSampler:
         }
 
 
-def _our_trainer(
+def engine_trainer(
     config: RunConfig,
+    model: TrainableVerbalizer,
     activations: Tensor,
-    adapter_folder: str,
     folder: Path,
     prompt: InjectionPrompt,
+    backbone: nn.Module,
+    **overrides: Any,
 ) -> Trainer:
-    """The stage's trainer, with an engine in this process in place of rollout actors."""
+    """The stage's trainer, with an engine in this process in place of rollout actors.
+
+    `backbone`: the base that the engine reads. `overrides`: of TRL's fields.
+    """
     base, settings, tokenizer = config.base, config.grpo, load_tokenizer(config.base)
-    model = TrainableVerbalizer.load(
-        base, adapter_folder, activations, prompt, temperature=settings.temperature
-    )
-    backbone, lora = load_backbone(base), adapter_settings(model)
+    lora, vocab_size = adapter_settings(model), model.get_input_embeddings().num_embeddings
     engine = make_engine(backbone, tokenizer, prompt, base.injection_norm, MAX_SLOTS, lora)
-    vocab_size = model.get_input_embeddings().vocab_size
     trainer = VerbalizerTrainer(
         clock=StepClock(),
         credit="description",
         model=model,
         rollout_func=EngineSampler(engine, activations, prompt, vocab_size, settings),
         reward_funcs=[_distinct_tokens],
-        args=grpo_arguments(config, folder, [1.0], **_ONE_STEP),
+        args=grpo_arguments(config, folder, [1.0], save_strategy="no", **overrides),
         processing_class=tokenizer,
         train_dataset=schedule_dataset([list(range(settings.prompts_per_step))]),
     )

@@ -128,7 +128,7 @@ def _best_seconds(work: Callable[[], object], device: str, repetitions: int = 10
 def _matmul_rate(dtype, device: str) -> float:
     import torch
 
-    size = 1_024
+    size = 8_192 if device == "cuda" else 1_024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _best_seconds(lambda: left @ right, device)
 
@@ -136,7 +136,7 @@ def _matmul_rate(dtype, device: str) -> float:
 def _copy_rate(device: str) -> float:
     import torch
 
-    source = torch.zeros(1 << 25, device=device)
+    source = torch.zeros(1 << (30 if device == "cuda" else 25), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
 

@@ -186,13 +186,7 @@ class VerbalizerTrainer(ResumableTrainer, GRPOTrainer):
         self._clock, self._credit, self._gap = clock, credit, SamplerGap()
         self._policy_log_probs: Tensor | None = None
         policy: TrainableVerbalizer = arguments["model"]
-        if policy.in_bf16 and not policy.scores_labels:
-            add_fused_lm_head(
-                policy.get_base_model(),
-                temperature=self.temperature,
-                cast_lm_head_to_fp32=True,
-                outputs=("log_probs", "entropy"),
-            )
+        float32_head(policy, temperature=self.temperature)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with the sampler's log-probs; with an advantage for every token of lines.
@@ -247,6 +241,20 @@ class VerbalizerTrainer(ResumableTrainer, GRPOTrainer):
             self._metrics["train"][f"sampler_gap/{name}"].append(gaps[name])
         self._gap.watch(gaps["k3"])
         return loss
+
+
+def float32_head(policy: TrainableVerbalizer, *, temperature: float) -> None:
+    """Make TRL's own log-probs, which a GPU computes, come from logits in float32.
+
+    TRL computes them in the type of the rest; its setting for it does not know wrapped models.
+    """
+    if policy.in_bf16 and not policy.scores_labels:
+        add_fused_lm_head(
+            policy.get_base_model(),
+            temperature=temperature,
+            cast_lm_head_to_fp32=True,
+            outputs=("log_probs", "entropy"),
+        )
 
 
 class SamplerGap:

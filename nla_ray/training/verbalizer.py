@@ -68,13 +68,14 @@ class TrainableVerbalizer(AdaptedModel):
         prompt: InjectionPrompt,
         *,
         seed: int,
+        model: nn.Module | None = None,
     ) -> TrainableVerbalizer:
         """A new one for supervised training.
 
-        `bank` [rows, d_model]: the activations that virtual tokens name.
+        `bank` [rows, d_model]: the activations that virtual tokens name. `model`: the base, loaded.
         """
         wrap = partial(cls, prefix_ids=prompt.prefix_ids, in_bf16=computes_in_bf16(base))
-        return add_lora(_injected_backbone(base, bank), lora, seed=seed, wrap=wrap)
+        return add_lora(_injected_backbone(base, bank, model), lora, seed=seed, wrap=wrap)
 
     @classmethod
     def load(
@@ -85,10 +86,11 @@ class TrainableVerbalizer(AdaptedModel):
         prompt: InjectionPrompt,
         *,
         temperature: float,
+        model: nn.Module | None = None,
     ) -> TrainableVerbalizer:
         """One that goes on from a saved adapter, as GRPO's policy.
 
-        Its log-probs, at `temperature`, come with their entropy.
+        Its log-probs, at `temperature`, come with their entropy. `model`: the base, loaded.
         """
         wrap = partial(
             cls,
@@ -97,7 +99,8 @@ class TrainableVerbalizer(AdaptedModel):
             temperature=temperature,
             with_entropy=True,
         )
-        return load_adapter(_injected_backbone(base, bank), folder, trainable=True, wrap=wrap)
+        injected = _injected_backbone(base, bank, model)
+        return load_adapter(injected, folder, trainable=True, wrap=wrap)
 
     def forward(
         self,
@@ -148,7 +151,7 @@ class TrainableVerbalizer(AdaptedModel):
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _injected_backbone(base: BaseConfig, bank: Tensor) -> nn.Module:
-    model = load_backbone(base, attention=training_attention(base))
+def _injected_backbone(base: BaseConfig, bank: Tensor, model: nn.Module | None) -> nn.Module:
+    model = model or load_backbone(base, attention=training_attention(base))
     attach_activations(model, bank, base.injection_norm)
     return model

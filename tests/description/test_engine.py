@@ -236,6 +236,29 @@ def test_an_engine_that_keeps_the_factors_beside_the_weights_gives_the_same(scen
         )
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_steps_of_all_slots_over_all_columns_give_the_same(scene: Scene, merged: bool) -> None:
+    """What a GPU records, called: with slots that nobody holds, and over two adapters' weights."""
+    engine = CompactEngine(
+        scene.model,
+        scene.tokenizer,
+        scene.prompt,
+        scene.base.injection_norm,
+        4,
+        LORA,
+        merged=merged,
+        recorded=True,
+    )
+    arguments = {"group_size": 3, "temperature": 1.0, "max_new_tokens": NEW_TOKENS, "seed": 5}
+    other = {name: value + 0.05 for name, value in scene.state.items()}
+    for state in (None, scene.state, other, scene.state):
+        expected = scene.engine()
+        for version, loaded in enumerate((expected, engine)):
+            loaded.load_weights(state, version)
+        actual = engine.generate(scene.activations, **arguments)
+        assert tokens(actual) == tokens(expected.generate(scene.activations, **arguments))
+
+
 def test_beside_bfloat16_weights_a_small_adapter_does_what_it_does_in_training() -> None:
     """Merged into them, rounding takes most of it away."""
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,8 @@ exploits: every prompt is the same up to the injected token. The life of one `ge
    each row's length; a mask says which columns belong to a row. Rotary positions are inside the
    keys, so columns may lie in any order.
 5. A finished row gives its slot to a waiting rollout, or, when none waits, to the last active row:
-   the active rows are always the first ones, and the batch shrinks.
+   the active rows are always the first ones, and the batch shrinks. On a GPU it does not: there a
+   step of all slots over all columns is recorded once and replayed.
 
 Protects two rules: greedy output equals the model's own `generate`, token for token; results do not
 depend on slots.
@@ -22,8 +23,9 @@ depend on slots.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.families import causal_model
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.decoder import Decoder, KeysValues
+from nla_ray.description.engines.graphed import GraphedStep
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys
 from nla_ray.settings.config import LoraSettings
@@ -62,8 +65,12 @@ class CompactEngine:
         lora: LoraSettings | None = None,
         *,
         merged: bool | None = None,
+        recorded: bool | None = None,
     ) -> None:
-        """As `make_engine` takes it; `merged` as `Decoder` does."""
+        """As `make_engine` takes it; `merged` as `Decoder` does.
+
+        `recorded`: whether steps are replayed from a CUDA graph; None: on a GPU.
+        """
         if max_slots < 1:
             raise ValueError(
                 f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
@@ -77,7 +84,9 @@ class CompactEngine:
         )
         self.end_ids = _end_ids(causal_model(model), tokenizer)
         self.decoder = Decoder(model, rows=max_slots, merged=merged)
+        self._records = self.decoder.device.type == "cuda" if recorded is None else recorded
         self._lora = lora
+        self._sampler = Sampler(self.decoder.shape.vocab_size, 0.0, self.decoder.device)
         self._idle: dict[tuple[int, int], _Slots] = {}
         """The last call's slots, by their size: a cache of the same size is not allocated again."""
         self.load_weights(None, 0)
@@ -92,11 +101,16 @@ class CompactEngine:
             )
         scaling = self._lora.alpha / self._lora.rank if self._lora else 1.0
         with torch.inference_mode():
-            self.decoder.load(adapter_state, scaling)
+            stays = self.decoder.load(adapter_state, scaling)
             ids = torch.tensor([self.prompt.prefix_ids], device=self.decoder.device)
-            _, self.prefix = self.decoder.prefill(
-                self.decoder.embed(ids), self.decoder.empty_prefix()
-            )
+            _, prefix = self.decoder.prefill(self.decoder.embed(ids), self.decoder.empty_prefix())
+            if stays:
+                self.prefix.keys.copy_(prefix.keys)
+                self.prefix.values.copy_(prefix.values)
+            else:
+                self.prefix = prefix
+                for slots in self._idle.values():
+                    slots.forget_recording()
         self.weight_version = version
 
     @torch.inference_mode()
@@ -120,13 +134,14 @@ class CompactEngine:
             seed, [row for row in rows for _ in range(group_size)], samples
         ).tolist()
         drafts = [_Draft(index=index, key=key) for index, key in enumerate(keys)]
-        sampler = Sampler(self.decoder.shape.vocab_size, temperature, self.decoder.device)
+        if temperature != self._sampler.temperature:
+            self._sampler = Sampler(self.decoder.shape.vocab_size, temperature, self.decoder.device)
         size = min(self.max_slots, len(drafts)), max(1, max_new_tokens - 1)
-        slots = self._idle.pop(size, None) or _Slots(
-            self.decoder, size[0], 1 + len(self.prompt.suffix_ids), size[1]
-        )
+        slots = self._idle.pop(size, None) or _Slots(self.decoder, self.prompt, *size)
+        if self._records:
+            slots.record(self.prefix, self._sampler)
         _Generation(
-            self, torch.as_tensor(activations), drafts, group_size, sampler, max_new_tokens, slots
+            self, torch.as_tensor(activations), drafts, group_size, max_new_tokens, slots
         ).run()
         slots.clear()
         self._idle = {size: slots}
@@ -189,15 +204,15 @@ class CompactEngine:
 
 
 class _Slots:
-    """Keys, values and visibility of the rows that are being decoded.
+    """Keys, values, visibility and last tokens of the rows that are being decoded.
 
     Columns 0..suffix-1 hold the suffix's tokens, the rest is a ring that one step fills at one
     column for all rows. A row lives at most `ring` steps, so a column is never overwritten while
     its row needs it.
     """
 
-    def __init__(self, decoder: Decoder, slots: int, suffix: int, ring: int) -> None:
-        shape = decoder.shape
+    def __init__(self, decoder: Decoder, prompt: InjectionPrompt, slots: int, ring: int) -> None:
+        shape, suffix = decoder.shape, 1 + len(prompt.suffix_ids)
         size = (shape.layers, slots, shape.groups, suffix + ring, shape.head_dim)
         self._cache = KeysValues(
             *(torch.zeros(size, dtype=decoder.dtype, device=decoder.device) for _ in range(2))
@@ -209,6 +224,62 @@ class _Slots:
             device=decoder.device,
         )
         self.count, self._suffix, self._ring, self._steps = slots, suffix, ring, 0
+        self._decoder, self._prompt_length = decoder, len(prompt)
+        self._rotations = decoder.rotations(len(prompt) + ring + 1)
+        self.tokens, self.keys, self.ages = (
+            torch.zeros(slots, dtype=torch.int64, device=decoder.device) for _ in range(3)
+        )
+        self._column = torch.zeros(1, dtype=torch.int64, device=decoder.device)
+        self._recording: tuple[Sampler, Callable[[], tuple[Tensor, Tensor]]] | None = None
+
+    def record(self, prefix: KeysValues, sampler: Sampler) -> None:
+        """Have steps of all slots replayed from now on; where there are no graphs, called.
+
+        The slots must be clear, and are.
+        """
+        if self._recording is None or self._recording[0] is not sampler:
+            self._column.fill_(self._suffix)
+            step = partial(self._step_all, prefix, sampler)
+            self._recording = sampler, GraphedStep(step) if self.tokens.is_cuda else step
+            self.clear()
+
+    def forget_recording(self) -> None:
+        """What was recorded read weights that are gone."""
+        self._recording = None
+
+    def step(self, active: int, prefix: KeysValues, sampler: Sampler) -> tuple[Tensor, Tensor]:
+        """Decode one token for the first `active` rows: the tokens and their log-probabilities."""
+        if self._recording is not None:
+            self._column.fill_(self._next_column())
+            tokens, log_probs = self._recording[1]()
+            return tokens[:active], log_probs[:active]
+        cache, column, hidden = self._advance(active)
+        return self._decode(active, cache, column, hidden, prefix, sampler)
+
+    def _step_all(self, prefix: KeysValues, sampler: Sampler) -> tuple[Tensor, Tensor]:
+        """A step of all slots over all columns: the same tensors and shapes every time."""
+        self._hidden.index_fill_(-1, self._column, 0)
+        hidden = self._hidden.flatten(0, 1)
+        return self._decode(self.count, self._cache, self._column, hidden, prefix, sampler)
+
+    def _decode(
+        self,
+        rows: int,
+        cache: KeysValues,
+        column: int | Tensor,
+        hidden: Tensor,
+        prefix: KeysValues,
+        sampler: Sampler,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, ages, decoder = self.tokens[:rows], self.ages[:rows], self._decoder
+        # Slots that nobody holds grow older than any row.
+        positions = (ages + (self._prompt_length - 1)).clamp_(max=len(self._rotations) - 1)
+        rotation = self._rotations[positions].unsqueeze(1)
+        stream = decoder.step(decoder.embed(tokens), rotation, cache, column, hidden, prefix)
+        chosen, log_probs = sampler.choose(decoder.logits(stream), self.keys[:rows], ages)
+        tokens.copy_(chosen)
+        ages.add_(1)
+        return chosen, log_probs
 
     def clear(self) -> None:
         """Forget every row; what the cache holds is out of sight and finite."""
@@ -233,20 +304,25 @@ class _Slots:
         used = self._window
         for tensor in (self._cache.keys, self._cache.values):
             tensor[:, target, :, :used] = tensor[:, source, :, :used]
-        self._hidden[target] = self._hidden[source]
+        for state in (self._hidden, self.tokens, self.keys, self.ages):
+            state[target] = state[source]
 
     @property
     def _window(self) -> int:
         """Columns that may hold something: all of them once the ring has come round."""
         return self._suffix + min(self._steps, self._ring)
 
-    def advance(self, active: int) -> tuple[KeysValues, int, Tensor]:
+    def _next_column(self) -> int:
+        column = self._suffix + self._steps % self._ring
+        self._steps += 1
+        return column
+
+    def _advance(self, active: int) -> tuple[KeysValues, int, Tensor]:
         """Open the next column to the active rows.
 
         Returns their cache up to the last used column, the column, and the mask.
         """
-        column = self._suffix + self._steps % self._ring
-        self._steps += 1
+        column = self._next_column()
         self._hidden[:active, ..., column] = 0
         window = self._window
         cache = KeysValues(
@@ -264,26 +340,15 @@ class _Generation:
         activations: Tensor,
         drafts: list[_Draft],
         group_size: int,
-        sampler: Sampler,
         max_new_tokens: int,
         slots: _Slots,
     ) -> None:
-        self._engine, self._decoder, self._sampler, self._max = (
-            engine,
-            engine.decoder,
-            sampler,
-            max_new_tokens,
-        )
+        self._engine, self._sampler, self._max = engine, engine._sampler, max_new_tokens
         self._activations, self._group_size = activations, group_size
         self._unseen, self._waiting = deque(drafts), deque()
         """Rollouts not prefilled yet; (draft, chunk, member) of those with their first token."""
         self._active: list[_Draft] = []
-        self._slots, self._prompt_length = slots, len(engine.prompt)
-        self._rotations = self._decoder.rotations(len(engine.prompt) + max_new_tokens)
-        self._tokens, self._keys, self._ages = (
-            torch.zeros(slots.count, dtype=torch.int64, device=self._decoder.device)
-            for _ in range(3)
-        )
+        self._slots = slots
 
     def run(self) -> None:
         """Until every rollout has ended."""
@@ -330,23 +395,16 @@ class _Generation:
             else:
                 self._active[slot] = draft
         states = [(draft.token_ids[-1], draft.key, len(draft.token_ids)) for draft in drafts]
-        columns = torch.tensor(states, device=self._tokens.device).unbind(1)
-        target = torch.tensor(slots, device=self._tokens.device)
-        for state, column in zip((self._tokens, self._keys, self._ages), columns, strict=True):
+        device = self._slots.tokens.device
+        columns = torch.tensor(states, device=device).unbind(1)
+        target = torch.tensor(slots, device=device)
+        held = (self._slots.tokens, self._slots.keys, self._slots.ages)
+        for state, column in zip(held, columns, strict=True):
             state[target] = column
 
     def _step(self) -> None:
         """Decode one token for every active row and hand on the slots of those that ended."""
-        active = len(self._active)
-        tokens, ages, decoder = self._tokens[:active], self._ages[:active], self._decoder
-        cache, column, hidden = self._slots.advance(active)
-        rotation = self._rotations[ages + (self._prompt_length - 1)].unsqueeze(1)
-        stream = decoder.step(
-            decoder.embed(tokens), rotation, cache, column, hidden, self._engine.prefix
-        )
-        chosen, log_probs = self._sampler.choose(decoder.logits(stream), self._keys[:active], ages)
-        tokens.copy_(chosen)
-        ages.add_(1)
+        chosen, log_probs = self._slots.step(len(self._active), self._engine.prefix, self._sampler)
         self._record(self._active, chosen, log_probs)
         ended = [slot for slot, draft in enumerate(self._active) if self._has_ended(draft)]
         if ended:
@@ -358,8 +416,6 @@ class _Generation:
             last = len(self._active) - 1
             if slot != last:
                 self._slots.move(last, slot)
-                for state in (self._tokens, self._keys, self._ages):
-                    state[slot] = state[last]
                 self._active[slot] = self._active[last]
             self._active.pop()
 

@@ -95,15 +95,16 @@ class Decoder:
         self._frozen = [] if self.merged else [self._frozen_block(index) for index in layers]
         self._blocks = self._frozen
 
-    def load(self, state: Mapping[str, Tensor] | None, scaling: float) -> None:
+    def load(self, state: Mapping[str, Tensor] | None, scaling: float) -> bool:
         """Use this adapter from now on; None: the plain base.
 
-        `state`: tensors as `adapters.adapter_state` names them. `scaling` = alpha / rank. Raises
+        `state`: tensors as `adapters.adapter_state` names them. `scaling` = alpha / rank. Says
+        whether the weights lie where they lay before, as a recorded step needs it. Raises
         ValueError for tensors that belong to no projection of this model.
         """
         factors = _Factors(state or {}, scaling)
         build = self._merged_block if self.merged else self._adapted_block
-        self._blocks = [build(index, factors) for index in range(self.shape.layers)]
+        blocks = [build(index, factors) for index in range(self.shape.layers)]
         if remaining := factors.remaining:
             raise ValueError(
                 f"adapter weights: got {len(remaining)} tensors without a place, first"
@@ -112,6 +113,13 @@ class Decoder:
                 f"{self._family.query}.lora_A.weight' in {self.shape.layers} blocks. They are of"
                 " another base."
             )
+        stays = len(self._blocks) == len(blocks) and all(map(_can_take_over, self._blocks, blocks))
+        if stays:
+            for before, after in zip(self._blocks, blocks, strict=True):
+                _take_over(before, after)
+        else:
+            self._blocks = blocks
+        return stays
 
     def _merged_block(self, index: int, factors: _Factors) -> Block:
         """Adapter, norms and attention's scale in a copy of the weights."""
@@ -290,23 +298,27 @@ class Decoder:
         embedded: Tensor,
         rotation: Tensor,
         tail: KeysValues,
-        column: int,
+        column: int | Tensor,
         hidden: Tensor,
         prefix: KeysValues,
     ) -> Tensor:
         """One token per row: [rows, d_model] -> the stream after the last block.
 
         `tail` holds keys and values of [layers, rows, groups, columns, head_dim]; the new ones are
-        written to `column`. `hidden` [rows * groups, 1, columns] is 0 where a row may look and -inf
-        elsewhere; `rotation` [rows, 1, head_dim / 2].
+        written to `column`, a number or [1] int64. `hidden` [rows * groups, 1, columns] is 0 where
+        a row may look and -inf elsewhere; `rotation` [rows, 1, head_dim / 2].
         """
         shape, stream, rows = self.shape, embedded, len(embedded)
         for layer, block in enumerate(self._blocks):
             query, new = self._attention_inputs(block, stream, rotation)
             keys, values = tail.keys[layer], tail.values[layer]
             new = new.view(rows, 2, shape.groups, shape.head_dim)
-            keys[:, :, column].copy_(new[:, 0])
-            values[:, :, column].copy_(new[:, 1])
+            if isinstance(column, int):
+                keys[:, :, column].copy_(new[:, 0])
+                values[:, :, column].copy_(new[:, 1])
+            else:
+                keys.index_copy_(2, column, new[:, 0].unsqueeze(2))
+                values.index_copy_(2, column, new[:, 1].unsqueeze(2))
             mixed = _attend(
                 query.view(rows, shape.groups, shape.share, shape.head_dim),
                 keys,
@@ -414,6 +426,25 @@ class _Factors:
         down, up = self.take(weight, name)
         weight = weight.float()
         return torch.addmm(weight, up, down, alpha=self.scaling) if len(down) else weight
+
+
+def _projections(block: Block) -> tuple[Projection, ...]:
+    return block.query_key_value, block.output, block.gate, block.up, block.down
+
+
+def _can_take_over(before: Block, after: Block) -> bool:
+    """Whether two blocks differ in nothing but the numbers of an adapter of one shape."""
+    return all(
+        isinstance(old, AdaptedProjection)
+        and isinstance(new, AdaptedProjection)
+        and old.factor_shapes == new.factor_shapes
+        for old, new in zip(_projections(before), _projections(after), strict=True)
+    )
+
+
+def _take_over(before: Block, after: Block) -> None:
+    for old, new in zip(_projections(before), _projections(after), strict=True):
+        old.copy_factors(new)
 
 
 def _fold(weight: Tensor, norm_weight: Tensor) -> Tensor:

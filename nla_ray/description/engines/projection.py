@@ -48,6 +48,16 @@ class AdaptedProjection:
         """`frozen`: W x + b. `down` A [rank, in], `up` B times the scaling [out, rank]."""
         self._frozen, self._down, self._up = frozen, down, up
 
+    @property
+    def factor_shapes(self) -> tuple[torch.Size, torch.Size]:
+        """Of A and B."""
+        return self._down.shape, self._up.shape
+
+    def copy_factors(self, other: AdaptedProjection) -> None:
+        """Take the other's factors, of the same shapes, into the tensors that hold these."""
+        self._down.copy_(other._down)
+        self._up.copy_(other._up)
+
     def __call__(self, x: Tensor) -> Tensor:
         """W x + b + B A x; W x + b is rounded before the sum, as it is in training."""
         return self._frozen(x).add_(F.linear(F.linear(x, self._down), self._up))
