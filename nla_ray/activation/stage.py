@@ -41,6 +41,7 @@ from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
 from nla_ray.text.stage import families_of
 
 if TYPE_CHECKING:
+    import ray.data
     from torch import Tensor
 
     from nla_ray.base.identity import BaseInfo
@@ -163,12 +164,10 @@ def _capture_shards(
 def _stream_shards(
     run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
 ) -> None:
-    """Stream shards through read -> tokenise -> capture -> write."""
-    import ray.data
-
+    """Capture shards as the stream gives them, once there is room for its processes."""
     config = run.config
     num_actors = min(config.capture.num_actors, len(shards))
-    reader, capture = _stream_options(config.compute)
+    reader, _ = _stream_options(config.compute)
     # Ray Data waits for ever where its tasks find no room beside the actors.
     require_resources(
         config.compute,
@@ -179,39 +178,51 @@ def _stream_shards(
         ],
     )
     with _quiet_ray_data(), stage_progress("activations", len(shards)) as advance:
-        blocks = ray.data.from_items(
-            [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
-        )
-        texts = blocks.map_batches(
-            read_texts,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
-            fn_kwargs={"run": run, "corpus": replace(corpus, documents={})},
-            batch_size=None,
-            batch_format="pyarrow",
-            **reader,
-        )
-        rows = texts.map_batches(
-            Capture,
-            fn_constructor_args=(config.base, config.capture, config.compute.threads),
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
-            batch_size=None,
-            batch_format="pyarrow",
-            **capture,
-        )
-        target = {
-            "target": stage.location,
-            "batch_tokens": config.capture.batch_tokens,
-            "base_digest": digest,
-        }
-        written = rows.map_batches(
-            write_shard,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
-            fn_kwargs=target,
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=_WRITER_CPUS,
-        )
-        for counts in written.iter_rows():
+        for counts in capture_stream(run, stage, corpus, shards, digest).iter_rows():
             captured = f"{counts['activations']} activations of {counts['tokens']} tokens"
             advance(note=f"{captured} in {counts['shard']}")
+
+
+def capture_stream(
+    run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
+) -> ray.data.Dataset:
+    """Shards through read -> tokenise -> capture -> write, lazily: a row of counts a shard."""
+    import ray.data
+
+    config = run.config
+    reader, capture = _stream_options(config.compute)
+    blocks = ray.data.from_items(
+        [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+    )
+    texts = blocks.map_batches(
+        read_texts,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
+        fn_kwargs={"run": run, "corpus": replace(corpus, documents={})},
+        batch_size=None,
+        batch_format="pyarrow",
+        **reader,
+    )
+    # Not `map_batches`: that refuses a GPU to batches that are whole blocks, here shards, because
+    # a block may be too large for its memory. `Capture` cuts a shard into batches by itself.
+    rows = texts.map_batches_internal(
+        Capture,
+        fn_constructor_args=(config.base, config.capture, config.compute.threads),
+        compute=ray.data.ActorPoolStrategy(size=min(config.capture.num_actors, len(shards))),
+        batch_size=None,
+        batch_format="pyarrow",
+        **capture,
+    )
+    target = {
+        "target": stage.location,
+        "batch_tokens": config.capture.batch_tokens,
+        "base_digest": digest,
+    }
+    return rows.map_batches(
+        write_shard,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
+        fn_kwargs=target,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=_WRITER_CPUS,
+    )
 
 
 def _stream_options(compute: ComputeConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 Nouns: a side (ours, the library's), a timing, the machine's limit.
 
-Read: stage, timing, then what is timed (capture, generate, step) and on what (texts, models).
+Read: stage, timing, then what is timed (capture, generate, step) and on what (texts, models). gpu:
+what one GPU does with a large base, which card makes up; `results` holds what cards did.
 
 The run is known to stage and texts. No figure of it is asserted in a test.
 """

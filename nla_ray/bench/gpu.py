@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nla_ray.activation import vectors
 from nla_ray.activation.capture import ActivationReader
 from nla_ray.activation.injection import detach_activations
 from nla_ray.activation.positions import EncodedText
@@ -70,45 +71,49 @@ class GPUBenchmark:
 def train_scorer(scene: Scene) -> Figures:
     """One step of a scorer, its validation and its checkpoint, by the stage's own trainer."""
     settings, count = scene.config.reward_scorer, scene.shape.batch
-    model = add_lora(scene.model, settings.lora, num_blocks=scene.shape.layer + 1)
-    reconstructor = Reconstructor(
-        model,
-        scene.tokenizer,
-        adapter="default",
-        layer=scene.shape.layer,
-        marker=scene.base.marker,
-        mean=torch.nn.functional.normalize(scene.activations(1)[0], dim=0),
-        max_tokens=settings.max_tokens,
-        in_bf16=True,
-    )
+    numbers = [str(number) for number in range(count)]
     examples = Examples(
         descriptions=scene.labels(count),
         targets=scene.activations(count),
-        doc_ids=[str(number) for number in range(count)],
+        doc_ids=numbers,
+        family_ids=numbers,
     )
-    checkpoints = Checkpoints(scene.config, "reward_scorer")
-    trainer = make_reconstruction_trainer(
-        reconstructor, examples, examples, settings, scene.config, checkpoints
-    )
+    model = add_lora(scene.model, settings.lora, num_blocks=scene.shape.layer + 1)
     with unloaded(scene, model):
+        reconstructor = Reconstructor(
+            model,
+            scene.tokenizer,
+            adapter="default",
+            layer=scene.shape.layer,
+            marker=scene.base.marker,
+            mean=vectors.direction(scene.activations(1)[0]),
+            max_tokens=settings.max_tokens,
+            in_bf16=True,
+        )
+        checkpoints = Checkpoints(scene.config, "reward_scorer")
+        trainer = make_reconstruction_trainer(
+            reconstructor, examples, examples, settings, scene.config, checkpoints
+        )
         return trained(scene, trainer, count)
 
 
 def train_sft(scene: Scene) -> Figures:
     """One step of the verbalizer, by the stage's own trainer."""
     count = scene.shape.batch
+    numbers = [str(number) for number in range(count)]
     pairs = Pairs(
         rows=list(range(count)),
         labels=scene.labels(count),
-        doc_ids=[str(number) for number in range(count)],
+        doc_ids=numbers,
+        family_ids=numbers,
         vectors=scene.activations(count),
     )
     model = TrainableVerbalizer.build(
         scene.base, scene.config.sft.lora, pairs.vectors, scene.prompt, seed=0, model=scene.model
     )
-    checkpoints = Checkpoints(scene.config, "sft")
-    trainer = make_sft_trainer(model, scene.tokenizer, pairs, pairs, scene.config, checkpoints)
     with unloaded(scene, model):
+        checkpoints = Checkpoints(scene.config, "sft")
+        trainer = make_sft_trainer(model, scene.tokenizer, pairs, pairs, scene.config, checkpoints)
         return trained(scene, trainer, count)
 
 
@@ -121,10 +126,10 @@ def train_grpo(scene: Scene) -> Figures:
     model = TrainableVerbalizer.load(
         scene.base, adapter, bank, scene.prompt, temperature=1.0, model=scene.model
     )
-    trainer = engine_trainer(
-        scene.config, model, bank, scene.folder / "grpo", scene.prompt, scene.model
-    )
     with unloaded(scene, model):
+        trainer = engine_trainer(
+            scene.config, model, bank, scene.folder / "grpo", scene.prompt, scene.model
+        )
         figures = trained(scene, trainer, scene.shape.batch)
         record = next(line for line in trainer.state.log_history if "sampler_gap/k3" in line)
         return {**figures, "k3": record["sampler_gap/k3"], "gap": record["sampler_gap/mean"]}
@@ -205,21 +210,20 @@ def publication(scene: Scene) -> Figures:
     """An adapter's way from the trainer's card through the object store into an engine."""
     import ray
 
+    from nla_ray.cluster.connect import connect
+
     model = add_lora(scene.model, scene.config.sft.lora)
     with unloaded(scene, model):
         engine = make_engine(scene)
         taken: list[dict[str, Tensor]] = []
         seconds = {"from_card": timed(scene, lambda: taken.append(adapter_state(model)))}
         size = sum(value.nbytes for value in taken[0].values())
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        try:
-            references: list[Any] = []
+        references: list[Any] = []
+        fetched: list[dict[str, Tensor]] = []
+        with connect(scene.config.compute):
             seconds["put"] = timed(scene, lambda: references.append(ray.put(taken[0])))
-            fetched: list[dict[str, Tensor]] = []
             seconds["get"] = timed(scene, lambda: fetched.append(ray.get(references[0])))
             seconds["load"] = timed(scene, lambda: engine.load_weights(fetched[0], 1))
-        finally:
-            ray.shutdown()
         return {"adapter_bytes": size, "seconds": sum(seconds.values()), "parts": seconds}
 
 
@@ -230,8 +234,8 @@ def micro_batches(scene: Scene) -> Figures:
     model = TrainableVerbalizer.build(
         scene.base, scene.config.sft.lora, bank, scene.prompt, seed=0, model=scene.model
     )
-    float32_head(model, temperature=1.0)
     with unloaded(scene, model):
+        float32_head(model, temperature=1.0)
         for checkpointing in (False, True):
             if checkpointing:
                 model.activation_checkpointing_enable()
@@ -363,8 +367,8 @@ def policy_gap(scene: Scene, state: Mapping[str, Tensor], rollouts: list[Descrip
         seed=0,
         model=scene.model,
     )
-    float32_head(model, temperature=1.0)
     with unloaded(scene, model):
+        float32_head(model, temperature=1.0)
         set_adapter_state(model, state)
         ids = [scene.prompt.encode(rollout.row, vocab_size(model)) for rollout in rollouts]
         batch = padded(scene, ids, [rollout.token_ids for rollout in rollouts])

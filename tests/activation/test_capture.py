@@ -34,13 +34,19 @@ from nla_ray.activation.positions import (
     plan_batches,
 )
 from nla_ray.activation.shards import ShardRecord, write_shard
-from nla_ray.activation.stage import capture_activations, load_activations, load_stats, read_texts
+from nla_ray.activation.stage import (
+    capture_activations,
+    capture_stream,
+    load_activations,
+    load_stats,
+    read_texts,
+)
 from nla_ray.base.adapters import adapter_active, add_lora
 from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.cluster.errors import user_message
 from nla_ray.run.location import Location
-from nla_ray.settings.config import CaptureConfig, LoraSettings
+from nla_ray.settings.config import CaptureConfig, ComputeConfig, LoraSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -276,6 +282,17 @@ def vectors_by_id(run, layer: int | None = None) -> dict[str, np.ndarray]:
             continue
         found.update(zip(table.ids, table.vectors.numpy(), strict=True))
     return found
+
+
+def test_a_stream_for_gpus_is_laid_out_like_one_for_cpus(
+    ray_cluster, tiny_run, publish_corpus
+) -> None:
+    """Ray Data refuses what it does not like when the stream is made, before anything runs."""
+    compute = ComputeConfig(capture_gpus=1.0)
+    run = tiny_run(compute=compute)
+    corpus = publish_corpus(run, [TEXTS, TEXTS[::-1]])
+    stream = capture_stream(run, run.open("activations"), corpus, ["a", "b"], "digest")
+    assert "Capture" in repr(stream)
 
 
 def test_the_stage_writes_one_file_a_shard_with_stats_and_counts(
