@@ -68,7 +68,7 @@ class GPUBenchmark:
 # sections -----------------------------------------------------------------------------------------
 
 
-def train_scorer(scene: Scene) -> Figures:
+def scorer_step(scene: Scene) -> Figures:
     """One step of a scorer, its validation and its checkpoint, by the stage's own trainer."""
     settings, count = scene.config.reward_scorer, scene.shape.batch
     numbers = [str(number) for number in range(count)]
@@ -97,7 +97,7 @@ def train_scorer(scene: Scene) -> Figures:
         return trained(scene, trainer, count)
 
 
-def train_sft(scene: Scene) -> Figures:
+def sft_step(scene: Scene) -> Figures:
     """One step of the verbalizer, by the stage's own trainer."""
     count = scene.shape.batch
     numbers = [str(number) for number in range(count)]
@@ -117,7 +117,7 @@ def train_sft(scene: Scene) -> Figures:
         return trained(scene, trainer, count)
 
 
-def train_grpo(scene: Scene) -> Figures:
+def grpo_step(scene: Scene) -> Figures:
     """One step of GRPO: rollouts by the engine on the same card, and TRL's update."""
     adapter, bank = scene.folder / "adapter", scene.activations(scene.shape.batch)
     model = add_lora(scene.model, scene.config.sft.lora)
@@ -138,7 +138,7 @@ def train_grpo(scene: Scene) -> Figures:
 def engine_memory(scene: Scene) -> Figures:
     """Bytes of the base, of an engine beside it, and of its work, over versions of an adapter."""
     base = scene.memory()
-    engine = make_engine(scene)
+    engine = compact_engine(scene)
     figures: Figures = {"base_bytes": base, "engine_bytes": scene.memory() - base, "versions": []}
     for version, size in enumerate(_FACTORS[:_VERSIONS], 1):
         state = drawn_state(scene, size)
@@ -161,7 +161,7 @@ def sampler_gap(scene: Scene) -> Figures:
     """k3 and mean gap of sampler and policy by adapter size, merged and beside the weights."""
     figures: Figures = {}
     for name, merged in (("beside", False), ("merged", True)):
-        engine = make_engine(scene, merged=merged)
+        engine = compact_engine(scene, merged=merged)
         for size in _FACTORS:
             state = drawn_state(scene, size)
             engine.load_weights(state, 1)
@@ -183,7 +183,7 @@ def generation(scene: Scene) -> Figures:
     weights, on_gpu = scene.parameters(), scene.device.type == "cuda"
     cases = [(rows, recorded) for rows in scene.shape.rows for recorded in {on_gpu, False}]
     for rows, recorded in cases:
-        engine = make_engine(scene, rows=rows, recorded=recorded)
+        engine = compact_engine(scene, rows=rows, recorded=recorded)
         engine.load_weights(drawn_state(scene, _FACTORS[0]), 1)
         engine.end_ids = frozenset()
         work = partial(
@@ -214,7 +214,7 @@ def publication(scene: Scene) -> Figures:
 
     model = add_lora(scene.model, scene.config.sft.lora)
     with unloaded(scene, model):
-        engine = make_engine(scene)
+        engine = compact_engine(scene)
         taken: list[dict[str, Tensor]] = []
         seconds = {"from_card": timed(scene, lambda: taken.append(adapter_state(model)))}
         size = sum(value.nbytes for value in taken[0].values())
@@ -281,9 +281,9 @@ def capture(scene: Scene) -> Figures:
 
 
 SECTIONS: Mapping[str, Callable[[Scene], Figures]] = {
-    "train_scorer": train_scorer,
-    "train_sft": train_sft,
-    "train_grpo": train_grpo,
+    "train_scorer": scorer_step,
+    "train_sft": sft_step,
+    "train_grpo": grpo_step,
     "engine_memory": engine_memory,
     "sampler_gap": sampler_gap,
     "generation": generation,
@@ -297,7 +297,7 @@ SECTIONS: Mapping[str, Callable[[Scene], Figures]] = {
 # parts of sections --------------------------------------------------------------------------------
 
 
-def make_engine(
+def compact_engine(
     scene: Scene, *, rows: int = _GAP_ROWS, merged: bool | None = None, recorded: bool | None = None
 ) -> CompactEngine:
     """An engine over the scene's base."""

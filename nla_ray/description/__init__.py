@@ -5,7 +5,8 @@ engine (what generates for it), a generation protocol (how the descriptions of a
 
 Read: record, verbalizer, protocol (what two verbalizers must share to be compared), files,
 engines/interface (what an engine is, and which one generates), sampling, engines/compact (who
-decodes when), engines/decoder and engines/projection (the arithmetic).
+decodes when), engines/decoder and engines/projection (the arithmetic), engines/graphed (a step as a
+CUDA graph).
 
 It trains nothing and scores nothing, and no file of it knows a run directory.
 """

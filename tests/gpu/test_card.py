@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nla_ray.bench.card import SHAPES, Scene
-from nla_ray.bench.gpu import GPUBenchmark, drawn_state, make_engine, run_gpu_benchmark
+from nla_ray.bench.gpu import GPUBenchmark, compact_engine, drawn_state, run_gpu_benchmark
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -21,7 +21,9 @@ def test_every_section_runs_on_the_card(tmp_path: Path) -> None:
 
 def test_a_recorded_step_gives_what_the_steps_give(tmp_path: Path) -> None:
     scene = Scene(SHAPES["small"], tmp_path, "cuda")
-    recorded, eager = (make_engine(scene, rows=6, recorded=recorded) for recorded in (True, False))
+    recorded, eager = (
+        compact_engine(scene, rows=6, recorded=recorded) for recorded in (True, False)
+    )
     for version, size in enumerate((3e-4, 3e-2), 1):
         answers = []
         for engine in (recorded, eager):

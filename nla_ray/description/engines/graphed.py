@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Answer = tuple[Tensor, Tensor]
+StepAnswer = tuple[Tensor, Tensor]
 
 
 class GraphedStep:
     """`step`, replayed: it reads and writes the tensors that it was recorded with."""
 
-    def __init__(self, step: Callable[[], Answer]) -> None:
+    def __init__(self, step: Callable[[], StepAnswer]) -> None:
         """Runs `step` once before recording it, because libraries allocate at their first call."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -29,7 +29,7 @@ class GraphedStep:
         with torch.cuda.graph(self._graph):
             self._answer = step()
 
-    def __call__(self) -> Answer:
+    def __call__(self) -> StepAnswer:
         """The step's answer, in the same two tensors every time."""
         self._graph.replay()
         return self._answer
