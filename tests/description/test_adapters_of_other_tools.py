@@ -152,6 +152,19 @@ def test_half_a_pair_and_an_empty_file_are_refused(
     refuses(tiny_base, plain, r"expected pairs of \.\.\.\.lora_A\.weight")
 
 
+@pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_refuses_half_a_pair_whoever_publishes_it(
+    lost: str, dtype: str, tiny_base: BaseConfig, plain: Path
+) -> None:
+    model = load_backbone(tiny_base).to(getattr(torch, dtype))
+    engine = Verbalizer.load(tiny_base, plain, model=model).engine
+    state = load_file(plain / "adapter_model.safetensors")
+    del state[f"base_model.model.model.layers.2.mlp.down_proj.{lost}.weight"]
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj: got one of two factors"):
+        engine.load_weights(state, 1)
+
+
 def test_a_module_without_its_tensors_is_refused_where_the_adapter_would_be_trained_further(
     tiny_base: BaseConfig, plain: Path
 ) -> None:

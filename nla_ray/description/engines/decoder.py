@@ -406,13 +406,18 @@ class _Factors:
     def take(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] for a weight [out, in]; of rank 0 where there are none.
 
-        Raises ValueError for factors of another weight.
+        Raises ValueError for factors of another weight, and for half a pair.
         """
         down = self.remaining.pop(f"{name}.lora_A.weight", None)
         up = self.remaining.pop(f"{name}.lora_B.weight", None)
         (out, inner), device = weight.shape, weight.device
-        if down is None or up is None:
+        if down is None and up is None:
             return torch.empty(0, inner, device=device), torch.empty(out, 0, device=device)
+        if down is None or up is None:
+            raise ValueError(
+                f"adapter weights {name}: got one of two factors, expected lora_A and lora_B."
+                " Publish or save the whole adapter again."
+            )
         if up.shape[0] != out or down.shape[1] != inner or up.shape[1] != down.shape[0]:
             raise ValueError(
                 f"adapter weights {name}: got factors {tuple(up.shape)} and {tuple(down.shape)} for"
