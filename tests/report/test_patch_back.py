@@ -12,9 +12,13 @@ import torch
 
 from nla_ray.activation.patching import Patcher
 from nla_ray.activation.positions import TextEncoder
-from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.activation.stage import capture_activations, load_activations, load_stats
 from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.description.record import Description
 from nla_ray.label.stage import drawn_labels
+from nla_ray.report.controls import SCORERS
+from nla_ray.report.patch_back import patch_reconstructions
+from nla_ray.report.readings import Readings
 from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.stage import make_report, read_report
 from nla_ray.run.artifact import Run
@@ -126,6 +130,21 @@ def test_an_activation_of_another_prompt_is_left_out_and_counted(
     report = read_report(run)
     assert report["results"]["gold"]["judge"]["keeps_top"]["n"] == ROWS - 1
     assert f"patch-back: 1 of {ROWS} activations are left out" in " ".join(report["notes"])
+
+
+def test_activations_inside_texts_are_put_back_where_they_were_captured(
+    ray_cluster: None, tiny_run: Callable[..., Run], publish_corpus: Callable, tmp_path: Path
+) -> None:
+    run = tiny_run(capture=CaptureConfig(positions="random:3"))
+    publish_corpus(run)
+    capture_activations(run)
+    table = load_activations(run, "train")
+    said = [Description.from_text("a licence", num_tokens=3)] * len(table)
+    readings = Readings(["a licence"], dict.fromkeys(SCORERS, torch.ones(1, 32)))
+    descriptions, mean = {"gold": said, "shuffled": said}, torch.full((32,), 0.1)
+    patched = patch_reconstructions(run, table, descriptions, readings, mean, tmp_path)
+    assert len(set(table.positions)) > 3, "the texts are cut at many places"
+    assert patched.rows == list(range(len(table))) and patched.left_out == 0
 
 
 def test_without_rows_nothing_is_put_back_and_the_report_says_so(
