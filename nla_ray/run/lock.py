@@ -58,12 +58,12 @@ class LocalLock:
 class Lease:
     """The same on an object store: a claim, in a file of its own, that no other process has.
 
-    pyarrow writes to no store under a condition (S3's If-None-Match), so a common file could be
-    taken by two processes at once. Instead a process writes its claim first and lists all claims
-    then; who sees another that is alive withdraws. S3, GCS and Azure list what was written before,
-    so of two processes at least one sees the other: never do both hold the run. (Both may withdraw,
-    when they start at the same moment.) A claim is alive for _LEASE_SECONDS from its renewal, by
-    clocks that must agree within a minute.
+    pyarrow writes to no store under a condition: of S3's header If-None-Match it says nothing and
+    sends nothing. So a common file could be taken by two processes at once. Instead a process
+    writes its claim first and lists all claims then; who sees another that is alive withdraws. S3,
+    GCS and Azure list what was written before, so of two processes at least one sees the other:
+    never do both hold the run. (Both may withdraw, when they start at the same moment.) A claim is
+    alive for _LEASE_SECONDS from its renewal, by clocks that must agree within a minute.
 
     What no lease can do: a process that was frozen for longer than that may finish the one write
     that it was in. It stops at its next renewal, when it sees who has taken over.
