@@ -33,7 +33,7 @@ def figure(random: Random, scale: float = 1.0) -> dict[str, float | int]:
         "low": round(value - width, 6),
         "high": round(value + width, 6),
         "n": 60,
-        "documents": 33,
+        "families": 33,
     }
 
 

@@ -22,7 +22,7 @@ from nla_ray.description.record import Description
 from nla_ray.reinforce.rewards import score_term
 from nla_ray.reinforce.rollouts import PublishedWeights, RolloutRequest, generate
 from nla_ray.reinforce.scoring import reconstruct
-from nla_ray.score.bootstrap import DocumentBootstrap, Interval
+from nla_ray.score.bootstrap import FamilyBootstrap, Interval
 from nla_ray.score.claims import claim_precision, repeats_item
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.metrics import Figure
@@ -63,9 +63,7 @@ class Monitor:
         self.settings, self.data = settings, data
         self._rollouts, self._scorers = rollouts, scorers
         self._comparisons = data.comparisons
-        self._bootstrap = DocumentBootstrap(
-            data.family_ids, resamples=_RESAMPLES, seed=settings.seed
-        )
+        self._bootstrap = FamilyBootstrap(data.family_ids, resamples=_RESAMPLES, seed=settings.seed)
 
     def read(self, weights: PublishedWeights) -> tuple[dict[str, float], Tensor]:
         """Describe the validation activations, reconstruct twice, and sum up.

@@ -104,7 +104,11 @@ def pairs_of(verbalizers: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def label_descriptions(
-    name: str, subjects: Sequence[str], doc_ids: Sequence[str], gold: Mapping[str, str], seed: int
+    name: str,
+    subjects: Sequence[str],
+    family_ids: Sequence[str],
+    gold: Mapping[str, str],
+    seed: int,
 ) -> list[str]:
     """What `gold`, `shuffled` or `generic` says of every test row, from labels alone.
 
@@ -117,7 +121,7 @@ def label_descriptions(
     if name == "generic":
         return [GENERIC_DESCRIPTION] * len(labels)
     if name == "shuffled":
-        return [labels[row] for row in derangement(doc_ids, seed + _SHUFFLE_SEED).tolist()]
+        return [labels[row] for row in derangement(family_ids, seed + _SHUFFLE_SEED).tolist()]
     raise ValueError(
         f"label control: got {name!r}, expected gold, shuffled or generic. Choose one of them."
     )

@@ -154,7 +154,7 @@ def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, 
     train_labels = drawn_labels(run, "train")
     train, subjects = load_activations(run, "train"), activation_subjects(run, test)
     texts = {
-        name: label_descriptions(name, subjects, test.doc_ids, gold, run.config.evaluation.seed)
+        name: label_descriptions(name, subjects, test.family_ids, gold, run.config.evaluation.seed)
         for name in ("gold", "shuffled", "generic")
     }
     learned_from = activation_subjects(run, train)

@@ -33,6 +33,8 @@ class Evaluated:
     """The test rows and everything that was said of them; every list has one entry a row."""
 
     doc_ids: Sequence[str]
+    family_ids: Sequence[str]
+    """Of the documents: what every interval draws."""
     domains: Sequence[str]
     texts: Sequence[str]
     salient: Sequence[Sequence[str]]

@@ -79,10 +79,13 @@ def gather_evaluated(
     readings = reconstruct_texts(run, manifests, wanted, scratch)
     return Evaluated(
         doc_ids=test.doc_ids,
+        family_ids=test.family_ids,
         domains=test.domains,
         texts=test.texts,
         salient=_salient(run, test.texts),
-        comparisons=Comparisons.draw(test.vectors, test.doc_ids, mean, seed, test.domains),
+        comparisons=Comparisons.draw(
+            test.vectors, test.doc_ids, mean, seed, test.domains, test.family_ids
+        ),
         descriptions=descriptions,
         protocols=protocols,
         from_elsewhere=from_elsewhere,

@@ -19,7 +19,7 @@ from nla_ray.description.record import Description
 from nla_ray.report.claim_figures import CLAIM_FIGURES, ClaimRows
 from nla_ray.report.controls import CONTROLS
 from nla_ray.report.evaluated import Evaluated
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.metrics import Figure, figures
 
 _METRICS = ("centred_cosine", "top1_10way", "top1_10way_hard")
@@ -70,7 +70,7 @@ def _cut_pair(
     return cut[0], cut[1]
 
 
-def length_section(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def length_section(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """`{first}-{second}` -> `whole`, `cut` and `matched` -> the difference at these lengths.
 
     Each has `tokens` (the mean length of the first, of the second), and scorer or `claims` ->
@@ -119,7 +119,7 @@ def _named(evaluated: Evaluated, verbalizer: str) -> _Named:
 
 
 def _differences(
-    bootstrap: DocumentBootstrap, named: Sequence[_Named], lengths: Sequence[Tensor], rows: Tensor
+    bootstrap: FamilyBootstrap, named: Sequence[_Named], lengths: Sequence[Tensor], rows: Tensor
 ) -> dict[str, Any]:
     """First less second over some rows: `rows` [rows] has 1 for these, 0 for the others."""
     first, second = named

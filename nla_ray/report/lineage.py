@@ -27,6 +27,7 @@ from nla_ray.run.manifest import Manifest, check_disjoint, check_lineage
 from nla_ray.run.recipe import config_differences
 from nla_ray.run.stages import seed_variants, stage_named
 from nla_ray.settings.config import EvaluationConfig, RunConfig, to_dict
+from nla_ray.text.stage import families_of, read_families
 
 logger = get_logger(__name__)
 
@@ -79,16 +80,15 @@ def load_test(
     # A report on validation says that artifacts were chosen there. None may have learned there.
     uses = ("train", "validation") if settings.split == "test" else ("train",)
     named = {verbalizer.name: verbalizer.manifest for verbalizer in compared if verbalizer.manifest}
-    check_lineage(test.doc_ids, {**manifests, **named}, uses)
+    check_lineage(test.doc_ids, {**manifests, **named}, uses, read_families(run))
     captured = len(set(test.doc_ids))
     test = _unknown_to_base(run, test)
     if settings.max_activations is not None and settings.max_activations < len(test.ids):
         generator = torch.Generator().manual_seed(settings.seed)
         order = torch.randperm(len(test.ids), generator=generator)
         test = test.select(sorted(order[: settings.max_activations].tolist()))
-    documents = len(set(test.doc_ids))
-    _require_enough(documents, settings)
-    return test, captured - documents
+    _require_enough(len(set(test.family_ids)), settings)
+    return test, captured - len(set(test.doc_ids))
 
 
 def check_documents(run: Run) -> None:
@@ -100,14 +100,14 @@ def check_documents(run: Run) -> None:
     documents = run.require("corpus").documents
     if card := _card_of_base(run):
         check_never_seen(card, [*documents["validation"], *documents["test"]])
-    most = len(documents[settings.split])
+    most = len(set(families_of(run, documents[settings.split])))
     _require_enough(min(most, settings.max_activations or most), settings)
 
 
-def _require_enough(documents: int, settings: EvaluationConfig) -> None:
-    if documents < settings.min_documents:
+def _require_enough(families: int, settings: EvaluationConfig) -> None:
+    if families < settings.min_documents:
         raise ValueError(
-            f"{settings.split} documents: got {documents}, expected at least"
+            f"{settings.split} documents that share no text: got {families}, expected at least"
             f" {settings.min_documents} (--evaluation.min-documents). Fewer make wide intervals:"
             " use more texts or a larger --corpus.test-share in another --run-dir, or ask for"
             " fewer; --evaluation.max-activations limits them too."
@@ -141,6 +141,12 @@ def _card_of_base(run: Run) -> dict[str, Any]:
     path = base_folder(run.config.base.model, weights=False) / "card.json"
     card = json.loads(path.read_text()) if path.is_file() else {}
     return card if "doc_id_digests" in card else {}
+
+
+def corpus_section(corpus: Manifest) -> dict[str, Any]:
+    """What the report says of families; nothing of a corpus made before they were found."""
+    names = ("joined_documents", "joined_families", "largest_family", "held_out_in_train")
+    return {name: corpus.metrics[name] for name in names if name in corpus.metrics}
 
 
 def lineage_section(

@@ -24,7 +24,7 @@ from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.lengths import cut_texts
 from nla_ray.run.artifact import Run
 from nla_ray.score import claims
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.metrics import Figure
 from nla_ray.score.probe import fit_probe, words_as_bullets
 from nla_ray.text.summary import extract_summary
@@ -73,7 +73,7 @@ def matched_descriptions(
     }
 
 
-def probe_section(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def probe_section(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """verbalizer -> figure of PROBE_FIGURES; of the gold labels too, of no control."""
     if not evaluated.probed:
         return {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from nla_ray.report.controls import CONTROLS, REFRESHED
 from nla_ray.report.evaluated import Evaluated
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.metrics import Figure, figures
 
 LABELS = "reward"
@@ -21,7 +21,7 @@ _METRICS = ("centred_cosine", "top1_10way", "top1_10way_hard")
 _Named = Mapping[str, Figure]
 
 
-def two_by_two(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def two_by_two(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """Verbalizer, or `{first}-{second}` -> `reward`, `refreshed` and their difference -> metric.
 
     The difference is `refreshed` less `reward`. Empty for a report without a refreshed scorer.

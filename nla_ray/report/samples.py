@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nla_ray.report.controls import SCORERS
 from nla_ray.report.evaluated import Evaluated
-from nla_ray.score.bootstrap import DocumentBootstrap, Interval
+from nla_ray.score.bootstrap import FamilyBootstrap, Interval
 from nla_ray.score.choice import agreement, best_of
 from nla_ray.score.metrics import Figure, figures
 
@@ -22,7 +22,7 @@ _CONFIDENCE_BINS = 5
 _SAMPLE_COUNTS = (1, 2, 4, 8, 16)
 
 
-def sample_sections(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def sample_sections(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """`best_of` N by the reward scorer; of several samples also `confidence` and `calibration`."""
     count = len(evaluated.samples[0])
     texts = [sample.text for drawn in evaluated.samples for sample in drawn]
@@ -52,7 +52,7 @@ def sample_sections(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[
 
 
 def _best_of(
-    bootstrap: DocumentBootstrap, evaluated: Evaluated, read: dict[str, Tensor], size: int
+    bootstrap: FamilyBootstrap, evaluated: Evaluated, read: dict[str, Tensor], size: int
 ) -> dict[str, dict[str, Interval]]:
     """scorer -> figures of the best among the first `size` samples of every row."""
     comparisons = evaluated.comparisons
@@ -67,7 +67,7 @@ def _best_of(
 
 
 def _confident_half(
-    bootstrap: DocumentBootstrap, evaluated: Evaluated, confidence: Tensor
+    bootstrap: FamilyBootstrap, evaluated: Evaluated, confidence: Tensor
 ) -> dict[str, dict[str, Interval]]:
     """scorer -> figures on the more confident half of the rows, less those on the rest.
 
@@ -87,7 +87,7 @@ def _confident_half(
 
 
 def _calibration(
-    bootstrap: DocumentBootstrap, evaluated: Evaluated, confidence: Tensor
+    bootstrap: FamilyBootstrap, evaluated: Evaluated, confidence: Tensor
 ) -> list[dict[str, Any]]:
     """The judge's figures by quantile of the confidence, the least confident rows first."""
     judged = _judged(evaluated)

@@ -30,6 +30,7 @@ from nla_ray.report.lineage import (
     ancestors,
     check_ancestors,
     check_documents,
+    corpus_section,
     lineage_section,
     load_test,
 )
@@ -118,6 +119,7 @@ def make_report(config: RunConfig) -> None:
                 "experiments": experiments(config.preset),
                 "resamples": settings.bootstrap_resamples,
                 "documents_left_out": left_out,
+                "corpus": corpus_section(manifests["corpus"]),
                 "notes": [*missing_notes(evaluated, test, compared), *notes],
                 "protocols": protocol_records(evaluated.protocols),
                 **summary,

@@ -26,7 +26,7 @@ from nla_ray.report.refreshed import two_by_two
 from nla_ray.report.samples import sample_sections
 from nla_ray.report.wording import wording_section
 from nla_ray.score import claims
-from nla_ray.score.bootstrap import DocumentBootstrap, Interval
+from nla_ray.score.bootstrap import FamilyBootstrap, Interval
 from nla_ray.score.metrics import Figure, chances, figures, retrieval
 
 PREFIX_TOKENS = (4, 8, 16)
@@ -46,11 +46,12 @@ def summarise(
     evaluated: Evaluated, gates: Sequence[Gate], resamples: int, seed: int
 ) -> dict[str, Any]:
     """Every figure of the report as plain JSON values."""
-    bootstrap = DocumentBootstrap(evaluated.doc_ids, resamples, seed)
+    bootstrap = FamilyBootstrap(evaluated.family_ids, resamples, seed)
     summary = _as_json(
         {
             "n": len(evaluated.doc_ids),
             "documents": len(set(evaluated.doc_ids)),
+            "families": len(set(evaluated.family_ids)),
             "chance": chances(evaluated.comparisons),
             "results": _results(bootstrap, evaluated),
             "claims": _claims(bootstrap, evaluated),
@@ -86,7 +87,7 @@ def _as_json(value: Any) -> Any:
     return [_as_json(item) for item in value] if isinstance(value, list) else value
 
 
-def _results(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def _results(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """verbalizer -> scorer -> metric."""
     return {
         name: {scorer: bootstrap.intervals(named) for scorer, named in by_scorer.items()}
@@ -94,7 +95,7 @@ def _results(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, An
     }
 
 
-def _claims(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def _claims(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """verbalizer -> figure of CLAIM_FIGURES."""
     return {name: bootstrap.intervals(named) for name, named in evaluated.claims.items()}
 
@@ -102,7 +103,7 @@ def _claims(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any
 # Between verbalizers and between scorers ----------------------------------------------------------
 
 
-def _paired_differences(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def _paired_differences(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """`{first}-{second}` -> scorer or `claims` -> figure: first less second.
 
     Differences on the same rows and resamples.
@@ -121,7 +122,7 @@ def _paired_differences(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> d
     return paired
 
 
-def _ratios(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def _ratios(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """`{first}/{second}` -> scorer -> `delta`: the ratio of the two, where second's is above 0."""
     ratios: dict[str, Any] = {}
     for first, second in evaluated.pairs:
@@ -163,7 +164,7 @@ def _agreement_of(
     }
 
 
-def _gaps(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Interval]:
+def _gaps(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Interval]:
     """verbalizer -> the reward scorer's centred cosine less the judge's, gold's gap taken out."""
     gaps = {
         name: Figure.mean(
@@ -176,7 +177,7 @@ def _gaps(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Inter
     return bootstrap.differences(gaps, dict.fromkeys(gaps, gold))
 
 
-def _quotes(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def _quotes(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """verbalizer -> `quoting`, and scorer -> what is lost without what the descriptions quote.
 
     `quoting`: share of descriptions that quote. A verbalizer that never quotes is left out, and so
@@ -210,8 +211,8 @@ def _prefix_curves(evaluated: Evaluated, resamples: int, seed: int) -> dict[str,
     if not evaluated.prefixes:
         return {}
     comparisons = evaluated.comparisons.at(torch.tensor(evaluated.prefix_rows))
-    bootstrap = DocumentBootstrap(
-        [evaluated.doc_ids[row] for row in evaluated.prefix_rows], resamples, seed
+    bootstrap = FamilyBootstrap(
+        [evaluated.family_ids[row] for row in evaluated.prefix_rows], resamples, seed
     )
     curves: dict[str, Any] = {}
     for name, by_length in evaluated.prefixes.items():
@@ -228,7 +229,7 @@ def _prefix_curves(evaluated: Evaluated, resamples: int, seed: int) -> dict[str,
     return curves
 
 
-def _retrieval_curves(bootstrap: DocumentBootstrap, evaluated: Evaluated) -> dict[str, Any]:
+def _retrieval_curves(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
     """verbalizer -> scorer -> [{k, top1}]: share of rows found among k, by centred cosine."""
     curves: dict[str, Any] = {}
     for name in evaluated.descriptions:
@@ -254,7 +255,7 @@ def _by_domain(evaluated: Evaluated, resamples: int, seed: int) -> dict[str, Any
     table: dict[str, Any] = {}
     for domain in sorted(set(evaluated.domains)):
         rows = [row for row, row_domain in enumerate(evaluated.domains) if row_domain == domain]
-        bootstrap = DocumentBootstrap([evaluated.doc_ids[row] for row in rows], resamples, seed)
+        bootstrap = FamilyBootstrap([evaluated.family_ids[row] for row in rows], resamples, seed)
         table[domain] = {}
         for name in evaluated.descriptions:
             named = _domain_figures(evaluated, name)

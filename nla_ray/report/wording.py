@@ -13,7 +13,7 @@ import torch
 from nla_ray.description.record import Description
 from nla_ray.report.controls import SCORERS
 from nla_ray.report.evaluated import Evaluated
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.metrics import Figure, figures
 from nla_ray.score.rewording import FORMS
 
@@ -41,7 +41,7 @@ def wording_section(evaluated: Evaluated, resamples: int, seed: int) -> dict[str
         return {}
     rows = list(evaluated.reworded_rows)
     comparisons = evaluated.comparisons.at(torch.tensor(rows))
-    bootstrap = DocumentBootstrap([evaluated.doc_ids[row] for row in rows], resamples, seed)
+    bootstrap = FamilyBootstrap([evaluated.family_ids[row] for row in rows], resamples, seed)
     section: dict[str, Any] = {}
     for name, by_form in evaluated.reworded.items():
         whole = [evaluated.descriptions[name][row].text for row in rows]

@@ -99,17 +99,24 @@ def check_lineage(
     report_documents: Iterable[str],
     ancestors: Mapping[str, Manifest],
     uses: Sequence[str] = ("train", "validation"),
+    families: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise ValueError when an ancestor learned from a report's document, or was chosen on it."""
-    reported = set(report_documents)
+    """Raise ValueError when an ancestor learned from a report's document, or was chosen on it.
+
+    `families`: doc_id -> family id of documents that share text. What is of one family counts as
+    one document.
+    """
+    families = families or {}
+    reported = {families.get(doc_id, doc_id) for doc_id in report_documents}
     for name, manifest in ancestors.items():
         for use in uses:
-            leaked = sorted(reported.intersection(manifest.documents.get(use, ())))
+            used = manifest.documents.get(use, ())
+            leaked = sorted(doc_id for doc_id in used if families.get(doc_id, doc_id) in reported)
             if leaked:
                 raise ValueError(
                     f"lineage: {len(leaked)} documents of the report were in the {use} documents of"
-                    f" {name}: {leaked[:3]}, expected none. Build the corpus again; its split must"
-                    " come from the document id alone."
+                    f" {name}: {leaked[:3]}, expected none, nor any that shares text with one."
+                    " Build the corpus again; its split must come from the family's id alone."
                 )
 
 

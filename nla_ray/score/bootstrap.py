@@ -1,9 +1,9 @@
-"""Intervals: 95% percentile bootstrap over documents, of figures and of paired differences.
+"""Intervals: 95% percentile bootstrap over families, of figures and of paired differences.
 
-Rows of one document are not independent, so documents are drawn, not rows: a resample is a count
-per document, and a figure on it is the ratio of two count-weighted sums. One set of resamples
-serves every figure, so that differences are paired. Source: Efron & Tibshirani, An Introduction to
-the Bootstrap, ch. 13 (percentile interval).
+Rows of one document, and of documents that share text, are not independent. So families of
+documents are drawn, not rows: a resample is a count per family, and a figure on it is the ratio of
+two count-weighted sums. One set of resamples serves every figure, so that differences are paired.
+Source: Efron & Tibshirani, An Introduction to the Bootstrap, ch. 13 (percentile interval).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BLOCK_RESAMPLES = 500
 class Interval:
     """A figure with its 95% interval.
 
-    Example: Interval(value=0.94, low=0.92, high=0.955, n=1088, documents=412)
+    Example: Interval(value=0.94, low=0.92, high=0.955, n=1088, families=412)
     """
 
     value: float
@@ -35,24 +35,24 @@ class Interval:
     high: float
     n: int
     """Activations that the figure says something of: those with a denominator."""
-    documents: int
-    """Documents that these come from."""
+    families: int
+    """Families that these come from; a document that shares text with none is a family."""
 
     def to_dict(self) -> dict[str, float | int]:
         """As a report holds it."""
         return dataclasses.asdict(self)
 
 
-class DocumentBootstrap:
-    """Seeded resamples of the documents that a set of rows comes from."""
+class FamilyBootstrap:
+    """Seeded resamples of the families that a set of rows comes from."""
 
-    def __init__(self, doc_ids: Sequence[str], resamples: int = 10_000, seed: int = 0) -> None:
-        if not doc_ids:
+    def __init__(self, family_ids: Sequence[str], resamples: int = 10_000, seed: int = 0) -> None:
+        if not family_ids:
             raise ValueError("bootstrap: got no rows, expected at least one. Evaluate a document.")
-        numbers = {doc_id: number for number, doc_id in enumerate(sorted(set(doc_ids)))}
-        self.rows, self.documents, self.resamples = len(doc_ids), len(numbers), resamples
-        self._document = torch.tensor([numbers[doc_id] for doc_id in doc_ids])
-        self._counts = _draw_counts(self.documents, resamples, seed)
+        numbers = {family_id: number for number, family_id in enumerate(sorted(set(family_ids)))}
+        self.rows, self.families, self.resamples = len(family_ids), len(numbers), resamples
+        self._family = torch.tensor([numbers[family_id] for family_id in family_ids])
+        self._counts = _draw_counts(self.families, resamples, seed)
 
     def intervals(self, figures: Mapping[str, Figure]) -> dict[str, Interval]:
         """Every figure (of these rows, in their order) with its interval.
@@ -106,8 +106,8 @@ class DocumentBootstrap:
                 f"bootstrap: got figures over {len(columns)} rows, expected {self.rows}. "
                 "Use the rows it was built for."
             )
-        sums = torch.zeros(self.documents, columns.shape[1], dtype=torch.float64)
-        sums.index_add_(0, self._document, columns.double())
+        sums = torch.zeros(self.families, columns.shape[1], dtype=torch.float64)
+        sums.index_add_(0, self._family, columns.double())
         sampled = torch.cat(
             [counts.double() @ sums for counts in self._counts.split(_BLOCK_RESAMPLES)]
         )
@@ -126,20 +126,20 @@ class DocumentBootstrap:
             low=low,
             high=high,
             n=int(counted.sum()),
-            documents=len(self._document[counted].unique()),
+            families=len(self._family[counted].unique()),
         )
 
 
-def _draw_counts(documents: int, resamples: int, seed: int) -> Tensor:
-    """How often each document is drawn in each resample: [resamples, documents] int16.
+def _draw_counts(families: int, resamples: int, seed: int) -> Tensor:
+    """How often each family is drawn in each resample: [resamples, families] int16.
 
-    Rows sum to `documents`.
+    Rows sum to `families`.
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for start in range(0, resamples, _BLOCK_RESAMPLES):
         size = min(_BLOCK_RESAMPLES, resamples - start)
-        drawn = torch.randint(documents, (size, documents), generator=generator)
+        drawn = torch.randint(families, (size, families), generator=generator)
         once = torch.ones_like(drawn, dtype=torch.int16)
-        blocks.append(torch.zeros(size, documents, dtype=torch.int16).scatter_add_(1, drawn, once))
+        blocks.append(torch.zeros(size, families, dtype=torch.int16).scatter_add_(1, drawn, once))
     return torch.cat(blocks)

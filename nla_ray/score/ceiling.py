@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nla_ray.activation import vectors
 from nla_ray.activation.vectors import norm
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.linear import PENALTIES, fit, predict
 from nla_ray.score.metrics import Figure, figures
@@ -48,7 +48,7 @@ def inspect_layer(
         by_penalty[penalty] = figures(mean + predict(validation_features, fitted), comparisons)
     penalty = max(by_penalty, key=lambda penalty: by_penalty[penalty]["centred_cosine"].value)
     ceiling = {name: by_penalty[penalty][name] for name in _CEILING}
-    intervals = DocumentBootstrap(family_ids).intervals(ceiling)
+    intervals = FamilyBootstrap(family_ids).intervals(ceiling)
     return {
         "mean_norm": norms.mean().item(),
         "norm_quantiles": {str(share): norms.quantile(share).item() for share in (0.01, 0.5, 0.99)},

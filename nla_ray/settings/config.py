@@ -394,9 +394,9 @@ class EvaluationConfig:
     max_activations: int | None = None
     """Most activations in the report, drawn by seed; None: all of the split."""
     min_documents: int = 400
-    """Fewer documents than this are an error, not a smaller report."""
+    """Fewer documents than this are an error, not a smaller report; a family counts as one."""
     bootstrap_resamples: int = 10_000
-    """Resamples of documents behind every interval."""
+    """Resamples of families behind every interval."""
     batch_size: int = 64
     """Descriptions in one forward pass; fewer need less memory."""
     samples: int = 8

@@ -17,7 +17,7 @@ from nla_ray.reinforce.monitor import (
     kept_reading,
     text_figures,
 )
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.metrics import Figure
 from nla_ray.settings.config import GRPOSettings
@@ -73,7 +73,7 @@ def test_a_small_fall_that_every_pair_shows_raises_the_alarm(monitor: Monitor) -
     # Twice a gain of .011, the same on all activations but for a little noise.
     judged = best - 0.022 + 0.01 * judged_rows(seed=2)
     gain = monitor.gain(judged, best)
-    marginal = DocumentBootstrap(monitor.data.doc_ids, resamples=2_000).intervals(
+    marginal = FamilyBootstrap(monitor.data.doc_ids, resamples=2_000).intervals(
         {"best": Figure.mean(best)}
     )["best"]
     assert judged.mean() > marginal.low, "by the interval of the best reading alone it is no fall"

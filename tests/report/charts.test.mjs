@@ -13,7 +13,7 @@ const toneOf = toneTable({
   controls: ["shuffled"],
   scorers: ["judge", "reward"],
 });
-const figure = (value, low, high) => ({ value, low, high, n: 60, documents: 33 });
+const figure = (value, low, high) => ({ value, low, high, n: 60, families: 33 });
 const attribute = (node, name) => Number(node.getAttribute(name));
 
 beforeEach(openDocument);

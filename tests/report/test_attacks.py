@@ -105,6 +105,7 @@ class World:
         texts = sorted(texts_to_read(descriptions, [], {}))
         evaluated = Evaluated(
             doc_ids=doc_ids,
+            family_ids=doc_ids,
             domains=self.domains,
             texts=self.texts,
             salient=self.words,

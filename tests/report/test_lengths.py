@@ -14,7 +14,7 @@ from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts, length_section
 from nla_ray.report.readings import Readings
 from nla_ray.report.rendering.lengths import lengths_section
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.comparisons import Comparisons
 
 ROWS = 12
@@ -67,6 +67,7 @@ def evaluated() -> Evaluated:
     doc_ids = [f"doc{row}" for row in range(ROWS)]
     return Evaluated(
         doc_ids=doc_ids,
+        family_ids=doc_ids,
         domains=["licence"] * ROWS,
         texts=[" ".join(pair) for pair in words],
         salient=[list(pair) for pair in words],
@@ -103,7 +104,7 @@ def test_a_character_that_the_cut_goes_through_is_left_out() -> None:
 
 
 def test_what_is_won_by_length_alone_is_gone_at_equal_length(evaluated: Evaluated) -> None:
-    section = length_section(DocumentBootstrap(evaluated.doc_ids, 200, 0), evaluated)
+    section = length_section(FamilyBootstrap(evaluated.doc_ids, 200, 0), evaluated)
     by_view = section["grpo-sft"]
     whole, cut, matched = by_view["whole"], by_view["cut"], by_view["matched"]
     assert [figure.value for figure in whole["tokens"]] == [1.5, 1.0]
@@ -127,14 +128,14 @@ def test_lengths_match_within_a_tenth_and_where_none_do_nothing_is_said_of_it(
                 for row, description in enumerate(evaluated.descriptions[name])
             ]
         resized = dataclasses.replace(evaluated, descriptions=changed)
-        return length_section(DocumentBootstrap(resized.doc_ids, 50, 0), resized)["grpo-sft"]
+        return length_section(FamilyBootstrap(resized.doc_ids, 50, 0), resized)["grpo-sft"]
 
     assert section([(20, 22), (20, 23), (3, 3), (3, 4)])["matched"]["tokens"][0].n == ROWS // 2
     assert "matched" not in section([(20, 40)])
 
 
 def test_the_report_shows_every_view_with_its_lengths(evaluated: Evaluated) -> None:
-    found = length_section(DocumentBootstrap(evaluated.doc_ids, 50, 0), evaluated)
+    found = length_section(FamilyBootstrap(evaluated.doc_ids, 50, 0), evaluated)
     as_json = {
         pair: {
             view: {

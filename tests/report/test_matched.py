@@ -13,7 +13,7 @@ from nla_ray.report.matched import matched_descriptions, probe_section
 from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Run
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.settings.config import RunConfig
 
 
@@ -39,7 +39,7 @@ def test_true_words_of_a_verbalizer_are_counted_beside_as_many_of_the_probe() ->
     # nothing, gold frame, index and assert, of which "frame" is in no text
     probed = [["assert", "absent", "index"]] * ROWS
     section = probe_section(
-        DocumentBootstrap(DOC_IDS, 100, 0), dataclasses.replace(evaluated(), probed=probed)
+        FamilyBootstrap(DOC_IDS, 100, 0), dataclasses.replace(evaluated(), probed=probed)
     )
     values = {
         name: {figure: interval.value for figure, interval in named.items()}
@@ -66,7 +66,7 @@ def test_true_words_of_a_verbalizer_are_counted_beside_as_many_of_the_probe() ->
         }
     )
     assert values["gold"]["probe_precision"] == pytest.approx(2 / 3)
-    assert probe_section(DocumentBootstrap(DOC_IDS, 100, 0), evaluated()) == {}
+    assert probe_section(FamilyBootstrap(DOC_IDS, 100, 0), evaluated()) == {}
 
 
 def test_a_verbalizer_below_its_probe_is_told_before_any_figure_and_fails_its_gate() -> None:
@@ -92,7 +92,7 @@ def test_every_form_of_wording_is_told_with_what_it_loses() -> None:
         "low": 0.0,
         "high": 0.0,
         "n": 12,
-        "documents": 12,
+        "families": 12,
     }
     # an empty description is read as the mean
     originals, mean = made.comparisons.originals[rows], made.comparisons.mean

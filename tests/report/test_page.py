@@ -185,7 +185,7 @@ def test_a_section_explains_what_it_shows_and_nothing_else(page: str) -> None:
 
 
 def test_nothing_is_negative_zero_and_markdown_reads_a_note_as_it_stands() -> None:
-    figure = {"value": -0.0004, "low": -0.0011, "high": -0.0, "n": 60, "documents": 33}
+    figure = {"value": -0.0004, "low": -0.0011, "high": -0.0, "n": 60, "families": 33}
     report = copy.deepcopy(full_report())
     report["results"]["sft"]["judge"]["delta"] = figure
     report["notes"] = [
@@ -337,7 +337,7 @@ def test_figures_that_are_missing_or_null_are_dashes(browser: Any, tmp_path: Pat
         "low": math.nan,
         "high": math.nan,
         "n": 0,
-        "documents": 0,
+        "families": 0,
     }
     del (
         report["results"]["sft"]["judge"]["delta"],

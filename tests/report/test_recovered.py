@@ -7,7 +7,7 @@ import torch
 
 from nla_ray.activation.patching import Patched
 from nla_ray.report.recovered import PATCH_FIGURES, PatchBack
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 
 
 def patched(divergence: list[float], keeps_top: list[bool]) -> dict[str, Patched]:
@@ -44,8 +44,8 @@ def test_each_figure_equals_the_number_worked_out_by_hand(
 
 def test_rows_that_were_not_patched_count_in_no_interval() -> None:
     figures = PATCH_BACK.figures("gold", "judge", num_rows=5)
-    intervals = DocumentBootstrap(["a", "b", "c", "d", "e"], 200, 0).intervals(figures)
-    assert intervals["keeps_top"].n == 3 and intervals["keeps_top"].documents == 3
+    intervals = FamilyBootstrap(["a", "b", "c", "d", "e"], 200, 0).intervals(figures)
+    assert intervals["keeps_top"].n == 3 and intervals["keeps_top"].families == 3
     # the share of the row without any divergence is 0 / 0: it says nothing
     assert intervals["recovered"].n == 2
     assert intervals["recovered"].low == intervals["recovered"].high == pytest.approx(0.75)

@@ -17,7 +17,7 @@ from nla_ray.report.refreshed import two_by_two
 from nla_ray.report.rendering.refreshed import refreshed_section
 from nla_ray.report.stage import make_report, read_report
 from nla_ray.run.artifact import Run
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.settings.config import RunConfig
 
@@ -42,6 +42,7 @@ def evaluated(refreshed_noise: dict[str, float] | None) -> Evaluated:
     paid = readings("reward", {"gold": 0.2, "sft": 1.0, "grpo": 0.5, "generic": 2.0})
     return Evaluated(
         doc_ids=DOC_IDS,
+        family_ids=DOC_IDS,
         domains=["licence"] * ROWS,
         texts=DOC_IDS,
         salient=[[]] * ROWS,
@@ -57,7 +58,7 @@ def evaluated(refreshed_noise: dict[str, float] | None) -> Evaluated:
 
 def section_of(refreshed_noise: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr("nla_ray.report.evaluated.SCORERS", ("reward",))
-    return two_by_two(DocumentBootstrap(DOC_IDS, 100, 0), evaluated(refreshed_noise))
+    return two_by_two(FamilyBootstrap(DOC_IDS, 100, 0), evaluated(refreshed_noise))
 
 
 def test_a_gain_that_the_refreshed_scorer_does_not_see_is_the_scorers_difference(

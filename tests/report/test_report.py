@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sample_report import minimal_report
+from tiny_artifacts import join_families
 
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.pretrained import digest
@@ -27,6 +29,7 @@ from nla_ray.report.readings import Readings
 from nla_ray.report.rendering.content import interval
 from nla_ray.report.rendering.domains import domains_table
 from nla_ray.report.rendering.markdown import to_markdown
+from nla_ray.report.rendering.sections import opening
 from nla_ray.report.samples import rank_correlation
 from nla_ray.report.stage import check_corpus, evaluate, make_report, read_report, show_report
 from nla_ray.report.summary import summarise
@@ -92,6 +95,7 @@ def evaluated() -> Evaluated:
             read[sample.text] = originals[row] + number * noise[row]
     return Evaluated(
         doc_ids=DOC_IDS,
+        family_ids=DOC_IDS,
         domains=DOMAINS,
         texts=TEXTS,
         salient=[["assert", "index"]] * ROWS,
@@ -188,10 +192,10 @@ def test_every_verbalizer_scorer_and_metric_has_a_value_an_interval_and_n(summar
                 metric for metric in METRICS if metric != "top1_100way"
             )  # there are 24 rows
             for figure in named.values():
-                assert set(figure) == {"value", "low", "high", "n", "documents"}
+                assert set(figure) == {"value", "low", "high", "n", "families"}
                 assert figure["low"] <= figure["value"] <= figure["high"] and (
                     figure["n"],
-                    figure["documents"],
+                    figure["families"],
                 ) == (24, 12)
 
 
@@ -280,7 +284,7 @@ def test_domains_and_the_confusion_matrix_count_every_row(summary: dict) -> None
         "low": 1.0,
         "high": 1.0,
         "n": 12,
-        "documents": 6,
+        "families": 6,
     }
 
 
@@ -701,6 +705,50 @@ def test_a_test_document_that_an_ancestor_learned_from_stops_the_report(
     change_documents(run, "sft", {"train": learned, "validation": [leaked]})
     with pytest.raises(ValueError, match="validation documents of sft"):
         make_report(run.config)
+
+
+def test_documents_that_share_text_count_as_one_and_never_stand_on_both_sides(
+    copied_run: Callable[..., Run],
+) -> None:
+    leaked = copied_run("leaked")
+    documents = sorted(set(evaluated_documents(leaked)))
+    learned = leaked.find("sft").documents["train"][0]
+    join_families(leaked, {documents[0]: learned, learned: learned})
+    with pytest.raises(ValueError, match=r"in the train documents of corpus: \['doc.*shares text"):
+        make_report(leaked.config)
+    run = copied_run(evaluation=EvaluationConfig(min_documents=13, bootstrap_resamples=50))
+    join_families(run, dict.fromkeys(documents[:2], documents[0]))
+    make_report(run.config)
+    report = read_report(run)
+    assert (report["n"], report["documents"], report["families"]) == (28, 14, 13)
+    assert report["results"]["sft"]["judge"]["top1"]["families"] == 13
+    assert "28 activations of 14 test documents in 13 families" in " ".join(opening(report))
+    strict = copied_run("strict", evaluation=EvaluationConfig(min_documents=14))
+    check_corpus(strict)
+    join_families(strict, dict.fromkeys(documents[:2], documents[0]))
+    with pytest.raises(ValueError, match="that share no text: got 13, expected at least 14"):
+        check_corpus(strict)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "sentence"),
+    [
+        ({}, "each document, since the corpus was made before"),
+        (
+            {
+                "joined_documents": 1_712,
+                "joined_families": 122,
+                "largest_family": 90,
+                "held_out_in_train": {"validation": 2, "test": 0},
+            },
+            "1,712 documents that share text are joined in 122, each in one split; held-out texts"
+            " of which half or more is in train texts: 2 of validation, 0 of test",
+        ),
+    ],
+)
+def test_a_report_says_what_was_joined(corpus: dict, sentence: str) -> None:
+    lines = opening({**minimal_report(), "corpus": corpus})
+    assert any(line.startswith("Families: ") and sentence in line for line in lines)
 
 
 def test_a_test_document_that_the_base_was_pretrained_on_stops_the_report(

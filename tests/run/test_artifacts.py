@@ -427,6 +427,17 @@ def test_a_test_document_that_an_ancestor_learned_from_or_was_chosen_on_is_an_er
         check_lineage(["t1", "t2"], {"sft": ancestor})
 
 
+def test_a_test_document_that_shares_text_with_one_that_was_learned_from_is_an_error() -> None:
+    families = {"t1": "b", "b": "b", "t2": "t2"}
+    learned = {"sft": learned_from("sft", "a", "b")}
+    check_lineage(["t2"], learned, families=families)
+    check_lineage(["t1", "t2"], learned)
+    with pytest.raises(
+        ValueError, match=r"1 documents .* sft: \['b'\], .*nor any that shares text"
+    ):
+        check_lineage(["t1", "t2"], learned, families=families)
+
+
 def test_two_scorers_with_a_common_train_document_are_an_error() -> None:
     check_disjoint(learned_from("reward_scorer", "a"), learned_from("judge_scorer", "b"))
     with pytest.raises(

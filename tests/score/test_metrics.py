@@ -1,4 +1,4 @@
-"""Figures with numbers worked out by hand, pairs with wrong rows, the bootstrap over documents."""
+"""Figures with numbers worked out by hand, pairs with wrong rows, the bootstrap over families."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from nla_ray.score.bootstrap import DocumentBootstrap
+from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.comparisons import (
     Comparisons,
     derangement,
@@ -212,11 +212,11 @@ def test_the_nearest_row_is_by_centred_cosine_across_blocks() -> None:
     assert nearest_rows(queries, candidates, mean).tolist() == [3, 1_500, 2_499]
 
 
-def test_the_bootstrap_of_two_documents_has_three_outcomes() -> None:
+def test_the_bootstrap_of_two_families_has_three_outcomes() -> None:
     # a, a, a are right and b is wrong: resamples aa, ab, bb give 1, 3/4, 0
-    bootstrap = DocumentBootstrap(["a", "a", "a", "b"], 2_000, seed=0)
+    bootstrap = FamilyBootstrap(["a", "a", "a", "b"], 2_000, seed=0)
     interval = bootstrap.intervals({"x": Figure.mean([1, 1, 1, 0])})["x"]
-    assert (interval.value, interval.low, interval.high, interval.n, interval.documents) == (
+    assert (interval.value, interval.low, interval.high, interval.n, interval.families) == (
         0.75,
         0.0,
         1.0,
@@ -225,7 +225,7 @@ def test_the_bootstrap_of_two_documents_has_three_outcomes() -> None:
     )
 
 
-def test_a_figure_counts_the_rows_and_documents_that_it_says_something_of() -> None:
+def test_a_figure_counts_the_rows_and_families_that_it_says_something_of() -> None:
     some, all_rows = (
         Figure(
             numerator=torch.tensor([1.0, 0.0, 0.0, 0.0]),
@@ -233,27 +233,27 @@ def test_a_figure_counts_the_rows_and_documents_that_it_says_something_of() -> N
         ),
         Figure.mean([1, 0, 1, 0]),
     )
-    bootstrap = DocumentBootstrap(["a", "a", "b", "c"], 200, seed=0)
+    bootstrap = FamilyBootstrap(["a", "a", "b", "c"], 200, seed=0)
     told = bootstrap.intervals({"some": some, "all": all_rows})
-    assert (told["some"].n, told["some"].documents) == (2, 1) and (
+    assert (told["some"].n, told["some"].families) == (2, 1) and (
         told["all"].n,
-        told["all"].documents,
+        told["all"].families,
     ) == (4, 3)
     paired = bootstrap.differences(
         {"x": some},
         {"x": Figure(numerator=torch.zeros(4), denominator=torch.tensor([0.0, 0.0, 0.0, 1.0]))},
     )["x"]
-    assert (paired.n, paired.documents) == (3, 2)
+    assert (paired.n, paired.families) == (3, 2)
 
 
 def test_one_document_gives_an_interval_of_no_width() -> None:
-    interval = DocumentBootstrap(["a", "a"], 100, seed=0).intervals({"x": Figure.mean([1, 0])})["x"]
+    interval = FamilyBootstrap(["a", "a"], 100, seed=0).intervals({"x": Figure.mean([1, 0])})["x"]
     assert interval.low == interval.value == interval.high == 0.5
 
 
 def test_the_interval_of_a_share_matches_the_normal_approximation() -> None:
     right = torch.arange(400) % 10 != 0
-    interval = DocumentBootstrap([f"d{row}" for row in range(400)], 10_000, seed=1).intervals(
+    interval = FamilyBootstrap([f"d{row}" for row in range(400)], 10_000, seed=1).intervals(
         {"x": Figure.mean(right)}
     )["x"]
     assert interval.value == pytest.approx(0.9)
@@ -263,10 +263,10 @@ def test_the_interval_of_a_share_matches_the_normal_approximation() -> None:
 
 def test_copies_of_a_row_inside_its_document_do_not_narrow_the_interval() -> None:
     values = (torch.arange(100) % 4 != 0).double()
-    once = DocumentBootstrap([f"d{row}" for row in range(100)], 2_000, seed=0).intervals(
+    once = FamilyBootstrap([f"d{row}" for row in range(100)], 2_000, seed=0).intervals(
         {"x": Figure.mean(values)}
     )["x"]
-    copies = DocumentBootstrap([f"d{row // 5}" for row in range(500)], 2_000, seed=0).intervals(
+    copies = FamilyBootstrap([f"d{row // 5}" for row in range(500)], 2_000, seed=0).intervals(
         {"x": Figure.mean(values.repeat_interleave(5))}
     )["x"]
     assert (once.low, once.high) == pytest.approx((copies.low, copies.high))
@@ -279,7 +279,7 @@ def test_a_ratio_is_recomputed_on_every_resample_as_a_slow_loop_does() -> None:
         torch.randn(30, generator=generator).double(),
         torch.rand(30, generator=generator).double() + 0.1,
     )
-    bootstrap = DocumentBootstrap(doc_ids, 200, seed=5)
+    bootstrap = FamilyBootstrap(doc_ids, 200, seed=5)
     expected = []
     for counts in bootstrap._counts.tolist():
         assert sum(counts) == 7
@@ -295,7 +295,7 @@ def test_a_ratio_is_recomputed_on_every_resample_as_a_slow_loop_does() -> None:
 
 def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
     noise = torch.randn(300, generator=torch.Generator().manual_seed(0)).double()
-    bootstrap = DocumentBootstrap([f"d{row}" for row in range(300)], 2_000, seed=0)
+    bootstrap = FamilyBootstrap([f"d{row}" for row in range(300)], 2_000, seed=0)
     better, worse = {"x": Figure.mean(noise + 0.1)}, {"x": Figure.mean(noise)}
     paired = bootstrap.differences(better, worse)["x"]
     assert paired.value == pytest.approx(0.1)
@@ -304,17 +304,17 @@ def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
 
 
 def test_an_undefined_figure_is_an_error_and_not_a_number() -> None:
-    bootstrap = DocumentBootstrap(["a", "b"], 10, seed=0)
+    bootstrap = FamilyBootstrap(["a", "b"], 10, seed=0)
     with pytest.raises(ValueError, match="denominator of 0"):
         bootstrap.intervals({"fve": Figure(torch.zeros(2).double(), torch.zeros(2).double())})
     with pytest.raises(ValueError, match="no rows"):
-        DocumentBootstrap([])
+        FamilyBootstrap([])
 
 
 def test_ten_thousand_resamples_of_a_whole_table_take_little_time_and_memory() -> None:
     doc_ids = [f"d{row // 2}" for row in range(1_400)]
     table = {f"m{number}": Figure.mean(torch.rand(1_400)) for number in range(100)}
-    intervals = DocumentBootstrap(doc_ids).intervals(table)
+    intervals = FamilyBootstrap(doc_ids).intervals(table)
     assert len(intervals) == 100 and all(
         interval.low < interval.value < interval.high for interval in intervals.values()
     )
@@ -376,7 +376,7 @@ def test_chances_are_those_of_the_choices() -> None:
 
 def test_a_ratio_and_a_difference_are_paired_on_the_same_resamples() -> None:
     values = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.5
-    bootstrap = DocumentBootstrap([f"d{row}" for row in range(50)], 400, 0)
+    bootstrap = FamilyBootstrap([f"d{row}" for row in range(50)], 400, 0)
     ratio = bootstrap.ratios({"x": Figure.mean(3 * values)}, {"x": Figure.mean(values)})["x"]
     assert (
         ratio.value == pytest.approx(3.0)

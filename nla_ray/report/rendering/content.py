@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Cell = str | bool | int | float | Mapping[str, Any] | None
-"""A text, a verdict, a count, a value, a figure `{value, low, high, n, documents}`, or nothing."""
+"""A text, a verdict, a count, a value, a figure `{value, low, high, n, families}`, or nothing."""
 Choice = Mapping[str, str]
 """Under which choices of the reader a block is shown: {"scorer": "judge"}; empty: always."""
 

@@ -165,8 +165,8 @@ def _cell(
     if not isinstance(cell, Mapping):
         return tag("td", attributes, cell_text(cell))
     attributes["data-value"] = json.dumps(cell["value"])
-    if "documents" in cell:
-        attributes["title"] = f"n {cell['n']}, {cell['documents']} documents"
+    if "families" in cell:
+        attributes["title"] = f"n {cell['n']}, {cell['families']} families"
     if table.look != "figures":
         return tag("td", attributes, interval(cell))
     value = tag("span", {"class": "value"}, number(cell["value"]))

@@ -122,15 +122,30 @@ def opening(report: Report) -> list[str]:
         f" {base['num_layers']}, d_model {base['d_model']}, injection norm"
         f" {base['injection_norm']:g}",
         f"Evaluated: {report['n']} activations of {report['documents']} {report['split']}"
-        f" documents; {evidence}",
+        f" documents in {report.get('families', report['documents'])} families; {evidence}",
+        _families_sentence(report.get("corpus", {})),
         "Documents left out, by choice of number or because they nearly repeat one that the base"
         f" was pretrained on: {report['documents_left_out']}",
-        "Every figure: value [95% interval], bootstrap over documents,"
+        "Every figure: value [95% interval], bootstrap over families,"
         f" {report['resamples']:,} resamples",
         "Failed, truncated and empty descriptions are scored as they are; greedy decoding",
         "The judge scorer shares no train document with the reward scorer; its scores never train"
         " the verbalizer",
     ]
+
+
+def _families_sentence(corpus: Mapping[str, Any]) -> str:
+    if not corpus:
+        return (
+            "Families: each document, since the corpus was made before shared text was looked for"
+        )
+    covered = corpus["held_out_in_train"]
+    return (
+        f"Families: of the corpus {corpus['joined_documents']:,} documents that share text are"
+        f" joined in {corpus['joined_families']:,}, each in one split; held-out texts of which half"
+        f" or more is in train texts: {covered['validation']} of validation, {covered['test']} of"
+        " test"
+    )
 
 
 def gates_passed(report: Report) -> tuple[int, int]:
@@ -173,7 +188,7 @@ def _results_section(report: Report) -> Section:
             " judge pays no verbalizer; on validation it decided on the checkpoint of GRPO."
         ),
         how_to_read=(
-            "Bars are 95% intervals over documents; the dashed tick is chance. Controls are set in"
+            "Bars are 95% intervals over families; the dashed tick is chance. Controls are set in"
             " grey."
         ),
         blocks=tables,
@@ -466,7 +481,7 @@ def _definitions_section() -> Section:
         name="Definitions",
         title="Definitions",
         intro=(
-            f"{SIGNS} Every figure: value [95% interval], bootstrap over documents. Failed,"
+            f"{SIGNS} Every figure: value [95% interval], bootstrap over families. Failed,"
             " truncated and empty descriptions are scored as they are."
         ),
         blocks=[Definitions(entries)],

@@ -35,8 +35,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             for line in block.lines:
                 console.print(f"WARNING: {line}", style="bold red", markup=False)
     console.print(
-        f"{report['n']} activations of {report['documents']} {report['split']} documents; 95%"
-        " intervals over documents"
+        f"{report['n']} activations of {report['documents']} {report['split']} documents in"
+        f" {report.get('families', report['documents'])} families; 95% intervals over families"
     )
     for block in blocks:
         if isinstance(block, DrawnExamples):
