@@ -4,9 +4,9 @@ Every so many steps the verbalizer describes the same validation activations gre
 scorers reconstruct them. The judge pays nothing. Two readings are of the same activations, so they
 are compared pair by pair: what all activations have in common, which makes the interval of one
 reading wide, drops out of the difference. Where the whole interval of the judge's difference to
-its best reading is above 0, the best reading is this one; where it is below 0, the verbalizer has
-fallen: its checkpoint is not published, and when the reward rose meanwhile, the run says so and
-marks the step. Knows neither TRL nor the trainer; the figures are those of `score/metrics.py`.
+its best reading is above 0, the best reading is this one, and its checkpoint is the one to publish;
+where it is below 0 while the reward rose, the run says so and marks the step. Knows neither TRL nor
+the trainer; the figures are those of `score/metrics.py`.
 """
 
 from __future__ import annotations
@@ -172,25 +172,20 @@ def best_reading(readings: Sequence[Mapping[str, float]]) -> Mapping[str, float]
 def kept_reading(readings: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
     """The reading whose checkpoint is to be published; None before the first step.
 
-    That is the newest that has not fallen from the best. Between readings that the pairs cannot
-    tell apart the figures decide by luck; the newest has learned most, and at the end of its
-    falling rate has averaged most of its noise out. The first reading is of the SFT verbalizer,
-    which is no checkpoint of GRPO. While all others have fallen from it, it is the highest of them.
+    That is the best one: what has moved further from SFT has to show that it was worth it. More
+    activations in a reading (`grpo.monitor_activations`) make smaller gains visible. While the best
+    one is the SFT verbalizer's, which stands first and has no checkpoint of GRPO, it is the highest
+    of the others, the earliest of equals.
     """
-    trained = readings[1:]
-    for reading in reversed(trained):
-        if not has_fallen(reading):
-            return reading
-    return max(trained, key=lambda reading: reading[JUDGE_COSINE], default=None)
-
-
-def has_fallen(reading: Mapping[str, float]) -> bool:
-    """Whether the whole interval of the judge's gain on its best reading is below 0."""
-    return reading[JUDGE_GAIN + "_high"] < 0
+    if (best := best_reading(readings)) is not None and best["step"] > 0:
+        return best
+    return max(readings[1:], key=lambda reading: reading[JUDGE_COSINE], default=None)
 
 
 def hacking_warning(reading: Mapping[str, float], best: Mapping[str, float]) -> str | None:
     """Words when more is rewarded than at the best reading, while the judge has fallen from it.
+
+    The judge has fallen when the whole interval of its gain on the best reading is below 0.
 
     >>> best = {"step": 5, JUDGE_COSINE: 0.52, REWARDED: 0.30}
     >>> reading = {"step": 9, JUDGE_COSINE: 0.51, REWARDED: 0.33, JUDGE_GAIN: -0.01}
@@ -200,7 +195,8 @@ def hacking_warning(reading: Mapping[str, float], best: Mapping[str, float]) -> 
     >>> hacking_warning(reading | fell | {JUDGE_GAIN + "_high": 0.001}, best) is None
     True
     """
-    if not (has_fallen(reading) and reading[REWARDED] > best[REWARDED]):
+    fell = reading[JUDGE_GAIN + "_high"] < 0
+    if not (fell and reading[REWARDED] > best[REWARDED]):
         return None
     return (
         f"step {reading['step']:.0f}: reward hacking is likely. Since step {best['step']:.0f} what"

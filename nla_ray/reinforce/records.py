@@ -1,8 +1,8 @@
 """What is written down of a step of GRPO, and what a reading of the monitor decides.
 
 A record of metrics a step, a record a reading, both as a line of the log; and the checkpoint that a
-reading offers. Knows no TRL class, no loss and no rollout. Protects the rule that no
-checkpoint is published that has fallen under the judge.
+reading offers. Knows no TRL class, no loss and no rollout. Protects the rule that the judge
+chooses the checkpoint that is published.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class GRPOCallback(StageCallback):
     def _is_kept(self, reading: Mapping[str, float]) -> bool:
         """Whether the checkpoint of the newest reading is to be published.
 
-        The judge decides. The ablation shows where its reward leads, so it keeps its last step.
+        The judge chooses. The ablation shows where its reward leads, so it keeps its last step.
         """
         if self.settings.contrast == "none":
             return reading["step"] > 0

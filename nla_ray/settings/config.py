@@ -333,10 +333,10 @@ class GRPOSettings:
     save_steps: int = 20
     """Steps between two checkpoints; what is killed loses no more."""
     monitor_steps: int = 20
-    """Steps between two looks at validation. The newest checkpoint is published that has not fallen
-    from the judge's best look: by the 95% interval of their paired difference."""
+    """Steps between two looks at validation. The judge's best is published: a later look has to be
+    better by the whole 95% interval of their paired difference."""
     monitor_activations: int = 128
-    """Validation activations in each look."""
+    """Validation activations in each look; more of them tell smaller gains from luck."""
     num_rollout_actors: int = 1
     """Processes that sample descriptions, each with a copy of the model."""
     num_scorer_actors: int = 1

@@ -185,7 +185,7 @@ def _results_section(report: Report) -> Section:
         title="What the descriptions are worth",
         intro=(
             "A scorer reads a description and reconstructs the activation it was made from. The"
-            " judge pays no verbalizer; on validation it decided on the checkpoint of GRPO."
+            " judge pays no verbalizer; on validation it chose the checkpoint of GRPO."
         ),
         how_to_read=(
             "Bars are 95% intervals over families; the dashed tick is chance. Controls are set in"
