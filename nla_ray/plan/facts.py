@@ -189,7 +189,8 @@ class PlanFacts:
         In float32 it merges the adapter into a copy of blocks and head, and builds the next copy of
         the blocks beside the last one. In bfloat16 the base's weights are used as they are, except
         queries, keys and values, which are joined; a CPU packs all of them and holds the head in
-        float32. The adapter's factors stay beside them.
+        float32. The adapter's factors stay beside them. Measured on an H200 (`bench/results`): base
+        and engine of the 7B shape hold 16.6 GB, 16.8 while weights change; 16.3 and 16.5 by this.
         """
         sizes, item_bytes = self.sizes, self.item_bytes
         blocks = sizes.num_layers * sizes.block_parameters * item_bytes

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nla_ray import bench
 from nla_ray.base.config_files import as_config
 from nla_ray.base.families import FAMILIES
 from nla_ray.base.identity import base_info
@@ -263,6 +264,16 @@ def test_the_copies_of_an_engine_are_those_that_the_plan_counts(dtype: str, tmp_
         - (28 * 3_584 * 4_608 * 2 if dtype == "bfloat16" else 0),
         rel=0.15,
     )
+
+
+def test_an_engine_on_a_gpu_was_measured_to_hold_what_the_plan_counts(tmp_path: Path) -> None:
+    results = Path(bench.__file__).parent / "results" / "nvidia-h200.json"
+    measured = json.loads(results.read_text())["sections"]["engine_memory"]["versions"][-1]
+    facts = planned("qwen2.5-7b", tmp_path)
+    held, changing = facts.engine_bytes("rollout")
+    counted = facts.weights_bytes() + held
+    assert counted == pytest.approx(measured["held_bytes"], rel=0.03)
+    assert counted + changing == pytest.approx(measured["peak_bytes_while_loading"], rel=0.03)
 
 
 def test_a_plan_states_the_memory_of_every_process_its_host_memory_and_that_of_a_shard(
