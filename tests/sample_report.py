@@ -7,7 +7,10 @@ from random import Random
 from typing import Any
 
 from nla_ray.report.claim_figures import CLAIM_FIGURES
+from nla_ray.report.matched import PROBE_FIGURES
+from nla_ray.report.recovered import PATCH_FIGURES
 from nla_ray.score.metrics import METRICS
+from nla_ray.score.rewording import FORMS
 
 VERBALIZERS = (
     "gold",
@@ -69,7 +72,7 @@ def minimal_report() -> dict[str, Any]:
 
 def full_report() -> dict[str, Any]:
     random = Random(0)
-    metrics = (*METRICS, "a_metric_without_a_title")
+    metrics = (*METRICS, *PATCH_FIGURES, "a_metric_without_a_title")
     pairs = ("grpo-sft", "grpo-grpo_no_contrast")
     return {
         **minimal_report(),
@@ -206,6 +209,20 @@ def full_report() -> dict[str, Any]:
                     for part in ("figures", "minus_sft")
                 },
             }
+        },
+        "probe": {
+            name: {probed: figure(random, 3.0) for probed in PROBE_FIGURES}
+            for name in ("gold", "sft", "grpo")
+        },
+        "wording": {
+            name: {
+                form: {
+                    "changed": figure(random),
+                    **by_scorer(lambda: {"centred_cosine": figure(random)}),
+                }
+                for form in FORMS
+            }
+            for name in ("gold", "grpo")
         },
         "protocols": {"gold": "not generated", "read_by_a_human": "not recorded"},
         "lineage": {

@@ -27,6 +27,7 @@ from sample_report import (
 )
 
 from nla_ray.report.claim_figures import CLAIM_FIGURES
+from nla_ray.report.recovered import PATCH_FIGURES
 from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.rendering.page import to_html
 from nla_ray.report.rendering.vocabulary import DEFINITIONS
@@ -136,7 +137,7 @@ def test_a_preset_with_markup_in_its_name_is_a_name() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [*METRICS, *CLAIM_FIGURES])
+@pytest.mark.parametrize("name", [*METRICS, *PATCH_FIGURES, *CLAIM_FIGURES])
 def test_every_figure_of_the_report_has_a_definition(page: str, name: str) -> None:
     assert f"<dd>{html.escape(DEFINITIONS[name])}</dd>" in page
 
@@ -145,17 +146,19 @@ def test_every_figure_of_the_report_has_a_definition(page: str, name: str) -> No
     "part",
     [
         *("results", "claims", "paired", "domains", "prefix", "retrieval", "quotes", "best_of"),
-        *("calibration", "growth", "experiments", "lengths", "refreshed", "seeds"),
+        *("calibration", "growth", "experiments", "lengths", "refreshed", "seeds", "probe"),
+        "wording",
     ],
 )
 def test_every_figure_of_the_report_stands_in_a_table_without_a_script(
     page: str, part: str
 ) -> None:
     values = figure_values(full_report()[part])
-    section = page[page.index(f'<section id="{part}">') :]
-    section = section[: section.index("</section>")]
+    shown = section_of(page, part)
+    if part == "results":
+        shown += section_of(page, "patch-back")
     assert values
-    assert values == {float(value) for value in re.findall(r'data-value="([^"]+)"', section)}
+    assert values == {float(value) for value in re.findall(r'data-value="([^"]+)"', shown)}
 
 
 def figure_values(part: Any) -> set[float]:
