@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import BatchSampler
 
+from nla_ray.run.location import Location
 from nla_ray.run.metrics import MetricsLog
 from nla_ray.settings.config import BaseConfig, ComputeConfig
 from nla_ray.training.batches import LengthBatches
@@ -197,3 +198,27 @@ def test_two_workers_then_one_then_three_have_the_losses_of_one_undisturbed(
     for path in scratch.values():
         assert json.loads((path / "best.json").read_text())["step"] % STEPS_IN_EPOCH == 0
         assert len(list(path.glob("checkpoint-*"))) == len(list(path.glob("best-*"))) == 1
+
+
+@pytest.mark.slow  # five processes import DeepSpeed
+def test_several_workers_of_a_remote_run_leave_what_is_trained_and_nothing_superseded(
+    tiny_base: BaseConfig, s3_uri
+) -> None:
+    folder = s3_uri("several-workers")
+    for part in (Part(2, stop=8), Part(3)):
+        attempt(part, kind="reward_scorer", base=tiny_base, folder=folder, zero_stage=2)
+    scratch = Location.of(folder) / "reward_scorer" / "scratch"
+    best = json.loads((scratch / "best.json").read_text())["folder"]
+    assert scratch.list_files() == [
+        f"{best}/adapter/adapter_config.json",
+        f"{best}/adapter/adapter_model.safetensors",
+        f"{best}/head.safetensors",
+        "best.json",
+        "checkpoint-18/trained.safetensors",
+        "checkpoint-18/trainer_state.json",
+        "metrics.jsonl",
+    ]
+    steps = [
+        json.loads(line)["step"] for line in (scratch / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps) and steps[-1] == 18 and set(steps) == set(range(1, 19))
