@@ -36,7 +36,7 @@ from nla_ray.text.words import WordStatistics, salient_words
 
 PREFIX_ROWS = 400
 """Activations, chosen by seed, whose descriptions are also read in part."""
-REWORDED_ROWS = 200
+REWORDED_ROWS = 100
 """Of these, whose descriptions are also read reworded: differences are paired, so fewer will do."""
 SALIENT_WORDS = 12
 """Words of a text that its description might be expected to name."""
