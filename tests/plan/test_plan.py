@@ -276,6 +276,19 @@ def test_an_engine_on_a_gpu_was_measured_to_hold_what_the_plan_counts(tmp_path: 
     assert counted + changing == pytest.approx(measured["peak_bytes_while_loading"], rel=0.03)
 
 
+@pytest.mark.parametrize("gpus, suffix", [(0.0, ""), (1.0, ", checkpointing")])
+def test_what_a_token_keeps_for_the_backward_pass_was_measured(
+    gpus: float, suffix: str, tmp_path: Path
+) -> None:
+    results = Path(bench.__file__).parent / "results" / "nvidia-h200.json"
+    passes = json.loads(results.read_text())["sections"]["micro_batches"]
+    few, many = passes[f"8 rows{suffix}"], passes[f"32 rows{suffix}"]
+    # The preset is for GPUs, whose trainers compute blocks twice; without them it is as on a CPU.
+    facts = planned("qwen2.5-7b", tmp_path, compute={"trainer_gpus": gpus})
+    measured = (many["peak_bytes"] - few["peak_bytes"]) / (many["tokens"] - few["tokens"])
+    assert facts.backward_bytes(28) == pytest.approx(measured, rel=0.05)
+
+
 def test_a_plan_states_the_memory_of_every_process_its_host_memory_and_that_of_a_shard(
     tmp_path: Path,
 ) -> None:
