@@ -114,7 +114,7 @@ def _log_families(metrics: Mapping[str, Any]) -> None:
         metrics["joined_families"],
         metrics["largest_family"],
     )
-    if metrics["largest_family"] > LARGE_FAMILY * metrics["num_documents"]:
+    if 1 < metrics["largest_family"] > LARGE_FAMILY * metrics["num_documents"]:
         logger.warning(
             "corpus: one family holds %d of %d documents: most of them hold the same text. Take it"
             " out of them, or name their families (--corpus.group-field)",

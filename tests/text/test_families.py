@@ -196,6 +196,15 @@ def test_windows_of_an_article_take_one_split_and_other_documents_keep_theirs(
     assert any("210 documents are joined in 30 families" in line for line in told)
 
 
+@pytest.mark.parametrize(("num_windows", "warns"), [(1, False), (2, True)])
+def test_a_family_that_holds_much_of_the_corpus_is_said(
+    tiny_run: Callable[..., Run], tmp_path: Path, told: list[str], num_windows: int, warns: bool
+) -> None:
+    corpus_run(tiny_run, write_rows(tmp_path / "texts.jsonl", list(windows(1)[:num_windows])))
+    assert warns == any("one family holds 2 of 2 documents" in line for line in told)
+    assert warns == any("one family holds" in line for line in told)
+
+
 def test_without_families_the_corpus_says_how_much_of_it_is_no_test(
     tiny_run: Callable[..., Run], tmp_path: Path, told: list[str]
 ) -> None:
