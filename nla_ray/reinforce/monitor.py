@@ -4,9 +4,9 @@ Every so many steps the verbalizer describes the same validation activations gre
 scorers reconstruct them. The judge pays nothing. Two readings are of the same activations, so they
 are compared pair by pair: what all activations have in common, which makes the interval of one
 reading wide, drops out of the difference. Where the whole interval of the judge's difference to
-its best reading is above 0, the best reading is this one, and its checkpoint is the one to publish;
-where it is below 0 while the reward rose, the run says so and marks the step. Knows neither TRL nor
-the trainer; the figures are those of `score/metrics.py`.
+its best reading is above 0, the best reading is this one; where it is below 0 while the reward
+rose, the run says so and marks the step. Knows neither TRL nor the trainer; the figures are those
+of `score/metrics.py`.
 """
 
 from __future__ import annotations
@@ -172,13 +172,13 @@ def best_reading(readings: Sequence[Mapping[str, float]]) -> Mapping[str, float]
 def kept_reading(readings: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
     """The reading whose checkpoint is to be published; None before the first step.
 
-    That is the best one: what has moved further from SFT has to show that it was worth it. More
-    activations in a reading (`grpo.monitor_activations`) make smaller gains visible. While the best
-    one is the SFT verbalizer's, which stands first and has no checkpoint of GRPO, it is the highest
-    of the others, the earliest of equals.
+    That is the highest but for the first, which is of the SFT verbalizer; the earliest of equals.
+    By paired differences no other is better, as their mean is the difference of the means, and none
+    that has fallen from the best one is the highest. Their interval is no hurdle here: one of two
+    checkpoints has to be published, and the higher is the better guess. With the hurdle two of
+    three trainings (nano, 128 activations) published step 20 of 80, gains on SFT of .006 and .005
+    of the judge's centred cosine on 557 activations; the third published step 80, a gain of .011.
     """
-    if (best := best_reading(readings)) is not None and best["step"] > 0:
-        return best
     return max(readings[1:], key=lambda reading: reading[JUDGE_COSINE], default=None)
 
 

@@ -45,8 +45,8 @@ logger = get_logger(__name__)
 
 ALGORITHM = "2"
 """Version of what settings do not tell of a training, part of its identity. Since 2 credit by line
-pays what a line gains on its group, ratios are taken against the sampler, and paired intervals
-choose the checkpoint. What was made before has none."""
+pays what a line gains on its group, and ratios are taken against the sampler. What was made
+before has none."""
 _NEAR_POOL = 32
 """Nearest activations of the same domain that the near ones are drawn from."""
 

@@ -333,8 +333,7 @@ class GRPOSettings:
     save_steps: int = 20
     """Steps between two checkpoints; what is killed loses no more."""
     monitor_steps: int = 20
-    """Steps between two looks at validation. The judge's best is published: a later look has to be
-    better by the whole 95% interval of their paired difference."""
+    """Steps between two looks at validation; the judge's highest is published."""
     monitor_activations: int = 128
     """Validation activations in each look; more of them tell smaller gains from luck."""
     num_rollout_actors: int = 1

@@ -136,18 +136,18 @@ def test_a_reading_is_the_best_when_the_whole_interval_of_its_gain_is_above_the_
     assert best_reading([]) is None
 
 
-def test_what_is_kept_is_the_best_reading_and_before_one_beats_sft_the_highest() -> None:
+def test_what_is_kept_is_the_highest_reading_after_that_of_sft() -> None:
     readings = [
         reading(0, 0.500, 0.2),
-        reading(20, 0.498, 0.3, gain=-0.002),
-        reading(40, 0.503, 0.3, gain=0.003),
-        reading(60, 0.501, 0.4, gain=0.001),
-        reading(80, 0.507, 0.4, gain=0.007),
-        reading(100, 0.509, 0.4, gain=0.002),
+        reading(20, 0.488, 0.3, gain=-0.012),
+        reading(40, 0.499, 0.3, gain=-0.001),
+        reading(60, 0.507, 0.4, gain=0.007),
+        reading(80, 0.509, 0.4, gain=0.002),
+        reading(100, 0.509, 0.5, gain=0.002),
     ]
     kept = [kept_reading(readings[:count]) for count in range(7)]
     assert kept[:2] == [None, None]
-    assert [published["step"] for published in kept[2:]] == [20, 40, 40, 80, 80]
+    assert [published["step"] for published in kept[2:]] == [20, 40, 60, 80, 80]
 
 
 def test_text_figures_are_the_shares_counted_by_hand() -> None:
