@@ -63,7 +63,8 @@ def packing_works(weight: Tensor) -> bool:
 def products_in_bf16() -> Iterator[None]:
     """Multiply matrices of float32 as if they held bfloat16, and add up in float32.
 
-    Exact for numbers that came from bfloat16, and twice as fast there.
+    Exact for numbers that came from bfloat16, and twice as fast there. The setting is the
+    process's: no other thread may multiply matrices meanwhile.
     """
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
