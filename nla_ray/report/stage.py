@@ -9,6 +9,7 @@ that no test document was learned from or chosen on, and no description is dropp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -212,8 +213,11 @@ def publish_card(run: Run, report: Mapping[str, Any]) -> Path:
             " another report."
         )
     recorded: dict[str, dict[str, Any]] = {}
-    for manifest in [*ancestors(run).values(), run.require(name)]:
-        recorded |= manifest.config
+    for artifact, manifest in [*ancestors(run).items(), (name, run.require(name))]:
+        if not re.search(
+            r"_seed\d+$", artifact
+        ):  # a training under another seed, which `--seeds` names
+            recorded |= manifest.config
     recorded["corpus"] = {"families": False, **recorded["corpus"]}  # a corpus made before has none
     preset_name = run.config.preset
     card = to_card(
