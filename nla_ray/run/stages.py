@@ -265,8 +265,9 @@ def artifacts_of_kind(kind: ArtifactKind) -> tuple[str, ...]:
 def seed_variants(config: RunConfig, stage: Stage) -> list[RunConfig]:
     """The configurations that `--seeds` asks for of a stage, beside the one that is given.
 
-    >>> from nla_ray.settings.config import RunConfig
-    >>> variants = seed_variants(RunConfig(seeds=(0, 1, 2)), stage_named("grpo"))
+    >>> from dataclasses import replace
+    >>> from nla_ray.settings.presets import nano
+    >>> variants = seed_variants(replace(nano(), seeds=(0, 1, 2)), stage_named("grpo"))
     >>> [variant.grpo.artifact for variant in variants]
     ['grpo_seed1', 'grpo_seed2']
     """

@@ -592,7 +592,8 @@ class RunConfig:
     def with_seed(self, section: Literal["sft", "grpo"], seed: int) -> Self:
         """The same run where a training has another seed, and its artifact a name by it.
 
-        >>> RunConfig().with_seed("grpo", 2).grpo.artifact
+        >>> from nla_ray.settings.presets import nano
+        >>> nano().with_seed("grpo", 2).grpo.artifact
         'grpo_seed2'
         """
         settings: SFTConfig | GRPOSettings = getattr(self, section)

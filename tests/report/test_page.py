@@ -287,15 +287,21 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
         "Results",
         "Gates",
         "Differences",
+        "Seeds",
         "Claims",
+        "Probe",
+        "Patch-back",
         "Agreement",
+        "Refreshed scorer",
         "Training",
         "Growth",
         "Domains",
         "Confusion",
         "Prefix",
+        "Lengths",
         "Retrieval",
         "Quotes",
+        "Wording",
         "Best of N",
         "Calibration",
         "Examples",
@@ -303,6 +309,7 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
         "Chosen",
         "Experiments",
         "Lineage",
+        "Protocols",
         "Notes",
         "Definitions",
     ]
@@ -327,7 +334,7 @@ def test_a_report_without_optional_parts_is_drawn_without_complaint(
     opened = Opened(browser, tmp_path / "minimal.html")
     assert (
         opened.complaints == []
-        and opened.texts("nav a") == ["Definitions"]
+        and opened.texts("nav a") == ["Probe", "Patch-back", "Wording", "Definitions"]
         and "60 activations of 33" in opened.texts("header")[0]
     )
     opened.tab.close()
@@ -392,6 +399,7 @@ def test_the_main_table_shows_every_figure_of_the_report(opened: Opened, scorer:
         name: {
             metric: f"{shown(figure['value'])} [{shown(figure['low'])}, {shown(figure['high'])}]"
             for metric, figure in by[scorer].items()
+            if metric not in PATCH_FIGURES  # they have a table of their own
         }
         for name, by in full_report()["results"].items()
     }
@@ -530,6 +538,8 @@ def test_what_was_tried_is_told_with_its_intervals(opened: Opened) -> None:
         "no KL",
         "-0.012 [-0.020, -0.004]",
         "621",
+        "1",
+        "–",
         "no",
     ]
 
