@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nla_ray.activation import vectors
 from nla_ray.activation.capture import ActivationReader
@@ -31,7 +32,7 @@ from nla_ray.activation.positions import EncodedText
 from nla_ray.base.adapters import adapter_state, add_lora, save_adapter, set_adapter_state
 from nla_ray.bench.card import SHAPES, Scene, ShapeName
 from nla_ray.bench.step import engine_trainer
-from nla_ray.bench.timing import describe_machine
+from nla_ray.bench.timing import describe_machine, roofline_seconds
 from nla_ray.description.engines.compact import CompactEngine
 from nla_ray.description.record import Description
 from nla_ray.reinforce.grpo import float32_head, log_prob_gap
@@ -43,7 +44,6 @@ from nla_ray.training.verbalizer import TrainableVerbalizer
 
 RESULTS = Path(__file__).parent / "results"
 """Where results of cards lie in a checkout: one file a card."""
-_VERSIONS = 3
 _FACTORS = (3e-4, 1e-3, 3e-3)
 """Sizes of the adapters' second factors, between a training's first steps and its end."""
 _GAP_ROWS = 32
@@ -140,7 +140,7 @@ def engine_memory(scene: Scene) -> Figures:
     base = scene.memory()
     engine = compact_engine(scene)
     figures: Figures = {"base_bytes": base, "engine_bytes": scene.memory() - base, "versions": []}
-    for version, size in enumerate(_FACTORS[:_VERSIONS], 1):
+    for version, size in enumerate(_FACTORS, 1):
         state = drawn_state(scene, size)
         scene.forget_peak()
         seconds = timed(scene, partial(engine.load_weights, state, version))
@@ -370,8 +370,8 @@ def policy_gap(scene: Scene, state: Mapping[str, Tensor], rollouts: list[Descrip
     with unloaded(scene, model):
         float32_head(model, temperature=1.0)
         set_adapter_state(model, state)
-        ids = [scene.prompt.encode(rollout.row, vocab_size(model)) for rollout in rollouts]
-        batch = padded(scene, ids, [rollout.token_ids for rollout in rollouts])
+        rows = [rollout.row for rollout in rollouts]
+        batch = padded(scene, rows, [rollout.token_ids for rollout in rollouts])
         with torch.no_grad():
             policy = model.eval()(**batch, fused_lm_head=True).log_probs.float().cpu()
         sampled = torch.zeros_like(policy)
@@ -385,23 +385,26 @@ def policy_gap(scene: Scene, state: Mapping[str, Tensor], rollouts: list[Descrip
 
 def labelled_batch(scene: Scene, rows: int) -> dict[str, Tensor]:
     """Prompts of activations with labels, padded, on the card."""
-    size = scene.shape.config["vocab_size"]
     written = scene.tokenizer(scene.labels(rows), add_special_tokens=False)["input_ids"]
-    return padded(scene, [scene.prompt.encode(row, size) for row in range(rows)], written)
+    return padded(scene, range(rows), written)
 
 
 def padded(
-    scene: Scene, prompts: list[list[int]], completions: list[list[int]]
+    scene: Scene, rows: Sequence[int], completions: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """What a forward takes: ids, mask and labels [rows, seq]; labels of the completions alone."""
-    longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(completion)
+    """What a forward takes: ids, mask and labels [rows, seq]; labels of the completions alone.
+
+    A completion follows the prompt of the activation in its row of the bank.
+    """
+    vocab_size = scene.shape.config["vocab_size"]
+    whole = [
+        torch.tensor([*scene.prompt.encode(row, vocab_size), *completion])
+        for row, completion in zip(rows, completions, strict=True)
+    ]
+    ids = pad_sequence(whole, batch_first=True)
+    mask = pad_sequence([torch.ones_like(part) for part in whole], batch_first=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : len(scene.prompt)] = -100
     parts = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: part.to(scene.device) for name, part in parts.items()}
 
@@ -410,11 +413,6 @@ def backward(model: TrainableVerbalizer, batch: dict[str, Tensor]) -> None:
     """Log-probs of a batch and their gradient, which is then dropped."""
     model(**batch, fused_lm_head=True).log_probs.sum().backward()
     model.zero_grad(set_to_none=True)
-
-
-def vocab_size(model: TrainableVerbalizer) -> int:
-    """Where virtual ids begin."""
-    return model.get_input_embeddings().num_embeddings
 
 
 def timed(scene: Scene, work: Callable[[], object]) -> float:
@@ -484,10 +482,7 @@ def beside_limits(figures: Figures, machine: Mapping[str, Any]) -> Figures:
             name: beside_limits(value, machine) if isinstance(value, dict) else value
             for name, value in figures.items()
         }
-    ideal = max(
-        figures["flop"] / machine["matmul_flop_per_second"],
-        figures.get("bytes", 0) / machine["copy_bytes_per_second"],
-    )
+    ideal = roofline_seconds(figures, machine)
     return {
         **figures,
         "per_second": figures["tokens"] / figures["seconds"],

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,15 +141,24 @@ def _copy_rate(device: str) -> float:
     return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
 
 
-def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """The result, and the seconds that it would take at the measured limits of the machine.
+def roofline_seconds(work: Mapping[str, Any], machine: Mapping[str, Any]) -> float:
+    """Seconds that `flop`, or `bytes` where they are counted, take at the machine's limits.
 
-    `roofline_seconds` is the longer of its arithmetic and of its weights' way through memory.
+    The longer of the arithmetic and of the way through memory.
+
+    >>> machine = {"matmul_flop_per_second": 4.0, "copy_bytes_per_second": 2.0}
+    >>> roofline_seconds({"flop": 8.0}, machine), roofline_seconds({"flop": 8, "bytes": 6}, machine)
+    (2.0, 3.0)
     """
-    ideal = max(
-        result["flop"] / machine["matmul_flop_per_second"],
-        result.get("bytes", 0) / machine["copy_bytes_per_second"],
+    return max(
+        work["flop"] / machine["matmul_flop_per_second"],
+        work.get("bytes", 0) / machine["copy_bytes_per_second"],
     )
+
+
+def distance_to_limits(result: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """The result, and the seconds that it would take at the measured limits of the machine."""
+    ideal = roofline_seconds(result, machine)
     return {
         **result,
         "roofline_seconds": ideal,

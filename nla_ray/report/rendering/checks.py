@@ -10,21 +10,14 @@ from typing import Any
 
 from nla_ray.report.controls import CONTROLS
 from nla_ray.report.recovered import PATCH_FIGURES
-from nla_ray.report.rendering.content import (
-    Bullets,
-    Cell,
-    Column,
-    ReportBlock,
-    Section,
-    Table,
-    TableRow,
-)
+from nla_ray.report.rendering.content import Bullets, Cell, Column, Section, Table, TableRow
 from nla_ray.report.rendering.rows import (
     Report,
-    figure_columns,
     judge_first,
     keys_of,
     plain_columns,
+    scored_figures,
+    scorer_tables,
     verbalizer_rows,
 )
 from nla_ray.report.rendering.vocabulary import spaced, title_of
@@ -68,26 +61,15 @@ def probe_section_of(report: Report) -> Section:
 
 def patch_back_section(report: Report) -> Section:
     """How much of what the base says next comes back, by verbalizer and scorer."""
-    results = report["results"]
-    scored = [figures for by_scorer in results.values() for figures in by_scorer.values()]
-    figures = [figure for figure in PATCH_FIGURES if figure in keys_of(scored)]
-    blocks: list[ReportBlock] = []
-    for scorer in judge_first(keys_of(results.values())) if figures else ():
-        cells: dict[str, list[Cell]] = {
-            name: [by_scorer.get(scorer, {}).get(figure) for figure in figures]
-            for name, by_scorer in results.items()
-        }
-        blocks.append(
-            Table(
-                title=f"As the {scorer} scorer reconstructs",
-                head="verbalizer",
-                columns=figure_columns(report, figures, figures),
-                rows=verbalizer_rows(cells),
-                look="figures",
-                choice={"scorer": scorer},
-                on_terminal=figures if scorer == "judge" else (),
-            )
-        )
+    measured = scored_figures(report)
+    figures = [figure for figure in PATCH_FIGURES if figure in measured]
+    tables = scorer_tables(
+        report,
+        figures,
+        title="As the {} scorer reconstructs",
+        main=figures,
+        on_terminal=lambda scorer: figures if scorer == "judge" else (),
+    )
     return Section(
         id="patch-back",
         name="Patch-back",
@@ -96,7 +78,7 @@ def patch_back_section(report: Report) -> Section:
             "The reconstruction, at the activation's length, stands in its place in the base, and"
             " the base says the next token. No cosine takes part."
         ),
-        blocks=blocks or [_NOT_MEASURED],
+        blocks=tables if figures else [_NOT_MEASURED],
     )
 
 

@@ -1,15 +1,15 @@
-"""Rows and columns as the report's dictionary has them: verbalizers, scorers, figures.
+"""Rows, columns and tables as the report's dictionary has them: verbalizers, scorers, figures.
 
 Shared by `sections.py`, `curves.py` and `domains.py`; knows no section.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nla_ray.report.controls import CONTROLS
-from nla_ray.report.rendering.content import Cell, Column, TableRow
+from nla_ray.report.rendering.content import Cell, Column, Table, TableRow
 from nla_ray.report.rendering.vocabulary import DEFINITIONS, spaced, title_of
 
 Report = Mapping[str, Any]
@@ -56,3 +56,44 @@ def figure_columns(report: Report, figures: Sequence[str], main: Sequence[str]) 
         )
         for figure in figures
     ]
+
+
+def scorer_tables(
+    report: Report,
+    figures: Sequence[str],
+    *,
+    title: str,
+    main: Sequence[str],
+    on_terminal: Callable[[str], Sequence[str]],
+) -> list[Table]:
+    """A table for each scorer, the judge's first: a row for each verbalizer.
+
+    `title` has a place for the scorer's name. `main`: figures that are shown before anyone asks for
+    all; `on_terminal` gives those of a scorer that a terminal shows.
+    """
+    results = report["results"]
+    tables = []
+    for scorer in judge_first(keys_of(results.values())):
+        cells: dict[str, list[Cell]] = {
+            name: [by_scorer.get(scorer, {}).get(figure) for figure in figures]
+            for name, by_scorer in results.items()
+        }
+        tables.append(
+            Table(
+                title=title.format(scorer),
+                head="verbalizer",
+                columns=figure_columns(report, figures, main),
+                rows=verbalizer_rows(cells),
+                look="figures",
+                choice={"scorer": scorer},
+                on_terminal=on_terminal(scorer),
+            )
+        )
+    return tables
+
+
+def scored_figures(report: Report) -> list[str]:
+    """Every figure that some scorer has of some verbalizer, in the order of the report."""
+    return keys_of(
+        figures for by_scorer in report["results"].values() for figures in by_scorer.values()
+    )

@@ -36,6 +36,8 @@ from nla_ray.report.rendering.rows import (
     judge_first,
     keys_of,
     plain_columns,
+    scored_figures,
+    scorer_tables,
     verbalizer_rows,
 )
 from nla_ray.report.rendering.vocabulary import (
@@ -158,27 +160,15 @@ def gates_passed(report: Report) -> tuple[int, int]:
 
 def _results_section(report: Report) -> Section:
     """A table for each scorer: a row for each verbalizer."""
-    results = report["results"]
-    scored = [figures for by_scorer in results.values() for figures in by_scorer.values()]
-    metrics = [name for name in keys_of(scored) if name not in PATCH_TITLES]
+    metrics = [name for name in scored_figures(report) if name not in PATCH_TITLES]
     metrics = list(dict.fromkeys([name for name in MAIN_METRICS if name in metrics] + metrics))
-    tables: list[ReportBlock] = []
-    for scorer in judge_first(keys_of(results.values())):
-        cells = {}
-        for name, by_scorer in results.items():
-            figures = by_scorer.get(scorer, {})
-            cells[name] = [figures.get(metric) for metric in metrics]
-        tables.append(
-            Table(
-                title=f"Under the {scorer} scorer",
-                head="verbalizer",
-                columns=figure_columns(report, metrics, MAIN_METRICS),
-                rows=verbalizer_rows(cells),
-                look="figures",
-                choice={"scorer": scorer},
-                on_terminal=_TERMINAL_METRICS,
-            )
-        )
+    tables = scorer_tables(
+        report,
+        metrics,
+        title="Under the {} scorer",
+        main=MAIN_METRICS,
+        on_terminal=lambda scorer: _TERMINAL_METRICS,
+    )
     return Section(
         id="results",
         name="Results",
