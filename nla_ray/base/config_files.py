@@ -70,8 +70,12 @@ def local_file(model: str, name: str) -> Path | None:
     if model.count("/") != 1 or model.endswith(".gguf"):
         return None
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(model, name)
+    try:
+        found = try_to_load_from_cache(model, name)
+    except HFValidationError:  # a path such as ./base, which no repository is called
+        return None
     return Path(found) if isinstance(found, str) else None
 
 

@@ -177,10 +177,8 @@ class Run:
         """The precision in which the run's scorers and verbalizers are trained; None: not said."""
         for stage in STAGES:
             if stage.kind in ("scorer", "verbalizer"):
-                name = stage.artifact(self._given)
-                manifest = self.find(name)
-                recorded = manifest.config if manifest else (self.started(name) or {}).get("config")
-                dtype = (recorded or {}).get("base", {}).get("training_dtype", "auto")
+                config, _ = self.recorded(stage.artifact(self._given)) or ({}, {})
+                dtype = config.get("base", {}).get("training_dtype", "auto")
                 if dtype != "auto":
                     return dtype
         return None
@@ -234,19 +232,23 @@ class Run:
         parents = [stage_named(parent) for parent in row.parents]
         names = [parent.parent_artifact(self.config) for parent in parents]
         manifests = {name: self.require(name) for name in names}
-        recorded = self.recorded_parents(row.artifact(self.config))
-        for name in row.optional_parents:
-            optional = self.find(name)
-            if optional is not None and (recorded is None or name in recorded):
-                manifests[name] = optional
+        if row.optional_parents:
+            recorded = self.recorded(row.artifact(self.config))
+            for name in row.optional_parents:
+                optional = self.find(name)
+                if optional is not None and (recorded is None or name in recorded[1]):
+                    manifests[name] = optional
         return manifests
 
-    def recorded_parents(self, name: str) -> set[str] | None:
-        """Names of what an artifact was made from, complete or begun; None: it does not exist."""
-        manifest, started = self.find(name), self.started(name)
-        if manifest is not None:
-            return set(manifest.parents)
-        return set(started["parents"]) if started is not None else None
+    def recorded(self, name: str) -> tuple[dict[str, Any], dict[str, str]] | None:
+        """Configuration of an artifact and fingerprints of its parents; None: it does not exist.
+
+        Of one that is complete or begun.
+        """
+        if (manifest := self.find(name)) is not None:
+            return manifest.config, manifest.parents
+        started = self.started(name)
+        return None if started is None else (started["config"], started["parents"])
 
     def find(self, name: str) -> Manifest | None:
         """The manifest of a complete artifact, or None."""

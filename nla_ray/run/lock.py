@@ -65,18 +65,22 @@ class Lease:
     never do both hold the run. (Both may withdraw, when they start at the same moment.) A claim is
     alive for _LEASE_SECONDS from its renewal, by clocks that must agree within a minute.
 
-    What no lease can do: a process that was frozen for longer than that may finish the one write
-    that it was in. It stops at its next renewal, when it sees who has taken over.
+    Who holds the run gives it up to no claim that came later, as long as its own is valid: the
+    other one is about to be refused, or was killed as it started. What no lease can do: a process
+    that was frozen for longer than its claim is valid may finish the one write that it was in. It
+    stops at its next renewal, when it sees who has taken over.
     """
 
     def __init__(self, root: Location) -> None:
         self._claims = root / _CLAIMS_NAME
         self._name = f"{uuid.uuid4().hex}.json"
-        self._renew()
-        others = self._others()
-        if others:
+        try:
+            self._renew()
+            if others := self._others():
+                raise ValueError(_busy(root, others[0]))
+        except BaseException:  # also Ctrl-C: a claim that nobody holds would refuse the next start
             (self._claims / self._name).delete()
-            raise ValueError(_busy(root, others[0]))
+            raise
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
         self._thread.start()
@@ -84,6 +88,12 @@ class Lease:
     def _renew(self) -> None:
         claim = {"owner": _this_process(), "time": time.time()}
         (self._claims / self._name).write_text(json.dumps(claim))
+        self._renewed = claim["time"]
+
+    def _may_be_lost(self) -> bool:
+        """Whether another process could have taken this one for dead."""
+        is_stale = time.time() - self._renewed >= _LEASE_SECONDS
+        return is_stale or not (self._claims / self._name).exists()
 
     def _others(self) -> list[str]:
         """Owners of the other claims that are alive; those of the dead are removed."""
@@ -108,7 +118,7 @@ class Lease:
     def _keep_renewing(self) -> None:
         while not self._stop.wait(_LEASE_SECONDS / 3):
             try:
-                if others := self._others():
+                if self._may_be_lost() and (others := self._others()):
                     logger.error("%s: taken over by %s; this job stops", self._claims, others[0])
                     _thread.interrupt_main()
                     return

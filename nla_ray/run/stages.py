@@ -79,9 +79,13 @@ class Stage:
         """The artifact that stages with this parent are made from."""
         return self.artifact(config) if self.passes_name_on else self.name
 
+    def is_target(self, job: str) -> bool:
+        """Whether a job is there to make it, and not only to have it for what it makes."""
+        return self.job == job or (job == PIPELINE_JOB and self.name == PIPELINE_TARGET)
+
     def artifact_of_job(self, job: str, config: RunConfig) -> str:
         """The artifact that a job makes of the stage, or takes as a parent."""
-        return self.artifact(config) if self.job == job else self.parent_artifact(config)
+        return self.artifact(config) if self.is_target(job) else self.parent_artifact(config)
 
     def make(self, run: Run) -> Any:
         """Call the stage's function."""
@@ -234,8 +238,7 @@ def stages_of_job(job: str) -> tuple[Stage, ...]:
     >>> [stage.name for stage in stages_of_job("label")]
     ['corpus', 'labels']
     """
-    targets = [stage.name for stage in STAGES if stage.job == job]
-    return closure([PIPELINE_TARGET] if job == PIPELINE_JOB else targets)
+    return closure([stage.name for stage in STAGES if stage.is_target(job)])
 
 
 def job_of(artifact: str) -> str:
@@ -297,7 +300,7 @@ def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[S
     """Make what a job makes, stage by stage; yields each with what its function returned.
 
     That is the manifest of a complete artifact, or what a stage without one found. A stage that is
-    superfluous is left out. Stages of the job itself are opened always, and so compared with the
+    superfluous is left out. The targets of the job are opened always, and so compared with the
     configuration. The artifact of a parent is taken as it is when it is complete; with `strict` it
     is compared too. Seconds of what was completed here are written to TIMINGS_NAME.
     """
@@ -322,7 +325,7 @@ def make_stages(run: Run, job: str, *, strict: bool = False) -> Iterator[tuple[S
                 _record_seconds(run, artifact, seconds)
         else:
             logger.info("%s: complete", title)
-            if strict or stage.job == job:
+            if strict or stage.is_target(job):
                 result = stage.make(made_for)
         yield stage, result
 
@@ -332,13 +335,16 @@ def is_superfluous(run: Run, stage: Stage, stages: Sequence[Stage]) -> bool:
     takers = [other for other in stages if stage.name in other.optional_parents]
     if not takers or any(stage.name in other.parents for other in stages):
         return False
-    recorded = [run.recorded_parents(other.artifact(run.config)) for other in takers]
-    return all(parents is not None and stage.name not in parents for parents in recorded)
+    recorded = [run.recorded(other.artifact(run.config)) for other in takers]
+    return all(made is not None and stage.name not in made[1] for made in recorded)
 
 
 def pipeline_timings(run: Run) -> dict[str, float]:
     """Seconds of what the pipeline makes, by artifact: trials and other reports are left out."""
-    artifacts = {stage.artifact(run.config) for stage in stages_of_job(PIPELINE_JOB)}
+    artifacts = {
+        stage.artifact_of_job(PIPELINE_JOB, made_for.config)
+        for stage, made_for in steps_of_job(run, PIPELINE_JOB)
+    }
     return {name: seconds for name, seconds in read_timings(run).items() if name in artifacts}
 
 

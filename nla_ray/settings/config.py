@@ -602,6 +602,8 @@ class RunConfig:
         return dataclasses.replace(self, seeds=(), **{section: changed})
 
     def __post_init__(self) -> None:
+        is_distinct = len(set(self.seeds)) == len(self.seeds)
+        require(is_distinct, "seeds", self.seeds, "each once", "Each makes one artifact.")
         layer = self.linear_scorer.layer
         require(
             layer is None or 0 <= layer <= self.base.layer,

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nla_ray.text.shingles import counting
+
 SHARED = 1 / 3
 """Windows that overlap by half hold a little less than half of their neighbour's shingles."""
 CAREFUL_ROUNDS = 16
@@ -76,9 +78,10 @@ class _SharedShingles:
         texts, numbers, count = [], [], 0
         for part in range(num_parts):
             chosen = np.flatnonzero(every % np.uint64(num_parts) == part)
-            text = text_of[chosen[np.argsort(every[chosen], kind="stable")]]
-            is_new = np.diff(np.sort(every[chosen]), prepend=0).astype(bool)
-            is_new[:1] = True
+            chosen = chosen[np.argsort(every[chosen], kind="stable")]
+            text, hashes = text_of[chosen], every[chosen]
+            is_new = np.ones(len(hashes), dtype=bool)
+            is_new[1:] = hashes[1:] != hashes[:-1]
             starts, number = np.flatnonzero(is_new), np.cumsum(is_new) - 1
             holders = documents[text]
             first = np.minimum.reduceat(holders, starts) if len(starts) else starts
@@ -119,8 +122,7 @@ class _SharedShingles:
             return np.stack([family_of_pair[starts[shingle_of_pair[held]]], others], axis=1)
         most = max(_LEAST_FAMILIES, _PAIRS // max(1, len(rows)))
         count = np.minimum(num_families[self.shingle[rows]], most)
-        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        others = family_of_pair[np.repeat(starts[self.shingle[rows]], count) + within]
+        others = family_of_pair[np.repeat(starts[self.shingle[rows]], count) + counting(count)]
         texts = np.repeat(self.text[rows], count)
         is_other = others != families[self.documents[texts]]
         return self._strongest(families, texts[is_other], others[is_other])

@@ -80,16 +80,16 @@ def _batch_hashes(batch: list[bytes]) -> list[np.ndarray]:
     first_word = np.searchsorted(starts, offsets)
     num_words = np.diff(np.r_[first_word, len(starts)])
     num_shingles = np.where(num_words > 0, np.maximum(num_words - SHINGLE_WORDS, 0) + 1, 0)
-    begin = np.repeat(first_word, num_shingles) + _counting(num_shingles)
+    begin = np.repeat(first_word, num_shingles) + counting(num_shingles)
     last = begin + np.repeat(np.minimum(num_words, SHINGLE_WORDS), num_shingles) - 1
     hashes = _span_hashes(characters, starts[begin], ends[last])
     return np.split(hashes, np.cumsum(num_shingles)[:-1])
 
 
-def _counting(lengths: np.ndarray) -> np.ndarray:
+def counting(lengths: np.ndarray) -> np.ndarray:
     """0, 1, 2, ... anew for each length.
 
-    >>> _counting(np.array([2, 0, 3]))
+    >>> counting(np.array([2, 0, 3]))
     array([0, 1, 0, 1, 2])
     """
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -60,5 +60,7 @@ def test_a_file_says_what_the_class_of_transformers_makes_of_it(name: str) -> No
 
 def test_a_base_that_is_nowhere_on_this_machine_is_not_known() -> None:
     assert known_config("nobody/knows") is None
+    assert known_config("./nowhere") is None
+    assert known_config("../nowhere") is None
     assert known_config("embedded:nothing") is None
     assert known_config("embedded:nano").hidden_size == 256

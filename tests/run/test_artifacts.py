@@ -307,6 +307,8 @@ def test_a_process_that_was_frozen_until_another_took_over_stops(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt), run_at(where).locked():
+            [own] = claims_in(where).list_files()
+            (claims_in(where) / own).delete()  # as another process does that takes over
             write_claim(where, "another", age_seconds=-60)
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline:
@@ -315,6 +317,40 @@ def test_a_process_that_was_frozen_until_another_took_over_stops(
         signal.signal(signal.SIGINT, before)
     assert any("taken over by process of another; this job stops" in line for line in told)
     assert claims_in(where).list_files() == ["another.json"]
+
+
+def test_a_start_that_is_refused_does_not_stop_the_process_that_holds_the_run(
+    monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    where, write, renewals = f"memory://{uuid.uuid4().hex}", Location.write_text, []
+
+    def counted(location: Location, content: str) -> None:
+        renewals.append(location)
+        write(location, content)
+
+    monkeypatch.setattr(lock, "_LEASE_SECONDS", 0.6)
+    with run_at(where).locked():
+        monkeypatch.setattr(Location, "write_text", counted)
+        claim = {"owner": "one about to be refused", "time": time.time() + 60}
+        write(claims_in(where) / "refused.json", json.dumps(claim))
+        deadline = time.monotonic() + 30
+        while len(renewals) < 3:
+            assert time.monotonic() < deadline, "the holder stopped renewing"
+            time.sleep(0.02)
+    assert not any("taken over" in line for line in told)
+    assert claims_in(where).list_files() == ["refused.json"]
+
+
+def test_a_start_that_is_cut_off_leaves_no_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = f"memory://{uuid.uuid4().hex}"
+
+    def cut_off(self: lock.Lease) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lock.Lease, "_others", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        lock.Lease(Location.of(where))
+    assert claims_in(where).list_files() == []
 
 
 def test_a_lease_outlives_a_renewal_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,32 @@ def test_the_pipelines_seconds_are_those_of_its_own_artifacts(tmp_path: Path) ->
     assert pipeline_timings(run) == {"corpus": 1.5, "grpo": 3.0}
 
 
+def test_the_pipelines_seconds_hold_those_of_its_seeds_and_of_the_report_over_them(
+    tmp_path: Path,
+) -> None:
+    run = Run(dataclasses.replace(nano(), run_dir=str(tmp_path), seeds=(0, 1)))
+    seconds = {"grpo": 3.0, "grpo_seed1": 4.0, "grpo_seed2": 5.0, "report": 6.0}
+    (run.root / stages.TIMINGS_NAME).write_text(json.dumps({**seconds, "report_seeds": 7.0}))
+    assert pipeline_timings(run) == {"grpo": 3.0, "grpo_seed1": 4.0, "report_seeds": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "report"),
+        ({"seeds": (0, 1)}, "report_seeds"),
+        ({"compare": ("theirs=descriptions.jsonl",)}, "report_theirs"),
+    ],
+)
+def test_the_pipeline_and_the_reports_job_make_it_under_the_name_that_the_settings_give_it(
+    settings: dict, name: str
+) -> None:
+    config, report = dataclasses.replace(nano(), **settings), stage_named("report")
+    for job in ("pipeline", "evaluate"):
+        assert report.is_target(job) and report.artifact_of_job(job, config) == name
+    assert not stage_named("grpo").is_target("pipeline")
+
+
 def test_a_missing_parent_is_asked_for_by_its_own_name_when_a_variant_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

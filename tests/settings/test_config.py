@@ -96,6 +96,7 @@ def test_an_override_changes_its_field_and_no_other() -> None:
         ),
         (["--base.layer", "-1"], ["base.layer: got -1"]),
         (["--judge-scorer.document-half", "even"], ["two different halves"]),
+        (["--seeds", "1", "1"], ["seeds: got (1, 1), expected each once"]),
     ],
 )
 def test_a_wrong_command_line_is_one_message_and_status_2(

@@ -139,6 +139,11 @@ def test_nothing_is_joined_where_there_is_nothing() -> None:
     assert joined(["", "", "word"]) == [0, 1, 2]
 
 
+def test_shingles_whose_hashes_differ_in_the_last_bit_are_two() -> None:
+    hashes = [np.array([2**63 + last], dtype=np.uint64) for last in (0, 1)]
+    assert join_documents(np.arange(2), np.arange(2), hashes).tolist() == [0, 1]
+
+
 # Families and splits ------------------------------------------------------------------------------
 
 
