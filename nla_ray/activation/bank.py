@@ -101,3 +101,11 @@ def activation_matrix(
     )
     array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
     return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, d_model)
+
+
+def drawn_rows(num_rows: int, most: int, seed: int) -> list[int]:
+    """At most so many of the rows, chosen by seed, in their order."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(num_rows, generator=generator)[:most].tolist())

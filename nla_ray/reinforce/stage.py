@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.identity import base_info, check_base
 from nla_ray.cluster.actors import ActorPool, SharedArray
@@ -178,9 +178,8 @@ def watched_activations(
     validation: ActivationTable, settings: GRPOSettings, mean: Tensor
 ) -> MonitorData:
     """A seeded choice of validation activations for the monitor."""
-    generator = torch.Generator().manual_seed(seed_of(settings.seed, "monitor"))
-    order = torch.randperm(len(validation.ids), generator=generator)
-    rows = sorted(order[: settings.monitor_activations].tolist())
+    seed = seed_of(settings.seed, "monitor")
+    rows = drawn_rows(len(validation), settings.monitor_activations, seed)
     watched = validation.select(rows)
     return MonitorData(
         rows=rows,

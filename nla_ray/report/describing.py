@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable
-from nla_ray.activation.stage import load_activations
 from nla_ray.base.adapter_files import adapter_digest
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_backbone, load_tokenizer
@@ -39,7 +38,7 @@ from nla_ray.report.controls import (
     nearest_train_labels,
     trained_in,
 )
-from nla_ray.report.matched import matched_descriptions
+from nla_ray.report.matched import TrainWords, matched_descriptions
 from nla_ray.report.reuse import OwnReport
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
@@ -73,23 +72,23 @@ class Described:
 def describe_all(
     run: Run,
     manifests: Mapping[str, Manifest],
+    train: ActivationTable,
     test: ActivationTable,
     mean: Tensor,
     folder: Path,
     compared: Sequence[Compared],
     own_report: OwnReport,
-    probed: Sequence[Sequence[str]],
+    words: TrainWords,
 ) -> Described:
     """What labels, controls and verbalizers say of every test activation.
 
-    `probed`: the words that a linear probe reads in each, best first.
     Samples are drawn by the arm of GRPO, `evaluation.samples` of each activation. All descriptions
     are written to `folder` as they come, or taken over from the run's own report.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arm, base_digest = run.config.grpo.artifact, manifests["activations"].model["digest"]
     describer = Describer(run, base_digest, test, folder, own_report)
-    for name, texts in _label_controls(run, test, mean).items():
+    for name, texts in _label_controls(run, train, test, mean).items():
         describer.keep(name, texts, NOT_GENERATED)
     samples: list[list[Description]] = []
     for artifact in trained_in(manifests):
@@ -114,9 +113,8 @@ def describe_all(
         else:
             texts, _ = read_descriptions(path, test.ids)
             describer.keep(name, texts, verbalizer.protocol)
-    matched = matched_descriptions(
-        run, describer.tokenizer, test.texts, probed, describer.described[arm]
-    )
+    as_long = describer.described[arm]
+    matched = matched_descriptions(words, describer.tokenizer, test.texts, as_long)
     for name, texts in matched.items():
         describer.keep(name, texts, NOT_GENERATED)
     return Described(
@@ -148,11 +146,13 @@ def check_protocols(run: Run, compared: Sequence[Compared]) -> None:
         require_same_protocol((name, "the run's own"), protocol, ours)
 
 
-def _label_controls(run: Run, test: ActivationTable, mean: Tensor) -> dict[str, list[str]]:
+def _label_controls(
+    run: Run, train: ActivationTable, test: ActivationTable, mean: Tensor
+) -> dict[str, list[str]]:
     """What the controls that need no model say of every test activation."""
     gold = drawn_labels(run, run.config.evaluation.split)
     train_labels = drawn_labels(run, "train")
-    train, subjects = load_activations(run, "train"), activation_subjects(run, test)
+    subjects = activation_subjects(run, test)
     texts = {
         name: label_descriptions(name, subjects, test.family_ids, gold, run.config.evaluation.seed)
         for name in ("gold", "shuffled", "generic")

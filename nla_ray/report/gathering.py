@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.load import load_tokenizer
 from nla_ray.description.record import Description
@@ -21,7 +21,7 @@ from nla_ray.report.controls import REFRESHED, VERBALIZERS, artifact_of, trained
 from nla_ray.report.describing import describe_all
 from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts
-from nla_ray.report.matched import probe_words
+from nla_ray.report.matched import train_words
 from nla_ray.report.pairing import comparable_pairs
 from nla_ray.report.patch_back import patch_reconstructions
 from nla_ray.report.readings import Readings, reconstruct_texts
@@ -32,14 +32,11 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.text.domains import DOMAIN_NAMES
-from nla_ray.text.words import WordStatistics, salient_words
 
 PREFIX_ROWS = 400
 """Activations, chosen by seed, whose descriptions are also read in part."""
 REWORDED_ROWS = 100
 """Of these, whose descriptions are also read reworded: differences are paired, so fewer will do."""
-SALIENT_WORDS = 12
-"""Words of a text that its description might be expected to name."""
 
 
 def gather_evaluated(
@@ -56,16 +53,16 @@ def gather_evaluated(
     where descriptions may be taken over from.
     """
     config, seed = run.config, run.config.evaluation.seed
-    mean = torch.tensor(load_stats(run)["mean_direction"])
-    probed = probe_words(run, test, mean)
+    mean, train = torch.tensor(load_stats(run)["mean_direction"]), load_activations(run, "train")
+    words = train_words(run, train, test, mean)
     written = describe_all(
-        run, manifests, test, mean, folder / "descriptions", compared, own_report, probed
+        run, manifests, train, test, mean, folder / "descriptions", compared, own_report, words
     )
     said, samples = written.by_verbalizer, written.samples
     # In the order of the tables; what was named on the command line comes last.
     names = [name for name in dict.fromkeys([*VERBALIZERS, *said]) if name in said]
     descriptions = {name: said[name] for name in names}
-    prefix_rows = _prefix_rows(len(test.ids), seed)
+    prefix_rows = drawn_rows(len(test), PREFIX_ROWS, seed)
     read_in_part = [name for name in names if name in ("gold", *trained_in(manifests))]
     tokenizer = load_tokenizer(config.base)
     prefixes = _prefixes(tokenizer, descriptions, read_in_part, prefix_rows)
@@ -82,7 +79,7 @@ def gather_evaluated(
         family_ids=test.family_ids,
         domains=test.domains,
         texts=test.texts,
-        salient=_salient(run, test.texts),
+        salient=words.salient(test.texts),
         comparisons=Comparisons.draw(
             test.vectors, test.doc_ids, mean, seed, test.domains, test.family_ids
         ),
@@ -94,10 +91,10 @@ def gather_evaluated(
         prefix_rows=prefix_rows,
         prefixes=prefixes,
         cut=cut,
-        refreshed=_read_refreshed(run, manifests, descriptions, scratch),
+        refreshed=_read_refreshed(run, manifests, descriptions, read_in_part, scratch),
         reworded=reworded,
         reworded_rows=reworded_rows,
-        probed=probed,
+        probed=words.probed,
         readings=readings,
         patched=patch_reconstructions(run, test, descriptions, readings, mean, scratch),
         domain_names=_domain_names(test.domains),
@@ -108,19 +105,14 @@ def _read_refreshed(
     run: Run,
     manifests: Mapping[str, Manifest],
     descriptions: Mapping[str, Sequence[Description]],
+    names: Sequence[str],
     scratch: Path,
 ) -> Readings | None:
     """What the refreshed scorer reads, where the report is made with it: see `Evaluated`."""
     if artifact_of(REFRESHED) not in manifests:
         return None
-    names = ("gold", *trained_in(manifests))
     texts = {description.text for name in names for description in descriptions[name]}
     return reconstruct_texts(run, manifests, texts, scratch, [REFRESHED])
-
-
-def _prefix_rows(rows: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(rows, generator=generator)[:PREFIX_ROWS].tolist())
 
 
 def _prefixes(
@@ -137,17 +129,6 @@ def _prefixes(
             length: cut_texts(tokenizer, texts, [length] * len(texts)) for length in PREFIX_TOKENS
         }
     return prefixes
-
-
-def _salient(run: Run, texts: Sequence[str]) -> list[list[str]]:
-    """The most salient words of each text, by their frequency in the train texts."""
-    train = load_activations(run, "train")
-    text_of_id: dict[str, str] = {}
-    for text_id, text in zip(train.text_ids, train.texts, strict=True):
-        if len(text) >= len(text_of_id.get(text_id, "")):  # of several positions, the last
-            text_of_id[text_id] = text
-    statistics = WordStatistics.fit(list(text_of_id.values()))
-    return [[word for word, _ in salient_words(text, statistics, SALIENT_WORDS)] for text in texts]
 
 
 def _domain_names(domains: Sequence[str]) -> dict[str, str]:

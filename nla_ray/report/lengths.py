@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ def length_section(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str
     figure. `matched` is left out where no row is.
     """
     section: dict[str, Any] = {}
+    named = {name: _named(evaluated, name) for name in {*chain.from_iterable(evaluated.cut)}}
     for pair, cut in evaluated.cut.items():
-        whole = [_named(evaluated, name) for name in pair]
+        whole = [named[name] for name in pair]
         lengths = [_lengths(evaluated.descriptions[name]) for name in pair]
         equal = dataclasses.replace(evaluated, descriptions=dict(zip(pair, cut, strict=True)))
         views = {"whole": (whole, lengths, torch.ones(bootstrap.rows))}

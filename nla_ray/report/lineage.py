@@ -12,9 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.pretrained import check_never_seen, never_nearly_seen
@@ -83,10 +81,8 @@ def load_test(
     check_lineage(test.doc_ids, {**manifests, **named}, uses, read_families(run))
     captured = len(set(test.doc_ids))
     test = _unknown_to_base(run, test)
-    if settings.max_activations is not None and settings.max_activations < len(test.ids):
-        generator = torch.Generator().manual_seed(settings.seed)
-        order = torch.randperm(len(test.ids), generator=generator)
-        test = test.select(sorted(order[: settings.max_activations].tolist()))
+    if settings.max_activations is not None:
+        test = test.select(drawn_rows(len(test), settings.max_activations, settings.seed))
     _require_enough(len(set(test.family_ids)), settings)
     return test, captured - len(set(test.doc_ids))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.patching import Drifted, Patched, Patcher, at_norm_of
 from nla_ray.activation.positions import TextEncoder
 from nla_ray.base.load import load_backbone, load_tokenizer
@@ -46,7 +46,8 @@ def patch_reconstructions(
     counted. None where no row is asked for, or left. `mean`: mu. `scratch`: a folder for what is
     patched already.
     """
-    rows = _patched_rows(run, len(test.ids))
+    settings = run.config.evaluation
+    rows = drawn_rows(len(test), settings.patch_rows, settings.seed)
     if not rows:
         return None
     pairs = [(name, scorer) for name in descriptions for scorer in SCORERS]
@@ -93,12 +94,6 @@ def _collected(
         mean_divergence=divergence[:, 0],
         by_verbalizer=by_verbalizer,
     )
-
-
-def _patched_rows(run: Run, num_rows: int) -> list[int]:
-    settings = run.config.evaluation
-    generator = torch.Generator().manual_seed(settings.seed)
-    return sorted(torch.randperm(num_rows, generator=generator)[: settings.patch_rows].tolist())
 
 
 def _log(scratch: Path, chosen: ActivationTable, directions: Tensor) -> MetricsLog:

@@ -9,7 +9,6 @@ that no test document was learned from or chosen on, and no description is dropp
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -205,25 +204,23 @@ def publish_card(run: Run, report: Mapping[str, Any]) -> Path:
     ValueError for a report on validation, of another arm, or with verbalizers beside the run's own:
     a card is of the preset as it is.
     """
-    name = run.config.report_artifact
-    if name not in ("report", "report_seeds"):
+    config, name = run.config, run.config.report_artifact
+    if config.compare or config.grpo.artifact != "grpo" or config.evaluation.split != "test":
         raise ValueError(
             f"--card: got the report {name!r}, expected 'report', the one on test documents of the"
             " preset's own verbalizers, or 'report_seeds'. Leave out --compare and what chooses"
             " another report."
         )
+    # Of the trainings under other seeds nothing: `--seeds` names them.
     recorded: dict[str, dict[str, Any]] = {}
-    for artifact, manifest in [*ancestors(run).items(), (name, run.require(name))]:
-        if not re.search(
-            r"_seed\d+$", artifact
-        ):  # a training under another seed, which `--seeds` names
-            recorded |= manifest.config
+    for manifest in (*run.parents_of("report").values(), run.require(name)):
+        recorded |= manifest.config
     recorded["corpus"] = {"families": False, **recorded["corpus"]}  # a corpus made before has none
-    preset_name = run.config.preset
+    preset_name = config.preset
     card = to_card(
         report,
         seconds=pipeline_timings(run),
-        commands=commands_of(preset_name, recorded, to_dict(preset(preset_name)), run.config.seeds),
+        commands=commands_of(preset_name, recorded, to_dict(preset(preset_name)), config.seeds),
         findings=findings(preset_name),
         examples=explain_examples(run),
     )

@@ -45,15 +45,15 @@ def wording_section(evaluated: Evaluated, resamples: int, seed: int) -> dict[str
     section: dict[str, Any] = {}
     for name, by_form in evaluated.reworded.items():
         whole = [evaluated.descriptions[name][row].text for row in rows]
+        before = {scorer: figures(evaluated.read(scorer, whole), comparisons) for scorer in SCORERS}
         section[name] = {}
         for form, texts in by_form.items():
             changed = [new != old for new, old in zip(texts, whole, strict=True)]
             lost = bootstrap.intervals({"changed": Figure.mean(changed)})
             by_scorer = {}
             for scorer in SCORERS:
-                before = figures(evaluated.read(scorer, whole), comparisons)
                 after = figures(evaluated.read(scorer, texts), comparisons)
-                wanted = {metric: before[metric] for metric in _METRICS}
+                wanted = {metric: before[scorer][metric] for metric in _METRICS}
                 by_scorer[scorer] = bootstrap.differences(wanted, after)
             section[name][form] = {**lost, **by_scorer}
     return section

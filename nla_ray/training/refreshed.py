@@ -32,7 +32,7 @@ from nla_ray.description.protocol import generation_protocol
 from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.label.stage import activation_subjects
-from nla_ray.run.artifact import Artifact, Run
+from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
@@ -67,7 +67,7 @@ def refresh_reward_scorer(run: Run) -> Manifest:
     """
     check_base(run.require("activations"), base_info(run.config.base))
     check_stage(run.config, "reward_scorer_refreshed")
-    stage = _open_stage(run)
+    stage = run.open(NAME)
     if stage.manifest is not None:
         logger.info("%s: complete, skipped", stage.name)
         return stage.manifest
@@ -76,10 +76,6 @@ def refresh_reward_scorer(run: Run) -> Manifest:
     return stage.publish(
         documents=result["documents"], model=result["model"], metrics=result["metrics"]
     )
-
-
-def _open_stage(run: Run) -> Artifact:
-    return run.open(NAME)
 
 
 # What it learns from ------------------------------------------------------------------------------
@@ -113,10 +109,7 @@ def describe_train(config: RunConfig) -> None:
     sft, (table, _) = run.require("sft"), refreshing_rows(run)
     if len(_written(run)) == len(table):  # an earlier attempt ended while it trained
         return
-    with (
-        run.local_copy("sft", sft, "adapter") as adapter,
-        _open_stage(run).local_folder() as folder,
-    ):
+    with run.local_copy("sft", sft, "adapter") as adapter, run.open(NAME).local_folder() as folder:
         protocol = generation_protocol(
             config.base,
             load_tokenizer(config.base),

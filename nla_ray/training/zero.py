@@ -140,8 +140,9 @@ def write_weight(parameter: nn.Parameter, value: Tensor) -> None:
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_set_local_fp32_param
 
-        safe_set_local_fp32_param(parameter, _own_part(parameter, value))
-        parameter.ds_tensor.copy_(_own_part(parameter, value))
+        part = _own_part(parameter, value)
+        safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.copy_(part)
         return
     parameter.copy_(value)
     if _is_spread(parameter):

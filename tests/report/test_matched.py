@@ -10,12 +10,12 @@ from sample_report import full_report, minimal_report
 from test_report import DOC_IDS, ROWS, described, evaluated
 
 from nla_ray.base.load import load_tokenizer
-from nla_ray.report.matched import matched_descriptions, probe_section
+from nla_ray.report.matched import TrainWords, matched_descriptions, probe_section
 from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.summary import summarise
-from nla_ray.run.artifact import Run
 from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.settings.config import RunConfig
+from nla_ray.text.words import WordStatistics
 
 
 def test_a_ceiling_is_as_long_as_the_description_and_the_probe_says_as_many_words(
@@ -25,9 +25,10 @@ def test_a_ceiling_is_as_long_as_the_description_and_the_probe_says_as_many_word
     texts = ["The frame opens. A rows file: index!", "assert number == 3"]
     said = described(["- tokens: frame, index\n- next: more", ""])
     said = [dataclasses.replace(said[0], num_tokens=4), dataclasses.replace(said[1], num_tokens=0)]
-    matched = matched_descriptions(
-        Run(published_run), tokenizer, texts, [["one", "two", "three"], ["one"]], said
+    words = TrainWords(
+        statistics=WordStatistics.fit(texts), probed=[["one", "two", "three"], ["one"]]
     )
+    matched = matched_descriptions(words, tokenizer, texts, said)
     assert matched["source_text"] == texts
     assert matched["linear_probe"] == ["- tokens: one, two", ""]
     first, second = matched["source_summary"]
