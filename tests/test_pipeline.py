@@ -26,7 +26,7 @@ from nla_ray.settings.command_line import parse_arguments
 from nla_ray.settings.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = tuple(stage.name for stage in stages_of_job("pipeline"))
+STAGES = tuple(stage.name for stage in stages_of_job("pipeline") if stage.is_wanted(preset("nano")))
 NUM_DOCUMENTS = 150
 SHORT = """
     --corpus.chunks-per-document 2

@@ -27,6 +27,8 @@ from nla_ray.settings.resources import Kind
 _ROWS_AT_ONCE, _ROLLOUTS_AT_ONCE = 64, 128
 """Descriptions that a generation engine writes at the same time, in the report and in GRPO."""
 _UNLIMITED = float("inf")
+_PROBED_WORDS = 1_500
+"""Words of a probe, about."""
 
 
 def _plan_base(facts: PlanFacts) -> StagePlan:
@@ -121,6 +123,18 @@ def _plan_reconstructor(
         tokens=tokens,
         flops=6 * blocks * sizes.block_parameters * tokens,
         files=f"adapter of {format_bytes(trainable * 4)}, head, metrics.jsonl",
+    )
+
+
+def _plan_readable_labels(facts: PlanFacts) -> StagePlan:
+    sizes = facts.sizes
+    rows = facts.train_texts * facts.activations_per_text
+    # Gram matrices of the folds and all rows in float64; every row read for every word.
+    data = facts.activations_bytes(rows) + 8 * 8 * (sizes.d_model + _PROBED_WORDS) * sizes.d_model
+    return StagePlan(
+        processes=(facts.process("scorer", 1, 0, data=data),),
+        flops=2 * rows * sizes.d_model * (sizes.d_model + 2 * _PROBED_WORDS),
+        files=f"{facts.train_texts * facts.labels_per_text:,.0f} labels in three forms",
     )
 
 
@@ -298,6 +312,7 @@ FORMULAS: dict[str, Callable[[PlanFacts], StagePlan]] = {
     "reward_scorer": _plan_reward_scorer,
     "judge_scorer": _plan_judge_scorer,
     "linear_scorer": _plan_linear_scorer,
+    "readable_labels": _plan_readable_labels,
     "sft": _plan_sft,
     "grpo": _plan_grpo,
     "reward_scorer_refreshed": _plan_refreshed_scorer,

@@ -111,6 +111,7 @@ def build_trainer(
     return VerbalizerTrainer(
         clock=clock,
         credit=run_config.grpo.credit,
+        claim_weight=run_config.grpo.claim_weight,
         model=model,
         args=grpo_arguments(run_config, folder, list(weights.values())),
         rollout_func=sampler,
@@ -181,9 +182,12 @@ class VerbalizerTrainer(ResumableTrainer, GRPOTrainer):
     then bounds is the step away from what was sampled from. Logits are float32 on both sides.
     """
 
-    def __init__(self, *, clock: StepClock, credit: str, **arguments: Any) -> None:
+    def __init__(
+        self, *, clock: StepClock, credit: str, claim_weight: float = 0.0, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self._clock, self._credit, self._gap = clock, credit, SamplerGap()
+        self._claim_weight = claim_weight
         self._policy_log_probs: Tensor | None = None
         policy: TrainableVerbalizer = arguments["model"]
         float32_head(policy, temperature=self.temperature)
@@ -198,7 +202,22 @@ class VerbalizerTrainer(ResumableTrainer, GRPOTrainer):
         if self._credit == "line":
             length = batch["completion_ids"].shape[1]
             batch["advantages"] = self._share_out(batch["advantages"], length)
+        if self._claim_weight:
+            batch["advantages"] = self._with_claims(batch["advantages"], batch["completion_ids"])
         return batch
+
+    def _with_claims(self, advantages: Tensor, completion_ids: Tensor) -> Tensor:
+        """Advantages of descriptions [n] or of tokens [n, length] as those of tokens, with claims.
+
+        Values of claims are not divided by any deviation: what a claim earns does not depend on the
+        others of the batch.
+        """
+        sampler: StepSampler = self.rollout_func
+        paid = torch.zeros(completion_ids.shape)
+        for row, values in enumerate(sampler.claim_values()):
+            paid[row, : len(values)] = torch.tensor(values)
+        shared = advantages if advantages.dim() == 2 else advantages[:, None]
+        return shared + self._claim_weight * paid.to(advantages)
 
     def _share_out(self, advantages: Tensor, length: int) -> Tensor:
         """Advantages of this worker's descriptions [n] as those of their tokens [n, length]."""

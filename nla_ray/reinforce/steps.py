@@ -22,6 +22,7 @@ from torch import Tensor
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.cluster.actors import ActorPool, SharedArray
 from nla_ray.description.record import Description
+from nla_ray.reinforce.claim_credit import ClaimPrices, claim_values
 from nla_ray.reinforce.credit import Lines, cut_lines, line_values
 from nla_ray.reinforce.monitor import MonitorData
 from nla_ray.reinforce.rewards import (
@@ -100,6 +101,9 @@ class StepSampler:
         self._scoring: list[ObjectRef] = []
         self._lines: list[Lines] = []
         """Of every rollout; empty where credit goes to whole descriptions."""
+        self._prices = ClaimPrices.of(data.sources.values(), settings.claim_precision)
+        self._claims: list[list[float]] = []
+        """Of every rollout the value of each token's claim; empty where claims are not paid."""
         self._worths: list[list[float]] = []
         """What the beginnings and the whole of every rollout earn beside their scores."""
         self._scores: list[float] = []
@@ -116,9 +120,16 @@ class StepSampler:
             request = train_request(self.settings, groups, step)
             batch = generate(self._rollouts.part(*part), request, weights)
         self.clock.add("rollout_busy", batch.generate_seconds)
+        decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
         if self.settings.credit == "line":
-            decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
             self._lines = [cut_lines(rollout.token_ids, decode) for rollout in batch.rollouts]
+        if self.settings.claim_weight:
+            self._claims = [
+                claim_values(
+                    rollout.token_ids, decode, self.data.sources[rollout.row], self._prices
+                )
+                for rollout in batch.rollouts
+            ]
         request = self._scoring_request(batch.rollouts, step)
         self._scoring = submit_scores(self._scorers.part(*part), request)
         columns = self._columns(batch.rollouts)
@@ -217,6 +228,10 @@ class StepSampler:
             scores = [*(next(begun) for _ in worths[:-1]), next(whole)]
             rewards.append([score + worth for score, worth in zip(scores, worths, strict=True)])
         return rewards
+
+    def claim_values(self) -> list[list[float]]:
+        """Of the rollouts sampled last: for every token the value of its claim."""
+        return self._claims
 
     def line_of_token(self) -> list[list[int]]:
         """Of the rollouts sampled last: for every token the index of its line."""

@@ -225,8 +225,8 @@ class Run:
     def parents_of(self, stage: str) -> dict[str, Manifest]:
         """Manifests of a stage's parents, by artifact.
 
-        An optional one is among them when it is complete and the stage's artifact was not made, or
-        begun, without it. Raises ValueError that names the job of a missing one.
+        An optional one is among them when it is wanted and complete, and the stage's artifact was
+        not made, or begun, without it. Raises ValueError that names the job of a missing one.
         """
         row = stage_named(stage)
         parents = [stage_named(parent) for parent in row.parents]
@@ -235,7 +235,8 @@ class Run:
         if row.optional_parents:
             recorded = self.recorded(row.artifact(self.config))
             for name in row.optional_parents:
-                optional = self.find(name)
+                is_wanted = stage_named(name).is_wanted(self.config)
+                optional = self.find(name) if is_wanted else None
                 if optional is not None and (recorded is None or name in recorded[1]):
                     manifests[name] = optional
         return manifests

@@ -60,6 +60,8 @@ class Stage:
     optional_parents: tuple[str, ...] = ()
     """Stages whose artifacts it is made from as well, where it does not exist without them yet: an
     artifact that was made before such a stage existed stays what it is."""
+    wanted_by: str | None = None
+    """Property of RunConfig that says whether anything is made from it; None: always."""
     sections: tuple[str, ...] = ()
     """Configuration sections that shape the artifact: its identity, with its parents."""
     named_by: str | None = None
@@ -74,6 +76,10 @@ class Stage:
     def artifact(self, config: RunConfig) -> str:
         """The artifact's name under a configuration: `grpo_no_contrast` of stage `grpo`."""
         return operator.attrgetter(self.named_by)(config) if self.named_by else self.name
+
+    def is_wanted(self, config: RunConfig) -> bool:
+        """Whether anything is made from it under a configuration."""
+        return self.wanted_by is None or operator.attrgetter(self.wanted_by)(config)
 
     def parent_artifact(self, config: RunConfig) -> str:
         """The artifact that stages with this parent are made from."""
@@ -148,10 +154,20 @@ STAGES = (
         function="nla_ray.training.linear:fit_linear_scorer",
     ),
     Stage(
+        name="readable_labels",
+        job="sft",
+        kind="data",
+        parents=("activations", "labels"),
+        wanted_by="sft.needs_readable_labels",
+        sections=("readable_labels",),
+        function="nla_ray.training.readable:make_readable_labels",
+    ),
+    Stage(
         name="sft",
         job="sft",
         kind="verbalizer",
         parents=("activations", "labels"),
+        optional_parents=("readable_labels",),
         sections=("base", "sft"),
         named_by="sft.artifact",
         seeded_by="sft",
@@ -190,7 +206,7 @@ STAGES = (
             "sft",
             "grpo",
         ),
-        optional_parents=("reward_scorer_refreshed",),
+        optional_parents=("readable_labels", "reward_scorer_refreshed"),
         sections=("base", "evaluation"),
         named_by="report_artifact",
         function="nla_ray.report.stage:evaluate",
@@ -281,11 +297,11 @@ def seed_variants(config: RunConfig, stage: Stage) -> list[RunConfig]:
 
 
 def steps_of_job(run: Run, job: str) -> list[tuple[Stage, Run]]:
-    """The stages of a job, each with the run that it is made for.
+    """The stages of a job that the run wants, each with the run that it is made for.
 
     `--seeds` adds variants of the last training among them: of SFT in its own job, else of GRPO.
     """
-    stages = stages_of_job(job)
+    stages = [stage for stage in stages_of_job(job) if stage.is_wanted(run.config)]
     trainings = [stage for stage in stages if stage.seeded_by]
     steps: list[tuple[Stage, Run]] = []
     for stage in stages:

@@ -8,9 +8,12 @@ activations and texts, and knows no run. Source: Hoerl & Kennard, "Ridge Regress
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +27,9 @@ PROBED_SHARES = (0.002, 0.25)
 """Least and largest share of the train texts that have a word of the probe."""
 _CHOICE_WORDS = 5
 """The penalty is chosen by how many of this many words are true on validation texts."""
-_BLOCK_ROWS = 256
+BLOCK_ROWS = 256
+"""Rows that are looked at in one go."""
+_NO_DEVIATION = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +50,94 @@ class WordProbe:
     def rank(self, activations: Float[Tensor, "rows d_model"], most: int) -> list[list[str]]:
         """The words with the highest scores of each row, best first: `most`, or all there are."""
         ranked: list[list[str]] = []
-        for block in activations.split(_BLOCK_ROWS):
-            deviation = vectors.centre(block, self.mean) - self.feature_mean
-            scores = deviation @ self.weight.T
-            best = scores.topk(min(most, len(self.words)), dim=1).indices
+        for block in activations.split(BLOCK_ROWS):
+            best = self.scores(block).topk(min(most, len(self.words)), dim=1).indices
             ranked += [[self.words[word] for word in row] for row in best.tolist()]
         return ranked
+
+    def scores(self, activations: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows words"]:
+        """Predicted presence of every word less its share, in standard deviations."""
+        return (vectors.centre(activations, self.mean) - self.feature_mean) @ self.weight.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSums:
+    """Sums over rows that a probe is solved from; sums of parts add up to those of the whole.
+
+    Example, of one row: rows=1, features=<[d_model]>, gram=<[d_model, d_model]>,
+    counts=<[words]>, cross=<[words, d_model]>, all float64.
+    """
+
+    rows: int
+    features: Float[Tensor, " d_model"]
+    """Sum of x = c(v)."""
+    gram: Float[Tensor, "d_model d_model"]
+    """Sum of x x'."""
+    counts: Float[Tensor, " words"]
+    """In how many rows each word is."""
+    cross: Float[Tensor, "words d_model"]
+    """Sum of x over the rows with each word."""
+
+    @classmethod
+    def of(
+        cls,
+        activations: Float[Tensor, "rows d_model"],
+        held: Sequence[frozenset[str]],
+        words: Sequence[str],
+        mean: Float[Tensor, " d_model"],
+    ) -> ProbeSums:
+        """`held`: the words of each row's text. `mean`: mu."""
+        number_of = {word: number for number, word in enumerate(words)}
+        size = activations.shape[1]
+        features = torch.zeros(size, dtype=torch.float64)
+        gram = torch.zeros(size, size, dtype=torch.float64)
+        counts = torch.zeros(len(words), dtype=torch.float64)
+        cross = torch.zeros(len(words), size, dtype=torch.float64)
+        for start in range(0, len(held), BLOCK_ROWS):
+            block = vectors.centre(activations[start : start + BLOCK_ROWS], mean).double()
+            pairs = [
+                (row, number_of[word])
+                for row, present in enumerate(held[start : start + BLOCK_ROWS])
+                for word in present
+                if word in number_of
+            ]
+            rows, numbers = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+            features += block.sum(0)
+            gram += block.T @ block
+            counts += numbers.bincount(minlength=len(words))
+            cross.index_add_(0, numbers, block[rows])
+        return cls(rows=len(held), features=features, gram=gram, counts=counts, cross=cross)
+
+    def __add__(self, other: ProbeSums) -> ProbeSums:
+        """The sums over the rows of both."""
+        return self._by_field(other, operator.add)
+
+    def __sub__(self, part: ProbeSums) -> ProbeSums:
+        """The sums over the rows that are not in `part`."""
+        return self._by_field(part, operator.sub)
+
+    def _by_field(self, other: ProbeSums, combine: Callable[[Any, Any], Any]) -> ProbeSums:
+        names = [field.name for field in dataclasses.fields(self)]
+        return ProbeSums(
+            **{name: combine(getattr(self, name), getattr(other, name)) for name in names}
+        )
+
+    @property
+    def shares(self) -> Float[Tensor, " words"]:
+        """Of the rows, those with each word."""
+        return self.counts / max(1, self.rows)
+
+    def solve(self, words: list[str], mean: Float[Tensor, " d_model"], penalty: float) -> WordProbe:
+        """The probe of these rows. A word that all or none of them have scores 0."""
+        feature_mean = self.features / max(1, self.rows)
+        gram = self.gram - self.rows * torch.outer(feature_mean, feature_mean)
+        cross = self.cross - torch.outer(self.counts, feature_mean)
+        deviation = (self.shares * (1 - self.shares)).sqrt()
+        weight = solve_ridge(gram, cross.T, penalty) / deviation.clamp_min(_NO_DEVIATION)[:, None]
+        weight[deviation < _NO_DEVIATION] = 0.0
+        return WordProbe(
+            words=words, weight=weight.float(), feature_mean=feature_mean.float(), mean=mean
+        )
 
 
 def fit_probe(
@@ -65,55 +152,40 @@ def fit_probe(
     Its words are those that a description can claim and that a share of PROBED_SHARES of the train
     texts has; there may be none.
     """
-    held = [_words_of(text) for text in train_texts]
-    words = _probed_words(held)
-    features = vectors.centre(train, mean)
-    feature_mean = features.mean(0)
-    centred = (features - feature_mean).double()
-    counts, cross = _cross_products(centred, held, words)
-    share = counts / max(1, len(held))
-    # A word of all texts or of none has no deviation; PROBED_SHARES leaves none in.
-    deviation = (share * (1 - share)).sqrt()
-    gram = centred.T @ centred
-    probes = []
-    for penalty in PENALTIES:
-        weight = solve_ridge(gram, cross, penalty) / deviation[:, None]
-        probes.append(
-            WordProbe(words=words, weight=weight.float(), feature_mean=feature_mean, mean=mean)
-        )
-    held_out = [_words_of(text) for text in validation_texts]
-    return max(probes, key=lambda probe: _true_words(probe, validation, held_out))
+    held = [words_of(text) for text in train_texts]
+    words = probed_words(held)
+    sums = ProbeSums.of(train, held, words, mean)
+    validation_words = [words_of(text) for text in validation_texts]
+    penalty = best_penalty(sums, words, mean, validation, validation_words)
+    return sums.solve(words, mean, penalty)
 
 
-def _words_of(text: str) -> frozenset[str]:
+def best_penalty(
+    sums: ProbeSums,
+    words: list[str],
+    mean: Float[Tensor, " d_model"],
+    held_out: Float[Tensor, "rows d_model"],
+    held: Sequence[frozenset[str]],
+) -> float:
+    """The penalty whose probe names most true words of rows that it was not fitted to.
+
+    `held`: the words of their texts.
+    """
+    return max(
+        PENALTIES, key=lambda penalty: _true_words(sums.solve(words, mean, penalty), held_out, held)
+    )
+
+
+def words_of(text: str) -> frozenset[str]:
     """The words of a text that a list in a description can claim."""
     return frozenset(claims.content_words(text, listed=True))
 
 
-def _probed_words(held: Sequence[frozenset[str]]) -> list[str]:
+def probed_words(held: Sequence[frozenset[str]]) -> list[str]:
+    """The words of a probe: those that a share of PROBED_SHARES of these texts has, sorted."""
     counts = Counter(word for words in held for word in words)
     least, largest = (share * len(held) for share in PROBED_SHARES)
     return sorted(word for word, count in counts.items() if least <= count <= largest)
-
-
-def _cross_products(
-    centred: Float[Tensor, "rows d_model"], held: Sequence[frozenset[str]], words: Sequence[str]
-) -> tuple[Float[Tensor, " words"], Float[Tensor, "d_model words"]]:
-    """In how many rows each word is, and the sum of their features: centred' presence."""
-    number_of = {word: number for number, word in enumerate(words)}
-    counts = torch.zeros(len(words), dtype=torch.float64)
-    sums = torch.zeros(len(words), centred.shape[1], dtype=torch.float64)
-    for start in range(0, len(held), _BLOCK_ROWS):
-        pairs = [
-            (row, number_of[word])
-            for row, present in enumerate(held[start : start + _BLOCK_ROWS], start)
-            for word in present
-            if word in number_of
-        ]
-        rows, numbers = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        counts += numbers.bincount(minlength=len(words))
-        sums.index_add_(0, numbers, centred[rows])
-    return counts, sums.T
 
 
 def _true_words(probe: WordProbe, activations: Tensor, held: Sequence[frozenset[str]]) -> int:

@@ -252,12 +252,25 @@ class RefreshedScorerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadableLabelsConfig:
+    """Labels without what their activations do not hold, for SFT to learn."""
+
+    least: float = 0.5
+    """Probability, of a linear probe that never saw the text, from which a word is readable."""
+    seed: int = 0
+    """Draws the folds of the probe, and what is dropped at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """Supervised training of the verbalizer on labels: activation -> label."""
 
     lora: LoraSettings = LoraSettings()
     labels: Literal["one", "all"] = "one"
     """Labels of a train text it learns to write: the one drawn for it, or every teacher's."""
+    claims: Literal["all", "readable", "replaced", "thinned"] = "all"
+    """What of a label is taught: all; what can be read in the activation; with readable words of
+    the text in place of the rest; or, as a control, with as much dropped at random."""
     epochs: int = 2
     """Passes over the examples; the best epoch on validation is kept."""
     batch_size: int = 32
@@ -273,6 +286,11 @@ class SFTConfig:
 
     name: str | None = None
     """Ending of the artifact's name, for one to `--compare`; GRPO starts from `sft` itself."""
+
+    @property
+    def needs_readable_labels(self) -> bool:
+        """Whether it is taught other labels than the teachers'."""
+        return self.claims != "all"
 
     @property
     def artifact(self) -> str:
@@ -330,6 +348,10 @@ class GRPOSettings:
     """Subtracted from the reward for every token above `soft-max-tokens`."""
     evidence_weight: float = 0.0
     """Weight of the share of a description's words that the text holds."""
+    claim_weight: float = 0.0
+    """Advantage of the tokens of a claimed word that is as rare as any and in the text for sure."""
+    claim_precision: float = 0.75
+    """How often a claimed word must be in the text for saying it to pay."""
     save_steps: int = 20
     """Steps between two checkpoints; what is killed loses no more."""
     monitor_steps: int = 20
@@ -563,6 +585,7 @@ class RunConfig:
     judge_scorer: ReconstructorConfig = field(default_factory=ReconstructorConfig)
     """The reconstructor that takes no part in training: it judges, on documents of its own."""
     linear_scorer: LinearScorerConfig = field(default_factory=LinearScorerConfig)
+    readable_labels: ReadableLabelsConfig = field(default_factory=ReadableLabelsConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     reward_scorer_refreshed: RefreshedScorerConfig = field(default_factory=RefreshedScorerConfig)

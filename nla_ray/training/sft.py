@@ -36,6 +36,7 @@ from nla_ray.settings.fit import worker_batch
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
+from nla_ray.training.readable import readable_labels
 from nla_ray.training.resuming import ResumableTrainer
 from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
@@ -89,11 +90,7 @@ def load_pairs(
     At most `limit` activations, chosen by seed. Bank rows count from `first_row`. Raises ValueError
     when there is none, and for labels of other positions than the activations'.
     """
-    labels = (
-        all_labels(run, split)
-        if every_label
-        else {subject: [label] for subject, label in drawn_labels(run, split).items()}
-    )
+    labels = _labels_by_subject(run, split, every_label)
     table = load_activations(run, split)
     kept = [
         (index, label)
@@ -117,6 +114,20 @@ def load_pairs(
         family_ids=table.family_ids,
         vectors=table.vectors,
     )
+
+
+def _labels_by_subject(run: Run, split: str, every_label: bool) -> dict[str, list[str]]:
+    """Subject id -> what of its labels is taught: of the one drawn for it, or of every one."""
+    form = run.config.sft.claims
+    if form == "all":
+        if every_label:
+            return all_labels(run, split)
+        return {subject: [label] for subject, label in drawn_labels(run, split).items()}
+    labels: dict[str, list[str]] = {}
+    for row in readable_labels(run, split, form):
+        if every_label or row["drawn"]:
+            labels.setdefault(row["subject"], []).append(row["label"])
+    return labels
 
 
 def encode_pairs(

@@ -479,11 +479,12 @@ def test_a_reading_is_compared_with_the_best_before_on_the_same_activations(undi
         assert reading[JUDGE_GAIN] == pytest.approx((now - before).mean().item(), abs=1e-6)
 
 
-@pytest.fixture(scope="module")
-def paid_by_line(arena: dict, prepared: Run) -> tuple[VerbalizerTrainer, StepSampler, dict]:
-    """Trainer and sampler with credit by line, and their first batch, long enough for lines."""
-    config = override(prepared.config, grpo={"credit": "line", "max_new_tokens": 48})
-    data, folder = arena["data"], Path(config.run_dir) / "line"
+def first_batch(
+    arena: dict, prepared: Run, **settings: object
+) -> tuple[VerbalizerTrainer, StepSampler, dict]:
+    """Trainer and sampler under these settings, and their first batch, long enough for lines."""
+    config = override(prepared.config, grpo={"max_new_tokens": 48, **settings})
+    data, folder = arena["data"], Path(config.run_dir) / "first_batch"
     prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
     policy = grpo.load_policy(config, data, prompt)
     vocab_size = policy.get_input_embeddings().vocab_size
@@ -492,8 +493,32 @@ def paid_by_line(arena: dict, prepared: Run) -> tuple[VerbalizerTrainer, StepSam
     trainer = grpo.build_trainer(config, folder, policy, sampler, StepClock())
     trainer.model.train()
     batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    return trainer, sampler, batch
+
+
+@pytest.fixture(scope="module")
+def paid_by_line(arena: dict, prepared: Run) -> tuple[VerbalizerTrainer, StepSampler, dict]:
+    """The first batch with credit by line."""
+    trainer, sampler, batch = first_batch(arena, prepared, credit="line")
     assert max(map(len, sampler.rewards_by_line())) > 1, "some description has two lines"
     return trainer, sampler, batch
+
+
+@pytest.mark.parametrize("credit", ["description", "line"])
+def test_claims_are_paid_to_their_tokens_beside_the_advantage(
+    arena: dict, prepared: Run, credit: str
+) -> None:
+    _, _, plain = first_batch(arena, prepared, credit=credit)
+    _, sampler, paid = first_batch(arena, prepared, credit=credit, claim_weight=2.0)
+    torch.testing.assert_close(paid["completion_ids"], plain["completion_ids"])
+    shared = plain["advantages"].reshape(len(paid["advantages"]), -1)
+    added = (paid["advantages"] - shared) / 2.0
+    for of_tokens, values in zip(added, sampler.claim_values(), strict=True):
+        torch.testing.assert_close(
+            of_tokens[: len(values)], torch.tensor(values), atol=1e-5, rtol=0
+        )
+        assert not of_tokens[len(values) :].abs().gt(1e-5).any() or credit == "description"
+    assert added.abs().max() > 0.01, "something was claimed"
 
 
 def test_lines_share_the_advantage_that_trl_gives_to_the_whole_description(paid_by_line) -> None:

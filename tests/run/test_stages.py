@@ -32,10 +32,8 @@ from nla_ray.settings.presets import nano, override
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
-PIPELINE = (
-    *("corpus", "activations", "labels", "reward_scorer", "judge_scorer", "linear_scorer"),
-    *("sft", "grpo", "reward_scorer_refreshed", "report"),
-)
+SCORERS = ("corpus", "activations", "labels", "reward_scorer", "judge_scorer", "linear_scorer")
+PIPELINE = (*SCORERS, "readable_labels", *("sft", "grpo", "reward_scorer_refreshed", "report"))
 
 
 def names(rows: tuple[Stage, ...]) -> tuple[str, ...]:
@@ -67,8 +65,8 @@ def test_every_function_section_parent_job_and_plan_that_the_table_names_exists(
         ("corpus", ("corpus",)),
         ("capture", ("corpus", "activations")),
         ("label", ("corpus", "labels")),
-        ("sft", PIPELINE[:7]),
-        ("grpo", (*PIPELINE[:5], "sft", "grpo")),
+        ("sft", PIPELINE[:8]),
+        ("grpo", (*PIPELINE[:5], *PIPELINE[6:9])),
         ("evaluate", PIPELINE),
         ("pipeline", PIPELINE),
         ("inspect_base", ("corpus", "labels", "inspection")),
@@ -83,11 +81,23 @@ def test_a_job_makes_the_closure_of_its_stages_parents_first_and_plans_just_that
     assert names(stages_of_job(job)) == expected
     config = dataclasses.replace(nano(), run_dir=str(tmp_path))
     lines = describe_plan(config, job).splitlines()
-    assert tuple(line for line in lines[1:] if not line.startswith(" ")) == expected
+    wanted = tuple(name for name in expected if name != "readable_labels")
+    assert tuple(line for line in lines[1:] if not line.startswith(" ")) == wanted
+
+
+def test_readable_labels_are_made_where_sft_is_taught_them(tmp_path: Path) -> None:
+    plain, taught = run_at(tmp_path, nano()), run_at(tmp_path, nano(), sft={"claims": "replaced"})
+    for run, is_made in ((plain, False), (taught, True)):
+        steps = [stage.name for stage, _ in stages.steps_of_job(run, "sft")]
+        assert ("readable_labels" in steps) == is_made
+    for name in ("activations", "labels", "readable_labels"):
+        taught.open_artifact(name).publish()
+    assert set(plain.parents_of("sft")) == {"activations", "labels"}
+    assert set(taught.parents_of("sft")) == {"activations", "labels", "readable_labels"}
 
 
 def test_a_closure_holds_every_ancestor_once_in_the_order_of_the_table() -> None:
-    assert names(closure(["labels", "reward_scorer"])) == PIPELINE[:4]
+    assert names(closure(["labels", "reward_scorer"])) == SCORERS[:4]
     assert closure([]) == ()
 
 
@@ -338,7 +348,9 @@ def test_seeds_are_trained_one_after_another_from_the_same_parents(
 ) -> None:
     first, *_ = stages.STAGES
     [sft] = [stage for stage in STAGES if stage.name == "sft"]
-    sft = dataclasses.replace(sft, parents=("first",), function=f"{__name__}:make_sft")
+    sft = dataclasses.replace(
+        sft, parents=("first",), optional_parents=(), function=f"{__name__}:make_sft"
+    )
     monkeypatch.setattr(stages, "STAGES", (first, sft))
     seeded = Run(dataclasses.replace(run.config, seeds=(0, 2, 5)))
     made = list(make_stages(seeded, "sft"))
@@ -357,9 +369,9 @@ def test_seeds_are_trained_one_after_another_from_the_same_parents(
 @pytest.mark.parametrize(
     ("job", "expected"),
     [
-        ("sft", [*PIPELINE[:7], "sft_seed1"]),
-        ("grpo", [*PIPELINE[:5], "sft", "grpo", "grpo_seed1"]),
-        ("pipeline", [*PIPELINE[:8], "grpo_seed1", *PIPELINE[8:]]),
+        ("sft", [*SCORERS, "sft", "sft_seed1"]),
+        ("grpo", [*SCORERS[:5], "sft", "grpo", "grpo_seed1"]),
+        ("pipeline", [*SCORERS, "sft", "grpo", "grpo_seed1", *PIPELINE[9:]]),
         ("label", ["corpus", "labels"]),
     ],
 )

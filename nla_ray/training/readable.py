@@ -1,0 +1,118 @@
+"""Makes the artifact `readable_labels`: every label without what its activation does not hold.
+
+activations, labels -> probability of each word in each text, cross-fitted -> each label in three
+forms. Train rows are read by probes that never saw their families, validation rows by a probe of
+the train rows. One process, no Ray Train: seconds for ten thousand activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.base.identity import base_info, check_base
+from nla_ray.cluster.resources import run_placed
+from nla_ray.label.rows import subject_of
+from nla_ray.label.stage import activation_subjects, load_labels
+from nla_ray.run.artifact import Artifact, Run
+from nla_ray.run.identity import seed_of
+from nla_ray.run.log import get_logger
+from nla_ray.run.manifest import Manifest
+from nla_ray.score.cross_fit import CrossFitted, cross_fit
+from nla_ray.score.probe import words_of
+from nla_ray.score.readable import FORMS, LabelWords, rewrite
+from nla_ray.settings.config import RunConfig
+
+NAME = "readable_labels"
+_FILE = "labels.parquet"
+_SPLITS = ("train", "validation")
+_UNLIKELY = 0.02
+"""A less likely word is not looked at."""
+
+logger = get_logger(__name__)
+
+
+def make_readable_labels(run: Run) -> Manifest:
+    """The stage: the artifact's manifest. Skipped when complete."""
+    if _open_stage(run).manifest is None:
+        run_placed(run.config, "scorer", write_readable_labels)
+    return run.require(NAME)
+
+
+def _open_stage(run: Run) -> Artifact:
+    check_base(run.require("activations"), base_info(run.config.base))
+    return run.open(NAME)
+
+
+def write_readable_labels(config: RunConfig) -> None:
+    """The whole of it, in this process."""
+    torch.set_num_threads(config.compute.threads * config.compute.trainer_workers)
+    run, settings = Run(config), config.readable_labels
+    stage, mean = _open_stage(run), torch.tensor(load_stats(run)["mean_direction"])
+    train = load_activations(run, "train")
+    probes = cross_fit(train.vectors, train.texts, train.family_ids, mean, settings.seed)
+    rows: list[dict[str, Any]] = []
+    for split in _SPLITS:
+        table = train if split == "train" else load_activations(run, split)
+        rows += _rewritten(run, split, table, probes)
+    items, unreadable = (sum(row[name] for row in rows) for name in ("items", "unreadable"))
+    metrics = {
+        "words": len(probes.words),
+        "labels": len(rows),
+        "items": items,
+        "unreadable_share": unreadable / max(1, items),
+    }
+    logger.info(
+        "%s: %d labels, %.0f %% of what they say of their texts cannot be read in the activations",
+        NAME,
+        len(rows),
+        100 * metrics["unreadable_share"],
+    )
+    with stage.local_folder() as folder:
+        pq.write_table(pa.Table.from_pylist(rows), folder / _FILE)
+    stage.publish(documents={"train": train.doc_ids}, metrics=metrics)
+
+
+def _rewritten(
+    run: Run, split: str, table: ActivationTable, probes: CrossFitted
+) -> Iterator[dict[str, Any]]:
+    """The labels of a split's activations with their forms, label after label."""
+    settings = run.config.readable_labels
+    labels: dict[str, list[dict[str, Any]]] = {}
+    for row in load_labels(run, split):
+        labels.setdefault(subject_of(row), []).append(row)
+    subjects = activation_subjects(run, table)
+    words = LabelWords.of(row["label"] for row in load_labels(run, "train"))
+    for rows, block in probes.blocks(table.vectors, fitted=split == "train"):
+        for row, probabilities in zip(rows, block, strict=True):
+            likely = torch.nonzero(probabilities >= _UNLIKELY).flatten().tolist()
+            found = {probes.words[number]: probabilities[number].item() for number in likely}
+            in_text = words_of(table.texts[row])
+            offers = sorted(in_text & found.keys(), key=lambda word: (-found[word], word))
+            for label in labels.get(subjects[row], ()):
+                drawn_by = seed_of(settings.seed, "thinned", subjects[row], label["teacher"])
+                made = rewrite(label["label"], found, offers, words, settings.least, drawn_by)
+                yield {
+                    "split": split,
+                    "subject": subjects[row],
+                    "teacher": label["teacher"],
+                    "drawn": label["drawn"],
+                    **{form: getattr(made, form) for form in FORMS},
+                    "items": made.items,
+                    "unreadable": made.unreadable,
+                }
+
+
+def readable_labels(run: Run, split: str, form: str) -> Iterator[Mapping[str, Any]]:
+    """The labels of a split in one of FORMS: rows with subject, teacher, drawn and label."""
+    location = run.verified(NAME, run.require(NAME), _FILE)
+    with location.filesystem.open_input_file(location.path) as file:
+        columns = ["subject", "teacher", "drawn", form]
+        table = pq.read_table(file, columns=columns, filters=[("split", "=", split)])
+    yield from table.rename_columns(["subject", "teacher", "drawn", "label"]).to_pylist()

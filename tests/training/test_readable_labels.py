@@ -1,0 +1,96 @@
+"""The stage that takes from labels what cannot be read, and the SFT that is taught what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nla_ray.activation.stage import load_activations
+from nla_ray.label.stage import activation_subjects, all_labels, drawn_labels
+from nla_ray.run.artifact import Run
+from nla_ray.score import claims
+from nla_ray.settings.config import RunConfig
+from nla_ray.training.readable import NAME, readable_labels, write_readable_labels
+from nla_ray.training.sft import load_pairs
+
+
+@pytest.fixture(scope="module")
+def made(published_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("readable") / "run"
+    shutil.copytree(published_run.run_dir, folder)
+    config = with_claims(dataclasses.replace(published_run, run_dir=str(folder)), "replaced")
+    write_readable_labels(config)
+    return config
+
+
+def with_claims(config: RunConfig, claims: str) -> RunConfig:
+    return dataclasses.replace(config, sft=dataclasses.replace(config.sft, claims=claims))
+
+
+def labels_of(config: RunConfig, claims: str, split: str = "train", **options: bool) -> list[str]:
+    run = Run(with_claims(config, claims))
+    return load_pairs(run, split, limit=None, seed=0, first_row=0, **options).labels
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_every_label_of_an_activation_has_its_forms_and_says_nothing_that_is_not_so(
+    made: RunConfig, split: str
+) -> None:
+    run = Run(made)
+    table = load_activations(run, split)
+    texts = dict(zip(activation_subjects(run, table), table.texts, strict=True))
+    originals = all_labels(run, split)
+    for form in ("readable", "replaced", "thinned"):
+        rows = list(readable_labels(run, split, form))
+        assert [row["subject"] for row in rows] == [
+            subject for subject in texts for _ in originals[subject]
+        ]
+        for row in rows:
+            [original] = originals[row["subject"]]
+            said = claims.claimed_words(row["label"])
+            assert row["drawn"] and row["teacher"] == "offline"
+            assert len(said) <= len(claims.claimed_words(original))
+            if form == "replaced":
+                assert claims.claim_counts(row["label"], texts[row["subject"]])[0] == len(said)
+            else:
+                assert said <= claims.claimed_words(original)
+
+
+def test_the_probes_learned_from_train_documents_alone(made: RunConfig) -> None:
+    manifest = Run(made).require(NAME)
+    assert set(manifest.documents) == {"train"}
+    assert set(manifest.documents["train"]) == set(load_activations(Run(made), "train").doc_ids)
+    assert set(manifest.parents) == {"activations", "labels"}
+    assert 0.0 <= manifest.metrics["unreadable_share"] <= 1.0
+    assert manifest.metrics["items"] > 0
+
+
+def test_at_a_probability_of_nothing_every_word_of_a_label_is_readable(
+    made: RunConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(made.run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / NAME)
+    config = dataclasses.replace(
+        made,
+        run_dir=str(tmp_path / "run"),
+        readable_labels=dataclasses.replace(made.readable_labels, least=0.0),
+    )
+    write_readable_labels(config)
+    assert Run(config).require(NAME).metrics["unreadable_share"] == 0.0
+    originals = drawn_labels(Run(config), "train")
+    for row in readable_labels(Run(config), "train", "readable"):
+        assert row["label"] == originals[row["subject"]]
+
+
+def test_sft_is_taught_the_form_that_its_settings_name(made: RunConfig) -> None:
+    originals = [*drawn_labels(Run(made), "train").values()]
+    assert labels_of(made, "all") == originals
+    for form in ("readable", "replaced", "thinned"):
+        expected = [row["label"] for row in readable_labels(Run(made), "train", form)]
+        assert labels_of(made, form) == labels_of(made, form, every_label=True) == expected
+    held_out = [row["label"] for row in readable_labels(Run(made), "validation", "replaced")]
+    assert labels_of(made, "replaced", "validation") == held_out
+    assert labels_of(made, "thinned") != originals
