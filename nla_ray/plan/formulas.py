@@ -132,7 +132,7 @@ def _plan_readable_labels(facts: PlanFacts) -> StagePlan:
     # Gram matrices of the folds and all rows in float64; every row read for every word.
     data = facts.activations_bytes(rows) + 8 * 8 * (sizes.d_model + _PROBED_WORDS) * sizes.d_model
     return StagePlan(
-        processes=(facts.process("scorer", 1, 0, data=data),),
+        processes=(facts.process("scorer", 1, 0, loaded=0, data=data),),
         flops=2 * rows * sizes.d_model * (sizes.d_model + 2 * _PROBED_WORDS),
         files=f"{facts.train_texts * facts.labels_per_text:,.0f} labels in three forms",
     )

@@ -1,13 +1,14 @@
-"""The gold ceiling of a layer: how well labels tell its activations apart.
+"""What a layer could give a verbalizer: its gold ceiling, and the words that it holds.
 
-From features of labels to activations goes a ridge regression. Pure arithmetic on vectors, and the
+From features of labels to activations goes a ridge regression, which says how well labels tell
+activations apart; from activations to words a linear probe. Pure arithmetic on vectors, and the
 lines that tell a terminal of it; it knows neither models nor files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -15,15 +16,19 @@ from torch import Tensor
 
 from nla_ray.activation import vectors
 from nla_ray.activation.vectors import norm
+from nla_ray.score import claims
 from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.linear import PENALTIES, fit, predict
 from nla_ray.score.metrics import Figure, figures
+from nla_ray.score.probe import fit_probe, words_as_bullets
 
 PUBLIC_DEPTH = 20 / 28
 """Share of the blocks below the layer that public verbalizers read (block 20 of 28)."""
 DEPTHS = (0.35, 0.5, 0.6, PUBLIC_DEPTH, 0.82)
 _CEILING = ("top1_2way", "top1_10way", "centred_cosine", "fve")
+PROBED = (3, 5)
+"""Of how many of a probe's best words it is measured whether the text has them."""
 
 
 def inspect_layer(
@@ -59,6 +64,32 @@ def inspect_layer(
     }
 
 
+def probe_words(
+    train: Float[Tensor, "train d_model"],
+    validation: Float[Tensor, "validation d_model"],
+    train_texts: Sequence[str],
+    validation_texts: Sequence[str],
+    family_ids: Sequence[str],
+) -> dict[str, dict[str, float]]:
+    """Share of a linear probe's best words, so many of PROBED, that validation texts have.
+
+    It says where words can be read, whoever reads them. The penalty is chosen on the same rows, as
+    that of the ceiling. Empty where the train texts have no word that a probe could learn.
+    """
+    mean = vectors.mean_direction(train)
+    probe = fit_probe(train, train_texts, validation, validation_texts, mean)
+    if not probe.words:
+        return {}
+    ranked = probe.rank(validation, max(PROBED))
+    figures_of_count = {}
+    for count in PROBED:
+        bullets = [words_as_bullets(words[:count]) for words in ranked]
+        shares = map(claims.claim_precision, bullets, validation_texts)
+        figures_of_count[str(count)] = Figure.mean(list(shares))
+    intervals = FamilyBootstrap(family_ids).intervals(figures_of_count)
+    return {count: interval.to_dict() for count, interval in intervals.items()}
+
+
 def round_up(value: float) -> float:
     """The next number of two digits whose second one is 0 or 5.
 
@@ -67,6 +98,11 @@ def round_up(value: float) -> float:
     """
     step = 5 * 10 ** (math.floor(math.log10(value)) - 1)
     return math.ceil(value / step) * step
+
+
+def _probed_words(probe: Mapping[str, Mapping[str, float]]) -> str:
+    shown = ("{value:.3f} {low:.3f} to {high:.3f}".format(**figure) for figure in probe.values())
+    return ", ".join(shown) or "-"
 
 
 def describe_inspection(results: dict[str, Any]) -> list[str]:
@@ -84,7 +120,7 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
         ),
         (
             "layer  depth  mean norm  1% to 99%        cos with mean  2-way  10-way  centred"
-            " cosine, 95%    FVE"
+            " cosine, 95%    FVE  words of the probe in the text: best 3, best 5"
         ),
     ]
     for layer, inspected in results["layers"].items():
@@ -98,6 +134,7 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
             f" {quantiles['0.01']:7.1f} {quantiles['0.99']:8.1f} "
             f" {inspected['cosine_with_mean']:13.3f}  {ceiling['top1_2way']:5.3f} "
             f" {ceiling['top1_10way']:6.3f}  {interval:>19}  {ceiling['fve']:5.3f}"
+            f"  {_probed_words(inspected['probe'])}"
         )
     best = results["proposed_layer"]
     lines.append(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from nla_ray.score import claims
 
-FORMS = ("readable", "replaced", "thinned")
+LABEL_FORMS = ("readable", "replaced", "thinned")
 """What a label is rewritten to: fields of `Rewritten`."""
 _PROSE_WORDS = 3
 """Words in place of a line of prose."""

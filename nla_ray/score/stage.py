@@ -1,8 +1,9 @@
 """What a base is like before anything is trained on it: its marker, layer and injection norm.
 
-texts, labels -> activations of several layers in one pass -> for each layer its norms and the gold
-ceiling: how well a ridge regression from features of labels to activations tells validation
-activations apart. Minutes, no adapter. Protects the rule that nothing of test is looked at.
+texts, labels -> activations of several layers in one pass -> for each layer its norms, the gold
+ceiling (how well a ridge regression from features of labels to activations tells validation
+activations apart), and how true the words are that a linear probe reads in them. Minutes, no
+adapter. Protects the rule that nothing of test is looked at.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.identity import Split, seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.stages import INSPECTION_FORMAT, INSPECTION_NAME
-from nla_ray.score.ceiling import DEPTHS, inspect_layer
+from nla_ray.score.ceiling import DEPTHS, inspect_layer, probe_words
 from nla_ray.score.linear import DescriptionFeatures
 from nla_ray.settings.config import RunConfig, require
 from nla_ray.text.stage import families_of, read_chunks
@@ -70,13 +71,8 @@ def inspect_base(run: Run) -> dict[str, Any]:
         features = DescriptionFeatures(
             model, tokenizer, layer=layer // 2, max_tokens=config.judge_scorer.max_tokens
         )
-        by_layer[layer] = inspect_layer(
-            train_activations[layer],
-            validation_activations[layer],
-            features([row["label"] for row in train]),
-            features([row["label"] for row in validation]),
-            family_ids,
-        )
+        learned, held_out = train_activations[layer], validation_activations[layer]
+        by_layer[layer] = _inspected(features, train, learned, validation, held_out, family_ids)
     results = {
         "format": INSPECTION_FORMAT,
         "base": config.base.model,
@@ -119,6 +115,23 @@ def _marker(tokenizer, configured: str) -> dict[str, Any]:
     }
 
 
+def _inspected(
+    features: DescriptionFeatures,
+    train: list[dict[str, Any]],
+    learned: Tensor,
+    validation: list[dict[str, Any]],
+    held_out: Tensor,
+    family_ids: list[str],
+) -> dict[str, Any]:
+    """What one layer holds, by the activations of train and validation texts."""
+    labels, held_out_labels = ([row["label"] for row in rows] for rows in (train, validation))
+    texts, held_out_texts = ([row["read"] for row in rows] for rows in (train, validation))
+    return {
+        **inspect_layer(learned, held_out, features(labels), features(held_out_labels), family_ids),
+        "probe": probe_words(learned, held_out, texts, held_out_texts, family_ids),
+    }
+
+
 def _labelled_texts(
     run: Run, chunks: list[dict[str, Any]], split: Split, limit: int | None
 ) -> list[dict[str, Any]]:
@@ -147,7 +160,8 @@ def _read(
 ) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
     """The texts that can be captured, and their activations by layer: [texts, d_model].
 
-    The activations are those of each text's first position that has a label; `label` is that one.
+    The activations are those of each text's first position that has a label; `label` is that one,
+    `read` the text up to there.
     """
     kept: list[dict[str, Any]] = []
     encoded: list[EncodedText] = []
@@ -162,7 +176,8 @@ def _read(
             labels = {found_text.positions[0]: labels[None]}
         position = min(labels)
         encoded.append(EncodedText(ids=found_text.ids, positions=[position]))
-        kept.append({**row, "label": labels[position]})
+        end = found_text.ends[found_text.positions.index(position)]
+        kept.append({**row, "label": labels[position], "read": row["text"][:end]})
     found = reader.read(encoded)
     return kept, {
         layer: torch.from_numpy(np.stack([array[0] for array in arrays]))

@@ -26,10 +26,10 @@ from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.cross_fit import CrossFitted, cross_fit
 from nla_ray.score.probe import words_of
-from nla_ray.score.readable import FORMS, LabelWords, rewrite
+from nla_ray.score.readable import LABEL_FORMS, LabelWords, rewrite
 from nla_ray.settings.config import RunConfig
 
-NAME = "readable_labels"
+READABLE_LABELS = "readable_labels"
 _FILE = "labels.parquet"
 _SPLITS = ("train", "validation")
 _UNLIKELY = 0.02
@@ -42,12 +42,12 @@ def make_readable_labels(run: Run) -> Manifest:
     """The stage: the artifact's manifest. Skipped when complete."""
     if _open_stage(run).manifest is None:
         run_placed(run.config, "scorer", write_readable_labels)
-    return run.require(NAME)
+    return run.require(READABLE_LABELS)
 
 
 def _open_stage(run: Run) -> Artifact:
     check_base(run.require("activations"), base_info(run.config.base))
-    return run.open(NAME)
+    return run.open(READABLE_LABELS)
 
 
 def write_readable_labels(config: RunConfig) -> None:
@@ -70,7 +70,7 @@ def write_readable_labels(config: RunConfig) -> None:
     }
     logger.info(
         "%s: %d labels, %.0f %% of what they say of their texts cannot be read in the activations",
-        NAME,
+        READABLE_LABELS,
         len(rows),
         100 * metrics["unreadable_share"],
     )
@@ -103,15 +103,15 @@ def _rewritten(
                     "subject": subjects[row],
                     "teacher": label["teacher"],
                     "drawn": label["drawn"],
-                    **{form: getattr(made, form) for form in FORMS},
+                    **{form: getattr(made, form) for form in LABEL_FORMS},
                     "items": made.items,
                     "unreadable": made.unreadable,
                 }
 
 
 def readable_labels(run: Run, split: str, form: str) -> Iterator[Mapping[str, Any]]:
-    """The labels of a split in one of FORMS: rows with subject, teacher, drawn and label."""
-    location = run.verified(NAME, run.require(NAME), _FILE)
+    """The labels of a split in one of LABEL_FORMS: rows with subject, teacher, drawn and label."""
+    location = run.verified(READABLE_LABELS, run.require(READABLE_LABELS), _FILE)
     with location.filesystem.open_input_file(location.path) as file:
         columns = ["subject", "teacher", "drawn", form]
         table = pq.read_table(file, columns=columns, filters=[("split", "=", split)])

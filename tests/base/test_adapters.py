@@ -23,6 +23,7 @@ from nla_ray.base.adapters import (
 from nla_ray.base.families import family_of
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone
+from nla_ray.settings import precision
 from nla_ray.settings.config import BaseConfig, LoraSettings
 
 LORA = LoraSettings(rank=4, alpha=8)
@@ -111,7 +112,11 @@ def test_two_adapters_share_one_base_and_switching_restores_what_was_trainable(
     } == {"first"}
 
 
-def test_adapter_weights_are_float32_over_a_bfloat16_base(tiny_base: BaseConfig) -> None:
+def test_adapter_weights_are_float32_over_a_bfloat16_base(
+    tiny_base: BaseConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16\n")  # else the base is widened
+    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
     model = add_lora(load_backbone(dataclasses.replace(tiny_base, dtype="bfloat16")), LORA)
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {
         torch.float32

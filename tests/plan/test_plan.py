@@ -30,7 +30,13 @@ def test_every_preset_can_be_planned(name: str, tmp_path: Path) -> None:
     config = dataclasses.replace(PRESETS[name](), run_dir=str(tmp_path))
     text = describe_plan(config, "pipeline")
     for stage in stages_of_job("pipeline"):
-        assert f"\n{stage.name}\n" in text
+        assert (f"\n{stage.name}\n" in text) == stage.is_wanted(config)
+
+
+def test_readable_labels_are_planned_where_sft_is_taught_them(tmp_path: Path) -> None:
+    config = override(nano(), sft={"claims": "replaced"})
+    text = describe_plan(dataclasses.replace(config, run_dir=str(tmp_path)), "sft")
+    assert "labels in three forms" in text and "\nreadable_labels\n" in text
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from nla_ray.activation import vectors
 from nla_ray.label.stage import label_texts, load_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import INSPECTION_NAME
-from nla_ray.score.ceiling import describe_inspection, inspect_layer, round_up
+from nla_ray.score.ceiling import describe_inspection, inspect_layer, probe_words, round_up
 from nla_ray.score.stage import inspect_base
 from nla_ray.settings.config import CaptureConfig, CorpusConfig, RunConfig
 from nla_ray.text.stage import build_corpus
@@ -55,6 +55,25 @@ def test_a_layer_that_labels_determine_has_a_ceiling_and_one_that_they_do_not_ha
     )
 
 
+def test_words_that_activations_hold_are_read_and_words_that_they_do_not_hold_are_not() -> None:
+    draw = torch.Generator().manual_seed(0)
+    words = [f"word{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    present = torch.rand(460, len(words), generator=draw) < 0.15
+    texts = [" ".join(words[place] for place in row.nonzero()) for row in present]
+    directions = torch.randn(len(words), 32, generator=draw)
+    families = [f"family{row}" for row in range(60)]
+
+    def probed(vectors: torch.Tensor) -> dict[str, dict[str, float]]:
+        return probe_words(vectors[:400], vectors[400:], texts[:400], texts[400:], families)
+
+    held = probed(present.float() @ directions + 3.0)
+    lost = probed(torch.randn(460, 32, generator=draw) + 3.0)
+    assert set(held) == {"3", "5"}
+    assert held["3"]["low"] > 0.8 > 0.3 > lost["3"]["high"]
+    assert held["3"]["value"] > held["5"]["value"]
+    assert probe_words(directions, directions, [""] * 26, [""] * 26, words) == {}
+
+
 def test_a_base_is_inspected_from_texts_and_labels_alone(
     published_run: RunConfig, tmp_path
 ) -> None:
@@ -84,7 +103,11 @@ def test_a_base_is_inspected_from_texts_and_labels_alone(
         for layer, one in results["layers"].items()
     }
     assert ceilings[results["proposed_layer"]] == max(ceilings.values())
+    for layer in results["layers"].values():
+        assert 0.0 < layer["probe"]["5"]["value"] <= layer["probe"]["3"]["value"] <= 1.0
     lines = describe_inspection(results)
+    value = results["layers"]["0"]["probe"]["3"]["value"]
+    assert f"{value:.3f} " in lines[3]
     assert (
         lines[-1].startswith(f"best ceiling (10-way): --base.layer {results['proposed_layer']} ")
         and len(lines) == 3 + 2 + 1

@@ -13,7 +13,7 @@ from nla_ray.label.stage import activation_subjects, all_labels, drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.score import claims
 from nla_ray.settings.config import RunConfig
-from nla_ray.training.readable import NAME, readable_labels, write_readable_labels
+from nla_ray.training.readable import READABLE_LABELS, readable_labels, write_readable_labels
 from nla_ray.training.sft import load_pairs
 
 
@@ -60,7 +60,7 @@ def test_every_label_of_an_activation_has_its_forms_and_says_nothing_that_is_not
 
 
 def test_the_probes_learned_from_train_documents_alone(made: RunConfig) -> None:
-    manifest = Run(made).require(NAME)
+    manifest = Run(made).require(READABLE_LABELS)
     assert set(manifest.documents) == {"train"}
     assert set(manifest.documents["train"]) == set(load_activations(Run(made), "train").doc_ids)
     assert set(manifest.parents) == {"activations", "labels"}
@@ -72,14 +72,14 @@ def test_at_a_probability_of_nothing_every_word_of_a_label_is_readable(
     made: RunConfig, tmp_path: Path
 ) -> None:
     shutil.copytree(made.run_dir, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / NAME)
+    shutil.rmtree(tmp_path / "run" / READABLE_LABELS)
     config = dataclasses.replace(
         made,
         run_dir=str(tmp_path / "run"),
         readable_labels=dataclasses.replace(made.readable_labels, least=0.0),
     )
     write_readable_labels(config)
-    assert Run(config).require(NAME).metrics["unreadable_share"] == 0.0
+    assert Run(config).require(READABLE_LABELS).metrics["unreadable_share"] == 0.0
     originals = drawn_labels(Run(config), "train")
     for row in readable_labels(Run(config), "train", "readable"):
         assert row["label"] == originals[row["subject"]]
