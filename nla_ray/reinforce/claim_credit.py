@@ -1,14 +1,15 @@
 """Credit by claim: the tokens that claim a word are paid for the word, found in the text or not.
 
     value of a claim = weight x (1 - p) where the text has the word, weight x -p where it has not
-    weight = log(N / texts that have the word) / log(N), of N train texts
+    weight = log(N / texts that have the word) / log(N), of the N train texts of the schedule
 
 p is the precision from which claiming pays: saying a word that is right less often than that costs
 more than silence, which earns nothing. A word that is said again counts as not found. Words of many
 texts weigh little, so that naming what every text has is no way to be right. The value goes to the
-tokens of the claim and to those between it and the claim before, where it was decided to go on.
-Knows texts and ids only. Source: the score of a binary forecast that is decided at p, of which all
-proper scores are mixtures: Schervish, "A general method for comparing probability assessors", 1989.
+tokens of the claim and to those between it and the claim before in the same line, where it was
+decided to go on. Knows texts and ids only. Source: the score of a binary forecast that is decided
+at p, of which all proper scores are mixtures: Schervish, "A general method for comparing
+probability assessors", 1989.
 """
 
 from __future__ import annotations
@@ -49,9 +50,13 @@ class ClaimPrices:
         return cls(num_texts=num_texts, counts=counts, precision=precision)
 
     def value(self, word: str, *, found: bool) -> float:
-        """A word that no text has weighs as much as one that a single text has."""
+        """A word that no text has weighs as much as one that a single text has.
+
+        A quotation weighs as much as its rarest word.
+        """
         total = max(2, self.num_texts)
-        weight = math.log(total / max(1, self.counts.get(word, 0))) / math.log(total)
+        count = min((self.counts.get(part, 0) for part in _words_in(word)), default=0)
+        weight = math.log(total / max(1, count)) / math.log(total)
         return weight * (1 - self.precision if found else -self.precision)
 
 
@@ -69,13 +74,20 @@ def claim_values(
     [0.0, 0.5, -0.5, -0.5]
     """
     written = decode(token_ids)
-    ends = [len(decode(token_ids[:number])) for number in range(len(token_ids) + 1)]
+    # A character that its last token has not finished yet is not there.
+    ends = [len(decode(token_ids[:end]).rstrip("\ufffd")) for end in range(len(token_ids) + 1)]
     values = [0.0] * len(token_ids)
     for begin, end, value in _valued_spans(written.partition(CLOSING_TAG)[0], source, prices):
         for number, (first, last) in enumerate(pairwise(ends)):
             if first < end and last > begin:
                 values[number] += value
     return values
+
+
+def _words_in(claim: str) -> frozenset[str]:
+    """The words of a quotation, or the claim itself where it is one word or none."""
+    is_phrase = not claim.isalnum()
+    return (claims.found_words(claim) if is_phrase else frozenset()) or frozenset([claim])
 
 
 def _valued_spans(text: str, source: str, prices: ClaimPrices) -> Iterator[tuple[int, int, float]]:
@@ -85,9 +97,9 @@ def _valued_spans(text: str, source: str, prices: ClaimPrices) -> Iterator[tuple
     for piece, mark in claims.marked(text, source):
         end = offset + len(piece)
         if mark:
-            word = " ".join(piece.casefold().split())
-            is_found = mark == "found" and word not in said
-            said.add(word)
+            word = claims.claim_of(piece)
+            is_found = mark == "found" and not _words_in(word) <= said
+            said |= _words_in(word)
             yield offset if reached is None else reached, end, prices.value(word, found=is_found)
             reached = end
         elif "\n" in piece:

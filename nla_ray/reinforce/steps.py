@@ -101,7 +101,8 @@ class StepSampler:
         self._scoring: list[ObjectRef] = []
         self._lines: list[Lines] = []
         """Of every rollout; empty where credit goes to whole descriptions."""
-        self._prices = ClaimPrices.of(data.sources.values(), settings.claim_precision)
+        priced = data.sources.values() if settings.claim_weight else ()
+        self._prices = ClaimPrices.of(priced, settings.claim_precision)
         self._claims: list[list[float]] = []
         """Of every rollout the value of each token's claim; empty where claims are not paid."""
         self._worths: list[list[float]] = []
@@ -123,16 +124,16 @@ class StepSampler:
         decode = partial(trainer.processing_class.decode, skip_special_tokens=True)
         if self.settings.credit == "line":
             self._lines = [cut_lines(rollout.token_ids, decode) for rollout in batch.rollouts]
-        if self.settings.claim_weight:
+        request = self._scoring_request(batch.rollouts, step)
+        self._scoring = submit_scores(self._scorers.part(*part), request)
+        columns = self._columns(batch.rollouts)
+        if self.settings.claim_weight:  # while the scorers work
             self._claims = [
                 claim_values(
                     rollout.token_ids, decode, self.data.sources[rollout.row], self._prices
                 )
                 for rollout in batch.rollouts
             ]
-        request = self._scoring_request(batch.rollouts, step)
-        self._scoring = submit_scores(self._scorers.part(*part), request)
-        columns = self._columns(batch.rollouts)
         if self.settings.credit == "line":
             self._worths = self._worths_of(batch.rollouts, columns)
         return columns

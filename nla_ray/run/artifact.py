@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,7 +26,7 @@ from nla_ray.run.location import Location, copy_files, mirror_folder
 from nla_ray.run.lock import Lease, LocalLock
 from nla_ray.run.manifest import MANIFEST_NAME, Manifest
 from nla_ray.run.recipe import recipe_differences, recipe_of
-from nla_ray.run.stages import STAGES, job_of, stage_named
+from nla_ray.run.stages import STAGES, Stage, job_of, stage_named
 from nla_ray.settings.config import RunConfig, config_hash, to_dict
 from nla_ray.settings.precision import training_dtype
 
@@ -225,8 +225,9 @@ class Run:
     def parents_of(self, stage: str) -> dict[str, Manifest]:
         """Manifests of a stage's parents, by artifact.
 
-        An optional one is among them when it is wanted and complete, and the stage's artifact was
-        not made, or begun, without it. Raises ValueError that names the job of a missing one.
+        An optional one is among them when it is complete and the stage's artifact was not made, or
+        begun, without it. One that only some settings want: when these do, or when another parent
+        was made from it. Raises ValueError that names the job of a missing one.
         """
         row = stage_named(stage)
         parents = [stage_named(parent) for parent in row.parents]
@@ -235,11 +236,23 @@ class Run:
         if row.optional_parents:
             recorded = self.recorded(row.artifact(self.config))
             for name in row.optional_parents:
-                is_wanted = stage_named(name).is_wanted(self.config)
-                optional = self.find(name) if is_wanted else None
-                if optional is not None and (recorded is None or name in recorded[1]):
-                    manifests[name] = optional
+                if recorded is not None:
+                    is_parent = name in recorded[1]
+                elif stage_named(name).wanted_by is None:
+                    is_parent = self.find(name) is not None
+                else:
+                    is_parent = self._is_wanted(name, parents, manifests)
+                if is_parent:
+                    manifests[name] = self.require(name)
         return manifests
+
+    def _is_wanted(
+        self, name: str, parents: Sequence[Stage], manifests: Mapping[str, Manifest]
+    ) -> bool:
+        """Whether a new artifact of these parents is made from an optional stage as well."""
+        if any(name in parent.optional_parents for parent in parents):
+            return any(name in manifest.parents for manifest in manifests.values())
+        return stage_named(name).is_wanted(self.config)
 
     def recorded(self, name: str) -> tuple[dict[str, Any], dict[str, str]] | None:
         """Configuration of an artifact and fingerprints of its parents; None: it does not exist.

@@ -9,12 +9,15 @@ from __future__ import annotations
 import _thread
 import fcntl
 import json
+import math
 import os
 import platform
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger
@@ -65,10 +68,10 @@ class Lease:
     never do both hold the run. (Both may withdraw, when they start at the same moment.) A claim is
     alive for _LEASE_SECONDS from its renewal, by clocks that must agree within a minute.
 
-    Who holds the run gives it up to no claim that came later, as long as its own is valid: the
-    other one is about to be refused, or was killed as it started. What no lease can do: a process
-    that was frozen for longer than its claim is valid may finish the one write that it was in. It
-    stops at its next renewal, when it sees who has taken over.
+    Who holds the run gives it up to no claim that came later and is not renewed, as long as its own
+    is valid: the other one is about to be refused, or was killed as it started. What no lease can
+    do: a process that was frozen for longer than its claim is valid may finish the one write that
+    it was in. It stops at its next renewal, when it sees who has taken over.
     """
 
     def __init__(self, root: Location) -> None:
@@ -77,7 +80,7 @@ class Lease:
         try:
             self._renew()
             if others := self._others():
-                raise ValueError(_busy(root, others[0]))
+                raise ValueError(_busy(root, _owner_of(others)))
         except BaseException:  # also Ctrl-C: a claim that nobody holds would refuse the next start
             (self._claims / self._name).delete()
             raise
@@ -95,9 +98,9 @@ class Lease:
         is_stale = time.time() - self._renewed >= _LEASE_SECONDS
         return is_stale or not (self._claims / self._name).exists()
 
-    def _others(self) -> list[str]:
-        """Owners of the other claims that are alive; those of the dead are removed."""
-        owners = []
+    def _others(self) -> dict[str, dict[str, Any]]:
+        """The other claims that are alive, by name; those of the dead are removed."""
+        alive = {}
         for name in self._claims.list_files():
             if name == self._name:
                 continue
@@ -108,20 +111,30 @@ class Lease:
                     raise
                 continue  # withdrawn meanwhile
             except ValueError:  # being written
-                claim = {"owner": "", "time": time.time()}
+                claim = {"owner": "", "time": math.inf}
             if time.time() - claim["time"] < _LEASE_SECONDS:
-                owners.append(claim["owner"])
+                alive[name] = claim
             else:
                 (self._claims / name).delete()
-        return owners
+        return alive
 
     def _keep_renewing(self) -> None:
+        seen: dict[str, dict[str, Any]] = {}
         while not self._stop.wait(_LEASE_SECONDS / 3):
             try:
-                if self._may_be_lost() and (others := self._others()):
-                    logger.error("%s: taken over by %s; this job stops", self._claims, others[0])
+                others = self._others()
+                # One that renews its claim holds the run: who is refused, or killed, never does.
+                holders = {
+                    name: claim
+                    for name, claim in others.items()
+                    if self._may_be_lost() or claim["time"] > seen.get(name, claim)["time"]
+                }
+                if holders:
+                    owner = _owner_of(holders)
+                    logger.error("%s: taken over by %s; this job stops", self._claims, owner)
                     _thread.interrupt_main()
                     return
+                seen = others
                 self._renew()
             except OSError as error:  # a store that is away for a moment must not end the renewals
                 logger.warning("%s: not renewed this time: %s", self._claims, error)
@@ -131,6 +144,10 @@ class Lease:
         self._stop.set()
         self._thread.join()
         (self._claims / self._name).delete()
+
+
+def _owner_of(claims: Mapping[str, Mapping[str, Any]]) -> str:
+    return next(iter(claims.values()))["owner"]
 
 
 def _this_process() -> str:

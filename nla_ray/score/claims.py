@@ -253,6 +253,11 @@ def marked(description: str, text: str) -> list[tuple[str, Mark]]:
     return _joined(pieces)
 
 
+def claim_of(piece: str) -> str:
+    """What a marked piece claims: without quotation marks, casefolded, with single spaces."""
+    return " ".join(piece.strip(_QUOTES).casefold().split())
+
+
 def _marked_line(line: str, marks: Mapping[str, Mark]) -> list[tuple[str, Mark]]:
     """A line cut into pieces; `marks`: of every claim of the description."""
     head = _BULLET.match(line)
@@ -264,7 +269,7 @@ def _marked_line(line: str, marks: Mapping[str, Mark]) -> list[tuple[str, Mark]]
     pieces: list[tuple[str, Mark]] = [(line[:start], "")]
     last = start
     for match in _CLAIM.finditer(line, start):
-        claim = " ".join(match[0].strip(_QUOTES).casefold().split())
+        claim = claim_of(match[0])
         if claim in marks:
             pieces.append((line[last : match.start()], ""))
             pieces.append((match[0], marks[claim]))

@@ -1,11 +1,12 @@
-"""How likely a word is in a text, read from the activation by a probe that never saw the text.
+"""How likely a word is in a text, read from the activation by a probe that was not fitted to it.
 
 The rows are cut into folds by content family; the probe of a fold is fitted to all other folds. Its
 scores become probabilities by one logistic regression over all words: of the score, its square, and
-the log-odds of the word's share. Both are closed forms or a few passes, linear in rows; of every
-row only a block is in memory. Pure: it is given activations and texts, and knows no run. Protects
-the rule that no text is judged by a probe that learned from it. Source of the calibration: Platt,
-"Probabilistic Outputs for Support Vector Machines", 1999.
+the log-odds of the word's share. Both are closed forms or a few passes, linear in rows; only a
+block of rows is in memory, and those that calibrate. Pure: it is given activations and texts, and
+knows no run. Protects the rule that no text is judged by weights that were fitted to it; what all
+folds share (the words, the penalty, the calibration) has seen every text. Source of the
+calibration: Platt, "Probabilistic Outputs for Support Vector Machines", 1999.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ FOLDS = 5
 _CALIBRATED_ROWS = 2_048
 """Rows, with all words, that the calibration is fitted to."""
 _NEWTON_STEPS = 25
+_SHARES = (0.002, 1.0)
+"""Of the train texts that have a word of the probe: a word of almost all is read most surely."""
 _LEAST_SCORE, _LARGEST_SCORE = -3.0, 8.0
-"""In standard deviations; the square of a score beyond would bend the curve back."""
+"""In standard deviations; calibrating rows have hardly any beyond."""
 _DAMPING = 1e-3
 _LEAST_SHARE = 1e-6
 _NUM_INPUTS = 4
@@ -73,7 +76,12 @@ class CrossFitted:
         for start in range(0, len(activations), BLOCK_ROWS):
             rows = range(start, min(start + BLOCK_ROWS, len(activations)))
             scores = self._scores(activations[start : rows.stop], rows, fitted)
-            yield rows, torch.sigmoid(_inputs(scores, self.log_odds) @ self.coefficients)
+            yield rows, self._calibrated(scores)
+
+    def _calibrated(self, scores: Float[Tensor, "block words"]) -> Float[Tensor, "block words"]:
+        """Probabilities, which rise with the score: beyond the parabola's vertex they stay."""
+        bounded = _up_to_vertex(scores, self.coefficients)
+        return torch.sigmoid(_inputs(bounded, self.log_odds) @ self.coefficients)
 
     def _scores(self, block: Tensor, rows: range, fitted: bool) -> Tensor:
         if not fitted:
@@ -94,12 +102,12 @@ def cross_fit(
 ) -> CrossFitted:
     """Fit all of it to the train rows. `mean`: mu.
 
-    Raises ValueError for rows of a single family.
+    Raises ValueError for rows of fewer than FOLDS families.
     """
-    fold_of, num_folds = _folds(families, seed)
+    fold_of = _folds(families, seed)
     held = [words_of(text) for text in texts]
-    words, of_fold = probed_words(held), torch.tensor(fold_of)
-    parts = [torch.nonzero(of_fold == fold).flatten() for fold in range(num_folds)]
+    words, of_fold = probed_words(held, _SHARES), torch.tensor(fold_of)
+    parts = [torch.nonzero(of_fold == fold).flatten() for fold in range(FOLDS)]
     held_of_part = [[held[row] for row in rows.tolist()] for rows in parts]
     sums = [
         ProbeSums.of(activations[rows], of_part, words, mean)
@@ -121,17 +129,16 @@ def cross_fit(
     )
 
 
-def _folds(families: Sequence[str], seed: int) -> tuple[list[int], int]:
-    """The fold of every row, families whole, and how many folds there are: FOLDS at most."""
+def _folds(families: Sequence[str], seed: int) -> list[int]:
+    """The fold of every row; a family is in one."""
     names = sorted(set(families), key=lambda name: seed_of(seed, "fold", name))
-    if len(names) < 2:
+    if len(names) < FOLDS:
         raise ValueError(
-            f"train families of a cross-fitted probe: got {len(names)}, expected at least 2."
-            " Use texts of several documents."
+            f"train families of a cross-fitted probe: got {len(names)}, expected at least {FOLDS}."
+            " Use texts of more documents."
         )
-    count = min(FOLDS, len(names))
-    fold_of_family = {name: number % count for number, name in enumerate(names)}
-    return [fold_of_family[name] for name in families], count
+    fold_of_family = {name: number % FOLDS for number, name in enumerate(names)}
+    return [fold_of_family[name] for name in families]
 
 
 def _calibrate(
@@ -162,7 +169,22 @@ def _calibrate(
         gradient = x.T @ (y - probability) - damping @ coefficients
         curvature = (x * (probability * (1 - probability))[:, None]).T @ x + damping
         coefficients = coefficients + torch.linalg.solve(curvature, gradient)
+    scores = _up_to_vertex(x[:, 1], coefficients)
+    x = torch.stack([x[:, 0], scores, scores.square(), x[:, 3]], dim=1)
+    for _ in range(_NEWTON_STEPS):  # the constant alone: as many are expected as there are
+        probability = torch.sigmoid(x @ coefficients)
+        spread = (probability * (1 - probability)).sum() + _DAMPING
+        coefficients[0] += (y - probability).sum() / spread
     return coefficients.float()
+
+
+def _up_to_vertex(scores: Tensor, coefficients: Float[Tensor, 4]) -> Tensor:
+    """Scores, held where the parabola of the coefficients would turn back."""
+    _, slope, bend, _ = coefficients.tolist()
+    if not bend:
+        return scores
+    vertex = -slope / (2 * bend)
+    return scores.clamp(max=vertex) if bend < 0 else scores.clamp(min=vertex)
 
 
 def _inputs(

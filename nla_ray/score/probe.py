@@ -181,10 +181,12 @@ def words_of(text: str) -> frozenset[str]:
     return frozenset(claims.content_words(text, listed=True))
 
 
-def probed_words(held: Sequence[frozenset[str]]) -> list[str]:
-    """The words of a probe: those that a share of PROBED_SHARES of these texts has, sorted."""
+def probed_words(
+    held: Sequence[frozenset[str]], shares: tuple[float, float] = PROBED_SHARES
+) -> list[str]:
+    """The words of a probe: those that such a share of these texts has, sorted."""
     counts = Counter(word for words in held for word in words)
-    least, largest = (share * len(held) for share in PROBED_SHARES)
+    least, largest = (share * len(held) for share in shares)
     return sorted(word for word, count in counts.items() if least <= count <= largest)
 
 

@@ -4,7 +4,8 @@ An item of a list, or a line of prose, is readable where its claims are: where e
 (half of the words of the line) is likely to be in the text for whoever sees the activation alone.
 What is not readable is dropped, or replaced by words of the text that are. Pure: it is given labels
 and probabilities. Protects the rule that a label stays honest: every word that it adds is in the
-text, and it adds no more items than it drops.
+text, and it adds no more words than it drops. Numbers and quotations are read by no probe: they are
+dropped.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Rewritten:
     readable: str
     """Unreadable items are dropped."""
     replaced: str
-    """In their place stand readable words of the text, where there are any."""
+    """In their place stand readable words of the text, where there are any; tokens are listed with
+    the most common first."""
     thinned: str
     """As many items are dropped at random: what dropping itself is worth."""
     items: int
@@ -62,10 +64,10 @@ class LabelWords:
         """Count in labels of train texts; a word that fewer than _LEAST_LABELS name is left out."""
         named: dict[str, Counter[str]] = defaultdict(Counter)
         for label in labels:
-            for number, line in enumerate(claims.bullets(label)):
-                for item in _items(number, line):
-                    for word in item.claimed:
-                        named[word][item.place] += 1
+            lines = enumerate(claims.bullets(label))
+            items = [item for number, line in lines for item in _items(number, line)]
+            for word, place in {(word, item.place) for item in items for word in item.claimed}:
+                named[word][place] += 1
         counts = {word: places.total() for word, places in named.items()}
         kept = {word for word, count in counts.items() if count >= _LEAST_LABELS}
         return cls(
@@ -111,15 +113,17 @@ def rewrite(
     dropped = [number for number in claiming if not _is_readable(items[number], probability, least)]
     thinned = random.Random(seed).sample(claiming, len(dropped))
     said = {word for number in claiming if number not in dropped for word in items[number].claimed}
-    left = [word for word in offers if word not in said and word in words.place_of]
+    taken = said | {item.text.casefold() for item in items if not item.claimed}
+    left = [word for word in offers if word not in taken and word in words.place_of]
     replaced: dict[int, str] = {}
     for number in dropped:
         place = items[number].place
         fitting = sorted(left, key=lambda word: place not in (words.place_of[word], _PROSE))
         readable = [word for word in fitting if probability.get(word, 0.0) >= least]
-        chosen = readable[: _PROSE_WORDS if place == _PROSE else 1]
+        most = _PROSE_WORDS if place == _PROSE else 1
+        chosen = readable[: min(most, len(items[number].claimed))]
         if not chosen and not said and number == dropped[-1]:
-            chosen = fitting[:1]
+            chosen = left[:1]
         replaced[number] = ", ".join(chosen)
         said.update(chosen)
         left = [word for word in left if word not in chosen]

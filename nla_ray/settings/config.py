@@ -260,6 +260,15 @@ class ReadableLabelsConfig:
     seed: int = 0
     """Draws the folds of the probe, and what is dropped at random."""
 
+    def __post_init__(self) -> None:
+        require(
+            0.0 <= self.least <= 1.0,
+            "readable_labels.least",
+            self.least,
+            "a probability",
+            "From 0 on everything is readable that a probe knows.",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
@@ -349,7 +358,8 @@ class GRPOSettings:
     evidence_weight: float = 0.0
     """Weight of the share of a description's words that the text holds."""
     claim_weight: float = 0.0
-    """Advantage of the tokens of a claimed word that is as rare as any and in the text for sure."""
+    """By how much a claimed word that is in the text is paid more than one that is not, in units of
+    the advantage, for a word that is as rare as any; 0: claims are not paid."""
     claim_precision: float = 0.75
     """How often a claimed word must be in the text for saying it to pay."""
     save_steps: int = 20
@@ -382,6 +392,13 @@ class GRPOSettings:
             self.group_size,
             "at least 2",
             "An advantage needs a group.",
+        )
+        require(
+            0.0 <= self.claim_precision <= 1.0 and self.claim_weight >= 0.0,
+            "grpo.claim_precision, grpo.claim_weight",
+            (self.claim_precision, self.claim_weight),
+            "a share from 0 to 1, and a weight of 0 or more",
+            "A claim is to be right this often.",
         )
         num_contrasted = self.num_wrong + self.num_near
         require(

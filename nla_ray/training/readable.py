@@ -1,8 +1,8 @@
 """Makes the artifact `readable_labels`: every label without what its activation does not hold.
 
 activations, labels -> probability of each word in each text, cross-fitted -> each label in three
-forms. Train rows are read by probes that never saw their families, validation rows by a probe of
-the train rows. One process, no Ray Train: seconds for ten thousand activations.
+forms. Train rows are read by probes that were not fitted to their families, validation rows by a
+probe of the train rows. One process, no Ray Train: seconds for ten thousand activations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nla_ray.run.manifest import Manifest
 from nla_ray.score.cross_fit import CrossFitted, cross_fit
 from nla_ray.score.probe import words_of
 from nla_ray.score.readable import LABEL_FORMS, LabelWords, rewrite
-from nla_ray.settings.config import RunConfig
+from nla_ray.settings.config import RunConfig, require
 
 READABLE_LABELS = "readable_labels"
 _FILE = "labels.parquet"
@@ -58,9 +58,17 @@ def write_readable_labels(config: RunConfig) -> None:
     train = load_activations(run, "train")
     probes = cross_fit(train.vectors, train.texts, train.family_ids, mean, settings.seed)
     rows: list[dict[str, Any]] = []
+    words = LabelWords.of(row["label"] for row in load_labels(run, "train"))
     for split in _SPLITS:
         table = train if split == "train" else load_activations(run, split)
-        rows += _rewritten(run, split, table, probes)
+        rows += _rewritten(run, split, table, probes, words)
+    require(
+        len(rows) > 0,
+        "labels of train or validation activations",
+        0,
+        "at least one",
+        "Label the texts of this corpus: run jobs/label.py.",
+    )
     items, unreadable = (sum(row[name] for row in rows) for name in ("items", "unreadable"))
     metrics = {
         "words": len(probes.words),
@@ -69,7 +77,7 @@ def write_readable_labels(config: RunConfig) -> None:
         "unreadable_share": unreadable / max(1, items),
     }
     logger.info(
-        "%s: %d labels, %.0f %% of what they say of their texts cannot be read in the activations",
+        "%s: %d labels, of what they say of their texts a probe reads all but %.0f %%",
         READABLE_LABELS,
         len(rows),
         100 * metrics["unreadable_share"],
@@ -80,7 +88,7 @@ def write_readable_labels(config: RunConfig) -> None:
 
 
 def _rewritten(
-    run: Run, split: str, table: ActivationTable, probes: CrossFitted
+    run: Run, split: str, table: ActivationTable, probes: CrossFitted, words: LabelWords
 ) -> Iterator[dict[str, Any]]:
     """The labels of a split's activations with their forms, label after label."""
     settings = run.config.readable_labels
@@ -88,10 +96,10 @@ def _rewritten(
     for row in load_labels(run, split):
         labels.setdefault(subject_of(row), []).append(row)
     subjects = activation_subjects(run, table)
-    words = LabelWords.of(row["label"] for row in load_labels(run, "train"))
     for rows, block in probes.blocks(table.vectors, fitted=split == "train"):
         for row, probabilities in zip(rows, block, strict=True):
-            likely = torch.nonzero(probabilities >= _UNLIKELY).flatten().tolist()
+            least = min(_UNLIKELY, settings.least)
+            likely = torch.nonzero(probabilities >= least).flatten().tolist()
             found = {probes.words[number]: probabilities[number].item() for number in likely}
             in_text = words_of(table.texts[row])
             offers = sorted(in_text & found.keys(), key=lambda word: (-found[word], word))

@@ -55,6 +55,25 @@ def test_saying_a_word_again_costs_as_much_as_a_word_that_is_not_there() -> None
     assert paid == pytest.approx([0.0, 0.25, -0.75, -0.75])
 
 
+def test_quotation_marks_make_a_word_neither_rarer_nor_new() -> None:
+    plain, quoted = (
+        values(["- tokens: ", "frame"], "frame"),
+        values(["- tokens: ", '"frame"'], "frame"),
+    )
+    assert plain == pytest.approx(quoted)
+    again = values(["- mentions ", "frame", " and ", '"frame"'], "the frame")
+    assert again[1] == pytest.approx(PRICES.value("frame", found=True))
+    assert again[3] == pytest.approx(PRICES.value("frame", found=False))
+    assert PRICES.value("the frame", found=True) == PRICES.value("the", found=True)
+    assert PRICES.value("frame dtype", found=True) == PRICES.value("dtype", found=True)
+
+
+def test_a_character_of_several_tokens_is_paid_where_it_is_whole() -> None:
+    spelled = {1: "- tokens: \ufffd", 2: "- tokens: \u6f22", 3: "- tokens: \u6f22, index"}
+    paid = claim_values([0, 1, 2], lambda ids: spelled.get(len(ids), ""), "\u6f22", PRICES)
+    assert paid == pytest.approx([0.0, 0.25, -0.75])
+
+
 def test_silence_earns_nothing() -> None:
     assert (
         values(["- tokens: ", "no word", " stands out", "\n- next: ", "a list"], "frame")

@@ -341,6 +341,23 @@ def test_a_start_that_is_refused_does_not_stop_the_process_that_holds_the_run(
     assert claims_in(where).list_files() == ["refused.json"]
 
 
+def test_of_two_that_renew_their_claims_the_one_that_sees_it_stops(
+    monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    where = f"memory://{uuid.uuid4().hex}"
+    monkeypatch.setattr(lock, "_LEASE_SECONDS", 0.6)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), run_at(where).locked():
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                write_claim(where, "another", age_seconds=-60)
+                time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert any("taken over by process of another; this job stops" in line for line in told)
+
+
 def test_a_start_that_is_cut_off_leaves_no_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     where = f"memory://{uuid.uuid4().hex}"
 

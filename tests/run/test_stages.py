@@ -96,6 +96,31 @@ def test_readable_labels_are_made_where_sft_is_taught_them(tmp_path: Path) -> No
     assert set(taught.parents_of("sft")) == {"activations", "labels", "readable_labels"}
 
 
+def test_a_report_is_made_from_readable_labels_where_its_sft_was(tmp_path: Path) -> None:
+    """Whatever the flags say: an artifact that exists is taken as it is."""
+    plain, taught = run_at(tmp_path, nano()), run_at(tmp_path, nano(), sft={"claims": "replaced"})
+    for name in (*SCORERS, "readable_labels", "grpo"):
+        taught.open_artifact(name).publish()
+    with pytest.raises(ValueError, match=r"artifact 'sft': got none"):
+        taught.parents_of("report")
+    taught.open("sft").publish()
+    for run in (plain, taught):
+        assert "readable_labels" in run.parents_of("report")
+    (taught.root / "sft").delete()
+    plain.open("sft").publish()
+    for run in (plain, taught):
+        assert "readable_labels" not in run.parents_of("report")
+
+
+def test_sft_is_not_begun_without_the_labels_that_it_is_to_be_taught(tmp_path: Path) -> None:
+    taught = run_at(tmp_path, nano(), sft={"claims": "replaced"})
+    for name in ("activations", "labels"):
+        taught.open_artifact(name).publish()
+    with pytest.raises(ValueError, match=r"artifact 'readable_labels': got none .* jobs/sft\.py"):
+        taught.open("sft")
+    assert taught.started("sft") is None
+
+
 def test_a_closure_holds_every_ancestor_once_in_the_order_of_the_table() -> None:
     assert names(closure(["labels", "reward_scorer"])) == SCORERS[:4]
     assert closure([]) == ()

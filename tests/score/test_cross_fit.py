@@ -89,14 +89,27 @@ def test_activations_that_hold_nothing_give_every_word_its_share() -> None:
     assert read.mean().item() == pytest.approx(presence(probes, texts).mean().item(), abs=0.01)
 
 
-def test_a_single_family_has_nobody_else_to_learn_from() -> None:
-    vectors, texts, _ = rows_with_words(8, seed=5)
-    with pytest.raises(ValueError, match="train families of a cross-fitted probe: got 1, expected"):
-        cross_fit(vectors, texts, ["one"] * 8, torch.zeros(D_MODEL))
+@pytest.mark.parametrize("rows", [10, 20, 40, 100])
+@pytest.mark.parametrize("noise", [0.01, 3.0])
+def test_probabilities_rise_with_the_score_however_few_rows_there_are(
+    rows: int, noise: float
+) -> None:
+    probes = cross_fit(*rows_with_words(rows, seed=7, noise=noise), torch.full((D_MODEL,), 0.2))
+    scores = torch.linspace(-4.0, 9.0, 60)[:, None].expand(60, len(probes.words))
+    read = probes._calibrated(scores)
+    assert read.isfinite().all() and (read.diff(dim=0) >= -1e-6).all()
+
+
+def test_fewer_families_than_folds_are_refused() -> None:
+    vectors, texts, families = rows_with_words(8, seed=5)
+    with pytest.raises(ValueError, match="train families of a cross-fitted probe: got 4, expected"):
+        cross_fit(vectors, texts, families, torch.zeros(D_MODEL))
 
 
 def test_texts_without_a_word_of_the_probe_are_read_all_the_same() -> None:
-    vectors, _, families = rows_with_words(8, seed=6)
-    probes = cross_fit(vectors, ["12"] * 8, families, torch.zeros(D_MODEL))
+    vectors, _, families = rows_with_words(10, seed=6)
+    probes = cross_fit(vectors, ["12"] * 10, families, torch.zeros(D_MODEL))
     assert probes.words == []
-    assert probabilities(probes, vectors, fitted=True).shape == (8, 0)
+    assert probabilities(probes, vectors, fitted=True).shape == (10, 0)
+    everywhere = cross_fit(vectors, ["import"] * 10, families, torch.zeros(D_MODEL))
+    assert probabilities(everywhere, vectors, fitted=True).min() > 0.9

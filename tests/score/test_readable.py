@@ -76,6 +76,13 @@ def test_a_label_of_which_nothing_can_be_read_names_the_likeliest_word_all_the_s
     assert claims.claimed_words(made.readable) == frozenset()
     assert claims.claimed_words(made.replaced) == {"series"}
     assert claims.claimed_words(rewritten().replaced) == frozenset(), "the text has none"
+    made = rewritten("- tokens: rare", offers="index frame")
+    assert made.replaced == "- tokens: index", "whatever the place"
+
+
+def test_a_word_of_the_forecast_is_not_named_as_well() -> None:
+    made = rewritten("- tokens: licence\n- next: frame", likely="frame dtype", offers="frame dtype")
+    assert made.replaced == "- tokens: dtype\n- next: frame"
 
 
 def test_the_control_drops_as_many_at_random_by_seed() -> None:

@@ -96,6 +96,8 @@ def test_an_override_changes_its_field_and_no_other() -> None:
         ),
         (["--base.layer", "-1"], ["base.layer: got -1"]),
         (["--judge-scorer.document-half", "even"], ["two different halves"]),
+        (["--grpo.claim-precision", "75"], ["grpo.claim_precision, grpo.claim_weight: got (75.0"]),
+        (["--readable-labels.least", "1.2"], ["readable_labels.least: got 1.2, expected a"]),
         (["--seeds", "1", "1"], ["seeds: got (1, 1), expected each once"]),
     ],
 )
