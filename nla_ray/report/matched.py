@@ -27,7 +27,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.score import claims
 from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.metrics import Figure
-from nla_ray.score.probe import fit_probe, words_as_bullets
+from nla_ray.score.probe import fit_probe, share_in_text, words_as_bullets
 from nla_ray.text.summary import extract_summary
 from nla_ray.text.words import WordStatistics, salient_words
 
@@ -124,6 +124,4 @@ def _claim_counts(described: Sequence[Description]) -> list[int]:
 def _probe_precision(evaluated: Evaluated, counts: Sequence[int]) -> list[float]:
     """Share of the probe's best words, so many a row, that the text has; of none it is 0."""
     rows = zip(evaluated.probed, counts, evaluated.texts, strict=True)
-    return [
-        claims.claim_precision(words_as_bullets(words[:count]), text) for words, count, text in rows
-    ]
+    return [share_in_text(words[:count], text) for words, count, text in rows]

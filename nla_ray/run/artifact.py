@@ -236,23 +236,24 @@ class Run:
         if row.optional_parents:
             recorded = self.recorded(row.artifact(self.config))
             for name in row.optional_parents:
-                if recorded is not None:
-                    is_parent = name in recorded[1]
-                elif stage_named(name).wanted_by is None:
-                    is_parent = self.find(name) is not None
+                if recorded is None:
+                    is_parent = self._is_begun_with(name, parents, manifests)
                 else:
-                    is_parent = self._is_wanted(name, parents, manifests)
+                    is_parent = name in recorded[1]
                 if is_parent:
                     manifests[name] = self.require(name)
         return manifests
 
-    def _is_wanted(
+    def _is_begun_with(
         self, name: str, parents: Sequence[Stage], manifests: Mapping[str, Manifest]
     ) -> bool:
         """Whether a new artifact of these parents is made from an optional stage as well."""
         if any(name in parent.optional_parents for parent in parents):
             return any(name in manifest.parents for manifest in manifests.values())
-        return stage_named(name).is_wanted(self.config)
+        optional = stage_named(name)
+        if optional.wanted_by is None:
+            return self.find(name) is not None
+        return optional.is_wanted(self.config)
 
     def recorded(self, name: str) -> tuple[dict[str, Any], dict[str, str]] | None:
         """Configuration of an artifact and fingerprints of its parents; None: it does not exist.

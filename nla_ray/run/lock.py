@@ -122,12 +122,12 @@ class Lease:
         seen: dict[str, dict[str, Any]] = {}
         while not self._stop.wait(_LEASE_SECONDS / 3):
             try:
-                others = self._others()
+                others, may_be_lost = self._others(), self._may_be_lost()
                 # One that renews its claim holds the run: who is refused, or killed, never does.
                 holders = {
                     name: claim
                     for name, claim in others.items()
-                    if self._may_be_lost() or claim["time"] > seen.get(name, claim)["time"]
+                    if may_be_lost or claim["time"] > seen.get(name, claim)["time"]
                 }
                 if holders:
                     owner = _owner_of(holders)

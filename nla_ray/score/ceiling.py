@@ -16,12 +16,11 @@ from torch import Tensor
 
 from nla_ray.activation import vectors
 from nla_ray.activation.vectors import norm
-from nla_ray.score import claims
 from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.linear import PENALTIES, fit, predict
 from nla_ray.score.metrics import Figure, figures
-from nla_ray.score.probe import fit_probe, words_as_bullets
+from nla_ray.score.probe import fit_probe, share_in_text
 
 PUBLIC_DEPTH = 20 / 28
 """Share of the blocks below the layer that public verbalizers read (block 20 of 28)."""
@@ -81,12 +80,16 @@ def probe_words(
     if not probe.words:
         return {}
     ranked = probe.rank(validation, max(PROBED))
-    figures_of_count = {}
-    for count in PROBED:
-        bullets = [words_as_bullets(words[:count]) for words in ranked]
-        shares = map(claims.claim_precision, bullets, validation_texts)
-        figures_of_count[str(count)] = Figure.mean(list(shares))
-    intervals = FamilyBootstrap(family_ids).intervals(figures_of_count)
+    shares = {
+        str(count): Figure.mean(
+            [
+                share_in_text(words[:count], text)
+                for words, text in zip(ranked, validation_texts, strict=True)
+            ]
+        )
+        for count in PROBED
+    }
+    intervals = FamilyBootstrap(family_ids).intervals(shares)
     return {count: interval.to_dict() for count, interval in intervals.items()}
 
 

@@ -75,22 +75,28 @@ class CrossFitted:
         """
         for start in range(0, len(activations), BLOCK_ROWS):
             rows = range(start, min(start + BLOCK_ROWS, len(activations)))
-            scores = self._scores(activations[start : rows.stop], rows, fitted)
-            yield rows, self._calibrated(scores)
+            block = activations[start : rows.stop]
+            yield (
+                rows,
+                self._calibrated(
+                    self.out_of_fold_scores(block, rows) if fitted else self.whole.scores(block)
+                ),
+            )
+
+    def out_of_fold_scores(
+        self, activations: Float[Tensor, "block d_model"], rows: Sequence[int]
+    ) -> Float[Tensor, "block words"]:
+        """Scores by the probes that were not fitted to them; `rows`: which of the rows they are."""
+        folds = torch.tensor([self.fold_of[row] for row in rows])
+        scores = torch.empty(len(activations), len(self.words))
+        for fold in folds.unique().tolist():
+            scores[folds == fold] = self.folds[fold].scores(activations[folds == fold])
+        return scores
 
     def _calibrated(self, scores: Float[Tensor, "block words"]) -> Float[Tensor, "block words"]:
         """Probabilities, which rise with the score: beyond the parabola's vertex they stay."""
         bounded = _up_to_vertex(scores, self.coefficients)
         return torch.sigmoid(_inputs(bounded, self.log_odds) @ self.coefficients)
-
-    def _scores(self, block: Tensor, rows: range, fitted: bool) -> Tensor:
-        if not fitted:
-            return self.whole.scores(block)
-        folds = torch.tensor([self.fold_of[row] for row in rows])
-        scores = torch.empty(len(block), len(self.words))
-        for fold in folds.unique().tolist():
-            scores[folds == fold] = self.folds[fold].scores(block[folds == fold])
-        return scores
 
 
 def cross_fit(
@@ -152,16 +158,9 @@ def _calibrate(
     The damping keeps it finite where a few rows can be told apart without error.
     """
     chosen = drawn_rows(len(held), _CALIBRATED_ROWS, seed)
-    number_of = {word: number for number, word in enumerate(fitted.words)}
-    inputs, present = [], []
-    for row in chosen:
-        block = activations[row : row + 1]
-        scores = fitted.folds[fitted.fold_of[row]].scores(block)
-        inputs.append(_inputs(scores, fitted.log_odds)[0])
-        found = torch.zeros(len(fitted.words))
-        found[[number_of[word] for word in held[row] if word in number_of]] = 1.0
-        present.append(found)
-    x, y = torch.cat(inputs).double(), torch.cat(present).double()
+    scores = fitted.out_of_fold_scores(activations[chosen], chosen)
+    x = _inputs(scores, fitted.log_odds).flatten(0, 1).double()
+    y = torch.tensor([word in held[row] for row in chosen for word in fitted.words]).double()
     coefficients = torch.zeros(_NUM_INPUTS, dtype=torch.float64)
     damping = _DAMPING * torch.eye(_NUM_INPUTS, dtype=torch.float64)
     for _ in range(_NEWTON_STEPS):
@@ -169,8 +168,8 @@ def _calibrate(
         gradient = x.T @ (y - probability) - damping @ coefficients
         curvature = (x * (probability * (1 - probability))[:, None]).T @ x + damping
         coefficients = coefficients + torch.linalg.solve(curvature, gradient)
-    scores = _up_to_vertex(x[:, 1], coefficients)
-    x = torch.stack([x[:, 0], scores, scores.square(), x[:, 3]], dim=1)
+    bounded = _up_to_vertex(scores, coefficients)
+    x = _inputs(bounded, fitted.log_odds).flatten(0, 1).double()
     for _ in range(_NEWTON_STEPS):  # the constant alone: as many are expected as there are
         probability = torch.sigmoid(x @ coefficients)
         spread = (probability * (1 - probability)).sum() + _DAMPING

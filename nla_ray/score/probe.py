@@ -196,6 +196,15 @@ def _true_words(probe: WordProbe, activations: Tensor, held: Sequence[frozenset[
     return sum(len(words & set(best)) for words, best in zip(held, ranked, strict=True))
 
 
+def share_in_text(words: Sequence[str], text: str) -> float:
+    """Share of words that a text has, by the rule for claims of a description; of none it is 0.
+
+    >>> share_in_text(["frame", "index"], "the frame")
+    0.5
+    """
+    return claims.claim_precision(words_as_bullets(words), text)
+
+
 def words_as_bullets(words: Sequence[str]) -> str:
     """Words as a description claims them; no word is the empty description.
 

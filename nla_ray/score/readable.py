@@ -141,7 +141,8 @@ def _items(number: int, line: str) -> list[_Item]:
     if not heading:
         claimed = claims.claimed_words(f"- {line}")
         return [_Item(line=number, text=line, claimed=claimed, place=_PROSE)]
-    place = heading.casefold() if heading.casefold() == claims.TOKENS_HEADING else _OTHER
+    is_tokens = heading.casefold() == claims.TOKENS_HEADING
+    place = claims.TOKENS_HEADING if is_tokens else _OTHER
     found = []
     for part in body.split(","):
         claimed = claims.claimed_words(f"- {heading}: {part}")

@@ -7,24 +7,25 @@ probe of the train rows. One process, no Ray Train: seconds for ten thousand act
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.identity import base_info, check_base
 from nla_ray.cluster.resources import run_placed
-from nla_ray.label.rows import subject_of
+from nla_ray.label.rows import LabelRow, subject_of
 from nla_ray.label.stage import activation_subjects, load_labels
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.score.cross_fit import CrossFitted, cross_fit
+from nla_ray.score.cross_fit import cross_fit
 from nla_ray.score.probe import words_of
 from nla_ray.score.readable import LABEL_FORMS, LabelWords, rewrite
 from nla_ray.settings.config import RunConfig, require
@@ -57,11 +58,13 @@ def write_readable_labels(config: RunConfig) -> None:
     stage, mean = _open_stage(run), torch.tensor(load_stats(run)["mean_direction"])
     train = load_activations(run, "train")
     probes = cross_fit(train.vectors, train.texts, train.family_ids, mean, settings.seed)
+    labels = {split: load_labels(run, split) for split in _SPLITS}
+    words = LabelWords.of(row["label"] for row in labels["train"])
     rows: list[dict[str, Any]] = []
-    words = LabelWords.of(row["label"] for row in load_labels(run, "train"))
     for split in _SPLITS:
         table = train if split == "train" else load_activations(run, split)
-        rows += _rewritten(run, split, table, probes, words)
+        blocks = probes.blocks(table.vectors, fitted=split == "train")
+        rows += _rewritten(run, table, labels[split], probes.words, blocks, words)
     require(
         len(rows) > 0,
         "labels of train or validation activations",
@@ -88,26 +91,34 @@ def write_readable_labels(config: RunConfig) -> None:
 
 
 def _rewritten(
-    run: Run, split: str, table: ActivationTable, probes: CrossFitted, words: LabelWords
+    run: Run,
+    table: ActivationTable,
+    labels: Sequence[LabelRow],
+    probed: Sequence[str],
+    blocks: Iterable[tuple[range, Tensor]],
+    words: LabelWords,
 ) -> Iterator[dict[str, Any]]:
-    """The labels of a split's activations with their forms, label after label."""
+    """The labels of a split's activations with their forms, label after label.
+
+    `blocks`: rows of the table, and the probability of each word of `probed` in their texts.
+    """
     settings = run.config.readable_labels
-    labels: dict[str, list[dict[str, Any]]] = {}
-    for row in load_labels(run, split):
-        labels.setdefault(subject_of(row), []).append(row)
+    least = min(_UNLIKELY, settings.least)
+    of_subject: dict[str, list[LabelRow]] = {}
+    for label in labels:
+        of_subject.setdefault(subject_of(label), []).append(label)
     subjects = activation_subjects(run, table)
-    for rows, block in probes.blocks(table.vectors, fitted=split == "train"):
+    for rows, block in blocks:
         for row, probabilities in zip(rows, block, strict=True):
-            least = min(_UNLIKELY, settings.least)
             likely = torch.nonzero(probabilities >= least).flatten().tolist()
-            found = {probes.words[number]: probabilities[number].item() for number in likely}
+            found = {probed[number]: probabilities[number].item() for number in likely}
             in_text = words_of(table.texts[row])
             offers = sorted(in_text & found.keys(), key=lambda word: (-found[word], word))
-            for label in labels.get(subjects[row], ()):
+            for label in of_subject.get(subjects[row], ()):
                 drawn_by = seed_of(settings.seed, "thinned", subjects[row], label["teacher"])
                 made = rewrite(label["label"], found, offers, words, settings.least, drawn_by)
                 yield {
-                    "split": split,
+                    "split": label["split"],
                     "subject": subjects[row],
                     "teacher": label["teacher"],
                     "drawn": label["drawn"],

@@ -298,23 +298,26 @@ def test_of_many_that_start_at_one_moment_never_two_hold_a_run(kind: str, reques
             pass
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a job sets too: a process that a shell starts in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_process_that_was_frozen_until_another_took_over_stops(
-    monkeypatch: pytest.MonkeyPatch, told: list[str]
+    monkeypatch: pytest.MonkeyPatch, told: list[str], interruptible: None
 ) -> None:
     where = f"memory://{uuid.uuid4().hex}"
     monkeypatch.setattr(lock, "_LEASE_SECONDS", 0.6)
-    # What a job sets too: a process that a shell starts in the background ignores the signal.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt), run_at(where).locked():
-            [own] = claims_in(where).list_files()
-            (claims_in(where) / own).delete()  # as another process does that takes over
-            write_claim(where, "another", age_seconds=-60)
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline:
-                time.sleep(0.01)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt), run_at(where).locked():
+        [own] = claims_in(where).list_files()
+        (claims_in(where) / own).delete()  # as another process does that takes over
+        write_claim(where, "another", age_seconds=-60)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
     assert any("taken over by process of another; this job stops" in line for line in told)
     assert claims_in(where).list_files() == ["another.json"]
 
@@ -342,19 +345,15 @@ def test_a_start_that_is_refused_does_not_stop_the_process_that_holds_the_run(
 
 
 def test_of_two_that_renew_their_claims_the_one_that_sees_it_stops(
-    monkeypatch: pytest.MonkeyPatch, told: list[str]
+    monkeypatch: pytest.MonkeyPatch, told: list[str], interruptible: None
 ) -> None:
     where = f"memory://{uuid.uuid4().hex}"
     monkeypatch.setattr(lock, "_LEASE_SECONDS", 0.6)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt), run_at(where).locked():
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline:
-                write_claim(where, "another", age_seconds=-60)
-                time.sleep(0.1)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt), run_at(where).locked():
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            write_claim(where, "another", age_seconds=-60)
+            time.sleep(0.1)
     assert any("taken over by process of another; this job stops" in line for line in told)
 
 
