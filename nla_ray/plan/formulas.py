@@ -129,7 +129,7 @@ def _plan_reconstructor(
 def _plan_readable_labels(facts: PlanFacts) -> StagePlan:
     sizes = facts.sizes
     rows = facts.train_texts * facts.activations_per_text
-    # Gram matrices of the folds and all rows in float64; every row read for every word.
+    # Sums in float64 of five folds, of all rows, and of those being solved; rows read for words.
     data = facts.activations_bytes(rows) + 8 * 8 * (sizes.d_model + _PROBED_WORDS) * sizes.d_model
     return StagePlan(
         processes=(facts.process("scorer", 1, 0, loaded=0, data=data),),

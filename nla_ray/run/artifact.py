@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -226,8 +226,9 @@ class Run:
         """Manifests of a stage's parents, by artifact.
 
         An optional one is among them when it is complete and the stage's artifact was not made, or
-        begun, without it. One that only some settings want: when these do, or when another parent
-        was made from it. Raises ValueError that names the job of a missing one.
+        begun, without it: when the stage's settings ask for it or, where the stage has none that
+        could, when another parent was made from it. Raises ValueError that names the job of a
+        missing one.
         """
         row = stage_named(stage)
         parents = [stage_named(parent) for parent in row.parents]
@@ -237,23 +238,20 @@ class Run:
             recorded = self.recorded(row.artifact(self.config))
             for name in row.optional_parents:
                 if recorded is None:
-                    is_parent = self._is_begun_with(name, parents, manifests)
+                    is_parent = self._is_begun_with(name, row, manifests)
                 else:
                     is_parent = name in recorded[1]
                 if is_parent:
                     manifests[name] = self.require(name)
         return manifests
 
-    def _is_begun_with(
-        self, name: str, parents: Sequence[Stage], manifests: Mapping[str, Manifest]
-    ) -> bool:
+    def _is_begun_with(self, name: str, row: Stage, manifests: Mapping[str, Manifest]) -> bool:
         """Whether a new artifact of these parents is made from an optional stage as well."""
-        if any(name in parent.optional_parents for parent in parents):
+        if row.optional_when is not None:
+            return row.takes_optional(self.config)
+        if any(name in stage_named(parent).optional_parents for parent in row.parents):
             return any(name in manifest.parents for manifest in manifests.values())
-        optional = stage_named(name)
-        if optional.wanted_by is None:
-            return self.find(name) is not None
-        return optional.is_wanted(self.config)
+        return self.find(name) is not None
 
     def recorded(self, name: str) -> tuple[dict[str, Any], dict[str, str]] | None:
         """Configuration of an artifact and fingerprints of its parents; None: it does not exist.

@@ -60,8 +60,9 @@ class Stage:
     optional_parents: tuple[str, ...] = ()
     """Stages whose artifacts it is made from as well, where it does not exist without them yet: an
     artifact that was made before such a stage existed stays what it is."""
-    wanted_by: str | None = None
-    """Property of RunConfig that says whether anything is made from it; None: always."""
+    optional_when: str | None = None
+    """Property of RunConfig that says whether it is made from its optional parents; None: when they
+    exist, or another parent was made from them."""
     sections: tuple[str, ...] = ()
     """Configuration sections that shape the artifact: its identity, with its parents."""
     named_by: str | None = None
@@ -79,7 +80,13 @@ class Stage:
 
     def is_wanted(self, config: RunConfig) -> bool:
         """Whether anything is made from it under a configuration."""
-        return self.wanted_by is None or operator.attrgetter(self.wanted_by)(config)
+        takers = [stage for stage in STAGES if self.name in stage.optional_parents]
+        choosing = [stage for stage in takers if stage.optional_when is not None]
+        return not choosing or any(stage.takes_optional(config) for stage in choosing)
+
+    def takes_optional(self, config: RunConfig) -> bool:
+        """Whether the configuration asks for its optional parents by itself."""
+        return self.optional_when is not None and operator.attrgetter(self.optional_when)(config)
 
     def parent_artifact(self, config: RunConfig) -> str:
         """The artifact that stages with this parent are made from."""
@@ -130,10 +137,20 @@ STAGES = (
         function="nla_ray.label.stage:label_texts",
     ),
     Stage(
+        name="readable_labels",
+        job="sft",
+        kind="data",
+        parents=("activations", "labels"),
+        sections=("readable_labels",),
+        function="nla_ray.training.readable:make_readable_labels",
+    ),
+    Stage(
         name="reward_scorer",
         job="sft",
         kind="scorer",
         parents=("activations", "labels"),
+        optional_parents=("readable_labels",),
+        optional_when="reward_scorer.needs_readable_labels",
         sections=("base", "reward_scorer"),
         function="nla_ray.training.reconstruction:train_reward_scorer",
     ),
@@ -142,6 +159,8 @@ STAGES = (
         job="sft",
         kind="scorer",
         parents=("activations", "labels"),
+        optional_parents=("readable_labels",),
+        optional_when="judge_scorer.needs_readable_labels",
         sections=("base", "judge_scorer"),
         function="nla_ray.training.reconstruction:train_judge_scorer",
     ),
@@ -150,17 +169,10 @@ STAGES = (
         job="sft",
         kind="scorer",
         parents=("activations", "labels"),
+        optional_parents=("readable_labels",),
+        optional_when="judge_scorer.needs_readable_labels",
         sections=("base", "judge_scorer", "linear_scorer"),
         function="nla_ray.training.linear:fit_linear_scorer",
-    ),
-    Stage(
-        name="readable_labels",
-        job="sft",
-        kind="data",
-        parents=("activations", "labels"),
-        wanted_by="sft.needs_readable_labels",
-        sections=("readable_labels",),
-        function="nla_ray.training.readable:make_readable_labels",
     ),
     Stage(
         name="sft",
@@ -168,6 +180,7 @@ STAGES = (
         kind="verbalizer",
         parents=("activations", "labels"),
         optional_parents=("readable_labels",),
+        optional_when="sft.needs_readable_labels",
         sections=("base", "sft"),
         named_by="sft.artifact",
         seeded_by="sft",
@@ -189,6 +202,8 @@ STAGES = (
         job="evaluate",
         kind="reader",
         parents=("activations", "labels", "reward_scorer", "sft"),
+        optional_parents=("readable_labels",),
+        optional_when="reward_scorer.needs_readable_labels",
         sections=("base", "reward_scorer", "reward_scorer_refreshed"),
         function="nla_ray.training.refreshed:refresh_reward_scorer",
     ),

@@ -204,6 +204,8 @@ class ReconstructorConfig:
     """Labels of a train text it learns from: one, or every teacher's with the same activation."""
     teacher_share: float = 0.5
     """The first teacher's share where labels is `one`; the rest are the others'."""
+    replaced_share: float = 0.0
+    """Share of its labels, drawn by seed, with readable words in place of what is not readable."""
     epochs: int = 3
     """Passes over the examples; the best epoch on validation is kept."""
     batch_size: int = 64
@@ -218,6 +220,20 @@ class ReconstructorConfig:
     """Most train examples, drawn by seed; None: all."""
     seed: int = 0
     """Draws examples, teachers, initial weights and the order of batches."""
+
+    @property
+    def needs_readable_labels(self) -> bool:
+        """Whether it learns from other labels than the teachers'."""
+        return self.replaced_share > 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            0.0 <= self.replaced_share <= 1.0,
+            "replaced_share of a scorer",
+            self.replaced_share,
+            "a share between 0 and 1",
+            "At 0.5 it learns to read both forms of a label.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,10 +269,10 @@ class RefreshedScorerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadableLabelsConfig:
-    """Labels without what their activations do not hold, for SFT to learn."""
+    """Labels without what their activations do not hold, for SFT and scorers to learn."""
 
     least: float = 0.5
-    """Probability, of a linear probe that never saw the text, from which a word is readable."""
+    """Probability, of a linear probe not fitted to the text, from which a word is readable."""
     seed: int = 0
     """Draws the folds of the probe, and what is dropped at random."""
 

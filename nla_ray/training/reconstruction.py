@@ -7,7 +7,7 @@ centred cosine on validation is published.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from transformers import TrainingArguments
 from nla_ray.activation import vectors
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.identity import base_info
-from nla_ray.label.rows import subject_of
-from nla_ray.label.stage import activation_subjects, all_labels, drawn_labels, load_labels
+from nla_ray.label.rows import LabelRow, subject_of
+from nla_ray.label.stage import activation_subjects, load_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import document_half, seed_of
 from nla_ray.run.log import get_logger
@@ -34,6 +34,7 @@ from nla_ray.training.attention import training_attention
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
+from nla_ray.training.readable import readable_labels
 from nla_ray.training.resuming import ResumableTrainer
 from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
 
@@ -114,19 +115,38 @@ def scorer_labels(
     """Subject id -> the labels of the split that a scorer learns from, or is validated on.
 
     Train labels follow the scorer's teacher mix or are all there are, validation labels are the
-    drawn ones.
+    drawn ones. A share of either, drawn by seed, are in their replaced form.
     """
-    if split == "validation":
-        return {subject: [label] for subject, label in drawn_labels(run, split).items()}
-    if settings.labels == "all":
-        return all_labels(run, split)
-    chosen = choose_labels(
-        load_labels(run, split),
-        teachers=run.config.label.teachers,
-        share=settings.teacher_share,
-        seed=settings.seed,
-    )
-    return {subject: [label] for subject, label in chosen.items()}
+    rows = load_labels(run, split)
+    if settings.needs_readable_labels:
+        rows = _partly_replaced(rows, readable_labels(run, split, "replaced"), settings)
+    if split == "train" and settings.labels == "one":
+        chosen = choose_labels(
+            rows,
+            teachers=run.config.label.teachers,
+            share=settings.teacher_share,
+            seed=settings.seed,
+        )
+        return {subject: [label] for subject, label in chosen.items()}
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        if split == "train" or row["drawn"]:
+            labels.setdefault(subject_of(row), []).append(row["label"])
+    return labels
+
+
+def _partly_replaced(
+    rows: Sequence[LabelRow], replaced: Iterable[Mapping[str, Any]], settings: ReconstructorConfig
+) -> list[LabelRow]:
+    """The rows of labels, of which `replaced_share` have their replaced form."""
+    forms = {(row["subject"], row["teacher"]): row["label"] for row in replaced}
+    mixed = []
+    for row in rows:
+        key = (subject_of(row), row["teacher"])
+        draw = seed_of(settings.seed, "replaced", *key) % 10**6 / 10**6
+        is_replaced = draw < settings.replaced_share and key in forms
+        mixed.append({**row, "label": forms[key]} if is_replaced else row)
+    return mixed
 
 
 def load_examples(

@@ -32,8 +32,9 @@ from nla_ray.settings.presets import nano, override
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
-SCORERS = ("corpus", "activations", "labels", "reward_scorer", "judge_scorer", "linear_scorer")
-PIPELINE = (*SCORERS, "readable_labels", *("sft", "grpo", "reward_scorer_refreshed", "report"))
+DATA = ("corpus", "activations", "labels")
+SCORERS = ("reward_scorer", "judge_scorer", "linear_scorer")
+PIPELINE = (*DATA, "readable_labels", *SCORERS, "sft", "grpo", "reward_scorer_refreshed", "report")
 
 
 def names(rows: tuple[Stage, ...]) -> tuple[str, ...]:
@@ -66,7 +67,7 @@ def test_every_function_section_parent_job_and_plan_that_the_table_names_exists(
         ("capture", ("corpus", "activations")),
         ("label", ("corpus", "labels")),
         ("sft", PIPELINE[:8]),
-        ("grpo", (*PIPELINE[:5], *PIPELINE[6:9])),
+        ("grpo", (*PIPELINE[:6], *PIPELINE[7:9])),
         ("evaluate", PIPELINE),
         ("pipeline", PIPELINE),
         ("inspect_base", ("corpus", "labels", "inspection")),
@@ -96,10 +97,21 @@ def test_readable_labels_are_made_where_sft_is_taught_them(tmp_path: Path) -> No
     assert set(taught.parents_of("sft")) == {"activations", "labels", "readable_labels"}
 
 
+def test_each_stage_is_made_from_readable_labels_where_its_own_settings_ask(tmp_path: Path) -> None:
+    run = run_at(tmp_path, nano(), judge_scorer={"replaced_share": 0.5})
+    assert "readable_labels" in [stage.name for stage, _ in stages.steps_of_job(run, "grpo")]
+    for name in ("activations", "labels", "readable_labels"):
+        run.open_artifact(name).publish()
+    for name in (*SCORERS, "sft", "reward_scorer_refreshed"):
+        is_asked = name in ("judge_scorer", "linear_scorer")
+        assert ("readable_labels" in run.parents_of(name)) == is_asked, name
+        run.open(name).publish()
+
+
 def test_a_report_is_made_from_readable_labels_where_its_sft_was(tmp_path: Path) -> None:
     """Whatever the flags say: an artifact that exists is taken as it is."""
     plain, taught = run_at(tmp_path, nano()), run_at(tmp_path, nano(), sft={"claims": "replaced"})
-    for name in (*SCORERS, "readable_labels", "grpo"):
+    for name in (*DATA, *SCORERS, "readable_labels", "grpo"):
         taught.open_artifact(name).publish()
     with pytest.raises(ValueError, match=r"artifact 'sft': got none"):
         taught.parents_of("report")
@@ -122,7 +134,7 @@ def test_sft_is_not_begun_without_the_labels_that_it_is_to_be_taught(tmp_path: P
 
 
 def test_a_closure_holds_every_ancestor_once_in_the_order_of_the_table() -> None:
-    assert names(closure(["labels", "reward_scorer"])) == SCORERS[:4]
+    assert names(closure(["labels", "reward_scorer"])) == PIPELINE[:5]
     assert closure([]) == ()
 
 
@@ -394,9 +406,9 @@ def test_seeds_are_trained_one_after_another_from_the_same_parents(
 @pytest.mark.parametrize(
     ("job", "expected"),
     [
-        ("sft", [*SCORERS, "sft", "sft_seed1"]),
-        ("grpo", [*SCORERS[:5], "sft", "grpo", "grpo_seed1"]),
-        ("pipeline", [*SCORERS, "sft", "grpo", "grpo_seed1", *PIPELINE[9:]]),
+        ("sft", [*DATA, *SCORERS, "sft", "sft_seed1"]),
+        ("grpo", [*DATA, *SCORERS[:2], "sft", "grpo", "grpo_seed1"]),
+        ("pipeline", [*DATA, *SCORERS, "sft", "grpo", "grpo_seed1", *PIPELINE[9:]]),
         ("label", ["corpus", "labels"]),
     ],
 )

@@ -12,8 +12,9 @@ from nla_ray.activation.stage import load_activations
 from nla_ray.label.stage import activation_subjects, all_labels, drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.score import claims
-from nla_ray.settings.config import RunConfig
+from nla_ray.settings.config import ReconstructorConfig, RunConfig
 from nla_ray.training.readable import READABLE_LABELS, readable_labels, write_readable_labels
+from nla_ray.training.reconstruction import scorer_labels
 from nla_ray.training.sft import load_pairs
 
 
@@ -94,3 +95,31 @@ def test_sft_is_taught_the_form_that_its_settings_name(made: RunConfig) -> None:
     held_out = [row["label"] for row in readable_labels(Run(made), "validation", "replaced")]
     assert labels_of(made, "replaced", "validation") == held_out
     assert labels_of(made, "thinned") != originals
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_scorer_learns_its_share_of_the_replaced_labels(made: RunConfig, split: str) -> None:
+    run = Run(made)
+    originals = scorer_labels(run, split, ReconstructorConfig(labels="all"))
+    replaced = {row["subject"]: [row["label"]] for row in readable_labels(run, split, "replaced")}
+    assert originals != replaced and set(originals) >= set(replaced)
+    for labels in ("one", "all"):
+        at = {
+            share: scorer_labels(
+                run, split, ReconstructorConfig(labels=labels, replaced_share=share, seed=1)
+            )
+            for share in (0.0, 0.5, 1.0)
+        }
+        assert at[0.0] == originals and at[1.0] == {**originals, **replaced}
+        # Labels that are the same in both forms say nothing about the share.
+        differing = [subject for subject in replaced if replaced[subject] != originals[subject]]
+        taken = sum(at[0.5][subject] == replaced[subject] for subject in differing)
+        assert 0.2 < taken / len(differing) < 0.8
+        assert all(
+            at[0.5][subject] in (originals[subject], replaced[subject]) for subject in differing
+        )
+
+
+def test_a_share_of_labels_is_none_or_all_at_most() -> None:
+    with pytest.raises(ValueError, match=r"replaced_share of a scorer: got 1\.5, expected"):
+        ReconstructorConfig(replaced_share=1.5)
