@@ -108,10 +108,7 @@ class PlanFacts:
     @property
     def item_bytes(self) -> int:
         """Bytes of one weight of the base, in the type that its processes compute in."""
-        compute, dtype = self.config.compute, self.config.base.dtype
-        if not any(resources_of(compute, kind).get("GPU") for kind in get_args(Kind)):
-            dtype = cpu_dtype(dtype)
-        return 2 if dtype == "bfloat16" else 4
+        return _item_bytes(self.config)
 
     @property
     def train_texts(self) -> float:
@@ -160,18 +157,18 @@ class PlanFacts:
         weights = parameters * self.item_bytes / weights_shards
         return weights + trainable * 4 + trainable * 12 / moments_shards
 
-    def backward_bytes(self, blocks: int, *, with_head: bool = False) -> float:
-        """What one token keeps for the backward pass.
+    def backward_bytes(self, blocks: int, tokens: float, *, with_head: bool = False) -> float:
+        """What a micro-batch of so many tokens keeps for the backward pass.
 
-        About 20 d_model + 4 ffn items a block; with the head, float32 logits twice. Trainers on
-        GPUs keep the input of a block alone, and all of the block at work. Measured with the 7B
-        shape on an H200 (`bench/results`): 8.3 MB, and .51 so; 8.3 and .50 by this.
+        That is `kept_bytes` or, where trainers recompute activations, the input of every block and
+        all of the block at work: .50 MB a token of the 7B shape, .51 measured on an H200
+        (`bench/results`). With the head, float32 logits twice.
         """
-        of_block = 20 * self.sizes.d_model + 4 * self.sizes.ffn
-        items = blocks * of_block
-        if resources_of(self.config.compute, "trainer").get("GPU"):
-            items = blocks * self.sizes.d_model + of_block
-        return items * self.item_bytes + (8 * self.sizes.vocab if with_head else 0)
+        kept = kept_bytes(self.config, blocks, tokens)
+        if recomputes_activations(self.config, blocks, tokens):
+            inputs = tokens * blocks * self.sizes.d_model * self.item_bytes
+            kept = inputs + kept / blocks
+        return kept + (8 * self.sizes.vocab * tokens if with_head else 0)
 
     def weights_bytes(self, layer: int | None = None) -> float:
         """Weights of the base, of blocks 0..layer and the embedding where `layer` is given."""
@@ -251,6 +248,34 @@ class PlanFacts:
         if processes.on_gpu:
             return _FLOPS["gpu"]
         return _FLOPS[f"cpu {cpu_dtype(self.config.base.dtype)}"] * self.config.compute.threads
+
+
+def recomputes_activations(config: RunConfig, blocks: int, tokens: float) -> bool:
+    """Whether trainers compute activations twice, because keeping them takes too much of a GPU.
+
+    `tokens`: of a micro-batch, padding included. It doubles the launches of a small base, which are
+    what its steps take: on an H100 a scorer's on SmolLM2-135M's shape 507 ms instead of 261. A
+    micro-batch of the 7B shape takes 1.3 times as long (`bench/results`).
+    """
+    on_gpu = bool(resources_of(config.compute, "trainer").get("GPU"))
+    return on_gpu and kept_bytes(config, blocks, tokens) > config.compute.kept_gib * 2**30
+
+
+def kept_bytes(config: RunConfig, blocks: int, tokens: float) -> float:
+    """What blocks keep of a micro-batch for the backward pass when all of it is kept.
+
+    About 20 d_model + 4 ffn items a block and token: 8.3 MB a token of the 7B shape, as measured on
+    an H200 (`bench/results`); .88 MB of 25 blocks of SmolLM2-135M's, .79 measured on an H100.
+    """
+    sizes = base_sizes(config)
+    return tokens * blocks * (20 * sizes.d_model + 4 * sizes.ffn) * _item_bytes(config)
+
+
+def _item_bytes(config: RunConfig) -> int:
+    dtype = config.base.dtype
+    if not any(resources_of(config.compute, kind).get("GPU") for kind in get_args(Kind)):
+        dtype = cpu_dtype(dtype)
+    return 2 if dtype == "bfloat16" else 4
 
 
 def _counted_chunks(run: Run) -> int | None:

@@ -110,7 +110,7 @@ def _plan_reconstructor(
     trainable = sizes.lora_parameters(settings.lora, blocks) + sizes.d_model**2
     state = facts.trainer_bytes(sizes.parameters_up_to(layer), trainable)
     batch_tokens = settings.batch_size / workers * settings.max_tokens
-    memory = state + batch_tokens * facts.backward_bytes(blocks)
+    memory = state + facts.backward_bytes(blocks, batch_tokens)
     process = facts.process(
         "trainer",
         workers,
@@ -164,8 +164,8 @@ def _plan_sft(facts: PlanFacts) -> StagePlan:
     tokens = examples * sft.epochs * length
     trainable = sizes.lora_parameters(sft.lora, sizes.num_layers)
     state = facts.trainer_bytes(sizes.parameters, trainable)
-    token_bytes = facts.backward_bytes(sizes.num_layers, with_head=True)
-    memory = state + sft.batch_size / workers * length * token_bytes
+    batch_tokens = sft.batch_size / workers * length
+    memory = state + facts.backward_bytes(sizes.num_layers, batch_tokens, with_head=True)
     process = facts.process(
         "trainer",
         workers,
@@ -207,8 +207,8 @@ def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
     length = PROMPT_TOKENS + grpo.max_new_tokens
     # Beside the adapter in training: the frozen SFT adapter.
     state = facts.trainer_bytes(sizes.parameters, trainable) + trainable * 4
-    token_bytes = facts.backward_bytes(sizes.num_layers, with_head=True)
-    training = state + grpo.micro_batch_size * length * token_bytes
+    batch_tokens = grpo.micro_batch_size * length
+    training = state + facts.backward_bytes(sizes.num_layers, batch_tokens, with_head=True)
     scoring = facts.weights_bytes(config.base.layer)
     for scorer in (config.reward_scorer, config.judge_scorer):
         adapter = sizes.lora_parameters(scorer.lora, config.base.layer + 1)

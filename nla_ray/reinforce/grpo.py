@@ -20,9 +20,10 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from nla_ray.base.load import load_tokenizer
+from nla_ray.base.load import load_model_config, load_tokenizer
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.cluster.actors import shared_tensor
+from nla_ray.plan.facts import PROMPT_TOKENS
 from nla_ray.reinforce.credit import share_foretold, token_advantages
 from nla_ray.reinforce.monitor import Monitor
 from nla_ray.reinforce.records import GRPOCallback
@@ -140,7 +141,13 @@ def grpo_arguments(
     largest = min(settings.micro_batch_size, rollouts)
     micro_batch = max(size for size in range(1, largest + 1) if rollouts % size == 0)
     return GRPOConfig(
-        **trainer_arguments(run_config, folder, seed=settings.seed),
+        **trainer_arguments(
+            run_config,
+            folder,
+            seed=settings.seed,
+            blocks=load_model_config(run_config.base).num_hidden_layers,
+            tokens=micro_batch * (PROMPT_TOKENS + settings.max_new_tokens),
+        ),
         max_steps=settings.steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=rollouts // micro_batch,

@@ -518,6 +518,9 @@ class ComputeConfig:
     """Longest wait for room in a busy cluster, in seconds, for each stage; None: without end."""
     threads: int = 2
     """Torch threads in a process that computes on CPU."""
+    kept_gib: float = 8.0
+    """Most GiB of activations that a trainer on a GPU keeps for the backward pass; where a
+    micro-batch has more, they are computed twice. 0: always."""
     zero_stage: Literal[0, 2, 3] = 2
     """DeepSpeed ZeRO stage of every training; 3 shards weights too, 0 trains without DeepSpeed."""
 

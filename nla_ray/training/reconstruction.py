@@ -420,10 +420,17 @@ def make_reconstruction_trainer(
     encoded = reconstructor.encode(train.descriptions)
     lengths = [len(ids) for ids in encoded]
     batches = LengthBatches(lengths, settings.batch_size, settings.seed)
+    rows = worker_batch(run_config.compute, settings.batch_size)
     arguments = TrainingArguments(
-        **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed),
+        **trainer_arguments(
+            run_config,
+            checkpoints.folder,
+            seed=settings.seed,
+            blocks=reconstructor.layer + 1,
+            tokens=rows * max(lengths),
+        ),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=worker_batch(run_config.compute, settings.batch_size),
+        per_device_train_batch_size=rows,
         learning_rate=settings.learning_rate,
         warmup_steps=_WARMUP_SHARE,
         lr_scheduler_type="linear",

@@ -326,10 +326,17 @@ def make_sft_trainer(
         "eval_loss": encode_pairs(validation, tokenizer, prompt, vocab_size),
         "eval_loss_shuffled": encode_pairs(validation, tokenizer, prompt, vocab_size, shuffled),
     }
+    rows = worker_batch(run_config.compute, settings.batch_size)
     arguments = SFTConfig(
-        **trainer_arguments(run_config, checkpoints.folder, seed=settings.seed),
+        **trainer_arguments(
+            run_config,
+            checkpoints.folder,
+            seed=settings.seed,
+            blocks=model.config.num_hidden_layers,
+            tokens=rows * max(lengths),
+        ),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=worker_batch(run_config.compute, settings.batch_size),
+        per_device_train_batch_size=rows,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=_WARMUP_SHARE,

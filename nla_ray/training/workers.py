@@ -27,6 +27,7 @@ from nla_ray.base.identity import base_info, check_base
 from nla_ray.cluster.environment import kind_environment
 from nla_ray.cluster.resources import demand, require_resources
 from nla_ray.cpu import door
+from nla_ray.plan.facts import recomputes_activations
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
@@ -195,10 +196,13 @@ def prepare_worker(compute: ComputeConfig) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict[str, Any]:
+def trainer_arguments(
+    run_config: RunConfig, folder: Path, *, seed: int, blocks: int, tokens: int
+) -> dict[str, Any]:
     """Arguments that every trainer (transformers' or TRL's) gets.
 
-    They are the device, DeepSpeed, checkpoints and seeds; there is no telemetry.
+    They are the device, DeepSpeed, checkpoints and seeds; there is no telemetry. `blocks`: of the
+    base that have gradients. `tokens`: of the largest micro-batch, padding included.
     """
     compute = run_config.compute
     on_gpu = not door.is_for_kind(compute, "trainer")
@@ -208,7 +212,7 @@ def trainer_arguments(run_config: RunConfig, folder: Path, *, seed: int) -> dict
         "deepspeed": deepspeed_config(compute),
         "bf16": False,
         "fp16": False,
-        "activation_checkpointing": on_gpu,
+        "activation_checkpointing": recomputes_activations(run_config, blocks, tokens),
         "seed": seed,
         "data_seed": seed,
         "report_to": [],

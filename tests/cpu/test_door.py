@@ -52,5 +52,6 @@ def test_a_weight_elsewhere_is_not_packed() -> None:
 def test_a_trainer_that_books_a_gpu_is_not_told_to_use_the_cpu(tmp_path) -> None:
     config = PRESETS["nano"]()
     on_gpu = dataclasses.replace(config, compute=ComputeConfig(trainer_gpus=1, zero_stage=0))
-    assert trainer_arguments(config, tmp_path, seed=0)["use_cpu"]
-    assert not trainer_arguments(on_gpu, tmp_path, seed=0)["use_cpu"]
+    sizes = {"seed": 0, "blocks": 1, "tokens": 1}
+    assert trainer_arguments(config, tmp_path, **sizes)["use_cpu"]
+    assert not trainer_arguments(on_gpu, tmp_path, **sizes)["use_cpu"]

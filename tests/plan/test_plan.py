@@ -15,7 +15,7 @@ from nla_ray import bench
 from nla_ray.base.config_files import as_config
 from nla_ray.base.families import FAMILIES
 from nla_ray.base.identity import base_info
-from nla_ray.plan.facts import PlanFacts
+from nla_ray.plan.facts import PlanFacts, kept_bytes, recomputes_activations
 from nla_ray.plan.sizes import base_sizes, sizes_in
 from nla_ray.plan.text import describe_plan
 from nla_ray.run.artifact import Run
@@ -289,10 +289,21 @@ def test_what_a_token_keeps_for_the_backward_pass_was_measured(
     results = Path(bench.__file__).parent / "results" / "nvidia-h200.json"
     passes = json.loads(results.read_text())["sections"]["micro_batches"]
     few, many = passes[f"8 rows{suffix}"], passes[f"32 rows{suffix}"]
-    # The preset is for GPUs, whose trainers compute blocks twice; without them it is as on a CPU.
-    facts = planned("qwen2.5-7b", tmp_path, compute={"trainer_gpus": gpus})
-    measured = (many["peak_bytes"] - few["peak_bytes"]) / (many["tokens"] - few["tokens"])
-    assert facts.backward_bytes(28) == pytest.approx(measured, rel=0.05)
+    # A trainer on a GPU that may keep nothing computes blocks twice; without one all is kept.
+    facts = planned("qwen2.5-7b", tmp_path, compute={"trainer_gpus": gpus, "kept_gib": 0.0})
+    tokens = many["tokens"] - few["tokens"]
+    measured = (many["peak_bytes"] - few["peak_bytes"]) / tokens
+    assert facts.backward_bytes(28, tokens) / tokens == pytest.approx(measured, rel=0.05)
+
+
+def test_a_trainer_on_a_gpu_computes_activations_twice_where_they_take_too_much_of_it() -> None:
+    config = override(preset("qwen2.5-7b"), compute={"trainer_gpus": 1.0, "kept_gib": 8.0})
+    most = 8 * 2**30 / kept_bytes(config, 28, 1)
+    assert 900 < most < 1_100  # 8.3 MB a token
+    assert [recomputes_activations(config, 28, most + step) for step in (-1, 1)] == [False, True]
+    assert not recomputes_activations(config, 14, most + 1)
+    on_cpu = override(config, compute={"trainer_gpus": 0.0})
+    assert not recomputes_activations(on_cpu, 28, 100 * most)
 
 
 def test_a_plan_states_the_memory_of_every_process_its_host_memory_and_that_of_a_shard(
