@@ -122,6 +122,18 @@ def full_report() -> dict[str, Any]:
             }
             for low in range(4)
         ],
+        "claim_confidence": {
+            "claims": 40,
+            "kept_50": {"share": figure(random), "precision": figure(random)},
+            "kept_90": {"share": figure(random)},
+            "brier": figure(random),
+            "brier_constant": figure(random),
+            "bins": [
+                {"claims": 20, "confidence": 0.12, "found": figure(random)},
+                {"claims": 20, "confidence": 0.93, "found": figure(random)},
+            ],
+            "calibration_error": 0.041,
+        },
         "gates": [
             {
                 "name": "grpo.judge.top1",

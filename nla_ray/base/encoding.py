@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,3 +160,14 @@ def _plain(tokenizer: Any) -> Any:
                 " from your texts."
             )
     return plain
+
+
+def token_ends(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
+    """Where each prefix of the ids ends in the string they decode to: 0, then an end for each id.
+
+    A character that its last token has not finished yet is not there.
+
+    >>> token_ends([0, 1], lambda ids: "".join("- frame"[3 * i : 3 * i + 3] for i in ids))
+    [0, 3, 6]
+    """
+    return [len(decode(token_ids[:end]).rstrip("\ufffd")) for end in range(len(token_ids) + 1)]

@@ -21,6 +21,8 @@ from nla_ray.run.recipe import config_differences
 
 _PROTOCOL = "protocol"
 """Key of the first line."""
+_CLAIMS = "claim_log_probs"
+"""Key of a line that a verbalizer wrote: every claim with its log-probability."""
 
 
 class DescriptionFile:
@@ -141,15 +143,21 @@ def _split_protocol(
 
 
 def _to_line(activation_id: str, description: Description) -> dict[str, Any]:
-    return {
+    line = {
         "activation_id": activation_id,
         "description": description.text,
         "closed": description.closed,
         "num_tokens": description.num_tokens,
     }
+    if description.claim_log_probs is not None:
+        line[_CLAIMS] = description.claim_log_probs
+    return line
 
 
 def _to_description(line: Mapping[str, Any]) -> Description:
     return Description.from_text(
-        line["description"], num_tokens=line["num_tokens"], closed=line["closed"]
+        line["description"],
+        num_tokens=line["num_tokens"],
+        closed=line["closed"],
+        claim_log_probs=line.get(_CLAIMS),
     )

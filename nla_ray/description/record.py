@@ -49,6 +49,8 @@ class Description:
 
     Not compared: its last bits depend on the batch that the id was sampled in.
     """
+    claim_log_probs: dict[str, float] | None = field(default=None, repr=False, compare=False)
+    """Log-probability of every claim of `text`; None: that was not kept. Not compared either."""
     finished: bool = field(default=True, repr=False)
     """False: it ran into the token limit."""
     weight_version: int | None = field(default=None, repr=False)
@@ -79,9 +81,16 @@ class Description:
         )
 
     @classmethod
-    def from_text(cls, text: str, *, num_tokens: int, closed: bool = True) -> Description:
+    def from_text(
+        cls,
+        text: str,
+        *,
+        num_tokens: int,
+        closed: bool = True,
+        claim_log_probs: dict[str, float] | None = None,
+    ) -> Description:
         """A label, a control, or a line of a file of descriptions."""
-        return cls(text=text, closed=closed, num_tokens=num_tokens)
+        return cls(text=text, closed=closed, num_tokens=num_tokens, claim_log_probs=claim_log_probs)
 
     @property
     def num_sampled(self) -> int:

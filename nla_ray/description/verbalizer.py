@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from nla_ray.base.adapter_files import read_adapter
 from nla_ray.base.load import load_backbone, load_tokenizer
-from nla_ray.base.prompts import build_injection_prompt
+from nla_ray.base.prompts import build_injection_prompt, parse_description
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
 from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.description.record import Description
+from nla_ray.score.claim_confidence import claim_log_probs
 from nla_ray.settings.config import BaseConfig
 
 
 class Verbalizer:
     """Describes activations with one adapter."""
 
-    def __init__(self, engine: GenerationEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: GenerationEngine, tokenizer: Any) -> None:
+        self.engine, self._tokenizer = engine, tokenizer
 
     @classmethod
     def load(
@@ -50,7 +53,7 @@ class Verbalizer:
         )
         if state is not None:
             engine.load_weights(state, 0)
-        return cls(engine)
+        return cls(engine, tokenizer)
 
     def describe(
         self,
@@ -76,14 +79,21 @@ class Verbalizer:
         )
 
     def describe_under(
-        self, protocol: GenerationProtocol, activations: Tensor, start: int = 0
+        self,
+        protocol: GenerationProtocol,
+        activations: Tensor,
+        start: int = 0,
+        *,
+        with_claims: bool = False,
     ) -> list[Description]:
         """What a protocol asks for of activations [n, d_model], by (activation, sample).
 
         `start`: the number of the first of them among all that are described: it seeds samples.
+        `with_claims`: the log-probability of each claim is kept, to four digits: its last bits
+        depend on the batch.
         """
         decoding = protocol.decoding
-        return self.describe(
+        written = self.describe(
             activations,
             max_new_tokens=protocol.limits["max_new_tokens"],
             temperature=decoding["temperature"],
@@ -91,3 +101,16 @@ class Verbalizer:
             rows=range(start, start + len(activations)),
             group_size=decoding["samples"],
         )
+        return [self._with_claims(new) for new in written] if with_claims else written
+
+    def _with_claims(self, new: Description) -> Description:
+        log_probs = claim_log_probs(new.token_ids, new.log_probs, self._text_of)
+        rounded = {claim: round(log_prob, 4) for claim, log_prob in log_probs.items()}
+        return dataclasses.replace(new, claim_log_probs=rounded)
+
+    def _text_of(self, token_ids: Sequence[int]) -> str:
+        """What ids say, without tags."""
+        written = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return parse_description(written)[0]

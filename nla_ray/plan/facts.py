@@ -164,8 +164,8 @@ class PlanFacts:
         all of the block at work: .50 MB a token of the 7B shape, .51 measured on an H200
         (`bench/results`). With the head, float32 logits twice.
         """
-        kept = kept_bytes(self.config, blocks, tokens)
-        if recomputes_activations(self.config, blocks, tokens):
+        kept = kept_bytes(self.config, self.sizes, blocks, tokens)
+        if recomputes_activations(self.config, self.sizes, blocks, tokens):
             inputs = tokens * blocks * self.sizes.d_model * self.item_bytes
             kept = inputs + kept / blocks
         return kept + (8 * self.sizes.vocab * tokens if with_head else 0)
@@ -250,7 +250,7 @@ class PlanFacts:
         return _FLOPS[f"cpu {cpu_dtype(self.config.base.dtype)}"] * self.config.compute.threads
 
 
-def recomputes_activations(config: RunConfig, blocks: int, tokens: float) -> bool:
+def recomputes_activations(config: RunConfig, sizes: BaseSizes, blocks: int, tokens: float) -> bool:
     """Whether trainers compute activations twice, because keeping them takes too much of a GPU.
 
     `tokens`: of a micro-batch, padding included. It doubles the launches of a small base, which are
@@ -258,16 +258,15 @@ def recomputes_activations(config: RunConfig, blocks: int, tokens: float) -> boo
     micro-batch of the 7B shape takes 1.3 times as long (`bench/results`).
     """
     on_gpu = bool(resources_of(config.compute, "trainer").get("GPU"))
-    return on_gpu and kept_bytes(config, blocks, tokens) > config.compute.kept_gib * 2**30
+    return on_gpu and kept_bytes(config, sizes, blocks, tokens) > config.compute.kept_gib * 2**30
 
 
-def kept_bytes(config: RunConfig, blocks: int, tokens: float) -> float:
+def kept_bytes(config: RunConfig, sizes: BaseSizes, blocks: int, tokens: float) -> float:
     """What blocks keep of a micro-batch for the backward pass when all of it is kept.
 
     About 20 d_model + 4 ffn items a block and token: 8.3 MB a token of the 7B shape, as measured on
     an H200 (`bench/results`); .88 MB of 25 blocks of SmolLM2-135M's, .79 measured on an H100.
     """
-    sizes = base_sizes(config)
     return tokens * blocks * (20 * sizes.d_model + 4 * sizes.ffn) * _item_bytes(config)
 
 

@@ -20,12 +20,15 @@ from nla_ray.plan.facts import (
 )
 from nla_ray.plan.sizes import pretrain_section, pretrained_sizes
 from nla_ray.plan.units import format_bytes
+from nla_ray.run.identity import VALIDATION_SHARE
 from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME
 from nla_ray.settings.config import ReconstructorConfig
 from nla_ray.settings.resources import Kind
 
 _ROWS_AT_ONCE, _ROLLOUTS_AT_ONCE = 64, 128
 """Descriptions that a generation engine writes at the same time, in the report and in GRPO."""
+_CONFIDENCE_ROWS = 256
+"""The same where the confidence of claims is learned."""
 _UNLIMITED = float("inf")
 _PROBED_WORDS = 1_500
 """Words of a probe, about."""
@@ -249,6 +252,22 @@ def _plan_refreshed_scorer(facts: PlanFacts) -> StagePlan:
     )
 
 
+def _plan_claim_confidence(facts: PlanFacts) -> StagePlan:
+    config, settings, sizes = facts.config, facts.config.claim_confidence, facts.sizes
+    validation = facts.texts * VALIDATION_SHARE * facts.activations_per_text
+    rows = min(validation, settings.max_activations or _UNLIMITED)
+    probe = _plan_readable_labels(facts)
+    tokens = rows * (1 + settings.samples) * config.grpo.max_new_tokens
+    length = PROMPT_TOKENS + config.grpo.max_new_tokens
+    return StagePlan(
+        processes=(_generating(facts, "scorer", 1, _CONFIDENCE_ROWS, length),),
+        tokens=tokens,
+        flops=2 * sizes.parameters * tokens + probe.flops,
+        files=f"a probe of {format_bytes(_PROBED_WORDS * sizes.d_model * 4)}, descriptions of"
+        f" {rows:,.0f} validation activations",
+    )
+
+
 def _plan_report(facts: PlanFacts) -> StagePlan:
     config, sizes, evaluation = facts.config, facts.sizes, facts.config.evaluation
     most = evaluation.max_activations or _UNLIMITED
@@ -316,6 +335,7 @@ FORMULAS: dict[str, Callable[[PlanFacts], StagePlan]] = {
     "sft": _plan_sft,
     "grpo": _plan_grpo,
     "reward_scorer_refreshed": _plan_refreshed_scorer,
+    "claim_confidence": _plan_claim_confidence,
     "report": _plan_report,
     "inspection": _plan_inspection,
     "benchmark": _plan_benchmark,

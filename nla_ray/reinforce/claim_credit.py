@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from nla_ray.base.encoding import token_ends
 from nla_ray.base.prompts import CLOSING_TAG
 from nla_ray.score import claims
 
@@ -74,8 +75,7 @@ def claim_values(
     [0.0, 0.5, -0.5, -0.5]
     """
     written = decode(token_ids)
-    # A character that its last token has not finished yet is not there.
-    ends = [len(decode(token_ids[:end]).rstrip("\ufffd")) for end in range(len(token_ids) + 1)]
+    ends = token_ends(token_ids, decode)
     values = [0.0] * len(token_ids)
     for begin, end, value in _valued_spans(written.partition(CLOSING_TAG)[0], source, prices):
         for number, (first, last) in enumerate(pairwise(ends)):

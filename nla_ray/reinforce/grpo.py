@@ -223,6 +223,9 @@ class VerbalizerTrainer(ResumableTrainer, GRPOTrainer):
         paid = torch.zeros(completion_ids.shape)
         for row, values in enumerate(sampler.claim_values()):
             paid[row, : len(values)] = torch.tensor(values)
+        # Of a description, over its tokens, before the weight.
+        earned = self.accelerator.gather(paid.sum(1).mean().to(advantages.device))
+        self._metrics["train"]["claims/value"].append(earned.mean().item())
         shared = advantages if advantages.dim() == 2 else advantages[:, None]
         return shared + self._claim_weight * paid.to(advantages)
 

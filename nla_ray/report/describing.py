@@ -9,6 +9,7 @@ order, however bad.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def describe_all(
             }
         neighbours = manifests[artifact].model["neighbours"]
         with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
-            describer.describe(adapter, neighbours, injected)
+            describer.describe(adapter, neighbours, injected, with_claims=artifact == arm)
             if artifact == arm and run.config.evaluation.samples:
                 samples = describer.sample(adapter, neighbours, f"{artifact}_samples", test.vectors)
     for verbalizer in compared:
@@ -184,15 +185,23 @@ class Describer:
         self.described[name], self.protocols[name] = described, protocol
 
     def describe(
-        self, adapter: Path, neighbours: Sequence[int] | None, injected: Mapping[str, Tensor]
+        self,
+        adapter: Path,
+        neighbours: Sequence[int] | None,
+        injected: Mapping[str, Tensor],
+        *,
+        with_claims: bool = False,
     ) -> None:
         """What an adapter says, greedily, by the name of what is injected.
 
-        `injected`: [rows, d_model], or [1, d_model] for all rows alike.
+        `injected`: [rows, d_model], or [1, d_model] for all rows alike. `with_claims`: with the
+        log-probability of each claim.
         """
         protocol = self._protocol(adapter)
         for name, vectors in injected.items():
-            described = self._complete(adapter, neighbours, name, vectors, protocol)
+            described = self._complete(
+                adapter, neighbours, name, vectors, protocol, with_claims=with_claims
+            )
             self.described[name], self.protocols[name] = described
 
     def sample(
@@ -225,6 +234,8 @@ class Describer:
         name: str,
         injected: Tensor,
         protocol: GenerationProtocol,
+        *,
+        with_claims: bool = False,
     ) -> tuple[list[Description], GenerationProtocol | None]:
         """All descriptions of a file, and how they were generated.
 
@@ -240,8 +251,13 @@ class Describer:
             verbalizer = verbalizer or self._load(adapter, neighbours)
             is_same = len(injected) == 1
             rows = injected if is_same else injected[start:stop]
-            written = verbalizer.describe_under(protocol, rows, start)
-            fresh = [self._described(new.text, new.closed) for new in written]
+            written = verbalizer.describe_under(protocol, rows, start, with_claims=with_claims)
+            fresh = [
+                dataclasses.replace(
+                    self._described(new.text, new.closed), claim_log_probs=new.claim_log_probs
+                )
+                for new in written
+            ]
             return fresh * (stop - start) if is_same else fresh
 
         samples = protocol.decoding["samples"]

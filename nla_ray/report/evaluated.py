@@ -24,6 +24,7 @@ from nla_ray.score.metrics import Figure, figures
 if TYPE_CHECKING:
     from nla_ray.description.protocol import GenerationProtocol
     from nla_ray.description.record import Description
+    from nla_ray.report.claim_confidence import JudgedClaims
     from nla_ray.report.readings import Readings
     from nla_ray.report.recovered import PatchBack
 
@@ -73,6 +74,8 @@ class Evaluated:
     """What the base said with reconstructions put back; None: that was not measured."""
     sampled: str
     """The verbalizer that the samples are of."""
+    judged_claims: JudgedClaims | None = None
+    """The claims of its greedy descriptions, how likely each is; None: nobody has said."""
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:

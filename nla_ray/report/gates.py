@@ -10,6 +10,7 @@ A gate is (figure, relation, threshold). Figures are named by where they stand i
     grpo-sft.claims.precision_excess      a paired difference of what is claimed
     grpo/sft.judge.delta                  a paired ratio
     confidence.judge.top1                 the more confident half's less the rest's
+    claim_confidence.kept_80.precision    of claims that are kept from .8 on
 
 The bound of the 95% interval that is worse for the claim decides.
 """
@@ -20,6 +21,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nla_ray.report.claim_confidence import KEPT_FIGURES, KEPT_FROM
 from nla_ray.report.claim_figures import CLAIM_FIGURES
 from nla_ray.report.controls import CONTROLS, SCORERS, VERBALIZERS, pairs_of
 from nla_ray.report.matched import PROBE_FIGURES
@@ -44,9 +46,10 @@ def check_gates(gates: Sequence[Gate]) -> None:
             raise ValueError(
                 f"gate: got {name!r} {relation!r}, expected VERBALIZER.SCORER.METRIC,"
                 " VERBALIZER.claims.FIGURE, VERBALIZER.probe.FIGURE, FIRST-SECOND in place of the"
-                f" verbalizer ({pairs}), FIRST/SECOND.SCORER.delta or"
-                f" confidence.SCORER.{'|'.join(CONFIDENCE_METRICS)}, with a relation of >=, >, <=,"
-                " <. Correct --evaluation.gates."
+                f" verbalizer ({pairs}), FIRST/SECOND.SCORER.delta,"
+                f" confidence.SCORER.{'|'.join(CONFIDENCE_METRICS)} or"
+                f" claim_confidence.{'|'.join(KEPT_FROM)}.{'|'.join(KEPT_FIGURES)},"
+                " with a relation of >=, >, <=, <. Correct --evaluation.gates."
             )
 
 
@@ -57,6 +60,8 @@ def _names_figure(name: str) -> bool:
     pairs = pairs_of(VERBALIZERS)
     if subject == "confidence":
         return scorer in SCORERS and metric in CONFIDENCE_METRICS
+    if subject == "claim_confidence":
+        return scorer in KEPT_FROM and metric in KEPT_FIGURES
     if "/" in subject:
         return tuple(subject.split("/")) in pairs and scorer in SCORERS and metric == "delta"
     if not (tuple(subject.split("-")) in pairs if "-" in subject else subject in VERBALIZERS):
@@ -76,8 +81,8 @@ def judge_gate(summary: Mapping[str, Any], gate: Gate) -> dict[str, Any]:
     """
     name, relation, threshold = gate
     subject, scorer, metric = name.split(".")
-    if subject == "confidence":
-        by_metric = summary.get("confidence", {}).get(scorer, {})
+    if subject in ("confidence", "claim_confidence"):
+        by_metric = summary.get(subject, {}).get(scorer, {})
     elif "-" in subject:
         by_metric = summary["paired"].get(subject, {}).get(scorer, {})
     elif "/" in subject:

@@ -16,6 +16,7 @@ from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.load import load_tokenizer
 from nla_ray.description.record import Description
+from nla_ray.report.claim_confidence import JudgedClaims, judged_claims
 from nla_ray.report.compared import Compared
 from nla_ray.report.controls import REFRESHED, VERBALIZERS, artifact_of, trained_in
 from nla_ray.report.describing import describe_all
@@ -32,6 +33,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.text.domains import DOMAIN_NAMES
+from nla_ray.training.claim_confidence import load_claim_confidence
 
 PREFIX_ROWS = 400
 """Activations, chosen by seed, whose descriptions are also read in part."""
@@ -62,9 +64,8 @@ def gather_evaluated(
     # In the order of the tables; what was named on the command line comes last.
     names = [name for name in dict.fromkeys([*VERBALIZERS, *said]) if name in said]
     descriptions = {name: said[name] for name in names}
-    prefix_rows = drawn_rows(len(test), PREFIX_ROWS, seed)
+    prefix_rows, tokenizer = drawn_rows(len(test), PREFIX_ROWS, seed), load_tokenizer(config.base)
     read_in_part = [name for name in names if name in ("gold", *trained_in(manifests))]
-    tokenizer = load_tokenizer(config.base)
     prefixes = _prefixes(tokenizer, descriptions, read_in_part, prefix_rows)
     protocols = {name: written.protocols[name] for name in names}
     from_elsewhere = [verbalizer.name for verbalizer in compared]
@@ -98,6 +99,7 @@ def gather_evaluated(
         readings=readings,
         patched=patch_reconstructions(run, test, descriptions, readings, mean, scratch),
         domain_names=_domain_names(test.domains),
+        judged_claims=_judged_claims(run, manifests, test, descriptions, samples),
     )
 
 
@@ -113,6 +115,32 @@ def _read_refreshed(
         return None
     texts = {description.text for name in names for description in descriptions[name]}
     return reconstruct_texts(run, manifests, texts, scratch, [REFRESHED])
+
+
+def _judged_claims(
+    run: Run,
+    manifests: Mapping[str, Manifest],
+    test: ActivationTable,
+    descriptions: Mapping[str, Sequence[Description]],
+    samples: Sequence[Sequence[Description]],
+) -> JudgedClaims | None:
+    """How likely the arm's claims are, where a report with enough samples is made with it.
+
+    One on validation is about what it was fitted to: it has none.
+    """
+    name = run.config.claim_confidence_artifact
+    if name not in manifests or run.config.evaluation.split != "test":
+        return None
+    count = manifests[name].config["claim_confidence"]["samples"]
+    if not samples or len(samples[0]) < count:
+        return None
+    return judged_claims(
+        load_claim_confidence(run),
+        test.vectors,
+        test.texts,
+        descriptions[run.config.grpo.artifact],
+        [drawn[:count] for drawn in samples],
+    )
 
 
 def _prefixes(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nla_ray.report.claim_confidence import claim_confidence_section
 from nla_ray.report.controls import CONTROLS, SCORERS, SOURCE
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
@@ -65,6 +66,7 @@ def summarise(
             "refreshed": two_by_two(bootstrap, evaluated),
             "wording": wording_section(evaluated, resamples, seed),
             "probe": probe_section(bootstrap, evaluated),
+            "claim_confidence": claim_confidence_section(bootstrap, evaluated.judged_claims),
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),
             "domains": _by_domain(evaluated, resamples, seed),

@@ -236,20 +236,22 @@ class Run:
         manifests = {name: self.require(name) for name in names}
         if row.optional_parents:
             recorded = self.recorded(row.artifact(self.config))
-            for name in row.optional_parents:
+            for parent in row.optional_parents:
+                name = stage_named(parent).parent_artifact(self.config)
                 if recorded is None:
-                    is_parent = self._is_begun_with(name, row, manifests)
+                    is_parent = self._is_begun_with(parent, row, manifests)
                 else:
                     is_parent = name in recorded[1]
                 if is_parent:
                     manifests[name] = self.require(name)
         return manifests
 
-    def _is_begun_with(self, name: str, row: Stage, manifests: Mapping[str, Manifest]) -> bool:
+    def _is_begun_with(self, optional: str, row: Stage, manifests: Mapping[str, Manifest]) -> bool:
         """Whether a new artifact of these parents is made from an optional stage as well."""
         if row.optional_when is not None:
             return row.takes_optional(self.config)
-        if any(name in stage_named(parent).optional_parents for parent in row.parents):
+        name = stage_named(optional).parent_artifact(self.config)
+        if any(optional in stage_named(parent).optional_parents for parent in row.parents):
             return any(name in manifest.parents for manifest in manifests.values())
         return self.find(name) is not None
 

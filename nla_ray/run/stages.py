@@ -61,8 +61,8 @@ class Stage:
     """Stages whose artifacts it is made from as well, where it does not exist without them yet: an
     artifact that was made before such a stage existed stays what it is."""
     optional_when: str | None = None
-    """Property of RunConfig that says whether it is made from its optional parents; None: when they
-    exist, or another parent was made from them."""
+    """Property of RunConfig that says whether it is made from all its optional parents; None: when
+    they exist, or another parent was made from them."""
     sections: tuple[str, ...] = ()
     """Configuration sections that shape the artifact: its identity, with its parents."""
     named_by: str | None = None
@@ -208,6 +208,16 @@ STAGES = (
         function="nla_ray.training.refreshed:refresh_reward_scorer",
     ),
     Stage(
+        name="claim_confidence",
+        job="evaluate",
+        kind="data",
+        parents=("activations", "grpo"),
+        sections=("base", "claim_confidence"),
+        named_by="claim_confidence_artifact",
+        passes_name_on=True,
+        function="nla_ray.training.claim_confidence:make_claim_confidence",
+    ),
+    Stage(
         name="report",
         job="evaluate",
         kind="report",
@@ -221,7 +231,7 @@ STAGES = (
             "sft",
             "grpo",
         ),
-        optional_parents=("readable_labels", "reward_scorer_refreshed"),
+        optional_parents=("readable_labels", "reward_scorer_refreshed", "claim_confidence"),
         sections=("base", "evaluation"),
         named_by="report_artifact",
         function="nla_ray.report.stage:evaluate",
@@ -367,7 +377,8 @@ def is_superfluous(run: Run, stage: Stage, stages: Sequence[Stage]) -> bool:
     if not takers or any(stage.name in other.parents for other in stages):
         return False
     recorded = [run.recorded(other.artifact(run.config)) for other in takers]
-    return all(made is not None and stage.name not in made[1] for made in recorded)
+    name = stage.parent_artifact(run.config)
+    return all(made is not None and name not in made[1] for made in recorded)
 
 
 def pipeline_timings(run: Run) -> dict[str, float]:

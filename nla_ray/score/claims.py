@@ -60,9 +60,11 @@ _NAME = re.compile(
     r"\b(?:[^\W\d_]+[\d_]\w*|[a-z]+[A-Z]\w*|[A-Z]+[a-z]+[A-Z]\w*)\b|(?<=[\w,;] )[A-Z][^\W\d_]+"
 )
 _CLAIM = re.compile(
-    rf"{_QUOTED.pattern}|{_NUMBER.pattern}|{_CAMEL_PIECE.pattern}|[^\W\d_A-Za-z][^\W\d_]*"
+    rf"{_QUOTED.pattern}|{_NUMBER.pattern}|[^\W\d_]*[^\W\d_A-Za-z][^\W\d_]*"
+    rf"|{_CAMEL_PIECE.pattern}"
 )
-"""In running text: a quoted string, a number, or a piece of a word."""
+"""In running text: a quoted string, a number, a word beyond ASCII, or a piece of another."""
+_HIDDEN_COMMA = "\0"
 _TRIMMED = " \t.;:!?-*•"
 
 
@@ -88,6 +90,16 @@ def split_heading(bullet: str) -> tuple[str, str]:
     return "", bullet
 
 
+def list_parts(body: str) -> list[str]:
+    """A list cut at its commas, but for those that a quotation holds.
+
+    >>> list_parts('"yes, sir", frame')
+    ['"yes, sir"', ' frame']
+    """
+    hidden = _QUOTED.sub(lambda quoted: quoted[0].replace(",", _HIDDEN_COMMA), body)
+    return [part.replace(_HIDDEN_COMMA, ",") for part in hidden.split(",")]
+
+
 def items(description: str) -> list[str]:
     """The comma-separated parts of every bullet, headings left out, casefolded.
 
@@ -95,7 +107,7 @@ def items(description: str) -> list[str]:
     ['frame', 'index', 'another check']
     """
     bodies = (split_heading(bullet)[1] for bullet in bullets(description))
-    parts = (part.strip(_TRIMMED).casefold() for body in bodies for part in body.split(","))
+    parts = (part.strip(_TRIMMED).casefold() for body in bodies for part in list_parts(body))
     return [part for part in parts if part]
 
 
@@ -241,16 +253,29 @@ def marked(description: str, text: str) -> list[tuple[str, Mark]]:
     >>> marked("- Python test: frame, qux", "def frame")
     [('- Python test: ', ''), ('frame', 'found'), (', ', ''), ('qux', 'missing')]
     """
-    claims, found = claimed_words(description), found_words(text)
-    flat = " ".join(text.casefold().split())
     marks: dict[str, Mark] = {
-        claim: "found" if claim in found or _stands_in(claim, flat) else "missing"
-        for claim in claims
+        claim: "found" if is_found else "missing"
+        for claim, is_found in found_claims(description, text).items()
     }
     pieces: list[tuple[str, Mark]] = []
     for line in re.split(r"(\n)", description):
         pieces += _marked_line(line, marks)
     return _joined(pieces)
+
+
+def claim_spans(description: str) -> dict[str, tuple[int, int]]:
+    """Every claim that has a place, with first character and end of where it is said first.
+
+    >>> claim_spans("- Python test: frame, qux")
+    {'frame': (15, 20), 'qux': (22, 25)}
+    """
+    spans: dict[str, tuple[int, int]] = {}
+    offset = 0
+    for piece, mark in marked(description, ""):
+        if mark:
+            spans.setdefault(claim_of(piece), (offset, offset + len(piece)))
+        offset += len(piece)
+    return spans
 
 
 def claim_of(piece: str) -> str:
@@ -306,10 +331,19 @@ def claim_counts(description: str, text: str) -> tuple[int, int]:
 
     A quoted string is found as a whole.
     """
-    claims = claimed_words(description)
-    found = found_words(text)
-    flat = " ".join(text.casefold().split())
-    return sum(claim in found or _stands_in(claim, flat) for claim in claims), len(claims)
+    found = found_claims(description, text)
+    return sum(found.values()), len(found)
+
+
+def found_claims(description: str, text: str) -> dict[str, bool]:
+    """Every claim of a description, and whether the text bears it out.
+
+    >>> found_claims("- tokens: frame", "the frame")
+    {'frame': True}
+    """
+    found, flat = found_words(text), " ".join(text.casefold().split())
+    claimed = claimed_words(description)
+    return {claim: claim in found or _stands_in(claim, flat) for claim in claimed}
 
 
 def _stands_in(claim: str, flat_text: str) -> bool:

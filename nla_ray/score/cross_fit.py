@@ -5,8 +5,7 @@ scores become probabilities by one logistic regression over all words: of the sc
 the log-odds of the word's share. Both are closed forms or a few passes, linear in rows; only a
 block of rows is in memory, and those that calibrate. Pure: it is given activations and texts, and
 knows no run. Protects the rule that no text is judged by weights that were fitted to it; what all
-folds share (the words, the penalty, the calibration) has seen every text. Source of the
-calibration: Platt, "Probabilistic Outputs for Support Vector Machines", 1999.
+folds share (the words, the penalty, the calibration) has seen every text.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from nla_ray.activation.bank import drawn_rows
 from nla_ray.run.identity import seed_of
+from nla_ray.score.logistic import fit_constant, fit_logistic
 from nla_ray.score.probe import (
     BLOCK_ROWS,
     ProbeSums,
@@ -35,35 +35,57 @@ from nla_ray.score.probe import (
 FOLDS = 5
 _CALIBRATED_ROWS = 2_048
 """Rows, with all words, that the calibration is fitted to."""
-_NEWTON_STEPS = 25
 _SHARES = (0.002, 1.0)
 """Of the train texts that have a word of the probe: a word of almost all is read most surely."""
 _LEAST_SCORE, _LARGEST_SCORE = -3.0, 8.0
 """In standard deviations; calibrating rows have hardly any beyond."""
-_DAMPING = 1e-3
 _LEAST_SHARE = 1e-6
 _NUM_INPUTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedProbe:
+    """A probe of words, and what makes its scores probabilities.
+
+    Example: probe=<of ["frame"]>, log_odds=<[1]>, coefficients=<[4]>
+    """
+
+    probe: WordProbe
+    log_odds: Float[Tensor, " words"]
+    """Of the share of texts that have each word."""
+    coefficients: Float[Tensor, 4]
+    """Of 1, the score, its square, and the log-odds."""
+
+    def probabilities(
+        self, activations: Float[Tensor, "rows d_model"]
+    ) -> Float[Tensor, "rows words"]:
+        """That each word is in the texts of activations that the probe was not fitted to."""
+        return self.calibrated(self.probe.scores(activations))
+
+    def calibrated(self, scores: Float[Tensor, "rows words"]) -> Float[Tensor, "rows words"]:
+        """Probabilities, which rise with the score: beyond the parabola's vertex they stay."""
+        bounded = _up_to_vertex(scores, self.coefficients)
+        return torch.sigmoid(_inputs(bounded, self.log_odds) @ self.coefficients)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFitted:
     """Probes of words, one for every fold and one for rows of no fold, with one calibration.
 
-    Example: words=["frame"], folds=<probes>, whole=<probe>, fold_of=[0, 1, 0],
-    log_odds=<[1]>, coefficients=<[4]>
+    Example: folds=<probes>, whole=<probe>, fold_of=[0, 1, 0]
     """
 
-    words: list[str]
     folds: list[WordProbe]
     """Each fitted to the rows of all other folds."""
-    whole: WordProbe
-    """Fitted to all rows: for activations of other documents."""
+    whole: CalibratedProbe
+    """Fitted to all rows: for activations of other documents. Its calibration is everyone's."""
     fold_of: list[int]
     """Of every row that the probes were fitted to."""
-    log_odds: Float[Tensor, " words"]
-    """Of the share of texts that have each word."""
-    coefficients: Float[Tensor, 4]
-    """Of 1, the score, its square, and the log-odds."""
+
+    @property
+    def words(self) -> list[str]:
+        """The words of every probe."""
+        return self.whole.probe.words
 
     def blocks(
         self, activations: Float[Tensor, "rows d_model"], *, fitted: bool
@@ -78,9 +100,9 @@ class CrossFitted:
             block = activations[start : rows.stop]
             yield (
                 rows,
-                self._calibrated(
-                    self.out_of_fold_scores(block, rows) if fitted else self.whole.scores(block)
-                ),
+                self.whole.calibrated(self.out_of_fold_scores(block, rows))
+                if fitted
+                else self.whole.probabilities(block),
             )
 
     def out_of_fold_scores(
@@ -92,11 +114,6 @@ class CrossFitted:
         for fold in folds.unique().tolist():
             scores[folds == fold] = self.folds[fold].scores(activations[folds == fold])
         return scores
-
-    def _calibrated(self, scores: Float[Tensor, "block words"]) -> Float[Tensor, "block words"]:
-        """Probabilities, which rise with the score: beyond the parabola's vertex they stay."""
-        bounded = _up_to_vertex(scores, self.coefficients)
-        return torch.sigmoid(_inputs(bounded, self.log_odds) @ self.coefficients)
 
 
 def cross_fit(
@@ -122,16 +139,19 @@ def cross_fit(
     total = functools.reduce(operator.add, sums)
     penalty = best_penalty(total - sums[0], words, mean, activations[parts[0]], held_of_part[0])
     log_odds = torch.logit(total.shares.float(), eps=_LEAST_SHARE)
-    uncalibrated = CrossFitted(
-        words=words,
-        folds=[(total - part).solve(words, mean, penalty) for part in sums],
-        whole=total.solve(words, mean, penalty),
-        fold_of=fold_of,
+    whole = CalibratedProbe(
+        probe=total.solve(words, mean, penalty),
         log_odds=log_odds,
         coefficients=torch.zeros(_NUM_INPUTS),
     )
+    uncalibrated = CrossFitted(
+        folds=[(total - part).solve(words, mean, penalty) for part in sums],
+        whole=whole,
+        fold_of=fold_of,
+    )
+    coefficients = _calibrate(uncalibrated, activations, held, seed)
     return dataclasses.replace(
-        uncalibrated, coefficients=_calibrate(uncalibrated, activations, held, seed)
+        uncalibrated, whole=dataclasses.replace(whole, coefficients=coefficients)
     )
 
 
@@ -153,28 +173,13 @@ def _calibrate(
     held: Sequence[frozenset[str]],
     seed: int,
 ) -> Float[Tensor, 4]:
-    """Logistic regression of presence, by Newton's method, on all words of a seeded choice of rows.
-
-    The damping keeps it finite where a few rows can be told apart without error.
-    """
+    """Logistic regression of presence on all words of a seeded choice of rows."""
     chosen = drawn_rows(len(held), _CALIBRATED_ROWS, seed)
-    scores = fitted.out_of_fold_scores(activations[chosen], chosen)
-    x = _inputs(scores, fitted.log_odds).flatten(0, 1).double()
+    scores, log_odds = fitted.out_of_fold_scores(activations[chosen], chosen), fitted.whole.log_odds
     y = torch.tensor([word in held[row] for row in chosen for word in fitted.words]).double()
-    coefficients = torch.zeros(_NUM_INPUTS, dtype=torch.float64)
-    damping = _DAMPING * torch.eye(_NUM_INPUTS, dtype=torch.float64)
-    for _ in range(_NEWTON_STEPS):
-        probability = torch.sigmoid(x @ coefficients)
-        gradient = x.T @ (y - probability) - damping @ coefficients
-        curvature = (x * (probability * (1 - probability))[:, None]).T @ x + damping
-        coefficients = coefficients + torch.linalg.solve(curvature, gradient)
-    bounded = _up_to_vertex(scores, coefficients)
-    x = _inputs(bounded, fitted.log_odds).flatten(0, 1).double()
-    for _ in range(_NEWTON_STEPS):  # the constant alone: as many are expected as there are
-        probability = torch.sigmoid(x @ coefficients)
-        spread = (probability * (1 - probability)).sum() + _DAMPING
-        coefficients[0] += (y - probability).sum() / spread
-    return coefficients.float()
+    coefficients = fit_logistic(_inputs(scores, log_odds).flatten(0, 1), y)
+    bounded = _inputs(_up_to_vertex(scores, coefficients), log_odds).flatten(0, 1)
+    return fit_constant(bounded, y, coefficients).float()
 
 
 def _up_to_vertex(scores: Tensor, coefficients: Float[Tensor, 4]) -> Tensor:

@@ -144,7 +144,7 @@ def _items(number: int, line: str) -> list[_Item]:
     is_tokens = heading.casefold() == claims.TOKENS_HEADING
     place = claims.TOKENS_HEADING if is_tokens else _OTHER
     found = []
-    for part in body.split(","):
+    for part in claims.list_parts(body):
         claimed = claims.claimed_words(f"- {heading}: {part}")
         found.append(_Item(line=number, text=part.strip(), claimed=claimed, place=place))
     return found

@@ -205,7 +205,8 @@ class ReconstructorConfig:
     teacher_share: float = 0.5
     """The first teacher's share where labels is `one`; the rest are the others'."""
     replaced_share: float = 0.0
-    """Share of its labels, drawn by seed, with readable words in place of what is not readable."""
+    """Share of its labels, drawn by seed, with readable words in place of what is not readable, by
+    a probe of all train documents."""
     epochs: int = 3
     """Passes over the examples; the best epoch on validation is kept."""
     batch_size: int = 64
@@ -440,6 +441,28 @@ def _require_name(what: str, name: str | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClaimConfidenceConfig:
+    """How likely a claim of the GRPO verbalizer is in the text, learned from validation."""
+
+    max_activations: int | None = 512
+    """Most validation activations that are described for it, drawn by seed; None: all."""
+    samples: int = 4
+    """Samples of each, which the greedy description is compared with. A report with fewer samples
+    (`evaluation.samples`) judges no claims."""
+    seed: int = 0
+    """Draws the activations, the samples, and the folds of the probe."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.samples >= 1,
+            "claim_confidence.samples",
+            self.samples,
+            "at least 1",
+            "A claim is compared with what other samples claim.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What the report is computed from, and what it must show."""
 
@@ -519,8 +542,8 @@ class ComputeConfig:
     threads: int = 2
     """Torch threads in a process that computes on CPU."""
     kept_gib: float = 8.0
-    """Most GiB of activations that a trainer on a GPU keeps for the backward pass; where a
-    micro-batch has more, they are computed twice. 0: always."""
+    """Most GiB of blocks' activations that a trainer on a GPU keeps for the backward pass, logits
+    not counted; where a micro-batch has more, they are computed twice. 0: always."""
     zero_stage: Literal[0, 2, 3] = 2
     """DeepSpeed ZeRO stage of every training; 3 shards weights too, 0 trains without DeepSpeed."""
 
@@ -625,6 +648,7 @@ class RunConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     reward_scorer_refreshed: RefreshedScorerConfig = field(default_factory=RefreshedScorerConfig)
+    claim_confidence: ClaimConfidenceConfig = field(default_factory=ClaimConfidenceConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -647,6 +671,11 @@ class RunConfig:
         seeds = "_seeds" if self.seeds else ""
         compared = [argument.partition("=")[0] for argument in self.compare]
         return "_".join([f"report{arm}{split}{seeds}", *compared])
+
+    @property
+    def claim_confidence_artifact(self) -> str:
+        """`claim_confidence`, with what names the arm that it is of: `claim_confidence_kl0`."""
+        return f"claim_confidence{self.grpo.artifact.removeprefix('grpo')}"
 
     def with_seed(self, section: Literal["sft", "grpo"], seed: int) -> Self:
         """The same run where a training has another seed, and its artifact a name by it.

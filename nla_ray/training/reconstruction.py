@@ -119,7 +119,7 @@ def scorer_labels(
     """
     rows = load_labels(run, split)
     if settings.needs_readable_labels:
-        rows = _partly_replaced(rows, readable_labels(run, split, "replaced"), settings)
+        rows = partly_replaced(rows, readable_labels(run, split, "replaced"), settings)
     if split == "train" and settings.labels == "one":
         chosen = choose_labels(
             rows,
@@ -135,7 +135,7 @@ def scorer_labels(
     return labels
 
 
-def _partly_replaced(
+def partly_replaced(
     rows: Sequence[LabelRow], replaced: Iterable[Mapping[str, Any]], settings: ReconstructorConfig
 ) -> list[LabelRow]:
     """The rows of labels, of which `replaced_share` have their replaced form."""

@@ -24,10 +24,12 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from nla_ray.base.identity import base_info, check_base
+from nla_ray.base.load import load_model_config
 from nla_ray.cluster.environment import kind_environment
 from nla_ray.cluster.resources import demand, require_resources
 from nla_ray.cpu import door
 from nla_ray.plan.facts import recomputes_activations
+from nla_ray.plan.sizes import sizes_in
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
@@ -212,7 +214,10 @@ def trainer_arguments(
         "deepspeed": deepspeed_config(compute),
         "bf16": False,
         "fp16": False,
-        "activation_checkpointing": recomputes_activations(run_config, blocks, tokens),
+        "activation_checkpointing": on_gpu
+        and recomputes_activations(
+            run_config, sizes_in(load_model_config(run_config.base)), blocks, tokens
+        ),
         "seed": seed,
         "data_seed": seed,
         "report_to": [],

@@ -55,3 +55,12 @@ def test_a_trainer_that_books_a_gpu_is_not_told_to_use_the_cpu(tmp_path) -> None
     sizes = {"seed": 0, "blocks": 1, "tokens": 1}
     assert trainer_arguments(config, tmp_path, **sizes)["use_cpu"]
     assert not trainer_arguments(on_gpu, tmp_path, **sizes)["use_cpu"]
+
+
+def test_a_trainer_on_a_gpu_recomputes_what_is_too_large_to_keep(tmp_path) -> None:
+    config = PRESETS["nano"]()
+    for gpus, tokens, is_recomputed in ((1, 100, False), (1, 10**7, True), (0, 10**7, False)):
+        compute = ComputeConfig(trainer_gpus=gpus, zero_stage=0)
+        placed = dataclasses.replace(config, compute=compute)
+        arguments = trainer_arguments(placed, tmp_path, seed=0, blocks=6, tokens=tokens)
+        assert arguments["activation_checkpointing"] == is_recomputed

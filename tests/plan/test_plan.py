@@ -298,12 +298,14 @@ def test_what_a_token_keeps_for_the_backward_pass_was_measured(
 
 def test_a_trainer_on_a_gpu_computes_activations_twice_where_they_take_too_much_of_it() -> None:
     config = override(preset("qwen2.5-7b"), compute={"trainer_gpus": 1.0, "kept_gib": 8.0})
-    most = 8 * 2**30 / kept_bytes(config, 28, 1)
+    sizes = base_sizes(config)
+    most = 8 * 2**30 / kept_bytes(config, sizes, 28, 1)
     assert 900 < most < 1_100  # 8.3 MB a token
-    assert [recomputes_activations(config, 28, most + step) for step in (-1, 1)] == [False, True]
-    assert not recomputes_activations(config, 14, most + 1)
+    verdicts = [recomputes_activations(config, sizes, 28, most + step) for step in (-1, 1)]
+    assert verdicts == [False, True]
+    assert not recomputes_activations(config, sizes, 14, most + 1)
     on_cpu = override(config, compute={"trainer_gpus": 0.0})
-    assert not recomputes_activations(on_cpu, 28, 100 * most)
+    assert not recomputes_activations(on_cpu, sizes, 28, 100 * most)
 
 
 def test_a_plan_states_the_memory_of_every_process_its_host_memory_and_that_of_a_shard(

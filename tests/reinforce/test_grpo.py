@@ -509,7 +509,7 @@ def test_claims_are_paid_to_their_tokens_beside_the_advantage(
     arena: dict, prepared: Run, credit: str
 ) -> None:
     _, _, plain = first_batch(arena, prepared, credit=credit)
-    _, sampler, paid = first_batch(arena, prepared, credit=credit, claim_weight=2.0)
+    trainer, sampler, paid = first_batch(arena, prepared, credit=credit, claim_weight=2.0)
     torch.testing.assert_close(paid["completion_ids"], plain["completion_ids"])
     shared = plain["advantages"].reshape(len(paid["advantages"]), -1)
     added = (paid["advantages"] - shared) / 2.0
@@ -519,6 +519,9 @@ def test_claims_are_paid_to_their_tokens_beside_the_advantage(
         )
         assert not of_tokens[len(values) :].abs().gt(1e-5).any()
     assert added.abs().max() > 0.01, "something was claimed"
+    earned = [sum(values) for values in sampler.claim_values()]
+    mean = sum(earned) / len(earned)
+    assert trainer._metrics["train"]["claims/value"] == [pytest.approx(mean, abs=1e-5)]
 
 
 def test_lines_share_the_advantage_that_trl_gives_to_the_whole_description(paid_by_line) -> None:

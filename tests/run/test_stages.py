@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 DATA = ("corpus", "activations", "labels")
 SCORERS = ("reward_scorer", "judge_scorer", "linear_scorer")
-PIPELINE = (*DATA, "readable_labels", *SCORERS, "sft", "grpo", "reward_scorer_refreshed", "report")
+LAST = ("reward_scorer_refreshed", "claim_confidence", "report")
+PIPELINE = (*DATA, "readable_labels", *SCORERS, "sft", "grpo", *LAST)
 
 
 def names(rows: tuple[Stage, ...]) -> tuple[str, ...]:
@@ -122,6 +123,17 @@ def test_a_report_is_made_from_readable_labels_where_its_sft_was(tmp_path: Path)
     plain.open("sft").publish()
     for run in (plain, taught):
         assert "readable_labels" not in run.parents_of("report")
+
+
+def test_the_report_of_an_arm_has_the_confidence_of_that_arms_claims(tmp_path: Path) -> None:
+    main, arm = run_at(tmp_path, nano()), run_at(tmp_path, nano(), grpo={"name": "kl0"})
+    for name in (*DATA, *SCORERS, "sft", "grpo", "grpo_kl0"):
+        main.open_artifact(name).publish()
+    for run in (main, arm):
+        run.open("claim_confidence").publish()
+    own = {"claim_confidence", "claim_confidence_kl0"}
+    assert own & set(main.parents_of("report")) == {"claim_confidence"}
+    assert own & set(arm.parents_of("report")) == {"claim_confidence_kl0"}
 
 
 def test_sft_is_not_begun_without_the_labels_that_it_is_to_be_taught(tmp_path: Path) -> None:

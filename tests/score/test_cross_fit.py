@@ -62,8 +62,10 @@ def test_a_family_is_in_one_fold_and_its_probe_is_fitted_without_it(fitted) -> N
     assert all(probes.fold_of[row] == probes.fold_of[row + 1] for row in range(0, len(texts), 2))
     others = [row for row in range(len(texts)) if probes.fold_of[row] != 0]
     held = [words_of(texts[row]) for row in others]
-    sums = ProbeSums.of(vectors[others], held, probes.words, probes.whole.mean)
-    weights = [sums.solve(probes.words, probes.whole.mean, penalty).weight for penalty in PENALTIES]
+    sums = ProbeSums.of(vectors[others], held, probes.words, probes.whole.probe.mean)
+    weights = [
+        sums.solve(probes.words, probes.whole.probe.mean, penalty).weight for penalty in PENALTIES
+    ]
     agree = [torch.allclose(weight, probes.folds[0].weight, atol=1e-4) for weight in weights]
     assert sum(agree) == 1
     assert not torch.allclose(probes.folds[1].weight, probes.folds[0].weight, atol=1e-2)
@@ -96,7 +98,7 @@ def test_probabilities_rise_with_the_score_however_few_rows_there_are(
 ) -> None:
     probes = cross_fit(*rows_with_words(rows, seed=7, noise=noise), torch.full((D_MODEL,), 0.2))
     scores = torch.linspace(-4.0, 9.0, 60)[:, None].expand(60, len(probes.words))
-    read = probes._calibrated(scores)
+    read = probes.whole.calibrated(scores)
     assert read.isfinite().all() and (read.diff(dim=0) >= -1e-6).all()
 
 

@@ -139,8 +139,8 @@ def test_sections_stand_in_the_order_of_the_pipeline_and_pretraining_is_added_la
     assert fields == [
         *("preset", "run_dir", "dry_run", "gate", "card", "compare", "seeds"),
         *("base", "corpus", "capture", "label", "reward_scorer", "judge_scorer", "linear_scorer"),
-        *("readable_labels", "sft", "grpo", "reward_scorer_refreshed", "evaluation", "serve"),
-        "compute",
+        *("readable_labels", "sft", "grpo", "reward_scorer_refreshed", "claim_confidence"),
+        *("evaluation", "serve", "compute"),
     ]
     extended = [field.name for field in dataclasses.fields(PretrainRunConfig)]
     assert extended == [*fields, "pretrain"]

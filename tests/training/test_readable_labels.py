@@ -14,7 +14,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.score import claims
 from nla_ray.settings.config import ReconstructorConfig, RunConfig
 from nla_ray.training.readable import READABLE_LABELS, readable_labels, write_readable_labels
-from nla_ray.training.reconstruction import scorer_labels
+from nla_ray.training.reconstruction import partly_replaced, scorer_labels
 from nla_ray.training.sft import load_pairs
 
 
@@ -123,3 +123,20 @@ def test_a_scorer_learns_its_share_of_the_replaced_labels(made: RunConfig, split
 def test_a_share_of_labels_is_none_or_all_at_most() -> None:
     with pytest.raises(ValueError, match=r"replaced_share of a scorer: got 1\.5, expected"):
         ReconstructorConfig(replaced_share=1.5)
+
+
+def test_every_teachers_label_has_a_draw_and_a_form_of_its_own() -> None:
+    names = [(f"doc-{number}#0", teacher) for number in range(400) for teacher in ("one", "two")]
+    rows = [{"text_id": text, "teacher": who, "label": f"{who} on {text}"} for text, who in names]
+    replaced = [
+        {"subject": text, "teacher": who, "label": f"replaced by {who} on {text}"}
+        for text, who in names
+    ]
+    settings = ReconstructorConfig(replaced_share=0.3, seed=1)
+    mixed = partly_replaced(rows, replaced, settings)
+    taken = [row["label"] != mine["label"] for row, mine in zip(mixed, rows, strict=True)]
+    for row, mine in zip(mixed, rows, strict=True):
+        assert row["label"].removeprefix("replaced by ") == mine["label"]
+    assert sum(taken) / len(taken) == pytest.approx(0.3, abs=0.05)
+    assert sum(a != b for a, b in zip(taken[::2], taken[1::2], strict=True)) > 0
+    assert partly_replaced(rows[:2], replaced, settings) == mixed[:2]

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nla_ray.report.claim_confidence import KEPT_FROM
 from nla_ray.report.rendering.content import (
+    Bullets,
     Cell,
     ChartGroup,
     Choice,
@@ -20,6 +22,7 @@ from nla_ray.report.rendering.content import (
     Series,
     Table,
     TableRow,
+    interval,
     number,
 )
 from nla_ray.report.rendering.rows import Report, judge_first, keys_of, plain_columns
@@ -409,6 +412,51 @@ def calibration_section(report: Report) -> Section:
         title="Calibration",
         intro=intro,
         blocks=[ChartGroup(charts=charts, is_wide=True), table] if bins else [],
+    )
+
+
+def claim_confidence_section_of(report: Report) -> Section:
+    """Whether claims are found as often as their confidence says, and what keeping some gives."""
+    measured: Mapping[str, Any] = report.get("claim_confidence") or {}
+    bins = measured.get("bins", [])
+    points = [to_point(bin["confidence"], bin["found"]) for bin in bins]
+    as_said = Series(name="as it says", points=[{"x": x, "y": x} for x in (0.0, 1.0)])
+    reliability = LineChart(
+        label="Claims in the text by confidence",
+        caption="claims in the text",
+        series=[Series(name="claims in the text", points=points)],
+        x_label="confidence",
+        x_domain=[0.0, 1.0],
+        reference=as_said,
+    )
+    titles = {"share": "share of claims", "precision": "of them in the text"}
+    rows = [
+        TableRow(name="", title=f"from {least}", cells=[measured[name].get(key) for key in titles])
+        for name, least in KEPT_FROM.items()
+        if name in measured
+    ]
+    table = Table(
+        title="Claims kept",
+        head="confidence",
+        columns=[Column(name=name, title=title) for name, title in titles.items()],
+        rows=rows,
+        on_terminal=tuple(titles),
+    )
+    intro = "How likely each claim is in the text, by a regression fitted to validation."
+    if measured:
+        intro += (
+            f" Brier score {interval(measured['brier'])} of {measured['claims']} claims"
+            f" ({number(measured['brier_constant']['value'])} with the same confidence for all),"
+            f" calibration error {number(measured['calibration_error'])}."
+        )
+    return Section(
+        id="claim-confidence",
+        name="Claims kept",
+        title="Confidence by claim",
+        intro=intro,
+        blocks=[ChartGroup(charts=[reliability], is_wide=True), table]
+        if measured
+        else [Bullets(["Not measured."])],
     )
 
 
