@@ -12,7 +12,7 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -298,8 +298,13 @@ def drawn_labels(run: Run, split: Split) -> dict[str, str]:
 
 def all_labels(run: Run, split: Split) -> dict[str, list[str]]:
     """Subject id -> every teacher's label of the subject, by teacher."""
+    return labels_by_subject(load_labels(run, split))
+
+
+def labels_by_subject(rows: Iterable[LabelRow]) -> dict[str, list[str]]:
+    """Subject id -> the labels of the subject, in the order of the rows."""
     labels: dict[str, list[str]] = {}
-    for row in load_labels(run, split):
+    for row in rows:
         labels.setdefault(subject_of(row), []).append(row["label"])
     return labels
 

@@ -20,7 +20,7 @@ from nla_ray.activation import vectors
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.identity import base_info
 from nla_ray.label.rows import LabelRow, subject_of
-from nla_ray.label.stage import activation_subjects, load_labels
+from nla_ray.label.stage import activation_subjects, labels_by_subject, load_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import document_half, seed_of
 from nla_ray.run.log import get_logger
@@ -128,11 +128,7 @@ def scorer_labels(
             seed=settings.seed,
         )
         return {subject: [label] for subject, label in chosen.items()}
-    labels: dict[str, list[str]] = {}
-    for row in rows:
-        if split == "train" or row["drawn"]:
-            labels.setdefault(subject_of(row), []).append(row["label"])
-    return labels
+    return labels_by_subject(row for row in rows if split == "train" or row["drawn"])
 
 
 def partly_replaced(
