@@ -108,7 +108,8 @@ def test_every_form_of_wording_is_told_with_what_it_loses() -> None:
 
 def test_a_report_of_an_earlier_version_says_what_was_not_measured() -> None:
     markdown = to_markdown(minimal_report())
-    assert markdown.count("- Not measured.") == 3
-    for title in ("Beside a linear probe", "Put back into the base", "Lost in other words"):
+    titles = ("Beside a linear probe", "Put back into the base", "Lost in other words")
+    for title in (*titles, "Confidence by claim"):
         assert f"## {title}" in markdown
+    assert markdown.count("- Not measured.") == 4
     assert "Not measured" not in to_markdown(full_report())

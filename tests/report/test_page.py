@@ -147,7 +147,7 @@ def test_every_figure_of_the_report_has_a_definition(page: str, name: str) -> No
     [
         *("results", "claims", "paired", "domains", "prefix", "retrieval", "quotes", "best_of"),
         *("calibration", "growth", "experiments", "lengths", "refreshed", "seeds", "probe"),
-        "wording",
+        *("wording", "claim_confidence"),
     ],
 )
 def test_every_figure_of_the_report_stands_in_a_table_without_a_script(
@@ -290,6 +290,7 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
         "Seeds",
         "Claims",
         "Probe",
+        "Claims kept",
         "Patch-back",
         "Agreement",
         "Refreshed scorer",
@@ -334,7 +335,8 @@ def test_a_report_without_optional_parts_is_drawn_without_complaint(
     opened = Opened(browser, tmp_path / "minimal.html")
     assert (
         opened.complaints == []
-        and opened.texts("nav a") == ["Probe", "Patch-back", "Wording", "Definitions"]
+        and opened.texts("nav a")
+        == ["Probe", "Claims kept", "Patch-back", "Wording", "Definitions"]
         and "60 activations of 33" in opened.texts("header")[0]
     )
     opened.tab.close()

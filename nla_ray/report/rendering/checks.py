@@ -30,7 +30,7 @@ _PROBE_TITLES = {
     "true_words": "true words",
     "probe_true_words": "the probe's true words",
 }
-_NOT_MEASURED = Bullets(["Not measured."])
+NOT_MEASURED = Bullets(["Not measured."])
 
 
 def probe_section_of(report: Report) -> Section:
@@ -55,7 +55,7 @@ def probe_section_of(report: Report) -> Section:
             " the description claims. A verbalizer that names fewer true words than this probe has"
             " not read what is there."
         ),
-        blocks=[table if probe else _NOT_MEASURED],
+        blocks=[table if probe else NOT_MEASURED],
     )
 
 
@@ -78,7 +78,7 @@ def patch_back_section(report: Report) -> Section:
             "The reconstruction, at the activation's length, stands in its place in the base, and"
             " the base says the next token. No cosine takes part."
         ),
-        blocks=tables if figures else [_NOT_MEASURED],
+        blocks=tables if figures else [NOT_MEASURED],
     )
 
 
@@ -110,5 +110,5 @@ def wording_section_of(report: Report) -> Section:
             " bullets reversed, with bullets, sentences and listed words shuffled, and with"
             " synonyms by a fixed table."
         ),
-        blocks=[table if rows else _NOT_MEASURED],
+        blocks=[table if rows else NOT_MEASURED],
     )

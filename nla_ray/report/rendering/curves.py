@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nla_ray.report.claim_confidence import KEPT_FROM
+from nla_ray.report.rendering.checks import NOT_MEASURED
 from nla_ray.report.rendering.content import (
-    Bullets,
     Cell,
     ChartGroup,
     Choice,
@@ -22,7 +22,6 @@ from nla_ray.report.rendering.content import (
     Series,
     Table,
     TableRow,
-    interval,
     number,
 )
 from nla_ray.report.rendering.rows import Report, judge_first, keys_of, plain_columns
@@ -418,46 +417,74 @@ def calibration_section(report: Report) -> Section:
 def claim_confidence_section_of(report: Report) -> Section:
     """Whether claims are found as often as their confidence says, and what keeping some gives."""
     measured: Mapping[str, Any] = report.get("claim_confidence") or {}
-    bins = measured.get("bins", [])
-    points = [to_point(bin["confidence"], bin["found"]) for bin in bins]
-    as_said = Series(name="as it says", points=[{"x": x, "y": x} for x in (0.0, 1.0)])
+    points = [to_point(bin["confidence"], bin["found"]) for bin in measured.get("bins", [])]
     reliability = LineChart(
         label="Claims in the text by confidence",
         caption="claims in the text",
         series=[Series(name="claims in the text", points=points)],
         x_label="confidence",
         x_domain=[0.0, 1.0],
-        reference=as_said,
-    )
-    titles = {"share": "share of claims", "precision": "of them in the text"}
-    rows = [
-        TableRow(name="", title=f"from {least}", cells=[measured[name].get(key) for key in titles])
-        for name, least in KEPT_FROM.items()
-        if name in measured
-    ]
-    table = Table(
-        title="Claims kept",
-        head="confidence",
-        columns=[Column(name=name, title=title) for name, title in titles.items()],
-        rows=rows,
-        on_terminal=tuple(titles),
+        reference=Series(name="as it says", points=[{"x": x, "y": x} for x in (0.0, 1.0)]),
     )
     intro = "How likely each claim is in the text, by a regression fitted to validation."
     if measured:
         intro += (
-            f" Brier score {interval(measured['brier'])} of {measured['claims']} claims"
-            f" ({number(measured['brier_constant']['value'])} with the same confidence for all),"
-            f" calibration error {number(measured['calibration_error'])}."
+            f" {measured['claims']} claims; calibration error"
+            f" {number(measured['calibration_error'])}."
         )
+    charts = ChartGroup(charts=[reliability], is_wide=True)
     return Section(
-        id="claim-confidence",
+        id="claim_confidence",
         name="Claims kept",
         title="Confidence by claim",
         intro=intro,
-        blocks=[ChartGroup(charts=[reliability], is_wide=True), table]
-        if measured
-        else [Bullets(["Not measured."])],
+        blocks=[charts, *_claim_tables(measured)] if measured else [NOT_MEASURED],
     )
+
+
+def _claim_tables(measured: Mapping[str, Any]) -> list[Table]:
+    """What is kept from a confidence on, the Brier score, and the points of the chart."""
+    columns = [Column(name="share", title="share of claims")]
+    columns += [Column(name="precision", title="of them in the text")]
+    kept = [
+        TableRow(
+            name="",
+            title=f"from {least}",
+            cells=[measured[name].get(column.name) for column in columns],
+        )
+        for name, least in KEPT_FROM.items()
+        if name in measured
+    ]
+    brier = [
+        TableRow(name="", title=title, cells=[measured.get(name)])
+        for name, title in (("brier", "of each claim"), ("brier_constant", "the same for all"))
+    ]
+    found = [
+        TableRow(name="", title=number(bin["confidence"]), cells=[bin["claims"], bin["found"]])
+        for bin in measured["bins"]
+    ]
+    return [
+        Table(
+            title="Claims kept",
+            head="confidence",
+            columns=columns,
+            rows=kept,
+            on_terminal=[column.name for column in columns],
+        ),
+        Table(
+            title="Brier score",
+            head="confidence",
+            columns=plain_columns(["Brier score"]),
+            rows=brier,
+        ),
+        Table(
+            title="Claims in the text by confidence",
+            head="mean confidence",
+            columns=plain_columns(["claims", "in the text"]),
+            rows=found,
+            is_folded=True,
+        ),
+    ]
 
 
 def _bin_point(bin: Mapping[str, Any], figure: str) -> dict[str, float | None]:
