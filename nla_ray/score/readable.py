@@ -2,17 +2,18 @@
 
 An item of a list, or a line of prose, is readable where its claims are: where each word of the item
 (half of the words of the line) is likely to be in the text for whoever sees the activation alone.
-What is not readable is dropped, or replaced by words of the text that are. Pure: it is given labels
-and probabilities. Protects the rule that a label stays honest: every word that it adds is in the
-text, and it adds no more words than it drops. Numbers and quotations are read by no probe: they are
-dropped.
+What is not readable is dropped, or replaced by words of the text that are, to which more may be
+added that the teacher left out. Pure: it is given labels and probabilities. Protects the rule that
+a label stays honest: every word that it adds is in the text. Numbers and quotations are read by no
+probe: they are dropped.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nla_ray.score import claims
@@ -21,7 +22,6 @@ LABEL_FORMS = ("readable", "replaced", "thinned")
 """What a label is rewritten to: fields of `Rewritten`."""
 _PROSE_WORDS = 3
 """Words in place of a line of prose."""
-_LEAST_LABELS = 3
 _OTHER, _PROSE = "other", "prose"
 
 
@@ -36,44 +36,12 @@ class Rewritten:
     readable: str
     """Unreadable items are dropped."""
     replaced: str
-    """In their place stand readable words of the text, where there are any; tokens are listed with
-    the most common first."""
+    """In their place, and beside them, stand readable words of the text, where there are any."""
     thinned: str
     """As many items are dropped at random: what dropping itself is worth."""
     items: int
     """Items of lists and lines of prose that claim something of the text."""
     unreadable: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelWords:
-    """The words that labels use, by the place where they name them most often.
-
-    Scorers have learned to read these and no others, and a writer that decides word after word
-    repeats itself less where every place has words of its own.
-
-    Example: LabelWords(place_of={"frame": "tokens", "index": "other"}, counts={"frame": 3, ...})
-    """
-
-    place_of: Mapping[str, str]
-    counts: Mapping[str, int]
-    """Labels that name a word."""
-
-    @classmethod
-    def of(cls, labels: Iterable[str]) -> LabelWords:
-        """Count in labels of train texts; a word that fewer than _LEAST_LABELS name is left out."""
-        named: dict[str, Counter[str]] = defaultdict(Counter)
-        for label in labels:
-            lines = enumerate(claims.bullets(label))
-            items = [item for number, line in lines for item in _items(number, line)]
-            for word, place in {(word, item.place) for item in items for word in item.claimed}:
-                named[word][place] += 1
-        counts = {word: places.total() for word, places in named.items()}
-        kept = {word for word, count in counts.items() if count >= _LEAST_LABELS}
-        return cls(
-            place_of={word: named[word].most_common(1)[0][0] for word in kept},
-            counts={word: counts[word] for word in kept},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,53 +55,112 @@ class _Item:
     """`tokens`, `other` for a list under another heading, or `prose`."""
 
 
+def places_of(labels: Iterable[str]) -> dict[str, str]:
+    """The place where labels name a word most often: `tokens`, `other` (another list) or `prose`.
+
+    >>> places_of(["- tokens: frame\\n- unit test: index"])
+    {'frame': 'tokens', 'index': 'other'}
+    """
+    named: dict[str, Counter[str]] = defaultdict(Counter)
+    for label in labels:
+        for item in _all_items(claims.bullets(label)):
+            for word in item.claimed:
+                named[word][item.place] += 1
+    return {word: places.most_common(1)[0][0] for word, places in named.items()}
+
+
+def offered_words(
+    in_text: Collection[str], probability: Mapping[str, float], share: Mapping[str, float]
+) -> list[str]:
+    """Words of a text that an activation tells of, those that tell most first.
+
+    That is p log(1 / share): how likely the word is, times what it says of a text where it stands.
+    `share`: of all texts that have the word. The likeliest words alone would be those of most
+    texts.
+
+    >>> offered_words(["the", "frame"], {"the": 1.0, "frame": 0.5}, {"the": 0.9, "frame": 0.1})
+    ['frame', 'the']
+    """
+    telling = {
+        word: probability[word] * -math.log(share[word]) for word in in_text if word in probability
+    }
+    return sorted(telling, key=lambda word: (-telling[word], word))
+
+
 def rewrite(
     label: str,
     probability: Mapping[str, float],
     offers: Sequence[str],
-    words: LabelWords,
+    places: Mapping[str, str],
+    *,
     least: float,
     seed: int,
+    fill_to: int = 0,
 ) -> Rewritten:
     """The forms of a label.
 
-    `probability`: of words to be in the text; of others it is 0. `offers`: words of the text, most
-    likely first. `least`: the probability from which a word is readable. Where nothing is readable
-    the likeliest word of the text is taken all the same: silence teaches nothing.
+    `probability`: of words to be in the text; of others it is 0. `offers`: words of the text, best
+    first. `places`: of words, see `places_of`. `least`: the probability from which a word is
+    readable. `fill_to`: claims up to which readable words are added. Where nothing is readable the
+    best word of the text is taken all the same: silence teaches nothing.
 
-    >>> words = LabelWords.of(["- tokens: frame, index"] * 3)
     >>> read = {"frame": 0.9, "index": 0.8}
-    >>> made = rewrite("- tokens: frame, licence", read, ["frame", "index"], words, 0.5, 0)
+    >>> made = rewrite("- tokens: frame, licence", read, ["frame", "index"], {}, least=0.5, seed=0)
     >>> made.readable, made.replaced, made.unreadable
     ('- tokens: frame', '- tokens: frame, index', 1)
     """
     lines = claims.bullets(label)
-    items = [item for number, line in enumerate(lines) for item in _items(number, line)]
+    items = _all_items(lines)
     claiming = [number for number, item in enumerate(items) if item.claimed]
     dropped = [number for number in claiming if not _is_readable(items[number], probability, least)]
     thinned = random.Random(seed).sample(claiming, len(dropped))
     said = {word for number in claiming if number not in dropped for word in items[number].claimed}
     taken = said | {item.text.casefold() for item in items if not item.claimed}
-    left = [word for word in offers if word not in taken and word in words.place_of]
+    left = [word for word in offers if word not in taken]
     replaced: dict[int, str] = {}
     for number in dropped:
-        place = items[number].place
-        fitting = sorted(left, key=lambda word: place not in (words.place_of[word], _PROSE))
-        readable = [word for word in fitting if probability.get(word, 0.0) >= least]
-        most = _PROSE_WORDS if place == _PROSE else 1
-        chosen = readable[: min(most, len(items[number].claimed))]
+        readable = [word for word in left if probability.get(word, 0.0) >= least]
+        chosen = _fitting(items[number], readable, places)
         if not chosen and not said and number == dropped[-1]:
             chosen = left[:1]
         replaced[number] = ", ".join(chosen)
         said.update(chosen)
         left = [word for word in left if word not in chosen]
+    readable = [word for word in left if probability.get(word, 0.0) >= least]
+    added = readable[: max(0, fill_to - len(said))]
     return Rewritten(
         readable=_written(lines, items, dict.fromkeys(dropped, "")),
-        replaced=_written(lines, items, replaced, words.counts),
+        replaced=_written(lines, items, replaced, added, offers),
         thinned=_written(lines, items, dict.fromkeys(thinned, "")),
         items=len(claiming),
         unreadable=len(dropped),
     )
+
+
+def _fitting(item: _Item, readable: Sequence[str], places: Mapping[str, str]) -> list[str]:
+    """Readable words for an item's place: its own first; a word of no label is one of `tokens`."""
+
+    def is_elsewhere(word: str) -> bool:
+        return item.place not in (places.get(word, claims.TOKENS_HEADING), _PROSE)
+
+    most = _PROSE_WORDS if item.place == _PROSE else 1
+    return sorted(readable, key=is_elsewhere)[: min(most, len(item.claimed))]
+
+
+def leave_out(description: str, unwanted: Collection[str]) -> str:
+    """The description without the items of lists, and the lines of prose, that claim any of these.
+
+    >>> leave_out("- tokens: frame, licence\\n- next: another check", ["licence"])
+    '- tokens: frame\\n- next: another check'
+    """
+    lines = claims.bullets(description)
+    items = _all_items(lines)
+    dropped = [number for number, item in enumerate(items) if item.claimed & set(unwanted)]
+    return _written(lines, items, dict.fromkeys(dropped, "")) if dropped else description
+
+
+def _all_items(lines: Sequence[str]) -> list[_Item]:
+    return [item for number, line in enumerate(lines) for item in _items(number, line)]
 
 
 def _items(number: int, line: str) -> list[_Item]:
@@ -159,22 +186,47 @@ def _written(
     lines: Sequence[str],
     items: Sequence[_Item],
     changed: Mapping[int, str],
-    counts: Mapping[str, int] | None = None,
+    added: Sequence[str] = (),
+    order: Sequence[str] = (),
 ) -> str:
     """The label with some items, by number, in other words; without those that are empty.
 
-    With `counts` a list of tokens has its most common words first.
+    `added`: further words for the list of tokens. Tokens are listed as they stand in `order`.
     """
-    written = []
+    spare = [*_new_words(items, changed), *added]
+    has_tokens = any(item.place == claims.TOKENS_HEADING for item in items)
+    written: list[str] = []
     for number, line in enumerate(lines):
         of_line = [index for index, item in enumerate(items) if item.line == number]
         said = [text for index in of_line if (text := changed.get(index, items[index].text))]
         heading, _ = claims.split_heading(line)
-        if heading:
-            if counts is not None and items[of_line[0]].place == claims.TOKENS_HEADING:
-                said.sort(key=lambda word: -counts.get(word.casefold(), 0))
-            written.append(f"- {heading}: {', '.join(said) or claims.PLACEHOLDERS[0]}")
-        elif said:
-            is_new = said[0] != line
-            written.append(f"- {claims.TOKENS_HEADING}: {said[0]}" if is_new else f"- {line}")
-    return "\n".join(written) or f"- {claims.TOKENS_HEADING}: {claims.PLACEHOLDERS[0]}"
+        if not heading:
+            written += [f"- {line}" for text in said if text == line]
+            continue
+        if items[of_line[0]].place == claims.TOKENS_HEADING:
+            said, spare = _listed(said, spare, order), []
+        elif spare and not has_tokens and heading.casefold() == claims.NEXT_HEADING:
+            written.append(f"- {claims.TOKENS_HEADING}: {', '.join(spare)}")
+            spare = []
+        written.append(f"- {heading}: {', '.join(said) or claims.PLACEHOLDERS[0]}")
+    if spare or not written:
+        listed = ", ".join(spare) or claims.PLACEHOLDERS[0]
+        written.append(f"- {claims.TOKENS_HEADING}: {listed}")
+    return "\n".join(written)
+
+
+def _new_words(items: Sequence[_Item], changed: Mapping[int, str]) -> list[str]:
+    """Words in place of lines of prose, which take a list of tokens."""
+    return [
+        word
+        for number, text in changed.items()
+        if items[number].place == _PROSE and text
+        for word in text.split(", ")
+    ]
+
+
+def _listed(said: Sequence[str], added: Sequence[str], order: Sequence[str]) -> list[str]:
+    """A list of tokens with further ones, in this order; what is not in it comes last."""
+    rank = {word: number for number, word in enumerate(order)}
+    kept = [text for text in said if not (added and text in claims.PLACEHOLDERS)]
+    return sorted([*kept, *added], key=lambda text: rank.get(text.casefold(), len(rank)))

@@ -274,6 +274,8 @@ class ReadableLabelsConfig:
 
     least: float = 0.5
     """Probability, of a linear probe not fitted to the text, from which a word is readable."""
+    fill_to: int = 0
+    """Claims up to which readable words of the text are added to a replaced label."""
     seed: int = 0
     """Draws the folds of the probe, and what is dropped at random."""
 
@@ -284,6 +286,13 @@ class ReadableLabelsConfig:
             self.least,
             "a probability",
             "From 0 on everything is readable that a probe knows.",
+        )
+        require(
+            self.fill_to >= 0,
+            "readable_labels.fill_to",
+            self.fill_to,
+            "a number of claims, 0 or more",
+            "At 0 no more words are added than are dropped.",
         )
 
 
@@ -376,7 +385,8 @@ class GRPOSettings:
     """Weight of the share of a description's words that the text holds."""
     claim_weight: float = 0.0
     """By how much a claimed word that is in the text is paid more than one that is not, in units of
-    the advantage, for a word that is as rare as any; 0: claims are not paid."""
+    the advantage, for a word that is as rare as any; a word said twice costs as much. 0: claims are
+    not paid."""
     claim_precision: float = 0.75
     """How often a claimed word must be in the text for saying it to pay."""
     save_steps: int = 20
@@ -478,6 +488,9 @@ class EvaluationConfig:
     """Descriptions in one forward pass; fewer need less memory."""
     samples: int = 8
     """Samples of every activation by GRPO's verbalizer, for best of N and confidence; 0: none."""
+    min_claim_confidence: float | None = None
+    """Confidence by claim from which GRPO's claims are kept in a further row of every table; None:
+    no such row. Needs as many `samples` as `claim_confidence.samples`."""
     patch_rows: int = 256
     """Activations, drawn by seed, whose reconstructions are put back into the base; 0: none."""
     examples: int = 3
@@ -706,6 +719,15 @@ class RunConfig:
             self.judge_scorer.document_half,
             "two different halves",
             "The judge may share no document with the reward scorer.",
+        )
+        least, samples = self.evaluation.min_claim_confidence, self.claim_confidence.samples
+        is_known = self.evaluation.split == "test" and self.evaluation.samples >= samples
+        require(
+            least is None or (0.0 <= least <= 1.0 and is_known),
+            "evaluation.min_claim_confidence, evaluation.split, evaluation.samples",
+            (least, self.evaluation.split, self.evaluation.samples),
+            f"a probability, on test documents, with at least {samples} samples",
+            "Confidence is learned from validation, by what as many samples agree on.",
         )
 
 

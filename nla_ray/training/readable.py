@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations, load_stats
@@ -25,9 +24,9 @@ from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.score.cross_fit import cross_fit
+from nla_ray.score.cross_fit import CrossFitted, cross_fit
 from nla_ray.score.probe import words_of
-from nla_ray.score.readable import LABEL_FORMS, LabelWords, rewrite
+from nla_ray.score.readable import LABEL_FORMS, offered_words, places_of, rewrite
 from nla_ray.settings.config import RunConfig, require
 
 READABLE_LABELS = "readable_labels"
@@ -59,12 +58,13 @@ def write_readable_labels(config: RunConfig) -> None:
     train = load_activations(run, "train")
     probes = cross_fit(train.vectors, train.texts, train.family_ids, mean, settings.seed)
     labels = {split: load_labels(run, split) for split in _SPLITS}
-    words = LabelWords.of(row["label"] for row in labels["train"])
+    places = places_of(row["label"] for row in labels["train"])
     rows: list[dict[str, Any]] = []
     for split in _SPLITS:
         table = train if split == "train" else load_activations(run, split)
-        blocks = probes.blocks(table.vectors, fitted=split == "train")
-        rows += _rewritten(run, table, labels[split], probes.words, blocks, words)
+        least = min(_UNLIKELY, settings.least)
+        read = _read_words(probes, table, least, fitted=split == "train")
+        rows += _rewritten(run, table, labels[split], read, places)
     require(
         len(rows) > 0,
         "labels of train or validation activations",
@@ -90,42 +90,57 @@ def write_readable_labels(config: RunConfig) -> None:
     stage.publish(documents={"train": train.doc_ids}, metrics=metrics)
 
 
+def _read_words(
+    probes: CrossFitted, table: ActivationTable, least: float, *, fitted: bool
+) -> Iterator[tuple[dict[str, float], list[str]]]:
+    """Of each row the words that may be in its text, with their probability; and what to offer.
+
+    `least`: probability of a word that is looked at. `fitted`: see `CrossFitted.blocks`.
+    """
+    words = probes.words
+    share = dict(zip(words, torch.sigmoid(probes.whole.log_odds).tolist(), strict=True))
+    for rows, block in probes.blocks(table.vectors, fitted=fitted):
+        for row, probabilities in zip(rows, block, strict=True):
+            likely = torch.nonzero(probabilities >= least).flatten().tolist()
+            read = {words[number]: probabilities[number].item() for number in likely}
+            yield read, offered_words(words_of(table.texts[row]), read, share)
+
+
 def _rewritten(
     run: Run,
     table: ActivationTable,
     labels: Sequence[LabelRow],
-    probed: Sequence[str],
-    blocks: Iterable[tuple[range, Tensor]],
-    words: LabelWords,
+    read: Iterable[tuple[Mapping[str, float], Sequence[str]]],
+    places: Mapping[str, str],
 ) -> Iterator[dict[str, Any]]:
     """The labels of a split's activations with their forms, label after label.
 
-    `blocks`: rows of the table, and the probability of each word of `probed` in their texts.
+    `read`: of each row, see `_read_words`.
     """
     settings = run.config.readable_labels
-    least = min(_UNLIKELY, settings.least)
     of_subject: dict[str, list[LabelRow]] = {}
     for label in labels:
         of_subject.setdefault(subject_of(label), []).append(label)
-    subjects = activation_subjects(run, table)
-    for rows, block in blocks:
-        for row, probabilities in zip(rows, block, strict=True):
-            likely = torch.nonzero(probabilities >= least).flatten().tolist()
-            found = {probed[number]: probabilities[number].item() for number in likely}
-            in_text = words_of(table.texts[row])
-            offers = sorted(in_text & found.keys(), key=lambda word: (-found[word], word))
-            for label in of_subject.get(subjects[row], ()):
-                drawn_by = seed_of(settings.seed, "thinned", subjects[row], label["teacher"])
-                made = rewrite(label["label"], found, offers, words, settings.least, drawn_by)
-                yield {
-                    "split": label["split"],
-                    "subject": subjects[row],
-                    "teacher": label["teacher"],
-                    "drawn": label["drawn"],
-                    **{form: getattr(made, form) for form in LABEL_FORMS},
-                    "items": made.items,
-                    "unreadable": made.unreadable,
-                }
+    for subject, (probability, offers) in zip(activation_subjects(run, table), read, strict=True):
+        for label in of_subject.get(subject, ()):
+            made = rewrite(
+                label["label"],
+                probability,
+                offers,
+                places,
+                least=settings.least,
+                seed=seed_of(settings.seed, "thinned", subject, label["teacher"]),
+                fill_to=settings.fill_to,
+            )
+            yield {
+                "split": label["split"],
+                "subject": subject,
+                "teacher": label["teacher"],
+                "drawn": label["drawn"],
+                **{form: getattr(made, form) for form in LABEL_FORMS},
+                "items": made.items,
+                "unreadable": made.unreadable,
+            }
 
 
 def readable_labels(run: Run, split: str, form: str) -> Iterator[Mapping[str, Any]]:

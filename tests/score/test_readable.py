@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nla_ray.score import claims
-from nla_ray.score.readable import LabelWords, Rewritten, rewrite
+from nla_ray.score.readable import Rewritten, leave_out, offered_words, places_of, rewrite
 
 LABEL = "- tokens: frame, licence\n- unit test: index\n- next: another check"
 LABELS = [
@@ -13,23 +13,41 @@ LABELS = [
     *["- tokens: licence, dtype\n- unit test: series"] * 4,
     "- tokens: rare",
 ]
-WORDS = LabelWords.of(LABELS)
+PLACES = places_of(LABELS)
 
 
 def rewritten(
-    label: str = LABEL, likely: str = "", offers: str = "", least: float = 0.5, seed: int = 0
+    label: str = LABEL,
+    likely: str = "",
+    offers: str = "",
+    least: float = 0.5,
+    seed: int = 0,
+    fill_to: int = 0,
 ) -> Rewritten:
     """`likely`: words of probability .9; others of `offers` have .2."""
     probability = {**dict.fromkeys(offers.split(), 0.2), **dict.fromkeys(likely.split(), 0.9)}
-    return rewrite(label, probability, offers.split(), WORDS, least, seed)
+    return rewrite(
+        label, probability, offers.split(), PLACES, least=least, seed=seed, fill_to=fill_to
+    )
 
 
-def test_words_belong_to_the_place_where_labels_name_them_and_rare_ones_to_none() -> None:
-    assert WORDS.place_of == {
-        **dict.fromkeys(("frame", "array", "licence", "dtype"), "tokens"),
+def test_words_belong_to_the_place_where_labels_name_them_most_often() -> None:
+    assert {
+        **dict.fromkeys(("frame", "array", "licence", "dtype", "rare"), "tokens"),
         **dict.fromkeys(("index", "series"), "other"),
-    }
-    assert WORDS.counts["frame"] == 3 and WORDS.counts["series"] == 4
+    } == PLACES
+    assert places_of([*LABELS, *["- unit test: frame"] * 4])["frame"] == "other"
+
+
+def test_words_are_offered_by_what_they_tell_and_only_those_that_the_activation_tells_of() -> None:
+    probability = {"the": 1.0, "frame": 0.6, "dtype": 0.3, "index": 0.6}
+    share = {"the": 0.9, "frame": 0.2, "dtype": 0.01, "index": 0.2}
+    assert offered_words(["the", "index", "frame", "dtype", "other"], probability, share) == [
+        "dtype",
+        "frame",
+        "index",
+        "the",
+    ]
 
 
 def test_a_label_that_can_be_read_stays_what_it_is_in_every_form() -> None:
@@ -52,17 +70,17 @@ def test_readable_words_of_the_text_take_its_place_the_likeliest_of_that_place_f
     made = rewritten(likely="frame series dtype array", offers="dtype series array frame")
     assert made.replaced == (
         "- tokens: dtype, frame\n- unit test: series\n- next: another check"
-    ), "the more common word stands first"
+    ), "what is offered first stands first"
     assert claims.claimed_words(made.replaced) <= {"dtype", "series", "frame"}
 
 
-def test_a_word_of_another_place_is_better_than_none_and_one_that_no_label_uses_is_not() -> None:
+def test_a_word_of_another_place_is_better_than_none_and_one_of_no_label_is_a_token() -> None:
     assert (
         "- unit test: array"
         in rewritten(likely="array frame licence", offers="array frame").replaced
     )
-    made = rewritten(likely="unheard rare frame", offers="unheard rare frame")
-    assert claims.claimed_words(made.replaced) == {"frame"}
+    made = rewritten(likely="unheard frame series", offers="unheard frame series")
+    assert made.replaced == "- tokens: unheard, frame\n- unit test: series\n- next: another check"
 
 
 def test_no_word_is_named_twice_and_no_more_are_named_than_before() -> None:
@@ -110,3 +128,42 @@ def test_prose_stays_where_half_of_its_words_can_be_read_and_else_becomes_a_list
 def test_a_label_never_becomes_nothing() -> None:
     made = rewritten("- discusses a licence")
     assert made.readable == "- tokens: no word stands out"
+
+
+def test_words_that_the_teacher_left_out_are_added_up_to_a_number_of_claims() -> None:
+    words = "array series frame dtype"
+    made = rewritten(likely=f"index {words}", offers=words, fill_to=4)
+    assert (
+        made.replaced == "- tokens: array, series, frame\n- unit test: index\n- next: another check"
+    )
+    assert (made.readable, made.items, made.unreadable) == (
+        "- tokens: frame\n- unit test: index\n- next: another check",
+        3,
+        1,
+    )
+    assert rewritten(likely=f"index {words}", offers=words, fill_to=2).replaced == (
+        rewritten(likely=f"index {words}", offers=words).replaced
+    ), "what was dropped is replaced whatever the number"
+    silent = rewritten(
+        "- tokens: no word stands out", "frame dtype", "frame dtype licence", fill_to=9
+    )
+    assert silent.replaced == "- tokens: frame, dtype", "no word that cannot be read"
+    headed = rewritten("- unit test: index\n- next: a list", "index frame", "frame", fill_to=2)
+    assert headed.replaced == "- unit test: index\n- tokens: frame\n- next: a list"
+    last = rewritten("- next: a list\n- tokens: index", "index frame", "frame index", fill_to=2)
+    assert last.replaced == "- next: a list\n- tokens: frame, index"
+    prose = "- a licence\n- reads rare\n- next: a list"
+    listed = rewritten(prose, "frame dtype", "frame dtype", fill_to=2).replaced
+    assert listed == "- tokens: frame, dtype\n- next: a list", "one list, before the forecast"
+    assert not claims.repeats_item(made.replaced)
+
+
+def test_what_claims_something_unwanted_is_left_out() -> None:
+    label = "- tokens: frame, index, 42\n- unit test: dtype\n- reads a licence\n- next: frame"
+    assert leave_out(label, []) == label
+    assert leave_out(label, ["frame", "42"]) == (
+        "- tokens: index\n- unit test: dtype\n- reads a licence\n- next: frame"
+    ), "a forecast is no claim"
+    assert leave_out(label, ["dtype", "licence", "frame", "index", "42"]) == (
+        "- tokens: no word stands out\n- unit test: no word stands out\n- next: frame"
+    )

@@ -77,13 +77,21 @@ def test_at_a_probability_of_nothing_every_word_of_a_label_is_readable(
     config = dataclasses.replace(
         made,
         run_dir=str(tmp_path / "run"),
-        readable_labels=dataclasses.replace(made.readable_labels, least=0.0),
+        readable_labels=dataclasses.replace(made.readable_labels, least=0.0, fill_to=5),
     )
     write_readable_labels(config)
     assert Run(config).require(READABLE_LABELS).metrics["unreadable_share"] == 0.0
     originals = drawn_labels(Run(config), "train")
     for row in readable_labels(Run(config), "train", "readable"):
         assert row["label"] == originals[row["subject"]]
+    said = {
+        row["subject"]: claims.claimed_words(row["label"])
+        for row in readable_labels(Run(config), "train", "replaced")
+    }
+    before = {subject: claims.claimed_words(label) for subject, label in originals.items()}
+    assert all(said[subject] >= before[subject] for subject in said)
+    assert all(len(said[subject] - before[subject]) <= 5 for subject in said)
+    assert any(said[subject] > before[subject] for subject in said), "words of the text are added"
 
 
 def test_sft_is_taught_the_form_that_its_settings_name(made: RunConfig) -> None:
