@@ -2,14 +2,16 @@
 
     value of a claim = weight x (1 - p) where the text has the word, weight x -p where it has not
     weight = log(N / texts that have the word) / log(N), of the N train texts of the schedule
+    value of a claim that was made before = -1
 
 p is the precision from which claiming pays: saying a word that is right less often than that costs
-more than silence, which earns nothing. A word that is said again counts as not found. Words of many
-texts weigh little, so that naming what every text has is no way to be right. The value goes to the
-tokens of the claim and to those between it and the claim before in the same line, where it was
-decided to go on. Knows texts and ids only. Source: the score of a binary forecast that is decided
-at p, of which all proper scores are mixtures: Schervish, "A general method for comparing
-probability assessors", 1989.
+more than silence, which earns nothing. A word that is said again says nothing: it costs as much as
+a word can, however common. Words of many texts weigh little, so that naming what every text has is
+no way to be right. The value goes to the tokens of the claim and to those between it and the claim
+before in the same line, where it was decided to go on; that of a repeat to its own tokens, since
+another word might have stood there. Knows texts and ids only. Source: the score of a binary
+forecast that is decided at p, of which all proper scores are mixtures: Schervish, "A general method
+for comparing probability assessors", 1989.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from itertools import pairwise
 from nla_ray.base.encoding import token_ends
 from nla_ray.base.prompts import CLOSING_TAG
 from nla_ray.score import claims
+
+_REPEATED = -1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +102,12 @@ def _valued_spans(text: str, source: str, prices: ClaimPrices) -> Iterator[tuple
         end = offset + len(piece)
         if mark:
             word = claims.claim_of(piece)
-            is_found = mark == "found" and not _words_in(word) <= said
+            begin = offset if reached is None else reached
+            if _words_in(word) <= said:
+                yield offset, end, _REPEATED
+            else:
+                yield begin, end, prices.value(word, found=mark == "found")
             said |= _words_in(word)
-            yield offset if reached is None else reached, end, prices.value(word, found=is_found)
             reached = end
         elif "\n" in piece:
             reached = None

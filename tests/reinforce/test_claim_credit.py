@@ -50,9 +50,12 @@ def test_what_stands_after_the_closing_tag_and_in_a_heading_is_not_paid() -> Non
     )
 
 
-def test_saying_a_word_again_costs_as_much_as_a_word_that_is_not_there() -> None:
-    paid = values(["- tokens: ", "index", ", ", "index"], "index")
-    assert paid == pytest.approx([0.0, 0.25, -0.75, -0.75])
+def test_saying_a_word_again_costs_the_most_and_the_tokens_before_it_nothing() -> None:
+    paid = values(["- tokens: ", "index", ", ", "index", ", ", "dtype"], "index")
+    missing = PRICES.value("dtype", found=False)
+    assert paid == pytest.approx([0.0, 0.25, 0.0, -1.0, missing, missing])
+    everywhere = ClaimPrices.of(["frame"] * 5, precision=0.75)
+    assert values(["- tokens: ", "frame", ", ", "frame"], "frame", everywhere)[3] == -1.0
 
 
 def test_quotation_marks_make_a_word_neither_rarer_nor_new() -> None:
@@ -63,7 +66,7 @@ def test_quotation_marks_make_a_word_neither_rarer_nor_new() -> None:
     assert plain == pytest.approx(quoted)
     again = values(["- mentions ", "frame", " and ", '"frame"'], "the frame")
     assert again[1] == pytest.approx(PRICES.value("frame", found=True))
-    assert again[3] == pytest.approx(PRICES.value("frame", found=False))
+    assert again[3] == -1.0
     assert PRICES.value("the frame", found=True) == PRICES.value("the", found=True)
     assert PRICES.value("frame dtype", found=True) == PRICES.value("dtype", found=True)
 
