@@ -222,6 +222,10 @@ def full_report() -> dict[str, Any]:
                 },
             }
         },
+        "word_curve": {
+            name: [{"words": words, "found": figure(random)} for words in (1.0, 1.9, 2.6)]
+            for name in ("linear_probe", "grpo")
+        },
         "probe": {
             name: {probed: figure(random, 3.0) for probed in PROBE_FIGURES}
             for name in ("gold", "sft", "grpo")

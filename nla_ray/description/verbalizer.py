@@ -64,12 +64,15 @@ class Verbalizer:
         seed: int = 0,
         rows: Sequence[int] | None = None,
         group_size: int = 1,
+        with_claims: bool = False,
     ) -> list[Description]:
         """`group_size` descriptions of each activation of [n, d_model], by (activation, sample).
 
         `rows` seed the samples, as in the engine. A sample does not depend on how many are drawn.
+        `with_claims`: the log-probability of each claim is kept, to four digits: its last bits
+        depend on the batch.
         """
-        return self.engine.generate(
+        written = self.engine.generate(
             activations,
             group_size=group_size,
             temperature=temperature,
@@ -77,6 +80,7 @@ class Verbalizer:
             seed=seed,
             rows=rows,
         )
+        return [self._with_claims(new) for new in written] if with_claims else written
 
     def describe_under(
         self,
@@ -89,19 +93,18 @@ class Verbalizer:
         """What a protocol asks for of activations [n, d_model], by (activation, sample).
 
         `start`: the number of the first of them among all that are described: it seeds samples.
-        `with_claims`: the log-probability of each claim is kept, to four digits: its last bits
-        depend on the batch.
+        `with_claims`: as in `describe`.
         """
         decoding = protocol.decoding
-        written = self.describe(
+        return self.describe(
             activations,
             max_new_tokens=protocol.limits["max_new_tokens"],
             temperature=decoding["temperature"],
             seed=decoding["seed"] or 0,
             rows=range(start, start + len(activations)),
             group_size=decoding["samples"],
+            with_claims=with_claims,
         )
-        return [self._with_claims(new) for new in written] if with_claims else written
 
     def _with_claims(self, new: Description) -> Description:
         log_probs = claim_log_probs(new.token_ids, new.log_probs, self._text_of)

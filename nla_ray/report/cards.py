@@ -44,8 +44,17 @@ def findings(preset: str) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def write_card(preset: str, card: str) -> Path:
-    """Write a preset's card into the package; returns where it lies."""
+def write_card(preset: str, card: str, picture: str = "") -> Path:
+    """Write a preset's card, and its picture, into the package; returns where the card lies."""
+    shown = FOLDER / picture_name(preset)
+    shown.unlink(missing_ok=True)
+    if picture:
+        shown.write_text(picture, encoding="utf-8")
     path = FOLDER / f"{preset}.md"
     path.write_text(card, encoding="utf-8")
     return path
+
+
+def picture_name(preset: str) -> str:
+    """The file beside a card that its picture is in."""
+    return f"{preset}.svg"

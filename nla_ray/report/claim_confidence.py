@@ -7,7 +7,8 @@ the probe to train activations; `gathering` sees to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nla_ray.base.encoding import encode_texts
 from nla_ray.description.record import Description
 from nla_ray.score import claims
 from nla_ray.score.bootstrap import FamilyBootstrap
-from nla_ray.score.claim_confidence import ClaimConfidence, gather_claims, outcomes_of
+from nla_ray.score.claim_confidence import ClaimConfidence, without_unlikely
 from nla_ray.score.metrics import Figure
 
 KEPT_FROM = {f"kept_{percent}": percent / 100 for percent in (50, 60, 70, 80, 90)}
@@ -39,14 +41,13 @@ class JudgedClaims:
     found: Sequence[Float[Tensor, " claims"]]
 
 
-def judged_claims(
+def claim_probabilities(
     confidence: ClaimConfidence,
     activations: Float[Tensor, "rows d_model"],
-    texts: Sequence[str],
     described: Sequence[Description],
     samples: Sequence[Sequence[Description]],
-) -> JudgedClaims | None:
-    """The claims of each row; None where descriptions were kept without these log-probabilities.
+) -> list[dict[str, float]] | None:
+    """Of each row's claims; None where descriptions were kept without their log-probabilities.
 
     That is before they were kept, or before claims were cut out of a description as they are now.
     """
@@ -55,19 +56,45 @@ def judged_claims(
     spans = map(claims.claim_spans, descriptions)
     if any(kept.keys() != now.keys() for kept, now in zip(log_probs, spans, strict=True)):
         return None
-    said = gather_claims(
-        confidence.probe,
-        activations,
-        descriptions,
-        log_probs,
-        [[sample.text for sample in drawn] for drawn in samples],
-    )
+    drawn_texts = [[sample.text for sample in drawn] for drawn in samples]
+    return confidence.by_claim(activations, descriptions, log_probs, drawn_texts)
+
+
+def judged_claims(
+    probabilities: Sequence[Mapping[str, float]], descriptions: Sequence[str], texts: Sequence[str]
+) -> JudgedClaims:
+    """The claims of each row, looked up in its text."""
+    outcomes = map(claims.found_claims, descriptions, texts)
     return JudgedClaims(
-        probabilities=[confidence.probabilities(row).double() for row in said],
+        probabilities=[_column(row.values()) for row in probabilities],
         found=[
-            torch.tensor(row, dtype=torch.float64) for row in outcomes_of(said, descriptions, texts)
+            _column(found[claim] for claim in row)
+            for row, found in zip(probabilities, outcomes, strict=True)
         ],
     )
+
+
+def confident_descriptions(
+    tokenizer: Any,
+    described: Sequence[Description],
+    probabilities: Sequence[Mapping[str, float]],
+    least: float,
+) -> list[Description]:
+    """What is left of each description without the claims that are less likely than this."""
+    texts = [
+        without_unlikely(description.text, row, least)
+        for description, row in zip(described, probabilities, strict=True)
+    ]
+    return [
+        dataclasses.replace(description, text=text, num_tokens=len(ids), claim_log_probs=None)
+        for description, text, ids in zip(
+            described, texts, encode_texts(tokenizer, texts), strict=True
+        )
+    ]
+
+
+def _column(values: Iterable[float]) -> Float[Tensor, " claims"]:
+    return torch.tensor(list(values), dtype=torch.float64)
 
 
 def claim_confidence_section(

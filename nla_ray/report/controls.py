@@ -6,6 +6,7 @@
     nearest_train_label  the label of the nearest train activation: what a verbalizer must beat to
                          be worth training
     linear_probe         as many words as GRPO's verbalizer claims, read without any verbalizer
+    linear_label         these words as a label, with a kind of text and a continuation read alike
     shuffled             another test document's gold label
     generic              one fixed sentence
     mean_activation      the SFT verbalizer, given the train mean
@@ -32,6 +33,8 @@ SCORERS = tuple(name.removesuffix("_scorer") for name in artifacts_of_kind("scor
 """Who scores: reward, judge, linear. The artifact of each is `{scorer}_scorer`."""
 REFRESHED = "refreshed"
 """Who reads the verbalizers alone: the reward scorer, trained on with what SFT writes."""
+CONFIDENT = "confident"
+"""Ends the name of an arm whose descriptions are shown without the claims it is unsure of."""
 TRAINED = (*artifacts_of_kind("verbalizer"), "grpo_no_contrast")
 """Artifacts that are verbalizers: sft, grpo, and the ablation arm, shown where it was trained."""
 INJECTED = ("mean_activation", "random_vector")
@@ -45,6 +48,7 @@ VERBALIZERS = (
     "nearest_train_label",
     *TRAINED,
     "linear_probe",
+    "linear_label",
     "shuffled",
     "generic",
     *INJECTED,

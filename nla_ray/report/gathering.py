@@ -15,11 +15,18 @@ import torch
 from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.load import load_tokenizer
+from nla_ray.description.files import DescriptionFile
+from nla_ray.description.protocol import NOT_GENERATED
 from nla_ray.description.record import Description
-from nla_ray.report.claim_confidence import JudgedClaims, judged_claims
+from nla_ray.report.claim_confidence import (
+    JudgedClaims,
+    claim_probabilities,
+    confident_descriptions,
+    judged_claims,
+)
 from nla_ray.report.compared import Compared
-from nla_ray.report.controls import REFRESHED, VERBALIZERS, artifact_of, trained_in
-from nla_ray.report.describing import describe_all
+from nla_ray.report.controls import CONFIDENT, REFRESHED, VERBALIZERS, artifact_of, trained_in
+from nla_ray.report.describing import Described, describe_all
 from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts
 from nla_ray.report.matched import train_words
@@ -32,6 +39,7 @@ from nla_ray.report.wording import reword_descriptions
 from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import Comparisons
+from nla_ray.settings.config import require
 from nla_ray.text.domains import DOMAIN_NAMES
 from nla_ray.training.claim_confidence import load_claim_confidence
 
@@ -51,8 +59,7 @@ def gather_evaluated(
 ) -> Evaluated:
     """All descriptions of the test activations, and what the scorers read in them.
 
-    `folder`: the report's, where descriptions and readings are kept as they come. `own_report`:
-    where descriptions may be taken over from.
+    `folder`: the report's, where they are kept as they come. `own_report`: may have some already.
     """
     config, seed = run.config, run.config.evaluation.seed
     mean, train = torch.tensor(load_stats(run)["mean_direction"]), load_activations(run, "train")
@@ -60,6 +67,7 @@ def gather_evaluated(
     written = describe_all(
         run, manifests, train, test, mean, folder / "descriptions", compared, own_report, words
     )
+    judged = _judge_claims(run, manifests, test, written, folder / "descriptions")
     said, samples = written.by_verbalizer, written.samples
     # In the order of the tables; what was named on the command line comes last.
     names = [name for name in dict.fromkeys([*VERBALIZERS, *said]) if name in said]
@@ -99,7 +107,7 @@ def gather_evaluated(
         readings=readings,
         patched=patch_reconstructions(run, test, descriptions, readings, mean, scratch),
         domain_names=_domain_names(test.domains),
-        judged_claims=_judged_claims(run, manifests, test, descriptions, samples),
+        judged_claims=judged,
     )
 
 
@@ -117,29 +125,53 @@ def _read_refreshed(
     return reconstruct_texts(run, manifests, texts, scratch, [REFRESHED])
 
 
-def _judged_claims(
+def _judge_claims(
     run: Run,
     manifests: Mapping[str, Manifest],
     test: ActivationTable,
-    descriptions: Mapping[str, Sequence[Description]],
-    samples: Sequence[Sequence[Description]],
+    written: Described,
+    folder: Path,
 ) -> JudgedClaims | None:
     """How likely the arm's claims are, where a report with enough samples is made with it.
 
-    One on validation is about what it was fitted to: it has none.
+    One on validation is about what it was fitted to: it has none. Where the settings ask for it,
+    what is left of the descriptions without unlikely claims is `written` too.
     """
-    name = run.config.claim_confidence_artifact
+    settings, arm = run.config.evaluation, run.config.grpo.artifact
+    likely = _claim_probabilities(run, manifests, test, written)
+    require(
+        likely is not None or settings.min_claim_confidence is None,
+        "confidence of claims for evaluation.min_claim_confidence",
+        "none that fits these descriptions and samples",
+        f"the artifact {run.config.claim_confidence_artifact} as parent of the report, and as many"
+        " samples as it was learned with",
+        "Delete this report and run jobs/evaluate.py again.",
+    )
+    if likely is None:
+        return None
+    described = written.by_verbalizer[arm]
+    if settings.min_claim_confidence is not None:
+        confident = f"{arm}_{CONFIDENT}"
+        kept = confident_descriptions(
+            load_tokenizer(run.config.base), described, likely, settings.min_claim_confidence
+        )
+        DescriptionFile(folder / f"{confident}.jsonl", test.ids, NOT_GENERATED).write(kept)
+        written.by_verbalizer[confident], written.protocols[confident] = kept, NOT_GENERATED
+    return judged_claims(likely, [description.text for description in described], test.texts)
+
+
+def _claim_probabilities(
+    run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, written: Described
+) -> list[dict[str, float]] | None:
+    name, described = run.config.claim_confidence_artifact, written.by_verbalizer
     if name not in manifests or run.config.evaluation.split != "test":
         return None
     count = manifests[name].config["claim_confidence"]["samples"]
-    if not samples or len(samples[0]) < count:
+    if not written.samples or len(written.samples[0]) < count:
         return None
-    return judged_claims(
-        load_claim_confidence(run),
-        test.vectors,
-        test.texts,
-        descriptions[run.config.grpo.artifact],
-        [drawn[:count] for drawn in samples],
+    samples = [drawn[:count] for drawn in written.samples]
+    return claim_probabilities(
+        load_claim_confidence(run), test.vectors, described[run.config.grpo.artifact], samples
     )
 
 

@@ -3,9 +3,11 @@
     source_text     the text itself: no description says more
     source_summary  sentences of the text, as many tokens as the verbalizer wrote
     linear_probe    the best words of a linear probe, as many as the verbalizer claims
+    linear_label    the same words in the form of a label: with the kind of text and the
+                    continuation that linear probes read, in the words of train labels
 
-They read texts and activations, no scorer. The probe learns from train rows, and its penalty is
-chosen on validation rows.
+They read texts, labels and activations, no scorer. The probes learn from train rows, and their
+penalties are chosen on validation rows.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations
 from nla_ray.description.record import Description
+from nla_ray.label.stage import activation_subjects, drawn_labels
 from nla_ray.report.controls import CONTROLS, SOURCE
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.lengths import cut_texts
@@ -27,7 +30,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.score import claims
 from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.metrics import Figure
-from nla_ray.score.probe import fit_probe, share_in_text, words_as_bullets
+from nla_ray.score.probe import fit_classes, fit_probe, share_in_text, words_as_bullets
 from nla_ray.text.summary import extract_summary
 from nla_ray.text.words import WordStatistics, salient_words
 
@@ -36,6 +39,10 @@ SALIENT_WORDS = 12
 MOST_PROBED = 64
 """Words that the probe ranks of an activation; a description that claims more is matched by these.
 """
+_CURVE_WORDS = 8
+"""Most claims of a description on the curve of words."""
+_LEAST_GROWTH = 0.05
+"""Of the mean number of claims, for a further point of it."""
 PROBE_FIGURES = (
     "words",
     "precision",
@@ -56,6 +63,8 @@ class TrainWords:
     """Of the train texts, each once."""
     probed: Sequence[Sequence[str]]
     """Words that a linear probe reads in each test activation, best first."""
+    frames: Sequence[tuple[str, str]]
+    """What linear probes read as each one's kind of text and continuation; "": labels name none."""
 
     def salient(self, texts: Sequence[str]) -> list[list[str]]:
         """The most salient words of each text, the best first."""
@@ -78,7 +87,34 @@ def train_words(
     return TrainWords(
         statistics=WordStatistics.fit(list(whole.values())),
         probed=probe.rank(test.vectors, MOST_PROBED),
+        frames=_read_frames(run, train, validation, test, mean),
     )
+
+
+def _read_frames(
+    run: Run,
+    train: ActivationTable,
+    validation: ActivationTable,
+    test: ActivationTable,
+    mean: Tensor,
+) -> list[tuple[str, str]]:
+    """The kind of text and the continuation of each test activation, by probes of train labels."""
+    frames = []
+    for table, split in ((train, "train"), (validation, "validation")):
+        labels = drawn_labels(run, split)
+        subjects = activation_subjects(run, table)
+        frames.append([claims.frame_of(labels.get(subject, "")) for subject in subjects])
+    read = [
+        fit_classes(
+            train.vectors,
+            [frame[part] for frame in frames[0]],
+            validation.vectors,
+            [frame[part] for frame in frames[1]],
+            mean,
+        ).most_likely(test.vectors)
+        for part in (0, 1)
+    ]
+    return list(zip(*read, strict=True))
 
 
 def matched_descriptions(
@@ -88,14 +124,25 @@ def matched_descriptions(
     summaries = [extract_summary(text, words.statistics) for text in texts]
     lengths = [description.num_tokens or 0 for description in described]
     counts = _claim_counts(described)
+    best = [probed[:count] for probed, count in zip(words.probed, counts, strict=True)]
+    framed = [_framed(named, *frame) for named, frame in zip(best, words.frames, strict=True)]
     return {
         SOURCE: list(texts),
         "source_summary": cut_texts(tokenizer, summaries, lengths),
-        "linear_probe": [
-            words_as_bullets(probed[:count])
-            for probed, count in zip(words.probed, counts, strict=True)
-        ],
+        "linear_probe": [words_as_bullets(named) for named in best],
+        **({"linear_label": framed} if any(map(any, words.frames)) else {}),
     }
+
+
+def _framed(words: Sequence[str], kind: str, continuation: str) -> str:
+    """Words, the kind of text, and the continuation as bullets; the best word tells of the kind."""
+    topic, tokens = (words[:1], words[1:]) if kind else ([], words)
+    lines = [words_as_bullets(tokens)] if tokens else []
+    if kind:
+        lines.append(f"- {kind}: {', '.join(topic) or claims.PLACEHOLDERS[-1]}")
+    if continuation:
+        lines.append(f"- {claims.NEXT_HEADING}: {continuation}")
+    return "\n".join(lines)
 
 
 def probe_section(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
@@ -115,6 +162,48 @@ def probe_section(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str,
         named = zip(PROBE_FIGURES, map(Figure.mean, columns), strict=True)
         section[name] = bootstrap.intervals(dict(named))
     return section
+
+
+def word_curve(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, list[dict[str, Any]]]:
+    """verbalizer -> for 1, 2, ... claims of a description `words`, their mean, and `found`.
+
+    `found`: share of all these claims that the texts have. A description's first claims count as
+    they are said, of the probe its best words, as many a row as GRPO's verbalizer claims there. A
+    line ends where descriptions hardly claim more, or at _CURVE_WORDS.
+    """
+    if not evaluated.probed:
+        return {}
+    counts = _claim_counts(evaluated.descriptions[evaluated.sampled])
+    matched = zip(evaluated.probed, counts, strict=True)
+    written = {"linear_probe": [words_as_bullets(row[:count]) for row, count in matched]}
+    written |= {
+        name: evaluated.texts_of(name) for name in evaluated.descriptions if name not in CONTROLS
+    }
+    curves = {}
+    for name, descriptions in written.items():
+        outcomes = map(_outcomes, descriptions, evaluated.texts)
+        curves[name] = _curve_of(bootstrap, list(outcomes))
+    return curves
+
+
+def _outcomes(description: str, text: str) -> list[bool]:
+    """Of each claim, as they are said, whether the text has it."""
+    found = claims.found_claims(description, text)
+    return [found[claim] for claim in claims.claim_spans(description)]
+
+
+def _curve_of(
+    bootstrap: FamilyBootstrap, outcomes: Sequence[Sequence[bool]]
+) -> list[dict[str, Any]]:
+    points: list[dict[str, Any]] = []
+    for most in range(1, _CURVE_WORDS + 1):
+        counts = torch.tensor([min(most, len(row)) for row in outcomes], dtype=torch.float64)
+        words = counts.mean().item()
+        if not words or (points and words < points[-1]["words"] + _LEAST_GROWTH):
+            break
+        right = torch.tensor([sum(row[:most]) for row in outcomes], dtype=torch.float64)
+        points.append({"words": words, **bootstrap.intervals({"found": Figure(right, counts)})})
+    return points
 
 
 def _claim_counts(described: Sequence[Description]) -> list[int]:

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import torch
 
 from nla_ray.cluster.resources import run_placed
-from nla_ray.report.cards import experiments, findings, write_card
+from nla_ray.report.cards import experiments, findings, picture_name, write_card
 from nla_ray.report.compared import Compared, find_compared
-from nla_ray.report.controls import VERBALIZERS
+from nla_ray.report.controls import CONFIDENT, VERBALIZERS
 from nla_ray.report.describing import check_protocols
 from nla_ray.report.example import explain_examples
 from nla_ray.report.gallery import examples, gallery, score_table
@@ -37,8 +37,10 @@ from nla_ray.report.lineage import (
 from nla_ray.report.notes import NOTES_NAME, missing_notes, readers_notes
 from nla_ray.report.pairing import protocol_records
 from nla_ray.report.rendering.card import commands_of, to_card
+from nla_ray.report.rendering.curves import word_chart
 from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.rendering.page import to_html
+from nla_ray.report.rendering.picture import line_picture
 from nla_ray.report.rendering.terminal import print_report
 from nla_ray.report.reuse import OwnReport
 from nla_ray.report.seeds import seed_section
@@ -46,6 +48,7 @@ from nla_ray.report.summary import summarise
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
+from nla_ray.run.recipe import with_defaults
 from nla_ray.run.stages import pipeline_timings
 from nla_ray.settings.config import RunConfig, to_dict
 from nla_ray.settings.presets import preset
@@ -81,8 +84,11 @@ def _changed_since(run: Run, manifest: Manifest) -> list[str]:
     changed = []
     if manifest.metrics.get("readers_notes", []) != readers_notes(run):
         changed.append(f"another {run.root / NOTES_NAME}")
-    if manifest.config["evaluation"]["gates"] != to_dict(run.config)["evaluation"]["gates"]:
+    made, wanted = manifest.config["evaluation"], to_dict(run.config)["evaluation"]
+    if made["gates"] != wanted["gates"]:
         changed.append("other gates")
+    if made.get("min_claim_confidence") != wanted["min_claim_confidence"]:
+        changed.append("another confidence of claims")
     return changed
 
 
@@ -150,7 +156,9 @@ def _open_stage(run: Run) -> Artifact:
 
 def _compared(config: RunConfig) -> list[Compared]:
     arm = config.grpo.artifact
-    return find_compared(config.compare, [*VERBALIZERS, arm, f"{arm}_samples"])
+    return find_compared(
+        config.compare, [*VERBALIZERS, arm, f"{arm}_samples", f"{arm}_{CONFIDENT}"]
+    )
 
 
 def _rounded(value: Any) -> Any:
@@ -216,12 +224,15 @@ def publish_card(run: Run, report: Mapping[str, Any]) -> Path:
     for manifest in (*run.parents_of("report").values(), run.require(name)):
         recorded |= manifest.config
     recorded["corpus"] = {"families": False, **recorded["corpus"]}  # a corpus made before has none
-    preset_name = config.preset
+    preset_name, chart = config.preset, word_chart(report)
     card = to_card(
         report,
         seconds=pipeline_timings(run),
-        commands=commands_of(preset_name, recorded, to_dict(preset(preset_name)), config.seeds),
+        commands=commands_of(
+            preset_name, with_defaults(recorded), to_dict(preset(preset_name)), config.seeds
+        ),
         findings=findings(preset_name),
         examples=explain_examples(run),
+        picture=picture_name(preset_name) if chart.series else "",
     )
-    return write_card(preset_name, card)
+    return write_card(preset_name, card, line_picture(chart) if chart.series else "")

@@ -22,7 +22,7 @@ from nla_ray.report.controls import CONTROLS, SCORERS, SOURCE
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
 from nla_ray.report.lengths import length_section
-from nla_ray.report.matched import probe_section
+from nla_ray.report.matched import probe_section, word_curve
 from nla_ray.report.refreshed import two_by_two
 from nla_ray.report.samples import sample_sections
 from nla_ray.report.wording import wording_section
@@ -66,6 +66,7 @@ def summarise(
             "refreshed": two_by_two(bootstrap, evaluated),
             "wording": wording_section(evaluated, resamples, seed),
             "probe": probe_section(bootstrap, evaluated),
+            "word_curve": word_curve(bootstrap, evaluated),
             "claim_confidence": claim_confidence_section(bootstrap, evaluated.judged_claims),
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),

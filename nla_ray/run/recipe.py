@@ -36,6 +36,7 @@ NOT_IN_RECIPE: dict[str, str] = {
     "evaluation.batch_size": "every description is written and read by itself",
     "evaluation.min_documents": "it refuses a report, and shapes none",
     "evaluation.gates": "verdicts on figures; under other gates a report is made anew",
+    "evaluation.min_claim_confidence": "a further row of the same descriptions; as with the gates",
     "pretrain.compile": "the same sums in another order",
     "pretrain.checkpoint_seconds": "a run that goes on meets the state that it would have met",
     "pretrain.install": "a copy in the package is no other model",
@@ -74,7 +75,7 @@ def recipe_of(artifact: str, config: Mapping[str, Any]) -> dict[str, Any]:
     {'positions': 'last', 'layers': []}
     """
     dropped = {*NOT_IN_RECIPE, *NOT_OF_ARTIFACT.get(artifact, ())}
-    return _without(_filled(config, _default_sections()), dropped)
+    return _without(with_defaults(config), dropped)
 
 
 def recipe_differences(
@@ -122,6 +123,11 @@ def _default_sections() -> dict[str, Any]:
         for section in dataclasses.fields(PretrainRunConfig)
         if section.default_factory is not dataclasses.MISSING
     }
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections as a manifest holds them, with the defaults of settings that it is older than."""
+    return _filled(config, _default_sections())
 
 
 def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

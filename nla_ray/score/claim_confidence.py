@@ -25,6 +25,7 @@ from nla_ray.score import claims
 from nla_ray.score.cross_fit import CalibratedProbe
 from nla_ray.score.logistic import fit_logistic
 from nla_ray.score.probe import BLOCK_ROWS, WordProbe
+from nla_ray.score.readable import leave_out
 
 INPUTS = ("constant", "log_prob", "agreement", "probe", "unknown")
 """What a probability is computed from, in the order of the weights."""
@@ -126,6 +127,21 @@ class ClaimConfidence:
         """That each claim is in its text."""
         return torch.sigmoid(_inputs(said) @ self.weights)
 
+    def by_claim(
+        self,
+        activations: Float[Tensor, "rows d_model"],
+        descriptions: Sequence[str],
+        log_probs: Sequence[Mapping[str, float]],
+        samples: Sequence[Sequence[str]],
+    ) -> list[dict[str, float]]:
+        """The same of every claim of each row's description, in the order in which it is said.
+
+        What it is computed from: see `gather_claims`. It was fitted to greedy descriptions.
+        """
+        said = gather_claims(self.probe, activations, descriptions, log_probs, samples)
+        likely = iter(self.probabilities([claim for row in said for claim in row]).tolist())
+        return [{claim.word: next(likely) for claim in row} for row in said]
+
     def save(self, folder: Path) -> None:
         """Write `claim_confidence.safetensors`."""
         words = self.probe.probe
@@ -157,6 +173,15 @@ class ClaimConfidence:
             return cls(probe=calibrated, weights=part("weights"))
 
 
+def without_unlikely(description: str, likely: Mapping[str, float], least: float) -> str:
+    """What is left of a description without claims of a lower probability: see `leave_out`.
+
+    >>> without_unlikely("- tokens: frame, licence", {"frame": 0.9, "licence": 0.2}, 0.5)
+    '- tokens: frame'
+    """
+    return leave_out(description, [claim for claim, p in likely.items() if p < least])
+
+
 def gather_claims(
     probe: CalibratedProbe,
     activations: Float[Tensor, "rows d_model"],
@@ -164,7 +189,10 @@ def gather_claims(
     log_probs: Sequence[Mapping[str, float]],
     samples: Sequence[Sequence[str]],
 ) -> list[list[Claim]]:
-    """The claims of each row's description, with all that speaks for them: see `claims_of`."""
+    """The claims of each row's description, with all that speaks for them: see `claims_of`.
+
+    `log_probs`: of the claims of each row's description. `samples`: further ones of each row.
+    """
     number_of = {word: number for number, word in enumerate(probe.probe.words)}
     said: list[list[Claim]] = []
     for start in range(0, len(descriptions), BLOCK_ROWS):

@@ -90,6 +90,26 @@ def split_heading(bullet: str) -> tuple[str, str]:
     return "", bullet
 
 
+def frame_of(description: str) -> tuple[str, str]:
+    """The kind of text that a heading names first, and the continuation; "" for what it lacks.
+
+    >>> frame_of("- tokens: frame\\n- Python test: index\\n- next: another check")
+    ('Python test', 'another check')
+    >>> frame_of("- licence: nothing in particular\\n- Next: a list")
+    ('licence', 'a list')
+    """
+    kind = continuation = ""
+    for bullet in bullets(description):
+        for placeholder in PLACEHOLDERS:
+            bullet = bullet.replace(placeholder, "")
+        heading, body = split_heading(bullet)
+        if heading.casefold() == NEXT_HEADING:
+            continuation = continuation or body
+        elif heading.casefold() != TOKENS_HEADING:
+            kind = kind or heading
+    return kind, continuation
+
+
 def list_parts(body: str) -> list[str]:
     """A list cut at its commas, but for those that a quotation holds.
 

@@ -27,6 +27,8 @@ PROBED_SHARES = (0.002, 0.25)
 """Least and largest share of the train texts that have a word of the probe."""
 _CHOICE_WORDS = 5
 """The penalty is chosen by how many of this many words are true on validation texts."""
+_LEAST_ROWS = 5
+"""Of a class that a probe chooses among."""
 BLOCK_ROWS = 256
 """Rows that are looked at in one go."""
 _NO_DEVIATION = 1e-9
@@ -174,6 +176,54 @@ def best_penalty(
     return max(
         PENALTIES, key=lambda penalty: _true_words(sums.solve(words, mean, penalty), held_out, held)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassProbe:
+    """A linear map from activations to one of several classes: that with the highest presence.
+
+    Example: probe=<its words are the classes ["", "licence"]>, shares=tensor([0.7, 0.3])
+    """
+
+    probe: WordProbe
+    shares: Float[Tensor, " classes"]
+    """Of the rows, those of each class."""
+
+    def most_likely(self, activations: Float[Tensor, "rows d_model"]) -> list[str]:
+        """The class of each row."""
+        if not self.probe.words:
+            return [""] * len(activations)
+        deviation = (self.shares * (1 - self.shares)).sqrt()
+        presence = self.probe.scores(activations) * deviation + self.shares
+        return [self.probe.words[number] for number in presence.argmax(1).tolist()]
+
+
+def fit_classes(
+    train: Float[Tensor, "train d_model"],
+    train_classes: Sequence[str],
+    validation: Float[Tensor, "validation d_model"],
+    validation_classes: Sequence[str],
+    mean: Float[Tensor, " d_model"],
+) -> ClassProbe:
+    """The probe of the train rows, with the penalty that is right most often on validation.
+
+    `train_classes`: of each row, "" among them. One of fewer than _LEAST_ROWS rows, or than the
+    least of PROBED_SHARES, is left out.
+    """
+    least = max(_LEAST_ROWS / max(1, len(train_classes)), PROBED_SHARES[0])
+    held = [frozenset({name}) for name in train_classes]
+    names = probed_words(held, (least, 1.0))
+    sums = ProbeSums.of(train, held, names, mean)
+    probes = [
+        ClassProbe(probe=sums.solve(names, mean, penalty), shares=sums.shares.float())
+        for penalty in PENALTIES
+    ]
+
+    def right(probe: ClassProbe) -> int:
+        pairs = zip(probe.most_likely(validation), validation_classes, strict=True)
+        return sum(found == wanted for found, wanted in pairs)
+
+    return max(probes, key=right)
 
 
 def words_of(text: str) -> frozenset[str]:

@@ -78,16 +78,36 @@ def find_models(run: Run) -> ModelsResponse:
     return ModelsResponse(
         base=base,
         verbalizers=[
-            _model_body(name, "verbalizer", manifest) for name, manifest in verbalizers.items()
+            _model_body(
+                name,
+                "verbalizer",
+                manifest,
+                claim_confidence=find_claim_confidence(run, name) is not None,
+            )
+            for name, manifest in verbalizers.items()
         ],
         scorers=[_model_body(name, "scorer", manifest) for name, manifest in scorers.items()],
     )
 
 
-def _model_body(name: str, kind: str, manifest: Manifest) -> ModelBody:
+def _model_body(
+    name: str, kind: str, manifest: Manifest, *, claim_confidence: bool = False
+) -> ModelBody:
     return ModelBody(
-        name=name, kind=kind, fingerprint=manifest.fingerprint, created=manifest.created
+        name=name,
+        kind=kind,
+        fingerprint=manifest.fingerprint,
+        created=manifest.created,
+        claim_confidence=claim_confidence,
     )
+
+
+def find_claim_confidence(run: Run, verbalizer: str) -> Manifest | None:
+    """What was learned of the claims of this very verbalizer, where something was."""
+    learned, artifact = run.find(run.config.claim_confidence_artifact), run.find(verbalizer)
+    if learned is None or artifact is None:
+        return None
+    return learned if learned.parents.get(verbalizer) == artifact.fingerprint else None
 
 
 def build_application(config: RunConfig) -> Application:

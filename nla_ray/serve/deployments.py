@@ -26,13 +26,18 @@ from nla_ray.base.adapters import adapter_active
 from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_tokenizer, torch_device
+from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.run.artifact import Run
 from nla_ray.score.choice import agreement, best_of
+from nla_ray.score.claim_confidence import ClaimConfidence, without_unlikely
+from nla_ray.score.claims import claim_spans
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.serve import schema
+from nla_ray.serve.application import find_claim_confidence
 from nla_ray.serve.schema import (
     BaseBody,
+    ClaimBody,
     DescribeRequest,
     DescribeResponse,
     DescriptionBody,
@@ -93,6 +98,7 @@ class VerbalizerService:
         run = Run(config)
         self._lock, self._verbalizers = threading.Lock(), {}
         self._decoding: dict[str, tuple[int, float]] = {}
+        self._confidence: dict[str, tuple[ClaimConfidence, int]] = {}
         model = load_backbone(config.base) if model is None else model
         for name in names:
             manifest = run.require(name)
@@ -103,6 +109,10 @@ class VerbalizerService:
                 self._verbalizers[name] = Verbalizer.load(
                     config.base, folder, model=model, neighbours=manifest.model["neighbours"]
                 )
+            if learned := find_claim_confidence(run, name):
+                samples = learned.config["claim_confidence"]["samples"]
+                with run.local_copy(config.claim_confidence_artifact, learned) as folder:
+                    self._confidence[name] = ClaimConfidence.load(folder), samples
 
     def describe(
         self, name: str, activations: np.ndarray, sampling: Sampling
@@ -111,6 +121,7 @@ class VerbalizerService:
         longest, temperature = self._decoding[name]
         if sampling.temperature is not None or sampling.samples == 1:
             temperature = sampling.temperature or 0.0
+        least = sampling.min_claim_confidence
         with self._lock:
             written = self._verbalizers[name].describe(
                 torch.from_numpy(activations),
@@ -118,13 +129,47 @@ class VerbalizerService:
                 temperature=temperature,
                 seed=sampling.seed,
                 group_size=sampling.samples,
+                with_claims=least is not None,
             )
-        return [
+            likely = [] if least is None else self._by_claim(name, activations, written, sampling)
+        bodies = [
             DescriptionBody(
                 description=sample.text, closed=sample.closed, num_tokens=sample.num_sampled
             )
             for sample in written
         ]
+        if least is None:
+            return bodies
+        return [
+            _without_unlikely(body, row, least) for body, row in zip(bodies, likely, strict=True)
+        ]
+
+    def _by_claim(
+        self, name: str, activations: np.ndarray, written: Sequence[Description], sampling: Sampling
+    ) -> list[dict[str, float]]:
+        """The probability of each claim of greedy descriptions; samples are drawn for it.
+
+        They are drawn as long as those that it was learned with, and of every activation by the
+        same seed: what it is depends on no other activation of the request.
+        """
+        longest, temperature = self._decoding[name]
+        confidence, count = self._confidence[name]
+        rows = torch.from_numpy(activations)
+        drawn = self._verbalizers[name].describe(
+            rows,
+            max_new_tokens=longest,
+            temperature=temperature,
+            seed=sampling.seed,
+            rows=[0] * len(rows),
+            group_size=count,
+        )
+        texts = [sample.text for sample in drawn]
+        return confidence.by_claim(
+            rows,
+            [description.text for description in written],
+            [description.claim_log_probs or {} for description in written],
+            [texts[start : start + count] for start in range(0, len(texts), count)],
+        )
 
     async def ping(self) -> str:
         """Answer when the replica can."""
@@ -285,7 +330,7 @@ class Endpoint:
         """Describe activations, or the activations at the end of texts."""
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         schema.require_served_layer(request.layer, self._base.layer)
-        self._check_sampling(request)
+        self._check_sampling(name, request)
         if (request.activations is None) == (request.texts is None):
             given = "neither" if request.texts is None else "both"
             raise Refusal("body", given, "exactly one of activations and texts")
@@ -324,7 +369,7 @@ class Endpoint:
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         scorers = schema.choose_names("scorers", request.scorers, self._scorers)
         schema.require_served_layer(request.layer, self._base.layer)
-        self._check_sampling(request)
+        self._check_sampling(name, request)
         schema.check_text("text", request.text, self._settings.max_text_chars)
         schema.check_batch("positions", len(request.positions), self._settings.max_batch)
         captured = await self._captured("text", request.text, request.positions)
@@ -365,8 +410,10 @@ class Endpoint:
         body = HealthResponse(status="ok" if healthy else "failing", deployments=deployments)
         return JSONResponse(body.model_dump(), status_code=200 if healthy else 503)
 
-    def _check_sampling(self, sampling: Sampling) -> None:
+    def _check_sampling(self, verbalizer: str, sampling: Sampling) -> None:
         schema.check_length(sampling.max_new_tokens, self._base.max_new_tokens)
+        [served] = [model for model in self._models.verbalizers if model.name == verbalizer]
+        schema.check_claim_confidence(sampling, served)
         schema.check_choice(sampling, self._scorers)
 
     async def _describe_rows(
@@ -429,6 +476,19 @@ def _answer(best: DescriptionBody, confidence: float, sampling: Sampling) -> Des
             "samples": sampling.samples,
         }
     )
+
+
+def _without_unlikely(
+    body: DescriptionBody, likely: Mapping[str, float], least: float
+) -> DescriptionBody:
+    """The description without claims that are less likely than this, and all of them named."""
+    description = without_unlikely(body.description or "", likely, least)
+    kept = claim_spans(description)
+    claims = [
+        ClaimBody(claim=claim, confidence=confidence, kept=claim in kept)
+        for claim, confidence in likely.items()
+    ]
+    return body.model_copy(update={"description": description, "claims": claims})
 
 
 async def _ping_answer(answer: Awaitable[str]) -> str:

@@ -105,8 +105,8 @@ class LoadedRun:
         """Descriptions of texts (of the activation that ends each one's prompt) or of activations.
 
         `inputs`: texts, or raw activations [n, d_model]. `sampling`: fields of `schema.Sampling`
-        (temperature, max_new_tokens, seed, samples, min_confidence); greedy without any. Raises
-        ValueError for what the endpoint refuses.
+        (temperature, max_new_tokens, seed, samples, min_confidence, min_claim_confidence); greedy
+        without any. Raises ValueError for what the endpoint refuses.
         """
         _require_list("inputs", inputs)
         is_texts = len(inputs) > 0 and isinstance(inputs[0], str)

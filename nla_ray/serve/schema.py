@@ -107,6 +107,18 @@ class Sampling(_Message):
             " `unsure`, without a description."
         ),
     )
+    min_claim_confidence: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        allow_inf_nan=False,
+        description=(
+            "Claims that are less likely than this to be in the activation's text are left out;"
+            " `claims` names them. Needs greedy decoding (1 sample, temperature 0), which their"
+            " confidence was learned from, and a verbalizer whose `claim_confidence` is true."
+            " Samples are drawn beside the description to ask what they agree on."
+        ),
+    )
 
 
 class DescribeRequest(Sampling):
@@ -167,6 +179,24 @@ class ExplainRequest(Sampling):
 # Responses ----------------------------------------------------------------------------------------
 
 
+class ClaimBody(_Message):
+    """A word, number, name or quotation that a verbalizer said is in the activation's text."""
+
+    claim: str
+    confidence: float = Field(
+        description=(
+            "Probability that the text has it, of activations like those it was learned from: 0 to"
+            " 1."
+        )
+    )
+    kept: bool = Field(
+        description=(
+            "False: it was left out of the description, for itself or with the item or line that"
+            " another stands in."
+        )
+    )
+
+
 class DescriptionBody(_Message):
     """What a verbalizer wrote about one activation: its only sample, or the best of several."""
 
@@ -185,6 +215,13 @@ class DescriptionBody(_Message):
             " reconstructions by the reward scorer, -1 to 1; null for one sample. 1: all mean the"
             " same; about 0: nothing in common. Not a probability of being right: samples may agree"
             " on what is wrong."
+        ),
+    )
+    claims: list[ClaimBody] | None = Field(
+        None,
+        description=(
+            "Every claim that was written, also what was left out; null without"
+            " `min_claim_confidence`."
         ),
     )
     samples: int = Field(1, description="Descriptions drawn, this one among them.")
@@ -263,6 +300,9 @@ class ModelBody(_Message):
     kind: str = Field(description="verbalizer or scorer")
     fingerprint: str = Field(description="Identity of the artifact; see its manifest.")
     created: str
+    claim_confidence: bool = Field(
+        False, description="Whether `min_claim_confidence` may be asked of it."
+    )
 
 
 class ModelsResponse(_Message):
@@ -326,6 +366,32 @@ def check_choice(sampling: Sampling, scorers: Sequence[str]) -> None:
             "min_confidence",
             f"{sampling.min_confidence} with 1 sample",
             f"samples of 2 to {MAX_SAMPLES} beside it: confidence is how far samples agree",
+        )
+
+
+def check_claim_confidence(sampling: Sampling, verbalizer: ModelBody) -> None:
+    """Refuse confidence by claim of what it was not learned from."""
+    if sampling.min_claim_confidence is None:
+        return
+    if not verbalizer.claim_confidence:
+        raise Refusal(
+            "min_claim_confidence",
+            f"{sampling.min_claim_confidence} of {verbalizer.name}",
+            "a verbalizer of /v1/models whose claim_confidence is true; jobs/evaluate.py learns it"
+            " for the one that GRPO trained",
+        )
+    if sampling.min_confidence is not None:
+        raise Refusal(
+            "min_claim_confidence",
+            "min_confidence beside it",
+            "one of the two: min_claim_confidence is about the claims of one greedy description,"
+            " min_confidence about the choice among samples",
+        )
+    if sampling.samples > 1 or sampling.temperature:
+        raise Refusal(
+            "min_claim_confidence",
+            f"{sampling.samples} samples at temperature {sampling.temperature or 'by default'}",
+            "1 sample at temperature 0: confidence was learned from greedy descriptions",
         )
 
 

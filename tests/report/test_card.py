@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from sample_report import HOSTILE, full_report
@@ -13,6 +14,8 @@ from sample_report import HOSTILE, full_report
 from nla_ray.report import cards
 from nla_ray.report.rendering.card import commands_of, to_card
 from nla_ray.report.rendering.content import interval
+from nla_ray.report.rendering.curves import word_chart
+from nla_ray.report.rendering.picture import line_picture
 from nla_ray.report.stage import make_report, publish_card, read_report
 from nla_ray.run.artifact import Run
 from nla_ray.settings.config import RunConfig
@@ -60,6 +63,24 @@ def test_a_card_holds_figures_notes_seconds_commands_and_findings() -> None:
         "## Found\n\nIt works.\n\n## Lineage",
     ):
         assert line in card
+
+
+def test_a_card_shows_its_picture_and_the_picture_every_point() -> None:
+    report = full_report()
+    assert "![" not in card_of(report)
+    card = to_card(report, seconds={}, commands=["make it"], picture="nano.svg")
+    assert "![Share of claims in the text by number of claims](nano.svg)" in card
+    root = ElementTree.fromstring(line_picture(word_chart(report)))
+    tag = "{http://www.w3.org/2000/svg}"
+    points = [point for points in report["word_curve"].values() for point in points]
+    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{tag}circle")]
+    assert len(circles) == len(points) == 6
+    by_words = [round((x - 60) / (580 - 60) * 2.6, 2) for x, _ in circles]
+    assert by_words == pytest.approx([point["words"] for point in points], abs=0.01)
+    shares = [(350 - y) / (350 - 40) for _, y in circles]
+    assert shares == pytest.approx([point["found"]["value"] for point in points], abs=0.001)
+    texts = [text.text for text in root.iter(f"{tag}text")]
+    assert {"linear probe", "grpo", "claims of a description, mean"} <= set(texts)
 
 
 def test_texts_written_for_a_card_stand_in_fences_with_their_scores() -> None:

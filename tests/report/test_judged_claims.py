@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from nla_ray.base.load import load_tokenizer
 from nla_ray.description.record import Description
-from nla_ray.report.claim_confidence import JudgedClaims, claim_confidence_section, judged_claims
+from nla_ray.report.claim_confidence import (
+    JudgedClaims,
+    claim_confidence_section,
+    claim_probabilities,
+    confident_descriptions,
+    judged_claims,
+)
 from nla_ray.report.gates import check_gates, judge_gate
 from nla_ray.report.stage import make_report, read_report
 from nla_ray.run.artifact import Run
@@ -19,7 +26,8 @@ from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.claim_confidence import ClaimConfidence
 from nla_ray.score.cross_fit import CalibratedProbe
 from nla_ray.score.probe import WordProbe
-from nla_ray.settings.config import ClaimConfidenceConfig, RunConfig
+from nla_ray.settings.config import BaseConfig, ClaimConfidenceConfig, EvaluationConfig, RunConfig
+from nla_ray.settings.presets import nano
 from nla_ray.training.claim_confidence import fit_claim_confidence
 
 BOOTSTRAP = FamilyBootstrap(["a", "b", "c"], resamples=50, seed=0)
@@ -86,10 +94,9 @@ def test_claims_are_judged_by_the_text_of_their_row() -> None:
         "- tokens: frame, qux", num_tokens=5, claim_log_probs={"frame": -1.0, "qux": -2.0}
     )
     sample = Description.from_text("- tokens: frame", num_tokens=3)
-    judged = judged_claims(
-        confidence, torch.randn(2, 2), ["a frame", "qux"], [said, said], [[sample], [sample]]
-    )
-    assert judged is not None
+    likely = claim_probabilities(confidence, torch.randn(2, 2), [said, said], [[sample], [sample]])
+    assert likely is not None
+    judged = judged_claims(likely, [said.text, said.text], ["a frame", "qux"])
     assert [row.tolist() for row in judged.found] == [[1.0, 0.0], [0.0, 1.0]]
     expected = torch.sigmoid(torch.tensor([-1.0, -2.0])).tolist()
     assert judged.probabilities[0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -97,7 +104,34 @@ def test_claims_are_judged_by_the_text_of_their_row() -> None:
     cut_otherwise = [said, dataclasses.replace(said, claim_log_probs={"frame": -1.0})]
     for described in (unknown, cut_otherwise):
         drawn = [[sample], [sample]]
-        assert judged_claims(confidence, torch.randn(2, 2), ["", ""], described, drawn) is None
+        assert claim_probabilities(confidence, torch.randn(2, 2), described, drawn) is None
+
+
+def test_what_is_left_of_a_description_are_its_likely_claims(tiny_base: BaseConfig) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    said = Description.from_text(
+        "- tokens: frame, qux\n- next: a list",
+        num_tokens=20,
+        claim_log_probs={"frame": -1.0, "qux": -2.0},
+    )
+    likely = {"frame": 0.6, "qux": 0.5}
+    every, [half], none = (
+        confident_descriptions(tokenizer, [said], [likely], least) for least in (0.5, 0.55, 0.7)
+    )
+    assert every[0].text == said.text
+    assert half.text == "- tokens: frame\n- next: a list"
+    assert half.num_tokens == len(tokenizer.encode(half.text, add_special_tokens=False))
+    assert none[0].text == "- tokens: no word stands out\n- next: a list"
+
+
+def test_a_report_keeps_likely_claims_only_where_their_confidence_is_honest() -> None:
+    for evaluation in (
+        EvaluationConfig(min_claim_confidence=1.5),
+        EvaluationConfig(min_claim_confidence=0.5, split="validation"),
+        EvaluationConfig(min_claim_confidence=0.5, samples=3),
+    ):
+        with pytest.raises(ValueError, match=r"evaluation\.min_claim_confidence"):
+            dataclasses.replace(nano(), evaluation=evaluation)
 
 
 def test_a_gate_can_ask_for_the_precision_of_what_is_kept() -> None:
@@ -136,9 +170,17 @@ def test_a_report_judges_the_claims_of_its_arm_where_their_confidence_was_learne
     }
     written = [head, *({**line, **claimed} for line in lines)]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in written))
-    make_report(config)
+    evaluation = dataclasses.replace(config.evaluation, min_claim_confidence=1.0)
+    make_report(dataclasses.replace(config, evaluation=evaluation))
     section = read_report(run)["claim_confidence"]
     assert section["claims"] == 2 * len(lines)
     precision = read_report(run)["claims"]["grpo"]["precision"]["value"]
     found = sum(bin["claims"] * bin["found"]["value"] for bin in section["bins"])
     assert found == pytest.approx(precision * 2 * len(lines), abs=1e-3)
+    assert read_report(run)["claims"]["grpo_confident"]["precision"]["value"] == 0.0
+    assert "grpo_confident-grpo" in read_report(run)["paired"]
+    kept = (folder / "descriptions" / "grpo_confident.jsonl").read_text().splitlines()
+    assert json.loads(kept[0]) == {"protocol": "not generated"}
+    assert [json.loads(line)["description"] for line in kept[1:]] == [
+        "- tokens: no word stands out"
+    ] * len(lines)

@@ -10,7 +10,7 @@ from sample_report import full_report, minimal_report
 from test_report import DOC_IDS, ROWS, described, evaluated
 
 from nla_ray.base.load import load_tokenizer
-from nla_ray.report.matched import TrainWords, matched_descriptions, probe_section
+from nla_ray.report.matched import TrainWords, matched_descriptions, probe_section, word_curve
 from nla_ray.report.rendering.markdown import to_markdown
 from nla_ray.report.summary import summarise
 from nla_ray.score.bootstrap import FamilyBootstrap
@@ -26,11 +26,17 @@ def test_a_ceiling_is_as_long_as_the_description_and_the_probe_says_as_many_word
     said = described(["- tokens: frame, index\n- next: more", ""])
     said = [dataclasses.replace(said[0], num_tokens=4), dataclasses.replace(said[1], num_tokens=0)]
     words = TrainWords(
-        statistics=WordStatistics.fit(texts), probed=[["one", "two", "three"], ["one"]]
+        statistics=WordStatistics.fit(texts),
+        probed=[["one", "two", "three"], ["one"]],
+        frames=[("Python test", "a check"), ("Python test", "")],
     )
     matched = matched_descriptions(words, tokenizer, texts, said)
     assert matched["source_text"] == texts
     assert matched["linear_probe"] == ["- tokens: one, two", ""]
+    assert matched["linear_label"] == [
+        "- tokens: two\n- Python test: one\n- next: a check",
+        "- Python test: nothing in particular",
+    ]
     first, second = matched["source_summary"]
     assert len(tokenizer.encode(first, add_special_tokens=False)) == 4 and second == ""
     assert any(first in part for part in (*texts[0].split(". "), texts[0]))
@@ -113,3 +119,18 @@ def test_a_report_of_an_earlier_version_says_what_was_not_measured() -> None:
         assert f"## {title}" in markdown
     assert markdown.count("- Not measured.") == 4
     assert "Not measured" not in to_markdown(full_report())
+
+
+def test_the_curve_of_words_counts_first_claims_as_they_are_said() -> None:
+    # of every text "assert" and "index" are true; "frame" and "absent" are not
+    probed = [["assert", "absent", "index"]] * ROWS
+    said = described(["- tokens: index, frame, assert, assert", "- tokens: frame"] * (ROWS // 2))
+    given = dataclasses.replace(evaluated(), probed=probed)
+    given = dataclasses.replace(given, descriptions={**given.descriptions, "sft": said})
+    curve = word_curve(FamilyBootstrap(DOC_IDS, 100, 0), given)
+    assert set(curve) == {"linear_probe", "gold", "sft", "grpo"}
+    found = [[point["words"], point["found"].value] for point in curve["linear_probe"]]
+    assert found == [[1.0, 1.0], [2.0, 0.5], [3.0, pytest.approx(2 / 3)]]
+    found = [[point["words"], point["found"].value] for point in curve["sft"]]
+    assert found == [[1.0, 0.5], [1.5, pytest.approx(1 / 3)], [2.0, 0.5]]
+    assert word_curve(FamilyBootstrap(DOC_IDS, 100, 0), evaluated()) == {}

@@ -498,6 +498,7 @@ def test_the_stage_publishes_a_report_on_test_documents_and_is_skipped_when_comp
         "sft",
         "grpo",
         "linear_probe",
+        "linear_label",
         "shuffled",
         "generic",
         "mean_activation",

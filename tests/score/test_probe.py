@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from nla_ray.score import claims
-from nla_ray.score.probe import fit_probe, words_as_bullets
+from nla_ray.score.probe import fit_classes, fit_probe, words_as_bullets
 
 WORDS = [
     f"{first}{second}" for first in ("bar", "lam", "tor", "fen") for second in ("an", "el", "im")
@@ -88,3 +88,20 @@ def test_every_word_of_the_probe_is_one_claim_of_its_bullets() -> None:
     [words] = probe.rank(train[:1], 5)
     assert claims.claimed_words(words_as_bullets(words)) == frozenset(words)
     assert words_as_bullets([]) == ""
+
+
+def test_a_class_is_read_where_an_activation_tells_of_it_and_a_rare_one_never() -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.eye(8)[:3]
+    kinds = [number % 3 for number in range(1_500)]
+    rows = directions[kinds] + 0.1 * torch.randn(1_500, 8, generator=generator)
+    names = ["test", "licence", ""]
+    classes = [names[kind] for kind in kinds]
+    classes[0] = "only once"
+    mean = torch.zeros(8)
+    probe = fit_classes(rows[:1_200], classes[:1_200], rows[1_200:], classes[1_200:], mean)
+    assert probe.probe.words == ["", "licence", "test"]
+    read = probe.most_likely(rows[1_200:])
+    assert read == classes[1_200:]
+    nothing = fit_classes(rows[:9], [""] * 9, rows[:9], [""] * 9, mean)
+    assert nothing.most_likely(rows[:2]) == ["", ""]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_artifacts import publish_verbalizer
 
 import nla_ray
 from nla_ray.activation.stage import load_activations
 from nla_ray.activation.vectors import centred_cosine
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.run.artifact import Run
+from nla_ray.score import claims
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.serve.local import LoadedRun
-from nla_ray.serve.schema import Refusal
-from nla_ray.settings.config import RunConfig
+from nla_ray.serve.schema import DescriptionBody, Refusal
+from nla_ray.settings.config import ClaimConfidenceConfig, RunConfig
 from nla_ray.settings.presets import PRESETS
+from nla_ray.training.claim_confidence import fit_claim_confidence
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,67 @@ def test_it_explains_positions_and_chooses_among_samples(
         explanation.samples == 3 and set(explanation.scores) == {"judge"}
         for explanation in explained.explanations
     )
+
+
+@pytest.fixture(scope="module")
+def sure(published_run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+    """A loaded run that knows how likely a claim of its verbalizer is, which says words."""
+    folder = tmp_path_factory.mktemp("sure") / "run"
+    shutil.copytree(published_run.run_dir, folder)
+    shutil.rmtree(folder / "grpo")
+    publish_verbalizer(Run(dataclasses.replace(published_run, run_dir=str(folder))), "grpo", 0, 0.3)
+    config = dataclasses.replace(
+        published_run,
+        run_dir=str(folder),
+        claim_confidence=ClaimConfidenceConfig(max_activations=6, samples=2),
+    )
+    fit_claim_confidence(config)
+    return nla_ray.load(str(folder))
+
+
+def test_claims_are_left_out_below_the_confidence_that_is_asked_for(
+    sure: LoadedRun, published_run: RunConfig
+) -> None:
+    rows = load_activations(Run(published_run), "test").vectors[:8]
+
+    def described(least: float | None, first: int = 8) -> list[DescriptionBody]:
+        return sure.describe(rows[:first], min_claim_confidence=least, max_new_tokens=48)
+
+    plain, every, none = (described(least) for least in (None, 0.0, 1.0))
+    assert all(answer.claims is None for answer in plain)
+    assert [answer.description for answer in every] == [answer.description for answer in plain]
+    likely = [claim.confidence for answer in every for claim in answer.claims or ()]
+    assert likely and all(0.0 < confidence < 1.0 for confidence in likely)
+    middle = sorted(likely)[len(likely) // 2]
+    for whole, half, empty in zip(every, described(middle), none, strict=True):
+        said = list(claims.claim_spans(whole.description or ""))
+        assert [claim.claim for claim in whole.claims or ()] == said
+        assert not claims.claim_spans(empty.description or "")
+        assert not any(claim.kept for claim in empty.claims or ())
+        kept = {claim.claim for claim in half.claims or () if claim.kept}
+        assert kept == set(claims.claim_spans(half.description or ""))
+        assert all(claim.confidence >= middle for claim in half.claims or () if claim.kept)
+    assert described(0.0, first=1) == every[:1]
+
+
+def test_confidence_by_claim_is_refused_where_it_was_not_learned(
+    loaded: LoadedRun, sure: LoadedRun
+) -> None:
+    told = {model.name: model.claim_confidence for model in sure.models.verbalizers}
+    assert told == {"grpo": True, "sft": False}
+    with pytest.raises(Refusal, match=r"min_claim_confidence: got 0\.5 of grpo, expected"):
+        loaded.describe(["a text"], min_claim_confidence=0.5)
+    with pytest.raises(Refusal, match=r"min_claim_confidence: got 0\.5 of sft, expected"):
+        sure.describe(["a text"], min_claim_confidence=0.5, verbalizer="sft")
+    with pytest.raises(Refusal, match="min_claim_confidence: got min_confidence beside it"):
+        sure.describe(["a text"], min_claim_confidence=0.5, min_confidence=0.5, samples=4)
+    for sampling in ({"samples": 2}, {"temperature": 0.7}):
+        with pytest.raises(Refusal, match="expected 1 sample at temperature 0"):
+            sure.describe(["a text"], min_claim_confidence=0.5, **sampling)
+    with pytest.raises(Refusal, match=r"min_claim_confidence: got 1\.5, expected"):
+        sure.explain("a text", min_claim_confidence=1.5)
+    explained = sure.explain("a text", min_claim_confidence=0.5)
+    assert explained.explanations[0].claims is not None
 
 
 def test_what_the_endpoint_refuses_is_a_value_error(loaded: LoadedRun) -> None:

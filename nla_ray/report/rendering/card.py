@@ -35,11 +35,13 @@ def to_card(
     commands: Sequence[str],
     findings: str = "",
     examples: Sequence[Mapping[str, Any]] = (),
+    picture: str = "",
 ) -> str:
     """The card as Markdown.
 
     `seconds`: of every stage. `findings`: Markdown with heads of level 2. `examples`: texts written
-    for the card, as `report.example` explains them.
+    for the card, as `report.example` explains them. `picture`: the file beside the card that shows
+    `curves.word_chart`.
     """
     shown = [section for section in text_sections(report) if not _holds_texts(section)]
     parts = [
@@ -47,6 +49,7 @@ def to_card(
         "Written by the report job (`jobs/evaluate.py --card`) from the report of a complete run.",
         opening_markdown(report),
         examples_markdown(examples),
+        f"![Share of claims in the text by number of claims]({picture})" if picture else "",
         "## How to make it again",
         "\n".join(["```bash", *commands, "```"]),
         section_markdown(seconds_section(seconds)) if seconds else "",

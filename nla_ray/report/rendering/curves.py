@@ -414,6 +414,45 @@ def calibration_section(report: Report) -> Section:
     )
 
 
+def word_curve_section(report: Report) -> Section:
+    """How many of a description's first claims are in the text, beside the words of a probe."""
+    curve: Mapping[str, Any] = report.get("word_curve") or {}
+    chart = ChartGroup(charts=[word_chart(report)], legend=list(curve))
+    table = points_table(
+        {
+            name: {number: point["found"] for number, point in enumerate(points, 1)}
+            for name, points in curve.items()
+        },
+        title="Share of the first claims that is in the text",
+        head="first claims",
+        choice={},
+    )
+    return Section(
+        id="word_curve",
+        name="Words",
+        title="Words in the text by their number",
+        intro=(
+            "A description's first claims, as they are said, and the best words of the linear"
+            " probe, at most as many as GRPO's description claims: the share of them that is in the"
+            " text. A line ends where descriptions hardly claim more."
+        ),
+        blocks=[chart, table] if curve else [],
+    )
+
+
+def word_chart(report: Report) -> LineChart:
+    """The lines of that section; none of an earlier version's report."""
+    curve: Mapping[str, Any] = report.get("word_curve") or {}
+    return LineChart(
+        series=lines_of(
+            {name: {p["words"]: p["found"] for p in points} for name, points in curve.items()}
+        ),
+        label="Claims in the text by number of claims",
+        caption="share of claims in the text",
+        x_label="claims of a description, mean",
+    )
+
+
 def claim_confidence_section_of(report: Report) -> Section:
     """Whether claims are found as often as their confidence says, and what keeping some gives."""
     measured: Mapping[str, Any] = report.get("claim_confidence") or {}

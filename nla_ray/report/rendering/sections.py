@@ -85,6 +85,7 @@ def sections(
         seeds.seeds_section(report),
         _claims_section(report),
         checks.probe_section_of(report),
+        curves.word_curve_section(report),
         curves.claim_confidence_section_of(report),
         checks.patch_back_section(report),
         _agreement_section(report),

@@ -138,6 +138,14 @@ DEFINITIONS = {
         " texts, each score divided by the standard deviation of its word; as many as GRPO's"
         " description claims"
     ),
+    "grpo_confident": (
+        "GRPO's descriptions without the claims of a lower confidence than"
+        " `evaluation.min_claim_confidence`; one of which no claim is left has 0 words in text"
+    ),
+    "linear_label": (
+        "the same words in the form of a label: below the kind of text and beside the continuation"
+        " that ridge regressions choose among those of train labels"
+    ),
     "shuffled, generic": "another document's label; one fixed sentence",
     "mean_activation, random_vector": "the SFT verbalizer given these instead of the activation",
     "reward, judge, linear": (
