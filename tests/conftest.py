@@ -27,7 +27,6 @@ from nla_ray.settings.config import (
     GRPOSettings,
     RunConfig,
 )
-from nla_ray.settings.presets import nano
 from nla_ray.text.chunks import CHUNK_SCHEMA
 
 TEXTS = (
@@ -77,9 +76,13 @@ def tiny_run(tiny_base: BaseConfig, tmp_path: Path) -> Callable[..., Run]:
     capture=CaptureConfig(...))`."""
 
     def make(name: str = "run", run_dir: str | None = None, **sections: object) -> Run:
+        from tiny import plain_nano
+
         sections.setdefault("base", tiny_base)
         sections.setdefault("compute", ComputeConfig(threads=1, capture_cpus=0.5))
-        return Run(dataclasses.replace(nano(), run_dir=run_dir or str(tmp_path / name), **sections))
+        return Run(
+            dataclasses.replace(plain_nano(), run_dir=run_dir or str(tmp_path / name), **sections)
+        )
 
     return make
 
@@ -90,11 +93,12 @@ def published_run(
 ) -> RunConfig:
     """A run on the tiny base with every artifact up to `grpo`; tests that change it copy it
     first."""
+    from tiny import plain_nano
     from tiny_artifacts import make_artifacts
 
     compute = ComputeConfig(threads=1, capture_cpus=0.5, rollout_cpus=0.5, serve_cpus=0.1)
     config = dataclasses.replace(
-        nano(),
+        plain_nano(),
         run_dir=str(tmp_path_factory.mktemp("published")),
         base=tiny_base,
         compute=compute,

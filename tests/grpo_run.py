@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tiny import plain_nano
 
 from nla_ray.activation import vectors
 from nla_ray.activation.bank import activation_id, activation_schema
@@ -30,7 +31,6 @@ from nla_ray.settings.config import (
     RunConfig,
     SFTConfig,
 )
-from nla_ray.settings.presets import nano
 
 LORA = LoraSettings(rank=4, alpha=8)
 SETTINGS = GRPOSettings(
@@ -61,7 +61,7 @@ def grpo_config(
     """Four steps of eight rollouts, a checkpoint and a reading after the second and the fourth."""
     scorer = ReconstructorConfig(lora=LORA, document_half="even", max_tokens=24, batch_size=8)
     return dataclasses.replace(
-        nano(),
+        plain_nano(),
         run_dir=str(run_dir),
         base=base,
         sft=SFTConfig(lora=LORA),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import plain_nano
 from torch.multiprocessing.spawn import spawn
 
 
@@ -41,10 +42,9 @@ def _run(
 
 def offer_losses(run_dir: str, losses: Sequence[float]) -> list[bool]:
     """Whether each of the losses that this rank computed was the best so far."""
-    from nla_ray.settings.presets import nano
     from nla_ray.training.checkpoints import Checkpoints
 
-    checkpoints = Checkpoints(dataclasses.replace(nano(), run_dir=run_dir), "sft")
+    checkpoints = Checkpoints(dataclasses.replace(plain_nano(), run_dir=run_dir), "sft")
 
     def save(folder: Path) -> None:
         (folder / "adapter").write_text("whole")

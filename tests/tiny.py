@@ -11,7 +11,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nla_ray.settings.config import BaseConfig
+from nla_ray.settings.config import BaseConfig, RunConfig
+from nla_ray.settings.presets import nano, override
 from nla_ray.text.words import WordStatistics
 
 if TYPE_CHECKING:
@@ -54,6 +55,25 @@ WORD_STATISTICS = WordStatistics(
 WORDY_TEXT = "frame = read_frame(index)\nassert frame.dtype == expected\nresult common rare columns"
 """A text whose words fall into all bands of WORD_STATISTICS."""
 _TABLE_ROWS_BEYOND_TOKENIZER = 13
+
+
+def plain_nano() -> RunConfig:
+    """Preset nano with labels as their teachers wrote them, without the stage `readable_labels`.
+
+    That is what the preset was when it came out."""
+    as_written = {"replaced_share": 0.0}
+    return override(
+        nano(),
+        sft={"claims": "all", "epochs": 2},
+        reward_scorer=as_written,
+        judge_scorer=as_written,
+        grpo={
+            "temperature": 1.0,
+            "claim_weight": 0.0,
+            "claim_precision": 0.75,
+            "repeat_penalty": 0.5,
+        },
+    )
 
 
 def build_tokenizer(vocab_size: int = 400):

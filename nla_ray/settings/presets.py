@@ -19,6 +19,7 @@ from nla_ray.settings.config import (
     GRPOSettings,
     LabelConfig,
     LoraSettings,
+    ReadableLabelsConfig,
     ReconstructorConfig,
     RefreshedScorerConfig,
     RunConfig,
@@ -33,10 +34,20 @@ def nano() -> RunConfig:
         run_dir="runs/nano",
         corpus=CorpusConfig(max_chunks=11_000),
         base=BaseConfig(model="embedded:nano", layer=4, injection_norm=50.0, max_tokens=384),
-        reward_scorer=ReconstructorConfig(document_half="even", teacher_share=0.5, seed=1),
-        judge_scorer=ReconstructorConfig(
-            document_half="odd", teacher_share=0.3, seed=2, lora=LoraSettings(rank=24, alpha=48)
+        # SFT is taught what can be read in activations, and the scorers learn to read it. In five
+        # passes it learns to say more that is so than in two (cards/findings/nano.md).
+        readable_labels=ReadableLabelsConfig(fill_to=4),
+        reward_scorer=ReconstructorConfig(
+            document_half="even", teacher_share=0.5, replaced_share=0.5, seed=1
         ),
+        judge_scorer=ReconstructorConfig(
+            document_half="odd",
+            teacher_share=0.3,
+            replaced_share=0.5,
+            seed=2,
+            lora=LoraSettings(rank=24, alpha=48),
+        ),
+        sft=SFTConfig(claims="replaced", epochs=5),
         # Whole processes of one thread share the two cores: at this size two threads are hardly
         # faster than one.
         capture=CaptureConfig(batch_tokens=2_048, num_actors=2),
@@ -50,8 +61,13 @@ def nano() -> RunConfig:
             num_near=4,
             credit="line",
             beta=0.05,
+            # Near to greedy, as descriptions are read: at 1 a rollout seldom says a thing twice,
+            # which greedy ones do, and nothing is learned of it.
+            temperature=0.6,
             evidence_weight=0.05,
-            repeat_penalty=0.5,
+            claim_weight=1.0,
+            claim_precision=0.6,
+            repeat_penalty=0.2,
         ),
         compute=ComputeConfig(trainer_workers=2, trainer_cpus=0.5, threads=1),
         evaluation=EvaluationConfig(gates=_nano_gates()),
@@ -83,7 +99,11 @@ def _nano_gates() -> tuple[Gate, ...]:
         ("grpo/sft.judge.delta", ">=", 1.25),
         ("sft.claims.precision_excess", ">", 0.0),
         ("grpo-sft.claims.precision_excess", ">=", 0.10),
-        ("grpo.claims.precision", ">=", 0.45),
+        ("grpo.claims.precision", ">=", 0.75),
+        ("grpo.claims.precision_shuffled", "<=", 0.05),
+        ("grpo.claims.hallucinated", "<=", 0.30),
+        ("claim_confidence.kept_80.precision", ">=", 0.9),
+        ("claim_confidence.kept_80.share", ">=", 1 / 3),
         ("sft.claims.domain", ">=", 0.85),
         ("grpo.claims.domain", ">=", 0.85),
         ("grpo-sft.claims.domain", ">=", -0.02),

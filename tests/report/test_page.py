@@ -290,6 +290,7 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
         "Seeds",
         "Claims",
         "Probe",
+        "Words",
         "Claims kept",
         "Patch-back",
         "Agreement",

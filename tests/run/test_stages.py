@@ -9,6 +9,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+from tiny import plain_nano
 
 from nla_ray.plan.formulas import FORMULAS
 from nla_ray.plan.text import describe_plan
@@ -28,7 +29,7 @@ from nla_ray.run.stages import (
     stages_of_job,
 )
 from nla_ray.settings.config import PretrainRunConfig, RunConfig
-from nla_ray.settings.presets import nano, override
+from nla_ray.settings.presets import override
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
@@ -47,7 +48,7 @@ def names(rows: tuple[Stage, ...]) -> tuple[str, ...]:
 
 def test_every_function_section_parent_job_and_plan_that_the_table_names_exists() -> None:
     sections = {field.name for field in dataclasses.fields(PretrainRunConfig)}
-    config = PretrainRunConfig.of(nano())
+    config = PretrainRunConfig.of(plain_nano())
     for number, stage in enumerate(STAGES):
         function = pkgutil.resolve_name(stage.function)
         assert next(iter(inspect.signature(function).parameters)) == "run"
@@ -81,14 +82,17 @@ def test_a_job_makes_the_closure_of_its_stages_parents_first_and_plans_just_that
     job: str, expected: tuple[str, ...], tmp_path: Path
 ) -> None:
     assert names(stages_of_job(job)) == expected
-    config = dataclasses.replace(nano(), run_dir=str(tmp_path))
+    config = dataclasses.replace(plain_nano(), run_dir=str(tmp_path))
     lines = describe_plan(config, job).splitlines()
     wanted = tuple(name for name in expected if name != "readable_labels")
     assert tuple(line for line in lines[1:] if not line.startswith(" ")) == wanted
 
 
 def test_readable_labels_are_made_where_sft_is_taught_them(tmp_path: Path) -> None:
-    plain, taught = run_at(tmp_path, nano()), run_at(tmp_path, nano(), sft={"claims": "replaced"})
+    plain, taught = (
+        run_at(tmp_path, plain_nano()),
+        run_at(tmp_path, plain_nano(), sft={"claims": "replaced"}),
+    )
     for run, is_made in ((plain, False), (taught, True)):
         steps = [stage.name for stage, _ in stages.steps_of_job(run, "sft")]
         assert ("readable_labels" in steps) == is_made
@@ -99,7 +103,7 @@ def test_readable_labels_are_made_where_sft_is_taught_them(tmp_path: Path) -> No
 
 
 def test_each_stage_is_made_from_readable_labels_where_its_own_settings_ask(tmp_path: Path) -> None:
-    run = run_at(tmp_path, nano(), judge_scorer={"replaced_share": 0.5})
+    run = run_at(tmp_path, plain_nano(), judge_scorer={"replaced_share": 0.5})
     assert "readable_labels" in [stage.name for stage, _ in stages.steps_of_job(run, "grpo")]
     for name in ("activations", "labels", "readable_labels"):
         run.open_artifact(name).publish()
@@ -111,7 +115,10 @@ def test_each_stage_is_made_from_readable_labels_where_its_own_settings_ask(tmp_
 
 def test_a_report_is_made_from_readable_labels_where_its_sft_was(tmp_path: Path) -> None:
     """Whatever the flags say: an artifact that exists is taken as it is."""
-    plain, taught = run_at(tmp_path, nano()), run_at(tmp_path, nano(), sft={"claims": "replaced"})
+    plain, taught = (
+        run_at(tmp_path, plain_nano()),
+        run_at(tmp_path, plain_nano(), sft={"claims": "replaced"}),
+    )
     for name in (*DATA, *SCORERS, "readable_labels", "grpo"):
         taught.open_artifact(name).publish()
     with pytest.raises(ValueError, match=r"artifact 'sft': got none"):
@@ -126,7 +133,7 @@ def test_a_report_is_made_from_readable_labels_where_its_sft_was(tmp_path: Path)
 
 
 def test_the_report_of_an_arm_has_the_confidence_of_that_arms_claims(tmp_path: Path) -> None:
-    main, arm = run_at(tmp_path, nano()), run_at(tmp_path, nano(), grpo={"name": "kl0"})
+    main, arm = run_at(tmp_path, plain_nano()), run_at(tmp_path, plain_nano(), grpo={"name": "kl0"})
     for name in (*DATA, *SCORERS, "sft", "grpo", "grpo_kl0"):
         main.open_artifact(name).publish()
     for run in (main, arm):
@@ -137,7 +144,7 @@ def test_the_report_of_an_arm_has_the_confidence_of_that_arms_claims(tmp_path: P
 
 
 def test_sft_is_not_begun_without_the_labels_that_it_is_to_be_taught(tmp_path: Path) -> None:
-    taught = run_at(tmp_path, nano(), sft={"claims": "replaced"})
+    taught = run_at(tmp_path, plain_nano(), sft={"claims": "replaced"})
     for name in ("activations", "labels"):
         taught.open_artifact(name).publish()
     with pytest.raises(ValueError, match=r"artifact 'readable_labels': got none .* jobs/sft\.py"):
@@ -178,7 +185,7 @@ def test_kinds_are_what_the_report_and_serving_choose_from() -> None:
 
 
 def test_grpo_passes_its_name_on_and_sft_does_not() -> None:
-    config = override(nano(), sft={"name": "few"}, grpo={"contrast": "none", "name": "kl0"})
+    config = override(plain_nano(), sft={"name": "few"}, grpo={"contrast": "none", "name": "kl0"})
     sft, grpo, report = (stage_named(name) for name in ("sft", "grpo", "report"))
     assert (sft.artifact(config), sft.parent_artifact(config)) == ("sft_few", "sft")
     assert grpo.artifact(config) == grpo.parent_artifact(config) == "grpo_no_contrast_kl0"
@@ -186,7 +193,7 @@ def test_grpo_passes_its_name_on_and_sft_does_not() -> None:
 
 
 def test_the_pipelines_seconds_are_those_of_its_own_artifacts(tmp_path: Path) -> None:
-    run = run_at(tmp_path, nano())
+    run = run_at(tmp_path, plain_nano())
     assert pipeline_timings(run) == {}
     seconds = {"base": 9.0, "corpus": 1.5, "grpo": 3.0, "grpo_kl0": 4.0, "report_validation": 5.0}
     (run.root / stages.TIMINGS_NAME).write_text(json.dumps(seconds))
@@ -196,7 +203,7 @@ def test_the_pipelines_seconds_are_those_of_its_own_artifacts(tmp_path: Path) ->
 def test_the_pipelines_seconds_hold_those_of_its_seeds_and_of_the_report_over_them(
     tmp_path: Path,
 ) -> None:
-    run = Run(dataclasses.replace(nano(), run_dir=str(tmp_path), seeds=(0, 1)))
+    run = Run(dataclasses.replace(plain_nano(), run_dir=str(tmp_path), seeds=(0, 1)))
     seconds = {"grpo": 3.0, "grpo_seed1": 4.0, "grpo_seed2": 5.0, "report": 6.0}
     (run.root / stages.TIMINGS_NAME).write_text(json.dumps({**seconds, "report_seeds": 7.0}))
     assert pipeline_timings(run) == {"grpo": 3.0, "grpo_seed1": 4.0, "report_seeds": 7.0}
@@ -213,7 +220,7 @@ def test_the_pipelines_seconds_hold_those_of_its_seeds_and_of_the_report_over_th
 def test_the_pipeline_and_the_reports_job_make_it_under_the_name_that_the_settings_give_it(
     settings: dict, name: str
 ) -> None:
-    config, report = dataclasses.replace(nano(), **settings), stage_named("report")
+    config, report = dataclasses.replace(plain_nano(), **settings), stage_named("report")
     for job in ("pipeline", "evaluate"):
         assert report.is_target(job) and report.artifact_of_job(job, config) == name
     assert not stage_named("grpo").is_target("pipeline")
@@ -229,7 +236,7 @@ def test_a_missing_parent_is_asked_for_by_its_own_name_when_a_variant_is_named(
         Stage(name="after", job="after", parents=("sft",), function=f"{__name__}:look"),
     )
     monkeypatch.setattr(stages, "STAGES", table)
-    run = run_at(tmp_path, nano(), sft={"name": "few"})
+    run = run_at(tmp_path, plain_nano(), sft={"name": "few"})
     with pytest.raises(ValueError, match=r"artifact 'sft': got none .* jobs/sft\.py"):
         list(make_stages(run, "after"))
 
@@ -284,7 +291,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     )
     monkeypatch.setattr(stages, "STAGES", table)
     MADE.clear()
-    return run_at(tmp_path, nano())
+    return run_at(tmp_path, plain_nano())
 
 
 def run_at(folder: Path, config: RunConfig, **sections: dict) -> Run:
@@ -315,14 +322,14 @@ def test_a_jobs_own_stage_is_compared_and_a_complete_parent_only_when_it_is_stri
     run: Run, tmp_path: Path
 ) -> None:
     list(make_stages(run, "go_on"))
-    changed = run_at(tmp_path, nano(), corpus={"seed": 7})
+    changed = run_at(tmp_path, plain_nano(), corpus={"seed": 7})
     assert [stage.name for stage, _ in make_stages(changed, "go_on")] == ["first", "second"]
     with pytest.raises(ValueError, match=r"artifact 'first' .*corpus\.seed: there 0, here 7"):
         list(make_stages(changed, "go_on", strict=True))
     with pytest.raises(ValueError, match=r"corpus\.seed: there 0, here 7"):
         list(make_stages(changed, "begin"))
     with pytest.raises(ValueError, match=r"sft\.epochs: there 2, here 5"):
-        list(make_stages(run_at(tmp_path, nano(), sft={"epochs": 5}), "go_on"))
+        list(make_stages(run_at(tmp_path, plain_nano(), sft={"epochs": 5}), "go_on"))
 
 
 def test_seconds_are_recorded_for_what_a_job_completed_and_kept_when_it_runs_again(
@@ -427,6 +434,6 @@ def test_seeds_are_trained_one_after_another_from_the_same_parents(
 def test_a_jobs_last_training_is_the_one_that_seeds_vary(
     job: str, expected: list[str], tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(nano(), run_dir=str(tmp_path), seeds=(0, 1))
+    config = dataclasses.replace(plain_nano(), run_dir=str(tmp_path), seeds=(0, 1))
     lines = describe_plan(config, job).splitlines()
     assert [line for line in lines[1:] if not line.startswith(" ")] == expected

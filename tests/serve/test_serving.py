@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from tiny import plain_nano
 
 from nla_ray.activation import vectors
 from nla_ray.activation.stage import load_activations
@@ -23,7 +24,6 @@ from nla_ray.serve import application, schema
 from nla_ray.serve.deployments import VerbalizerService
 from nla_ray.serve.schema import Refusal, Sampling
 from nla_ray.settings.config import BaseConfig, RunConfig, ServeConfig
-from nla_ray.settings.presets import nano
 
 D_MODEL = 32
 
@@ -632,7 +632,7 @@ def test_missing_artifacts_name_the_job_that_makes_them(
 ) -> None:
     with pytest.raises(ValueError, match=r"artifact 'sft'.*jobs/sft\.py"):
         application.find_models(
-            Run(dataclasses.replace(nano(), base=tiny_base, run_dir=str(tmp_path)))
+            Run(dataclasses.replace(plain_nano(), base=tiny_base, run_dir=str(tmp_path)))
         )
 
 

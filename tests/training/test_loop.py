@@ -16,6 +16,7 @@ import pytest
 import torch
 from ranks import offer_losses, on_ranks
 from safetensors.torch import load_file
+from tiny import plain_nano
 from tiny_artifacts import join_families, make_artifacts
 
 from nla_ray.run.artifact import Run
@@ -28,7 +29,7 @@ from nla_ray.settings.config import (
     SFTConfig,
 )
 from nla_ray.settings.fit import worker_batch
-from nla_ray.settings.presets import nano, preset
+from nla_ray.settings.presets import preset
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.checkpoints import TRAINED_NAME, Checkpoints, last_checkpoint
 from nla_ray.training.workers import collect_result, run_training
@@ -38,7 +39,7 @@ from nla_ray.training.zero import deepspeed_config
 def run_in(folder: Path | str, **compute) -> Run:
     return Run(
         dataclasses.replace(
-            nano(), run_dir=str(folder), compute=ComputeConfig(threads=1, **compute)
+            plain_nano(), run_dir=str(folder), compute=ComputeConfig(threads=1, **compute)
         )
     )
 
@@ -299,7 +300,7 @@ def stage_run(ray_cluster, tiny_base, tmp_path_factory: pytest.TempPathFactory) 
         lora=lora, epochs=2, batch_size=8, learning_rate=1e-2, teacher_share=1.0
     )
     config = dataclasses.replace(
-        nano(),
+        plain_nano(),
         run_dir=str(tmp_path_factory.mktemp("stages")),
         base=tiny_base,
         sft=SFTConfig(lora=lora, epochs=3, batch_size=8),

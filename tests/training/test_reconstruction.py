@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_sft import COMPUTE, LABELS, StopAt
+from tiny import plain_nano
 
 from nla_ray.activation import vectors
 from nla_ray.score import metrics
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.settings.config import BaseConfig, ComputeConfig, LoraSettings, ReconstructorConfig
-from nla_ray.settings.presets import nano
 from nla_ray.training.checkpoints import Checkpoints
 from nla_ray.training.reconstruction import (
     Examples,
@@ -52,7 +52,7 @@ def prepare(
     compute: ComputeConfig = COMPUTE,
 ):
     """Trainer, validation examples and checkpoints of a small run, without Ray."""
-    config = dataclasses.replace(nano(), run_dir=str(folder), base=base, compute=compute)
+    config = dataclasses.replace(plain_nano(), run_dir=str(folder), base=base, compute=compute)
     train, validation = make_examples(32, 1), make_examples(12, 2)
     reconstructor = Reconstructor.build(
         base, settings.lora, vectors.mean_direction(train.targets), seed=settings.seed

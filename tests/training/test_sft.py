@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import plain_nano
 from torch.nn import functional
 from transformers import TrainerCallback
 
@@ -19,7 +20,6 @@ from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import CLOSING_TAG, InjectionPrompt, build_injection_prompt
 from nla_ray.cpu.log_probs import TokenLogProbs
 from nla_ray.settings.config import BaseConfig, ComputeConfig, LoraSettings, RunConfig, SFTConfig
-from nla_ray.settings.presets import nano
 from nla_ray.training.checkpoints import Checkpoints
 from nla_ray.training.sft import (
     IGNORED,
@@ -77,7 +77,7 @@ def make_run_config(
     base: BaseConfig, folder: Path, settings: SFTConfig = SETTINGS, compute: ComputeConfig = COMPUTE
 ) -> RunConfig:
     return dataclasses.replace(
-        nano(), run_dir=str(folder), base=base, sft=settings, compute=compute
+        plain_nano(), run_dir=str(folder), base=base, sft=settings, compute=compute
     )
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from accelerate import PartialState
+from tiny import plain_nano
 
 from nla_ray.run.location import Location
 from nla_ray.settings.config import ComputeConfig, RunConfig
-from nla_ray.settings.presets import nano
 from nla_ray.training.checkpoints import TRAINED_NAME, Checkpoints
 from nla_ray.training.trackers import Trackers, is_installed
 
@@ -41,7 +41,7 @@ def init(**arguments):
 
 
 def config_in(run_dir: Path | str) -> RunConfig:
-    return dataclasses.replace(nano(), run_dir=str(run_dir), compute=ComputeConfig(threads=1))
+    return dataclasses.replace(plain_nano(), run_dir=str(run_dir), compute=ComputeConfig(threads=1))
 
 
 @pytest.fixture(autouse=True)
