@@ -417,7 +417,7 @@ def calibration_section(report: Report) -> Section:
 def word_curve_section(report: Report) -> Section:
     """How many of a description's first claims are in the text, beside the words of a probe."""
     curve: Mapping[str, Any] = report.get("word_curve") or {}
-    chart = ChartGroup(charts=[word_chart(report)], legend=list(curve))
+    chart = ChartGroup(charts=[word_chart(report)], legend=list(curve), is_wide=True)
     table = points_table(
         {
             name: {number: point["found"] for number, point in enumerate(points, 1)}
