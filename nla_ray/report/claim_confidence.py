@@ -64,13 +64,10 @@ def judged_claims(
     probabilities: Sequence[Mapping[str, float]], descriptions: Sequence[str], texts: Sequence[str]
 ) -> JudgedClaims:
     """The claims of each row, looked up in its text."""
-    outcomes = map(claims.found_claims, descriptions, texts)
+    outcomes = map(claims.claim_outcomes, descriptions, texts)
     return JudgedClaims(
         probabilities=[_column(row.values()) for row in probabilities],
-        found=[
-            _column(found[claim] for claim in row)
-            for row, found in zip(probabilities, outcomes, strict=True)
-        ],
+        found=[_column(row.values()) for row in outcomes],
     )
 
 

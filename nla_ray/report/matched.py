@@ -181,15 +181,9 @@ def word_curve(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, li
     }
     curves = {}
     for name, descriptions in written.items():
-        outcomes = map(_outcomes, descriptions, evaluated.texts)
-        curves[name] = _curve_of(bootstrap, list(outcomes))
+        outcomes = map(claims.claim_outcomes, descriptions, evaluated.texts)
+        curves[name] = _curve_of(bootstrap, [list(row.values()) for row in outcomes])
     return curves
-
-
-def _outcomes(description: str, text: str) -> list[bool]:
-    """Of each claim, as they are said, whether the text has it."""
-    found = claims.found_claims(description, text)
-    return [found[claim] for claim in claims.claim_spans(description)]
 
 
 def _curve_of(

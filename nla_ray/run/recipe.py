@@ -126,7 +126,11 @@ def _default_sections() -> dict[str, Any]:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections as a manifest holds them, with the defaults of settings that it is older than."""
+    """Sections as a manifest holds them, with the defaults of settings that it is older than.
+
+    >>> with_defaults({"readable_labels": {"least": 0.9, "seed": 0}})
+    {'readable_labels': {'least': 0.9, 'fill_to': 0, 'seed': 0}}
+    """
     return _filled(config, _default_sections())
 
 

@@ -204,16 +204,6 @@ def gather_claims(
     return said
 
 
-def outcomes_of(
-    said: Sequence[Sequence[Claim]], descriptions: Sequence[str], texts: Sequence[str]
-) -> list[list[bool]]:
-    """Of each claim, row by row, whether the row's text has it."""
-    found = map(claims.found_claims, descriptions, texts)
-    return [
-        [outcome[claim.word] for claim in row] for row, outcome in zip(said, found, strict=True)
-    ]
-
-
 def _inputs(said: Sequence[Claim]) -> Float[Tensor, "claims inputs"]:
     """What speaks for each claim, in the order of INPUTS."""
     known = [0.5 if claim.probability is None else claim.probability for claim in said]

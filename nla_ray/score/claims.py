@@ -366,6 +366,16 @@ def found_claims(description: str, text: str) -> dict[str, bool]:
     return {claim: claim in found or _stands_in(claim, flat) for claim in claimed}
 
 
+def claim_outcomes(description: str, text: str) -> dict[str, bool]:
+    """Of every claim that has a place, in the order in which it is said, whether the text has it.
+
+    >>> claim_outcomes("- tokens: frame, qux", "the frame")
+    {'frame': True, 'qux': False}
+    """
+    found = found_claims(description, text)
+    return {claim: found[claim] for claim in claim_spans(description)}
+
+
 def _stands_in(claim: str, flat_text: str) -> bool:
     """Whether a quoted string with spaces or signs occurs between word boundaries.
 

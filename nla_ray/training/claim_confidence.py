@@ -24,7 +24,8 @@ from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.score.claim_confidence import ClaimConfidence, gather_claims, outcomes_of
+from nla_ray.score.claim_confidence import ClaimConfidence, gather_claims
+from nla_ray.score.claims import claim_outcomes
 from nla_ray.score.cross_fit import cross_fit
 from nla_ray.settings.config import RunConfig
 
@@ -67,7 +68,8 @@ def fit_claim_confidence(config: RunConfig) -> None:
         [[sample.text for sample in drawn] for drawn in samples],
     )
     flat = [claim for row in said for claim in row]
-    is_found = [found for row in outcomes_of(said, texts, table.texts) for found in row]
+    outcomes = map(claim_outcomes, texts, table.texts)
+    is_found = [found for row in outcomes for found in row.values()]
     confidence = ClaimConfidence.fit(probe, flat, is_found)
     metrics = {"claims": len(flat), "found": sum(is_found), "activations": len(table)}
     logger.info("%s: %d of %d claims are in their texts", stage.name, sum(is_found), len(flat))

@@ -138,6 +138,8 @@ def test_the_published_report_becomes_the_card_of_its_preset(
     path = publish_card(run, report)
     card = path.read_text(encoding="utf-8")
     assert path == tmp_path / f"{run.config.preset}.md"
+    assert f"]({run.config.preset}.svg)" in card
+    assert (tmp_path / f"{run.config.preset}.svg").read_text().startswith("<svg")
     assert interval(report["results"]["grpo"]["judge"]["top1"]) in card
     [command] = re.findall(r"python jobs/pipeline.py .*", card)
     assert "--base.model" in command and "/" not in command.removeprefix("python jobs/pipeline.py")
