@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nla_ray.settings.config import BaseConfig, RunConfig
 from nla_ray.settings.presets import nano, override
@@ -103,7 +103,7 @@ def build_tokenizer(vocab_size: int = 400):
 def make_tiny_base(
     folder: Path | str,
     *,
-    architecture: Literal["qwen2", "llama"] = "qwen2",
+    architecture: str = "qwen2",
     tied: bool = True,
     blocks: int = 3,
     width: int = 32,
@@ -111,32 +111,29 @@ def make_tiny_base(
     key_value_heads: int = 1,
     seed: int = 0,
 ) -> BaseConfig:
-    """Write a random model with its tokenizer; return the base configuration that names it."""
+    """Write a random model with its tokenizer; return the base configuration that names it.
+
+    `architecture`: a model type of transformers. One that has no key-value heads of its own takes
+    `heads`.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = build_tokenizer()
-    config_class, model_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[architecture]
-    config = config_class(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=len(tokenizer) + _TABLE_ROWS_BEYOND_TOKENIZER,
-        hidden_size=width,
-        intermediate_size=48,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
         max_position_embeddings=512,
         initializer_range=0.1,
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
+        **tiny_sizes(architecture, blocks, width, heads, key_value_heads),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             # The library starts norms at one and biases at zero, which would hide them from tests.
             if parameter.ndim == 1:
@@ -154,6 +151,41 @@ def make_tiny_base(
         device="cpu",
         training_dtype="float32",
     )
+
+
+def tiny_sizes(
+    architecture: str, blocks: int = 3, width: int = 32, heads: int = 2, key_value_heads: int = 1
+) -> dict[str, object]:
+    """Fields of a small configuration of a model type, with everything that is special about it."""
+    sizes: dict[str, object] = {
+        "hidden_size": width,
+        "intermediate_size": 48,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+    }
+    if architecture == "gpt2":
+        return {"n_embd": width, "n_layer": blocks, "n_head": heads}
+    if architecture == "gpt_neox":
+        del sizes["num_key_value_heads"]
+    if architecture in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text"):
+        sizes["head_dim"] = 24  # not width / heads
+    if architecture in ("gemma2", "gemma3_text"):
+        sizes["query_pre_attn_scalar"] = 24
+    if architecture == "gemma3_text":
+        sizes["sliding_window_pattern"] = 2
+    if architecture == "smollm3":
+        sizes["no_rope_layer_interval"] = 2
+    if architecture == "qwen3_moe":
+        sizes |= {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [0],
+        }
+    if architecture == "mixtral":
+        sizes["num_local_experts"] = 4
+    return sizes
 
 
 def random_state(state: dict[str, Tensor], scale: float = 0.2, seed: int = 0) -> dict[str, Tensor]:

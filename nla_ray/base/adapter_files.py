@@ -36,7 +36,7 @@ _COMPUTED = frozenset(
 _WITHOUT_INFLUENCE = frozenset(
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode"
     " lora_dropout megatron_core qalora_group_size loftq_config eva_config corda_config"
-    " lora_ga_config runtime_config ensure_weight_tying".split()
+    " lora_ga_config runtime_config ensure_weight_tying fan_in_fan_out".split()
 )
 """Settings that decide how an adapter was made or started, not what it computes now."""
 _PLAIN_VALUES = {
@@ -187,7 +187,7 @@ def tensors_of_blocks(
         raise ValueError(
             f"adapter {str(folder)!r}: got {len(homeless)} of {len(state)} tensors without a place"
             f" in the base, such as {(homeless or sorted(state))[0]!r}, expected names such as"
-            f" {f'{start}0.{family.query}{_DOWN}'!r} in {num_blocks} blocks. It is of another"
+            f" {f'{start}0.{family.paths[0]}{_DOWN}'!r} in {num_blocks} blocks. It is of another"
             " base, or another tool has named its tensors: load it on its own base, or rename"
             " them."
         )

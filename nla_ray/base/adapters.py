@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, TaskType
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from nla_ray.base.adapter_files import WEIGHTS_NAME, lora_settings, read_lora, tensors_of_blocks
-from nla_ray.base.families import family_of
+from nla_ray.base.families import blocks_of, causal_model, family_of
 from nla_ray.settings.config import LoraSettings
 
 AdaptedModel = PeftModelForCausalLM
@@ -39,7 +40,7 @@ def add_lora(
     seed: int = 0,
     wrap: Wrap = AdaptedModel,
 ) -> PeftModel:
-    """Add a fresh adapter to the seven projections of every block, and return the wrapped model.
+    """Add a fresh adapter to a family's matrices in every block, and return the wrapped model.
 
     A model without adapters is wrapped by `wrap`. The adapter is added to the first `num_blocks`
     blocks when that is given, and becomes the active one. It changes nothing yet (its second factor
@@ -47,11 +48,13 @@ def add_lora(
     type. Raises ValueError when an adapter of that name exists, and for a base of an unsupported
     family.
     """
+    family = family_of(model)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(family_of(model).projections),
+        target_modules=list(family.projections),
+        fan_in_fan_out=family.transposed,
         layers_to_transform=None if num_blocks is None else list(range(num_blocks)),
         task_type=TaskType.CAUSAL_LM,
         inference_mode=not trainable,
@@ -64,8 +67,30 @@ def add_lora(
         else:
             _require_new(model, name)
             model.add_adapter(name, config)
+    _check_places(model, name, num_blocks)
     activate(model, name, trainable=trainable)
     return model
+
+
+def _check_places(model: PeftModel, name: str, num_blocks: int | None) -> None:
+    """Raise ValueError unless an adapter sits on its family's matrices and on nothing else.
+
+    peft adds it to whatever ends in the names that it is given.
+    """
+    family, blocks = family_of(model), blocks_of(model)[:num_blocks]
+    start = f"{family.decoder}.{family.blocks}"
+    expected = {f"{start}.{index}.{path}" for index in range(len(blocks)) for path in family.paths}
+    found = {
+        path
+        for path, module in causal_model(model).named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A
+    }
+    if found != expected:
+        raise ValueError(
+            f"adapter {name!r}: got {len(found)} matrices, expected the {len(expected)} of this"
+            f" family; they differ in {min(found ^ expected)!r}. Correct the family's row in"
+            " nla_ray/base/families.py."
+        )
 
 
 def load_adapter(

@@ -79,35 +79,106 @@ def local_file(model: str, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+_FIELDS = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    " vocab_size max_position_embeddings tie_word_embeddings hidden_act rms_norm_eps sliding_window"
+).split()
+_LIBRARY_VALUES: dict[str, tuple[Any, ...]] = {
+    "llama": (4096, 11008, 32, 32, None, 32000, 2048, False, "silu", 1e-6, None),
+    "qwen2": (4096, 22016, 32, 32, 32, 151936, 32768, False, "silu", 1e-6, 4096),
+    "qwen3": (4096, 22016, 32, 32, 32, 151936, 32768, False, "silu", 1e-6, 4096),
+    "qwen3_moe": (2048, 6144, 24, 32, 4, 151936, 32768, False, "silu", 1e-6, 4096),
+    "mistral": (4096, 14336, 32, 32, 8, 32000, 131072, False, "silu", 1e-6, 4096),
+    "mixtral": (4096, 14336, 32, 32, 8, 32000, 131072, False, "silu", 1e-5, None),
+    "smollm3": (2048, 11008, 36, 16, 4, 128256, 32768, True, "silu", 1e-6, None),
+    "olmo2": (4096, 11008, 32, 32, None, 50304, 2048, False, "silu", 1e-5, None),
+    "phi3": (3072, 8192, 32, 32, None, 32064, 4096, False, "silu", 1e-5, None),
+    "gemma2": (2304, 9216, 26, 8, 4, 256000, 8192, True, None, 1e-6, 4096),
+    "gemma3_text": (2304, 9216, 26, 8, 4, 262208, 131072, True, None, 1e-6, 4096),
+    "gpt_neox": (6144, 24576, 44, 64, None, 50432, 2048, False, "gelu", None, None),
+    "gpt2": (768, None, 12, 12, None, 50257, 1024, True, None, None, None),
+}
+"""What transformers' classes say of `_FIELDS` where a file does not. A test compares."""
+_HEAD_DIMS = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
+_GPT2_NAMES = {
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+}
+"""Another name of the same field. Source: GPT2Config of transformers."""
+_EXPERTS = {
+    "qwen3_moe": {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "mixtral": {"num_experts": 8, "num_experts_per_tok": 2},
+}
+_WINDOWS_ON_REQUEST = ("qwen2", "qwen3", "qwen3_moe")
+"""Their windows count only where `use_sliding_window` says so."""
+
+
 def as_config(values: Mapping[str, Any]) -> SimpleNamespace:
     """The content of a config.json with what transformers' class fills in where it says nothing.
 
-    Source: LlamaConfig and Qwen2Config of transformers. A test compares.
+    Source: configuration classes of transformers. A test compares.
     """
-    heads = values.get("num_attention_heads")
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    model_type = values.get("model_type")
+    given = dict(values)
+    if model_type == "gpt2":
+        given = {_GPT2_NAMES.get(name, name): value for name, value in values.items()}
+    if "num_local_experts" in given:
+        given.setdefault("num_experts", given["num_local_experts"])
+    library = dict(zip(_FIELDS, _LIBRARY_VALUES.get(str(model_type), ()), strict=False))
     filled = {
         "model_type": None,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        **values,
-        "num_key_value_heads": values.get("num_key_value_heads") or heads,
-        "rope_parameters": {"rope_type": rope.get("type", "default"), **rope},
-        "layer_types": values.get("layer_types") or _layer_types(values),
+        "head_dim": _HEAD_DIMS.get(str(model_type)),
+        **library,
+        **_EXPERTS.get(str(model_type), {}),
+        **given,
     }
+    heads, rope = filled.get("num_attention_heads"), _rope(filled)
+    filled["num_key_value_heads"] = filled.get("num_key_value_heads") or heads
+    if model_type == "gpt2":
+        filled["intermediate_size"] = filled["intermediate_size"] or 4 * filled["hidden_size"]
+    if model_type in _WINDOWS_ON_REQUEST and not filled.get("use_sliding_window", False):
+        filled["sliding_window"] = None
+    filled["rope_parameters"] = {"rope_type": rope.get("type", "default"), **rope}
+    filled["layer_types"] = filled.get("layer_types") or _layer_types(filled)
     return SimpleNamespace(**filled)
 
 
-def _layer_types(values: Mapping[str, Any]) -> list[str]:
-    """Attention of each block, for a configuration of Qwen2 that does not list it."""
-    num_layers = values.get("num_hidden_layers", 0)
-    uses_windows = (
-        values.get("model_type") != "llama"  # its class knows none
-        and values.get("use_sliding_window", False)
-        and values.get("sliding_window", 4_096) is not None
-    )
-    first = values.get("max_window_layers", 28) if uses_windows else num_layers
-    return [
-        "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
+def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return values.get("rope_scaling") or values.get("rope_parameters") or {}
+
+
+def _layer_types(values: Mapping[str, Any]) -> list[str] | None:
+    """Attention of each block, for a configuration that does not list it; None: all are alike."""
+    layers = range(values.get("num_hidden_layers", 0))
+    if values["model_type"] in ("qwen2", "qwen3"):
+        first = values.get("max_window_layers", 28) if values["sliding_window"] else len(layers)
+        is_windowed = [layer >= first for layer in layers]
+    elif values["model_type"] == "gemma2":
+        is_windowed = [layer % 2 == 0 for layer in layers]
+    elif values["model_type"] == "gemma3_text":
+        pattern = values.get("sliding_window_pattern", 6)
+        is_windowed = [(layer + 1) % pattern != 0 for layer in layers]
+    elif values["model_type"] == "smollm3":
+        is_windowed = _smollm3_windows(values, len(layers))
+    else:
+        return None
+    return ["sliding_attention" if windowed else "full_attention" for windowed in is_windowed]
+
+
+def _smollm3_windows(values: Mapping[str, Any], num_layers: int) -> list[bool]:
+    """Its windows are in the blocks that know no positions."""
+    interval = values.get("no_rope_layer_interval", 4)
+    rotary = values.get("no_rope_layers") or [
+        int((layer + 1) % interval != 0) for layer in range(num_layers)
     ]
+    uses_windows = values.get("use_sliding_window", False) and values["sliding_window"] is not None
+    return [uses_windows and not has_positions for has_positions in rotary]

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from nla_ray.base.families import check_layer, decoder_shape
+from nla_ray.base.families import check_layer, check_length
 from nla_ray.base.load import load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, chat_prompt, fixed_date
 from nla_ray.base.sources import base_folder, origin_of, tokenizer_digest, weights_digest
@@ -68,11 +68,12 @@ class BaseInfo:
 def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
     """Identity and shape of a base, from its configuration and tokenizer; no weights are loaded.
 
-    Raises ValueError for a base that the generation engine cannot run, before anything is made
-    from it, and for a layer or a marker that the base lacks.
+    Raises ValueError for a base without a row in the table of families, before anything is made
+    from it, for prompts that it does not see whole, and for a layer or a marker that it lacks.
     """
     config = load_model_config(base)
-    check_layer(base.layer, decoder_shape(config).layers)
+    check_layer(base.layer, config.num_hidden_layers)
+    check_length(config, base.max_tokens)
     folder = base_folder(base.model, weights=False)
     tokenizer = tokenizer or load_tokenizer(base)
     prompt = build_injection_prompt(tokenizer, base.marker)

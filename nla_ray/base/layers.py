@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
-def keep_blocks(config: Any, num_blocks: int) -> Any:
-    """A copy of a transformers configuration that has the first `num_blocks` blocks only."""
+def keep_blocks(config: Any, kept: range) -> Any:
+    """A copy of a transformers configuration that has these of its blocks only."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = num_blocks
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_blocks]
+    config.num_hidden_layers = len(kept)
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[layer] for layer in kept])
     return config
 
 
@@ -94,8 +95,11 @@ class ResidualWriter:
         check_layer(layer, len(blocks_of(model)))
         causal, family = causal_model(model), family_of(model)
         self._decoder, self._head = decoder_of(model), causal.get_submodule(family.head)
+        self._cap = getattr(causal.config, "final_logit_softcapping", None)
         self._block = blocks_of(model)[layer]
-        self._upper = _with_blocks(model, nn.ModuleList(list(blocks_of(model))[layer + 1 :]))
+        self._upper = _with_blocks(model, range(layer + 1, len(blocks_of(model))))
+        if family.positions is not None:  # they are in the stream already
+            self._upper.set_submodule(family.positions, _Nothing(), strict=True)
 
     def read(self, input_ids: Tensor) -> tuple[Tensor, Cache]:
         """Ids [seq] -> the stream after block K at the last position, and what stands before it.
@@ -128,7 +132,19 @@ class ResidualWriter:
             past_key_values=before,
             use_cache=True,
         ).last_hidden_state
-        return self._head(stream[0]).float()
+        return cap_logits(self._head(stream[0]), self._cap).float()
+
+
+class _Nothing(nn.Module):
+    """In place of an embedding whose vectors are not to be added: [...] ids -> 0."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros((), device=ids.device)
+
+
+def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits that a family keeps below a cap, smoothly (`final_logit_softcapping`); None: as is."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _keep_output(
@@ -143,22 +159,21 @@ def _first_blocks(model: nn.Module, num_blocks: int) -> tuple[nn.Module, nn.Modu
 
     It shares every weight with the model's decoder, which keeps its other blocks and its norm.
     """
-    blocks = nn.ModuleList(list(blocks_of(model))[:num_blocks])
-    view = _with_blocks(model, blocks)
+    view, family = _with_blocks(model, range(num_blocks)), family_of(model)
     # Strict: a norm of another name would stay in, and the stream would be a normed one.
-    view.set_submodule(family_of(model).final_norm, nn.Identity(), strict=True)
-    return view, blocks
+    view.set_submodule(family.final_norm, nn.Identity(), strict=True)
+    return view, view.get_submodule(family.blocks)
 
 
-def _with_blocks(model: nn.Module, blocks: nn.ModuleList) -> Any:
+def _with_blocks(model: nn.Module, kept: range) -> Any:
     """The model's decoder with these of its blocks alone; the model keeps its own."""
-    decoder = decoder_of(model)
+    decoder, blocks = decoder_of(model), blocks_of(model)
     view = copy.copy(decoder)
     view._modules = dict(decoder._modules)  # copy.copy shares the registry
-    view.set_submodule(family_of(model).blocks, blocks, strict=True)
+    chosen = nn.ModuleList([blocks[layer] for layer in kept])
+    view.set_submodule(family_of(model).blocks, chosen, strict=True)
     # Hooks that DeepSpeed has put on the decoder know only that decoder.
     for name in [name for name in vars(view) if name.endswith("_hooks")]:
         setattr(view, name, OrderedDict())
-    # Supported families attend alike in every block: which of them are kept changes nothing else.
-    view.config = keep_blocks(decoder.config, len(blocks))
+    view.config = keep_blocks(decoder.config, kept)
     return view

@@ -117,7 +117,7 @@ def load_backbone(
             model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         else:
             check_layer(num_blocks - 1, config.num_hidden_layers)
-            config = keep_blocks(config, num_blocks)
+            config = keep_blocks(config, range(num_blocks))
             decoder = AutoModel.from_pretrained(folder, config=config, **options)
             model = _headless(config, decoder)
     if weight_dtype(base) != model.dtype:

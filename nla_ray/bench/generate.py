@@ -40,7 +40,13 @@ def benchmark_generate(
         model = load_adapter(backbone, adapter_folder)
     model.eval()
     engine = make_engine(
-        model, tokenizer, prompt, base.injection_norm, len(activations), adapter_settings(model)
+        model,
+        tokenizer,
+        prompt,
+        base.injection_norm,
+        len(activations),
+        adapter_settings(model),
+        chosen=base.engine,
     )
     started = time.perf_counter()
     engine.load_weights(adapter_state(model), 1)
@@ -72,7 +78,7 @@ def benchmark_generate(
         "weight_load_seconds": load_seconds,
         "sampled_tokens_per_second": _sampling_rate(engine, activations, limit),
         "flop": 2 * weights * tokens,
-        "bytes": steps * weights * engine.decoder.dtype.itemsize,
+        "bytes": steps * weights * backbone.dtype.itemsize,
     }
 
 

@@ -30,10 +30,13 @@ from nla_ray.activation.capture import ActivationReader
 from nla_ray.activation.injection import detach_activations
 from nla_ray.activation.positions import EncodedText
 from nla_ray.base.adapters import adapter_state, add_lora, save_adapter, set_adapter_state
+from nla_ray.base.families import causal_model
 from nla_ray.bench.card import SHAPES, Scene, ShapeName
 from nla_ray.bench.step import engine_trainer
 from nla_ray.bench.timing import describe_machine, roofline_seconds
-from nla_ray.description.engines.compact import CompactEngine
+from nla_ray.description.engines.compact import CompactDecoder
+from nla_ray.description.engines.interface import end_ids_of
+from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.record import Description
 from nla_ray.reinforce.grpo import float32_head, log_prob_gap
 from nla_ray.score.reconstructor import Reconstructor
@@ -299,16 +302,16 @@ SECTIONS: Mapping[str, Callable[[Scene], Figures]] = {
 
 def compact_engine(
     scene: Scene, *, rows: int = _GAP_ROWS, merged: bool | None = None, recorded: bool | None = None
-) -> CompactEngine:
+) -> SlotEngine:
     """An engine over the scene's base."""
-    return CompactEngine(
-        scene.model,
+    return SlotEngine(
+        CompactDecoder(scene.model, rows=rows, merged=merged),
+        end_ids_of(causal_model(scene.model), scene.tokenizer),
         scene.tokenizer,
         scene.prompt,
         scene.base.injection_norm,
         rows,
         scene.config.sft.lora,
-        merged=merged,
         recorded=recorded,
     )
 

@@ -143,7 +143,9 @@ def engine_trainer(
     """
     base, settings, tokenizer = config.base, config.grpo, load_tokenizer(config.base)
     lora, vocab_size = adapter_settings(model), model.get_input_embeddings().num_embeddings
-    engine = make_engine(backbone, tokenizer, prompt, base.injection_norm, MAX_SLOTS, lora)
+    engine = make_engine(
+        backbone, tokenizer, prompt, base.injection_norm, MAX_SLOTS, lora, chosen=base.engine
+    )
     trainer = VerbalizerTrainer(
         clock=StepClock(),
         credit="description",

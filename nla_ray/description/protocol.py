@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nla_ray.base.load import load_model_config
 from nla_ray.base.prompts import build_injection_prompt
-from nla_ray.description.engines.interface import ENGINE_NAME
+from nla_ray.description.engines.interface import engine_name
 from nla_ray.run.recipe import config_differences
 from nla_ray.settings.config import BaseConfig, config_hash, require
 
@@ -128,7 +129,7 @@ def generation_protocol(
         },
         decoding={"temperature": temperature, "samples": samples, "seed": seed},
         limits={"max_new_tokens": max_new_tokens},
-        engine={"name": ENGINE_NAME, "dtype": base.dtype},
+        engine={"name": engine_name(load_model_config(base), base.engine), "dtype": base.dtype},
         weights=dict(weights),
     )
 

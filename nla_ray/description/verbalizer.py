@@ -50,6 +50,7 @@ class Verbalizer:
             base.injection_norm,
             max_slots,
             lora,
+            chosen=base.engine,
         )
         if state is not None:
             engine.load_weights(state, 0)

@@ -267,7 +267,7 @@ def kept_bytes(config: RunConfig, sizes: BaseSizes, blocks: int, tokens: float) 
     About 20 d_model + 4 ffn items a block and token: 8.3 MB a token of the 7B shape, as measured on
     an H200 (`bench/results`); .88 MB of 25 blocks of SmolLM2-135M's, .79 measured on an H100.
     """
-    return tokens * blocks * (20 * sizes.d_model + 4 * sizes.ffn) * _item_bytes(config)
+    return tokens * blocks * (20 * sizes.d_model + 4 * sizes.active_ffn) * _item_bytes(config)
 
 
 def _item_bytes(config: RunConfig) -> int:

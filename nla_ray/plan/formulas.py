@@ -48,7 +48,7 @@ def _plan_base(facts: PlanFacts) -> StagePlan:
     return StagePlan(
         processes=(process,),
         tokens=tokens,
-        flops=6 * sizes.parameters * tokens,
+        flops=6 * sizes.active_parameters * tokens,
         files=f"{format_bytes(sizes.parameters * 2)} of safetensors, tokenizer, card.json",
     )
 
@@ -67,7 +67,7 @@ def _plan_activations(facts: PlanFacts) -> StagePlan:
     capture, sizes = facts.config.capture, facts.sizes
     tokens = facts.texts * facts.text_tokens
     weights = facts.weights_bytes(facts.top_layer)
-    work = capture.batch_tokens * (3 * sizes.ffn + 6 * sizes.d_model) * facts.item_bytes
+    work = capture.batch_tokens * (3 * sizes.active_ffn + 6 * sizes.d_model) * facts.item_bytes
     process = facts.process(
         "capture", capture.num_actors, weights + work, loaded=weights, data=facts.shard_bytes
     )
@@ -75,7 +75,7 @@ def _plan_activations(facts: PlanFacts) -> StagePlan:
     return StagePlan(
         processes=(process,),
         tokens=tokens,
-        flops=2 * (facts.top_layer + 1) * sizes.block_parameters * tokens,
+        flops=2 * (facts.top_layer + 1) * sizes.active_block_parameters * tokens,
         files=(
             f"{facts.num_shards} Parquet shards, {rows:,} activations x {sizes.d_model} float32 ="
             f" {format_bytes(facts.activations_bytes(rows))}, stats.json; a shard takes"
@@ -124,7 +124,7 @@ def _plan_reconstructor(
     return StagePlan(
         processes=(process,),
         tokens=tokens,
-        flops=6 * blocks * sizes.block_parameters * tokens,
+        flops=6 * blocks * sizes.active_block_parameters * tokens,
         files=f"adapter of {format_bytes(trainable * 4)}, head, metrics.jsonl",
     )
 
@@ -155,7 +155,7 @@ def _plan_linear_scorer(facts: PlanFacts) -> StagePlan:
     return StagePlan(
         processes=(facts.process("scorer", 1, weights, loaded=weights, data=data),),
         tokens=tokens,
-        flops=2 * (layer + 1) * sizes.block_parameters * tokens,
+        flops=2 * (layer + 1) * sizes.active_block_parameters * tokens,
         files=f"matrix of {format_bytes(sizes.d_model**2 * 4)}",
     )
 
@@ -179,7 +179,7 @@ def _plan_sft(facts: PlanFacts) -> StagePlan:
     return StagePlan(
         processes=(process,),
         tokens=tokens,
-        flops=6 * sizes.parameters * tokens,
+        flops=6 * sizes.active_parameters * tokens,
         files=f"adapter of {format_bytes(trainable * 4)}, metrics.jsonl",
     )
 
@@ -190,7 +190,7 @@ def _plan_grpo(facts: PlanFacts) -> StagePlan:
     rollouts = grpo.steps * grpo.prompts_per_step * grpo.group_size
     trainable = sizes.lora_parameters(config.sft.lora, sizes.num_layers)
     passes = 1 + 3 * grpo.iterations + 1  # sampling, training, the frozen SFT adapter's log-probs
-    weights_used = sizes.parameters * passes + blocks_below * sizes.block_parameters
+    weights_used = sizes.active_parameters * passes + blocks_below * sizes.active_block_parameters
     tokens = rollouts * grpo.max_new_tokens
     return StagePlan(
         processes=_grpo_processes(facts, trainable),
@@ -247,7 +247,7 @@ def _plan_refreshed_scorer(facts: PlanFacts) -> StagePlan:
         training,
         processes=(*training.processes, writer),
         tokens=training.tokens + described,
-        flops=training.flops + 2 * sizes.parameters * described,
+        flops=training.flops + 2 * sizes.active_parameters * described,
         files=f"{training.files}, {rows:,.0f} descriptions",
     )
 
@@ -262,7 +262,7 @@ def _plan_claim_confidence(facts: PlanFacts) -> StagePlan:
     return StagePlan(
         processes=(_generating(facts, "scorer", 1, _CONFIDENCE_ROWS, length),),
         tokens=tokens,
-        flops=2 * sizes.parameters * tokens + probe.flops,
+        flops=2 * sizes.active_parameters * tokens + probe.flops,
         files=f"a probe of {format_bytes(_PROBED_WORDS * sizes.d_model * 4)}, descriptions of"
         f" {rows:,.0f} validation activations",
     )
@@ -282,8 +282,8 @@ def _plan_report(facts: PlanFacts) -> StagePlan:
     return StagePlan(
         processes=(_generating(facts, "scorer", 1, _ROWS_AT_ONCE, length),),
         tokens=described + scored + patched,
-        flops=2 * sizes.parameters * (described + patched)
-        + 2 * blocks * sizes.block_parameters * scored,
+        flops=2 * sizes.active_parameters * (described + patched)
+        + 2 * blocks * sizes.active_block_parameters * scored,
         files=(
             "report.html, report.json, report.md, scores.parquet, descriptions of"
             f" {activations:,.0f} test activations"
@@ -300,7 +300,7 @@ def _plan_inspection(facts: PlanFacts) -> StagePlan:
     return StagePlan(
         processes=(dataclasses.replace(DRIVER, bytes=memory),),
         tokens=tokens,
-        flops=2 * (top + 1) * sizes.block_parameters * tokens,
+        flops=2 * (top + 1) * sizes.active_block_parameters * tokens,
         files=INSPECTION_NAME,
     )
 

@@ -6,21 +6,21 @@ Sizes come from a table or from a config.json; no weight is read. It knows no st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any, Literal
 
 from nla_ray.base.config_files import known_config
-from nla_ray.base.families import FAMILIES, decoder_shape
+from nla_ray.base.families import FAMILIES, Family, check_length, decoder_shape, family_of
 from nla_ray.settings.config import LoraSettings, PretrainConfig, PretrainRunConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSizes:
-    """Sizes of a decoder with grouped-query attention and a gated feed-forward layer."""
+    """Sizes of a decoder: d_model, attention, feed-forward layer, and what its family adds."""
 
     d_model: int
     """Width of the residual stream."""
     ffn: int
-    """Width of the feed-forward layer."""
+    """Width of the feed-forward layer; of an expert where there are several."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -28,8 +28,19 @@ class BaseSizes:
     vocab: int
     tied: bool
     """Whether the output matrix is the embedding's."""
-    has_qkv_biases: bool
-    """Whether queries, keys and values have biases."""
+    family: Family
+    biases: Literal["none", "qkv", "attention", "all"]
+    """As `Family` has it, after what the configuration says."""
+    positions: int = 0
+    """Rows of a table of positions."""
+    experts: int = 0
+    """Experts of a block, each a feed-forward layer; 0: a block has one layer, without a router."""
+    active_experts: int = 0
+    """Experts that compute a token."""
+    dense_layers: int = 0
+    """Blocks without experts in a base of experts."""
+    dense_ffn: int = 0
+    """Width of their feed-forward layer."""
 
     @property
     def query_width(self) -> int:
@@ -42,29 +53,86 @@ class BaseSizes:
         return self.head_dim * self.num_kv_heads
 
     @property
-    def block_parameters(self) -> int:
-        """Weights of a block: query and output, key and value, gate, up and down, two norms."""
-        attention = 2 * self.d_model * (self.query_width + self.key_value_width)
-        biases = self.query_width + 2 * self.key_value_width if self.has_qkv_biases else 0
-        return attention + biases + 3 * self.d_model * self.ffn + 2 * self.d_model
+    def active_ffn(self) -> int:
+        """Width of all feed-forward layers that compute a token of a block."""
+        return self.ffn * max(1, self.active_experts)
+
+    @property
+    def _attention_parameters(self) -> int:
+        """Weights of attention and of all norms of a block."""
+        matrices = 2 * self.d_model * (self.query_width + self.key_value_width)
+        biases = {
+            "none": 0,
+            "qkv": self.query_width + 2 * self.key_value_width,
+            "attention": self.query_width + 2 * self.key_value_width + self.d_model,
+            "all": self.query_width + 2 * self.key_value_width + self.d_model,
+        }[self.biases]
+        norms = {
+            "none": 0,
+            "head": 2 * self.head_dim,
+            "width": self.query_width + self.key_value_width,
+        }[self.family.head_norms]
+        return matrices + biases + norms + self.family.block_norms * self.d_model
+
+    def _mlp_parameters(self, width: int) -> int:
+        biases = width + self.d_model if self.biases == "all" else 0
+        return self.family.mlp_matrices * self.d_model * width + biases
+
+    def _block_parameters(self, experts: int) -> float:
+        """Weights of a block, or the mean where some blocks have no experts."""
+        if not self.experts:
+            return self._attention_parameters + self._mlp_parameters(self.ffn)
+        router = self.experts * self.d_model
+        with_experts = router + experts * self._mlp_parameters(self.ffn)
+        dense = self._mlp_parameters(self.dense_ffn)
+        share = self.dense_layers / self.num_layers
+        return self._attention_parameters + (1 - share) * with_experts + share * dense
+
+    @property
+    def block_parameters(self) -> float:
+        """Weights of a block; of several kinds of blocks the mean."""
+        return self._block_parameters(self.experts)
+
+    @property
+    def active_block_parameters(self) -> float:
+        """Weights of a block that compute a token: of experts those that are chosen for it."""
+        return self._block_parameters(self.active_experts)
+
+    @property
+    def _table_parameters(self) -> int:
+        """Embedding, output matrix, positions and final norm."""
+        tables = (1 if self.tied else 2) * self.vocab + self.positions
+        return (tables + self.family.final_norms) * self.d_model
 
     @property
     def parameters(self) -> int:
         """All weights: blocks, final norm, embedding and output matrix."""
-        tables = 1 if self.tied else 2
-        blocks = self.num_layers * self.block_parameters
-        return blocks + self.d_model + self.vocab * self.d_model * tables
+        return round(self.num_layers * self.block_parameters) + self._table_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """All weights that compute a token."""
+        return round(self.num_layers * self.active_block_parameters) + self._table_parameters
 
     def parameters_up_to(self, layer: int) -> int:
         """Embedding and blocks 0..layer: what capture and reconstructors load."""
-        return (layer + 1) * self.block_parameters + self.vocab * self.d_model
+        tables = (self.vocab + self.positions) * self.d_model
+        return round((layer + 1) * self.block_parameters) + tables
 
     def lora_parameters(self, lora: LoraSettings, num_layers: int) -> int:
-        """rank x (in + out) of the seven projections, in `num_layers` blocks."""
-        query_and_output = 2 * (self.d_model + self.query_width)
-        key_and_value = 2 * (self.d_model + self.key_value_width)
-        feed_forward = 3 * (self.d_model + self.ffn)
-        return num_layers * lora.rank * (query_and_output + key_and_value + feed_forward)
+        """rank x (in + out) of the matrices of a block that get adapters, in `num_layers` blocks.
+
+        Matrices that a family holds as one get one adapter.
+        """
+        is_fused = len(self.family.paths) == 4 and not self.experts
+        inner, keys = self.query_width, self.key_value_width
+        sums = 2 * (self.d_model + inner)  # queries, output
+        sums += 2 * keys if is_fused else 2 * (self.d_model + keys)
+        if not self.experts:
+            gated = self.family.mlp_matrices == 3
+            ins = 2 if is_fused or not gated else 3
+            sums += ins * self.d_model + self.family.mlp_matrices * self.ffn
+        return num_layers * lora.rank * sums
 
     def kv_bytes(self, tokens: int, item_bytes: int) -> int:
         """Key and value cache of `tokens` tokens."""
@@ -79,7 +147,7 @@ def base_sizes(config: RunConfig) -> BaseSizes:
     """
     known = known_config(config.base.model)
     if known is not None:
-        decoder_shape(known)
+        check_length(known, config.base.max_tokens)
         return sizes_in(known)
     if config.base.model.startswith("embedded:"):
         return pretrained_sizes(pretrain_section(config))
@@ -105,22 +173,42 @@ def pretrained_sizes(pretrain: PretrainConfig) -> BaseSizes:
         head_dim=pretrain.d_model // pretrain.num_heads,
         vocab=pretrain.vocab_size,
         tied=True,
-        has_qkv_biases=True,  # it is a Qwen2
+        family=FAMILIES["qwen2"],
+        biases=FAMILIES["qwen2"].biases,
     )
 
 
-def sizes_in(config: SimpleNamespace) -> BaseSizes:
-    """The sizes that a base's configuration names, whether a job takes the base or not."""
-    family = FAMILIES.get(config.model_type)
-    head_dim = getattr(config, "head_dim", None)
+def sizes_in(config: Any) -> BaseSizes:
+    """The sizes that a base's configuration names: transformers' own or that of `known_config`.
+
+    Raises ValueError for a base without a row in the table of families.
+    """
+    family, shape = family_of(config), decoder_shape(config)
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 names none
+    experts = getattr(config, "num_experts", 0)
+    step = getattr(config, "decoder_sparse_step", 1)
+    listed = getattr(config, "mlp_only_layers", ())
+    dense = [layer for layer in range(shape.layers) if layer in listed or (layer + 1) % step]
     return BaseSizes(
         d_model=config.hidden_size,
-        ffn=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        ffn=(experts and getattr(config, "moe_intermediate_size", 0)) or width,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.groups,
+        head_dim=shape.head_dim,
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
-        has_qkv_biases=family is not None and family.has_qkv_biases,
+        family=family,
+        biases=_biases(config, family),
+        positions=config.max_position_embeddings if family.positions else 0,
+        experts=experts,
+        active_experts=config.num_experts_per_tok if experts else 0,
+        dense_layers=len(dense) if experts else 0,
+        dense_ffn=width,
     )
+
+
+def _biases(config: Any, family: Family) -> Literal["none", "qkv", "attention", "all"]:
+    """A configuration may give attention biases, or, of GPT-NeoX, take them away (not counted)."""
+    asked = getattr(config, "attention_bias", False)
+    return "attention" if asked and family.biases == "none" else family.biases

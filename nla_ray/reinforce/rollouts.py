@@ -101,6 +101,7 @@ class RolloutWorker:
             base.injection_norm,
             max_slots=MAX_SLOTS,
             lora=lora,
+            chosen=base.engine,
         )
         self._banks = {"train": shared_tensor(train), "validation": shared_tensor(validation)}
         self._held: tuple[str, int] | None = None

@@ -61,6 +61,9 @@ class BaseConfig:
     else bfloat16 where the processor has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model computes; `auto`: on a GPU where the process has one."""
+    engine: Literal["auto", "compact", "plain"] = "auto"
+    """What generates descriptions: `compact` runs Llama-like blocks fast, `plain` every base by the
+    library's own modules; `auto`: compact where it can."""
 
     def __post_init__(self) -> None:
         require(

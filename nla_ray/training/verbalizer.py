@@ -137,6 +137,7 @@ class TrainableVerbalizer(AdaptedModel):
                 self.get_output_embeddings(),
                 labels,
                 temperature=self.temperature,
+                cap=getattr(self.config, "final_logit_softcapping", None),
                 with_entropy=self.with_entropy,
             )
 

@@ -244,7 +244,7 @@ def test_the_copies_of_an_engine_are_those_that_the_plan_counts(dtype: str, tmp_
     import torch
 
     from nla_ray.base.load import load_model_config, random_backbone
-    from nla_ray.description.engines.decoder import Decoder
+    from nla_ray.description.engines.compact import CompactDecoder
 
     facts = planned("qwen2.5-7b", tmp_path, base={"dtype": dtype})
     base, rank = facts.config.base, facts.config.sft.lora.rank
@@ -255,7 +255,7 @@ def test_the_copies_of_an_engine_are_those_that_the_plan_counts(dtype: str, tmp_
             out, inner = module.weight.shape
             adapter[f"{name}.lora_A.weight"] = torch.empty(rank, inner, device="meta")
             adapter[f"{name}.lora_B.weight"] = torch.empty(out, rank, device="meta")
-    decoder = Decoder(model, rows=64)
+    decoder = CompactDecoder(model, rows=64)
     decoder.load(adapter, 2.0)
     shared = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     copies = {key: held for key, held in storages(decoder, {}).items() if key not in shared}

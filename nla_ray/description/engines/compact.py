@@ -1,442 +1,441 @@
-"""The generation engine: activations -> sampled descriptions, with their log-probabilities.
+"""A compact decoder for Llama-like models, made for generation after a common prefix.
 
-Rollouts, evaluation and serving call this plain class, which knows nothing of Ray. What it
-exploits: every prompt is the same up to the injected token. The life of one `generate` call:
+Arranges the weights of a transformers model for few, large operations: queries, keys and values in
+one product, rotary pairs side by side so that a rotation is one complex product. Knows nothing of
+sampling or scheduling.
 
-1. The prefix's keys and values are there already, computed once per weight version and shared by
-   all rows.
-2. A chunk of activations is prefilled: injected token + suffix, once per activation. Its last
-   logits give the first token of every rollout of the group.
-3. Rollouts take slots; each slot holds a copy of the suffix's keys and values, then the rollout's
-   own.
-4. A step decodes one token for all slots. Keys of one step go to ONE column of the cache, whatever
-   each row's length; a mask says which columns belong to a row. Rotary positions are inside the
-   keys, so columns may lie in any order.
-5. A finished row gives its slot to a waiting rollout, or, when none waits, to the last active row:
-   the active rows are always the first ones, and the batch shrinks. On a GPU it does not: there a
-   step of all slots over all columns is recorded once and replayed.
+A LoRA adapter is used in one of two ways. Where weights are float32 it is merged into a copy of
+them, with the norms' weights and attention's scale. In a narrower type each of these would be
+rounded to the weights' own steps, and a small adapter would be lost: there the weights are the
+base's own, and the adapter's factors, norms and scale are applied beside them, each rounded where
+the library rounds it.
 
-Protects two rules: greedy output equals the model's own `generate`, token for token; results do not
-depend on slots.
+Dimension words: rows (sequences), seq, d_model, heads, groups (key-value heads), share (query heads
+per group), head_dim, prefix (tokens common to all rows), tail (a row's own tokens).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nla_ray.activation.injection import as_embeddings
-from nla_ray.base.families import causal_model
-from nla_ray.base.prompts import InjectionPrompt
-from nla_ray.description.engines.decoder import Decoder, KeysValues
-from nla_ray.description.engines.graphed import GraphedStep
-from nla_ray.description.record import Description
-from nla_ray.description.sampling import Sampler, rollout_keys
-from nla_ray.settings.config import LoraSettings
+from nla_ray.base.adapters import plain_linear
+from nla_ray.base.families import (
+    BlockParts,
+    beyond_parts,
+    blocks_of,
+    causal_model,
+    decoder_of,
+    decoder_shape,
+    family_of,
+)
+from nla_ray.description.engines.decoder import KeysValues
+from nla_ray.description.engines.factors import Factors
+from nla_ray.description.engines.projection import (
+    AdaptedProjection,
+    Float32Head,
+    Projection,
+    make_projection,
+)
 
 
-@dataclass(kw_only=True)
-class _Draft:
-    """A rollout in the making."""
+@dataclass(frozen=True)
+class Block:
+    """The projections of one decoder block, and the weights of the norms before them."""
 
-    index: int
-    """In the result: activation * group_size + sample."""
-    key: int
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    finished: bool = False
+    query_key_value: Projection
+    output: Projection
+    gate: Projection
+    up: Projection
+    down: Projection
+    attention_norm: Tensor | None = None
+    """[d_model]; None: inside the projection that follows."""
+    mlp_norm: Tensor | None = None
+    head_norms: Tensor | None = None
+    """Of queries and keys, [heads + groups, head_dim] in the order of `_pair`; None: no norms."""
 
 
-class CompactEngine:
-    """A `GenerationEngine` by a decoder that shares the prompt's prefix among all rows."""
+class CompactDecoder:
+    """Runs the blocks of one model under one set of adapter weights."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer,
-        prompt: InjectionPrompt,
-        injection_norm: float,
-        max_slots: int = 64,
-        lora: LoraSettings | None = None,
-        *,
-        merged: bool | None = None,
-        recorded: bool | None = None,
-    ) -> None:
-        """As `make_engine` takes it; `merged` as `Decoder` does.
+    can_be_recorded = True
 
-        `recorded`: whether steps are replayed from a CUDA graph; None: on a GPU.
+    def __init__(self, model: nn.Module, *, rows: int, merged: bool | None = None) -> None:
+        """`rows`: how many sequences a step usually has; the weights are packed for that.
+
+        `merged`: whether adapters are merged into a copy of the weights; None: where those are
+        float32. Raises ValueError for a base that its blocks' parts alone do not tell.
         """
-        if max_slots < 1:
-            raise ValueError(
-                f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
-                " at once."
-            )
-        self.tokenizer, self.prompt, self.injection_norm, self.max_slots = (
-            tokenizer,
-            prompt,
-            injection_norm,
-            max_slots,
+        self._model, self._rows = causal_model(model), rows
+        self._family = family = family_of(model)
+        self._parts = _parts_of(self._model.config)
+        self.shape = decoder_shape(self._model.config)
+        decoder = decoder_of(model)
+        embedding = decoder.get_submodule(family.embedding).weight.detach()
+        self.dtype, self.device = embedding.dtype, embedding.device
+        self.merged = self.dtype == torch.float32 if merged is None else merged
+        self._embedding, self.d_model = embedding, embedding.shape[1]
+        self._scale = self.shape.head_dim**-0.5
+        head = self._model.get_submodule(family.head).weight.detach()
+        final_norm = decoder.get_submodule(family.final_norm).weight.detach()
+        if self.merged:
+            self._head, self._final_norm = self._projection(_fold(head, final_norm)), None
+        else:
+            self._head, self._final_norm = Float32Head(head, rows=rows), final_norm
+        rotary = decoder.get_submodule(family.rotary)
+        self._frequencies, self._rotary_scale = (
+            rotary.inv_freq.detach().float(),
+            float(rotary.attention_scaling),
         )
-        self.end_ids = _end_ids(causal_model(model), tokenizer)
-        self.decoder = Decoder(model, rows=max_slots, merged=merged)
-        self._records = self.decoder.device.type == "cuda" if recorded is None else recorded
-        self._lora = lora
-        self._sampler = Sampler(self.decoder.shape.vocab_size, 0.0, self.decoder.device)
-        self._idle: dict[tuple[int, int], _Slots] = {}
-        """The last call's slots, by their size: a cache of the same size is not allocated again."""
-        self.load_weights(None, 0)
+        self._rotations = torch.empty(0)
+        layers = range(self.shape.layers)
+        self._frozen = [] if self.merged else [self._frozen_block(index) for index in layers]
+        self._blocks = self._frozen
 
-    def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
-        """Use these adapter weights from now on; None: the plain base."""
-        if adapter_state is not None and self._lora is None:
-            raise ValueError(
-                "generation engine: got adapter weights without their settings, expected "
-                "lora=LoraSettings(...) when the engine was made. alpha / rank is not part of the "
-                "tensors."
-            )
-        scaling = self._lora.alpha / self._lora.rank if self._lora else 1.0
-        with torch.inference_mode():
-            stays = self.decoder.load(adapter_state, scaling)
-            ids = torch.tensor([self.prompt.prefix_ids], device=self.decoder.device)
-            _, prefix = self.decoder.prefill(self.decoder.embed(ids), self.decoder.empty_prefix())
-            if stays:
-                self.prefix.keys.copy_(prefix.keys)
-                self.prefix.values.copy_(prefix.values)
-            else:
-                self.prefix = prefix
-                for slots in self._idle.values():
-                    slots.forget_recording()
-        self.weight_version = version
+    def load(self, state: Mapping[str, Tensor] | None, scaling: float) -> bool:
+        """Use this adapter from now on; None: the plain base.
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        activations: Tensor,
-        *,
-        group_size: int = 1,
-        temperature: float = 0.0,
-        max_new_tokens: int = 64,
-        seed: int = 0,
-        rows: Sequence[int] | None = None,
-    ) -> list[Description]:
-        """`group_size` descriptions of each activation, as `GenerationEngine` says."""
-        rows = list(range(len(activations))) if rows is None else list(rows)
-        self._check(activations, rows, group_size, max_new_tokens)
-        if not rows:
-            return []
-        samples = list(range(group_size)) * len(rows)
-        keys = rollout_keys(
-            seed, [row for row in rows for _ in range(group_size)], samples
-        ).tolist()
-        drafts = [_Draft(index=index, key=key) for index, key in enumerate(keys)]
-        if temperature != self._sampler.temperature:
-            self._sampler = Sampler(self.decoder.shape.vocab_size, temperature, self.decoder.device)
-        size = min(self.max_slots, len(drafts)), max(1, max_new_tokens - 1)
-        slots = self._idle.pop(size, None) or _Slots(self.decoder, self.prompt, *size)
-        if self._records:
-            slots.record(self.prefix, self._sampler)
-        _Generation(
-            self, torch.as_tensor(activations), drafts, group_size, max_new_tokens, slots
-        ).run()
-        slots.clear()
-        self._idle = {size: slots}
-        texts = self.tokenizer.batch_decode(
-            [draft.token_ids for draft in drafts],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        return [
-            Description.from_sample(
-                row=rows[draft.index // group_size],
-                token_ids=draft.token_ids,
-                log_probs=draft.log_probs,
-                written=written,
-                finished=draft.finished,
-                weight_version=self.weight_version,
-            )
-            for draft, written in zip(drafts, texts, strict=True)
-        ]
-
-    def _check(
-        self, activations: Tensor, rows: Sequence[int], group_size: int, max_new_tokens: int
-    ) -> None:
-        d_model, limit = self.decoder.d_model, self.decoder.shape.max_positions
-        if (
-            activations.ndim != 2
-            or activations.shape[1] != d_model
-            or len(rows) != len(activations)
-        ):
-            raise ValueError(
-                f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected"
-                f" [n, {d_model}] and n rows. They come from another model; capture them again."
-            )
-        if not activations.isfinite().all():
-            raise ValueError(
-                "activations: got non-finite values, expected finite ones. Capture them again."
-            )
-        if group_size < 1 or max_new_tokens < 1:
-            raise ValueError(
-                f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at"
-                " least 1 of each."
-            )
-        if len(self.prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"max_new_tokens: got {max_new_tokens} after a prompt of {len(self.prompt)},"
-                f" expected at most {limit} positions, the model's context. Lower it."
-            )
-
-    def prefill(self, activations: Tensor) -> tuple[Tensor, KeysValues]:
-        """Injected token and suffix of activations -> last logits, and keys and values.
-
-        [n, d_model] -> [n, vocab], and n rows.
+        `state`: tensors as `adapters.adapter_state` names them. `scaling` = alpha / rank. Says
+        whether the weights lie where they lay before, as a recorded step needs it. Raises
+        ValueError for tensors that belong to no projection of this model.
         """
-        decoder = self.decoder
-        suffix = decoder.embed(torch.tensor(self.prompt.suffix_ids, device=decoder.device))
-        injected = as_embeddings(activations.to(decoder.device), self.injection_norm, like=suffix)
-        embedded = torch.cat([injected.unsqueeze(1), suffix.expand(len(activations), -1, -1)], 1)
-        stream, keys_values = decoder.prefill(embedded, self.prefix)
-        return decoder.logits(stream), keys_values
+        factors = Factors(state or {}, scaling)
+        build = self._merged_block if self.merged else self._adapted_block
+        blocks = [build(index, factors) for index in range(self.shape.layers)]
+        factors.require_empty(self._name(0, self._parts.query), self.shape.layers)
+        stays = len(self._blocks) == len(blocks) and all(map(_can_take_over, self._blocks, blocks))
+        if stays:
+            for before, after in zip(self._blocks, blocks, strict=True):
+                _take_over(before, after)
+        else:
+            self._blocks = blocks
+        return stays
 
+    def _merged_block(self, index: int, factors: Factors) -> Block:
+        """Adapter, norms and attention's scale in a copy of the weights."""
+        parts, block = self._parts, blocks_of(self._model)[index]
 
-class _Slots:
-    """Keys, values, visibility and last tokens of the rows that are being decoded.
+        def merged(path: str) -> Tensor:
+            return factors.merge(self._weight(index, path), self._name(index, path))
 
-    Columns 0..suffix-1 hold the suffix's tokens, the rest is a ring that one step fills at one
-    column for all rows. A row lives at most `ring` steps, so a column is never overwritten while
-    its row needs it.
-    """
-
-    def __init__(self, decoder: Decoder, prompt: InjectionPrompt, slots: int, ring: int) -> None:
-        shape, suffix = decoder.shape, 1 + len(prompt.suffix_ids)
-        size = (shape.layers, slots, shape.groups, suffix + ring, shape.head_dim)
-        self._cache = KeysValues(
-            *(torch.zeros(size, dtype=decoder.dtype, device=decoder.device) for _ in range(2))
+        query, key, value = (merged(path) for path in (parts.query, parts.key, parts.value))
+        head_norms = self._head_norms(block, self._scale)
+        scale = self._scale if head_norms is None else 1.0  # a norm would take it away again
+        joined = self._join(query * scale, key, value)
+        before = block.get_submodule(parts.attention_norm).weight
+        after = block.get_submodule(parts.mlp_norm).weight
+        return Block(
+            query_key_value=self._projection(
+                _fold(joined, before), self._joined_bias(block, scale)
+            ),
+            output=self._projection(merged(parts.output)),
+            gate=self._projection(_fold(merged(parts.gate), after)),
+            up=self._projection(_fold(merged(parts.up), after)),
+            down=self._projection(merged(parts.down)),
+            head_norms=head_norms,
         )
-        self._hidden = torch.full(
-            (slots, shape.groups, 1, suffix + ring),
-            -torch.inf,
-            dtype=decoder.dtype,
-            device=decoder.device,
-        )
-        self.count, self._suffix, self._ring, self._steps = slots, suffix, ring, 0
-        self._decoder, self._prompt_length = decoder, len(prompt)
-        self._rotations = decoder.rotations(len(prompt) + ring + 1)
-        self.tokens, self.keys, self.ages = (
-            torch.zeros(slots, dtype=torch.int64, device=decoder.device) for _ in range(3)
-        )
-        self._column = torch.zeros(1, dtype=torch.int64, device=decoder.device)
-        self._recording: tuple[Sampler, Callable[[], tuple[Tensor, Tensor]]] | None = None
 
-    def record(self, prefix: KeysValues, sampler: Sampler) -> None:
-        """Have steps of all slots replayed from now on; where there are no graphs, called.
+    def _frozen_block(self, index: int) -> Block:
+        """The base's own weights; those of queries, keys and values are copied together."""
+        parts, block = self._parts, blocks_of(self._model)[index]
 
-        The slots must be clear, and are.
+        def frozen(path: str) -> Projection:
+            return self._projection(self._weight(index, path))
+
+        joined = self._join(
+            *(self._weight(index, path) for path in (parts.query, parts.key, parts.value))
+        )
+        return Block(
+            query_key_value=self._projection(joined, self._joined_bias(block, 1.0)),
+            output=frozen(parts.output),
+            gate=frozen(parts.gate),
+            up=frozen(parts.up),
+            down=frozen(parts.down),
+            attention_norm=block.get_submodule(parts.attention_norm).weight.detach(),
+            mlp_norm=block.get_submodule(parts.mlp_norm).weight.detach(),
+            head_norms=self._head_norms(block, 1.0),
+        )
+
+    def _adapted_block(self, index: int, factors: Factors) -> Block:
+        """The frozen block with the adapter's factors beside its weights."""
+        parts, frozen = self._parts, self._frozen[index]
+
+        def take(path: str) -> tuple[Tensor, Tensor]:
+            weight = self._weight(index, path)
+            down, up = factors.take(weight.shape, weight.device, self._name(index, path))
+            return down.to(self.dtype), (factors.scaling * up).to(self.dtype)
+
+        def adapted(projection: Projection, path: str) -> Projection:
+            down, up = take(path)
+            return AdaptedProjection(projection, down, up) if len(down) else projection
+
+        query, key, value = (take(path) for path in (parts.query, parts.key, parts.value))
+        down = torch.cat([query[0], key[0], value[0]])
+        # The three share their input: one product each for their first and their second factors.
+        up = torch.block_diag(
+            _pair(query[1], self.shape.heads), _pair(key[1], self.shape.groups), value[1]
+        )
+        joined = frozen.query_key_value
+        return dataclasses.replace(
+            frozen,
+            query_key_value=AdaptedProjection(joined, down, up) if len(down) else joined,
+            output=adapted(frozen.output, parts.output),
+            gate=adapted(frozen.gate, parts.gate),
+            up=adapted(frozen.up, parts.up),
+            down=adapted(frozen.down, parts.down),
+        )
+
+    def _weight(self, index: int, path: str) -> Tensor:
+        block = blocks_of(self._model)[index]
+        return plain_linear(block.get_submodule(path)).weight.detach()
+
+    def _name(self, index: int, path: str) -> str:
+        """A projection's name in the causal model."""
+        return f"{self._family.decoder}.{self._family.blocks}.{index}.{path}"
+
+    def _join(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.cat([_pair(query, self.shape.heads), _pair(key, self.shape.groups), value])
+
+    def _head_norms(self, block: nn.Module, query_scale: float) -> Tensor | None:
+        """[heads + groups, head_dim] in the order of `_pair`; None where heads have no norms."""
+        query, key = self._parts.query_norm, self._parts.key_norm
+        if query is None or key is None:
+            return None
+        of_query, of_key = (
+            _pair(block.get_submodule(path).weight.detach().float(), 1) for path in (query, key)
+        )
+        heads = [(of_query * query_scale).expand(self.shape.heads, -1)]
+        return torch.cat([*heads, of_key.expand(self.shape.groups, -1)]).to(self.dtype)
+
+    def _joined_bias(self, block: nn.Module, query_scale: float) -> Tensor | None:
+        parts = self._parts
+        if self._family.biases == "none":
+            return None
+        query, key, value = (
+            plain_linear(block.get_submodule(path)).bias.detach().float()
+            for path in (parts.query, parts.key, parts.value)
+        )
+        return self._join(query * query_scale, key, value).to(self.dtype)
+
+    def _projection(self, weight: Tensor, bias: Tensor | None = None) -> Projection:
+        return make_projection(weight.to(self.dtype), bias, rows=self._rows)
+
+    # running --------------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[...] ids below vocab_size -> [..., d_model]."""
+        return F.embedding(ids, self._embedding)
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """Residual stream after the last block [rows, d_model] -> [rows, vocab]."""
+        return self._head(self._normalise(stream, self._final_norm))
+
+    def places(self, length: int) -> Tensor:
+        """cos + i sin of every position below `length` and every frequency.
+
+        [length, 1, head_dim / 2] complex64.
         """
-        if self._recording is None or self._recording[0] is not sampler:
-            self._column.fill_(self._suffix)
-            step = partial(self._step_all, prefix, sampler)
-            self._recording = sampler, GraphedStep(step) if self.tokens.is_cuda else step
-            self.clear()
+        if len(self._rotations) < length:
+            angles = torch.outer(
+                torch.arange(length, device=self.device).float(), self._frequencies.to(self.device)
+            )
+            rotations = torch.polar(torch.full_like(angles, self._rotary_scale), angles)
+            # The library holds cosine and sine in the weights' type.
+            rounded = torch.view_as_real(rotations).to(self.dtype).float()
+            self._rotations = torch.view_as_complex(rounded)
+        return self._rotations[:length].unsqueeze(1)
 
-    def forget_recording(self) -> None:
-        """What was recorded read weights that are gone."""
-        self._recording = None
+    def prefill(self, embedded: Tensor, prefix: KeysValues) -> tuple[Tensor, KeysValues]:
+        """Run [rows, seq, d_model] after a common prefix.
 
-    def step(self, active: int, prefix: KeysValues, sampler: Sampler) -> tuple[Tensor, Tensor]:
-        """Decode one token for the first `active` rows: the tokens and their log-probabilities."""
-        if self._recording is not None:
-            self._column.fill_(self._next_column())
-            tokens, log_probs = self._recording[1]()
-            return tokens[:active], log_probs[:active]
-        cache, column, hidden = self._advance(active)
-        return self._decode(active, cache, column, hidden, prefix, sampler)
+        Returns the stream at the last token [rows, d_model], and the new tokens' keys and values.
+        """
+        rows, seq, d_model = embedded.shape
+        shape, start = self.shape, prefix.keys.shape[3]
+        rotation = self.places(start + seq)[start:].repeat(rows, 1, 1)
+        future = (
+            torch.full((seq, seq), -torch.inf, dtype=self.dtype, device=self.device)
+            .triu(1)
+            .repeat(shape.share, 1)
+        )
+        new_keys_values = KeysValues.empty(shape, rows, seq, dtype=self.dtype, device=self.device)
+        keys, values = new_keys_values.keys, new_keys_values.values
+        stream = embedded.reshape(rows * seq, d_model)
+        for layer, block in enumerate(self._blocks):
+            query, new = self._attention_inputs(block, stream, rotation)
+            new = new.view(rows, seq, 2, shape.groups, shape.head_dim).permute(2, 0, 3, 1, 4)
+            keys[layer], values[layer] = new[0], new[1]
+            query = query.view(rows, seq, shape.groups, shape.share, shape.head_dim).permute(
+                0, 2, 3, 1, 4
+            )
+            mixed = _attend(
+                query.reshape(rows, shape.groups, shape.share * seq, shape.head_dim),
+                keys[layer],
+                values[layer],
+                future,
+                prefix.keys[layer, 0],
+                prefix.values[layer, 0],
+            )
+            mixed = mixed.view(rows, shape.groups, shape.share, seq, shape.head_dim).permute(
+                0, 3, 1, 2, 4
+            )
+            stream = self._after_attention(
+                block, mixed.reshape(rows * seq, shape.query_width), stream
+            )
+        return stream.view(rows, seq, d_model)[:, -1], new_keys_values
 
-    def _step_all(self, prefix: KeysValues, sampler: Sampler) -> tuple[Tensor, Tensor]:
-        """A step of all slots over all columns: the same tensors and shapes every time."""
-        self._hidden.index_fill_(-1, self._column, 0)
-        hidden = self._hidden.flatten(0, 1)
-        return self._decode(self.count, self._cache, self._column, hidden, prefix, sampler)
-
-    def _decode(
+    def step(
         self,
-        rows: int,
-        cache: KeysValues,
+        embedded: Tensor,
+        places: Tensor,
+        tail: KeysValues,
         column: int | Tensor,
         hidden: Tensor,
         prefix: KeysValues,
-        sampler: Sampler,
-    ) -> tuple[Tensor, Tensor]:
-        tokens, ages, decoder = self.tokens[:rows], self.ages[:rows], self._decoder
-        # Slots that nobody holds grow older than any row.
-        positions = (ages + (self._prompt_length - 1)).clamp_(max=len(self._rotations) - 1)
-        rotation = self._rotations[positions].unsqueeze(1)
-        stream = decoder.step(decoder.embed(tokens), rotation, cache, column, hidden, prefix)
-        chosen, log_probs = sampler.choose(decoder.logits(stream), self.keys[:rows], ages)
-        tokens.copy_(chosen)
-        ages.add_(1)
-        return chosen, log_probs
+    ) -> Tensor:
+        """One token per row: [rows, d_model] -> the stream after the last block.
 
-    def clear(self) -> None:
-        """Forget every row; what the cache holds is out of sight and finite."""
-        self._steps = 0
-        self._hidden.fill_(-torch.inf)
-
-    def fill(self, slots: Sequence[int], chunk: KeysValues, members: Sequence[int]) -> None:
-        """Give slots the suffix of members of a prefilled chunk.
-
-        What the slots held before is out of sight.
+        `tail` holds keys and values of [layers, rows, groups, columns, head_dim]; the new ones are
+        written to `column`, a number or [1] int64. `hidden` [rows * groups, 1, columns] is 0 where
+        a row may look and -inf elsewhere; `places` [rows, 1, head_dim / 2].
         """
-        target, source = (
-            torch.tensor(part, device=self._hidden.device) for part in (slots, members)
-        )
-        self._cache.keys[:, target, :, : self._suffix] = chunk.keys[:, source]
-        self._cache.values[:, target, :, : self._suffix] = chunk.values[:, source]
-        self._hidden[target] = -torch.inf
-        self._hidden[target, ..., : self._suffix] = 0
-
-    def move(self, source: int, target: int) -> None:
-        """Make slot `target` a copy of slot `source`."""
-        used = self._window
-        for tensor in (self._cache.keys, self._cache.values):
-            tensor[:, target, :, :used] = tensor[:, source, :, :used]
-        for state in (self._hidden, self.tokens, self.keys, self.ages):
-            state[target] = state[source]
-
-    @property
-    def _window(self) -> int:
-        """Columns that may hold something: all of them once the ring has come round."""
-        return self._suffix + min(self._steps, self._ring)
-
-    def _next_column(self) -> int:
-        column = self._suffix + self._steps % self._ring
-        self._steps += 1
-        return column
-
-    def _advance(self, active: int) -> tuple[KeysValues, int, Tensor]:
-        """Open the next column to the active rows.
-
-        Returns their cache up to the last used column, the column, and the mask.
-        """
-        column = self._next_column()
-        self._hidden[:active, ..., column] = 0
-        window = self._window
-        cache = KeysValues(
-            self._cache.keys[:, :active, :, :window], self._cache.values[:, :active, :, :window]
-        )
-        return cache, column, self._hidden[:active, ..., :window].flatten(0, 1)
-
-
-class _Generation:
-    """One call of `generate`: who waits, who holds which slot, and what was sampled."""
-
-    def __init__(
-        self,
-        engine: CompactEngine,
-        activations: Tensor,
-        drafts: list[_Draft],
-        group_size: int,
-        max_new_tokens: int,
-        slots: _Slots,
-    ) -> None:
-        self._engine, self._sampler, self._max = engine, engine._sampler, max_new_tokens
-        self._activations, self._group_size = activations, group_size
-        self._unseen, self._waiting = deque(drafts), deque()
-        """Rollouts not prefilled yet; (draft, chunk, member) of those with their first token."""
-        self._active: list[_Draft] = []
-        self._slots = slots
-
-    def run(self) -> None:
-        """Until every rollout has ended."""
-        self._admit(range(self._slots.count))
-        while self._active:
-            self._step()
-
-    def _prefill_chunk(self) -> None:
-        """Prefill activations that fill the slots once; draw the first token of their rollouts."""
-        size = max(1, self._slots.count // self._group_size) * self._group_size
-        drafts = [self._unseen.popleft() for _ in range(min(size, len(self._unseen)))]
-        first = drafts[0].index // self._group_size
-        members = [draft.index // self._group_size - first for draft in drafts]
-        logits, chunk = self._engine.prefill(self._activations[first : first + members[-1] + 1])
-        keys = torch.tensor([draft.key for draft in drafts], device=logits.device)
-        tokens, log_probs = self._sampler.choose(logits[members], keys, torch.zeros_like(keys))
-        self._record(drafts, tokens, log_probs)
-        self._waiting.extend(
-            (draft, chunk, member)
-            for draft, member in zip(drafts, members, strict=True)
-            if not self._has_ended(draft)
-        )
-
-    def _admit(self, free: Sequence[int]) -> list[int]:
-        """Give free slots to waiting rollouts; returns the slots that stay free."""
-        free = list(free)
-        while free and (self._waiting or self._unseen):
-            if not self._waiting:
-                self._prefill_chunk()
-                continue
-            chunk, taken = self._waiting[0][1], []
-            while self._waiting and len(taken) < len(free) and self._waiting[0][1] is chunk:
-                taken.append(self._waiting.popleft())
-            slots, free = free[: len(taken)], free[len(taken) :]
-            self._slots.fill(slots, chunk, [member for _, _, member in taken])
-            self._occupy(slots, [draft for draft, _, _ in taken])
-        return free
-
-    def _occupy(self, slots: Sequence[int], drafts: Sequence[_Draft]) -> None:
-        """Decode drafts in slots, each one that was free or the next one."""
-        for slot, draft in zip(slots, drafts, strict=True):
-            if slot == len(self._active):
-                self._active.append(draft)
+        shape, stream, rows = self.shape, embedded, len(embedded)
+        for layer, block in enumerate(self._blocks):
+            query, new = self._attention_inputs(block, stream, places)
+            keys, values = tail.keys[layer], tail.values[layer]
+            new = new.view(rows, 2, shape.groups, shape.head_dim)
+            if isinstance(column, int):
+                keys[:, :, column].copy_(new[:, 0])
+                values[:, :, column].copy_(new[:, 1])
             else:
-                self._active[slot] = draft
-        states = [(draft.token_ids[-1], draft.key, len(draft.token_ids)) for draft in drafts]
-        device = self._slots.tokens.device
-        columns = torch.tensor(states, device=device).unbind(1)
-        target = torch.tensor(slots, device=device)
-        held = (self._slots.tokens, self._slots.keys, self._slots.ages)
-        for state, column in zip(held, columns, strict=True):
-            state[target] = column
+                keys.index_copy_(2, column, new[:, 0].unsqueeze(2))
+                values.index_copy_(2, column, new[:, 1].unsqueeze(2))
+            mixed = _attend(
+                query.view(rows, shape.groups, shape.share, shape.head_dim),
+                keys,
+                values,
+                hidden,
+                prefix.keys[layer, 0],
+                prefix.values[layer, 0],
+            )
+            stream = self._after_attention(block, mixed.view(rows, shape.query_width), stream)
+        return stream
 
-    def _step(self) -> None:
-        """Decode one token for every active row and hand on the slots of those that ended."""
-        chosen, log_probs = self._slots.step(len(self._active), self._engine.prefix, self._sampler)
-        self._record(self._active, chosen, log_probs)
-        ended = [slot for slot, draft in enumerate(self._active) if self._has_ended(draft)]
-        if ended:
-            self._close_gaps(self._admit(ended))
+    def _attention_inputs(
+        self, block: Block, stream: Tensor, rotation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated queries, and rotated keys with values.
 
-    def _close_gaps(self, free: Sequence[int]) -> None:
-        """Move the last active rows into free slots, so that the active rows are the first ones."""
-        for slot in sorted(free, reverse=True):
-            last = len(self._active) - 1
-            if slot != last:
-                self._slots.move(last, slot)
-                self._active[slot] = self._active[last]
-            self._active.pop()
+        [rows, heads * head_dim] and [rows, 2 * groups * head_dim].
+        """
+        shape = self.shape
+        joined = block.query_key_value(self._normalise(stream, block.attention_norm))
+        rotated = joined[:, : shape.rotated_width]
+        if block.head_norms is not None:
+            heads = rotated.view(len(joined), shape.heads + shape.groups, shape.head_dim)
+            heads.copy_(self._normalise(heads, block.head_norms))
+        pairs = rotated.view(len(joined), shape.heads + shape.groups, shape.head_dim // 2, 2)
+        # There are no complex numbers of two bfloat16; float32 stays where it is.
+        turned = torch.view_as_complex(pairs.float()).mul_(rotation)
+        if not self.merged:
+            turned[:, : shape.heads].mul_(self._scale)
+        if self.dtype != torch.float32:
+            pairs.copy_(torch.view_as_real(turned))
+        return joined[:, : shape.query_width], joined[:, shape.query_width :]
 
-    def _record(self, drafts: Sequence[_Draft], tokens: Tensor, log_probs: Tensor) -> None:
-        for draft, token, log_prob in zip(drafts, tokens.tolist(), log_probs.tolist(), strict=True):
-            if log_prob != log_prob:
-                raise RuntimeError(
-                    "generation engine: got a log-probability that is not a number under weight"
-                    f" version {self._engine.weight_version}, expected finite logits. The adapter"
-                    " has diverged; go back to an earlier checkpoint."
-                )
-            draft.token_ids.append(token)
-            draft.log_probs.append(log_prob)
-            draft.finished = token in self._engine.end_ids
+    def _after_attention(self, block: Block, mixed: Tensor, stream: Tensor) -> Tensor:
+        stream = block.output.plus(mixed, stream)
+        normalised = self._normalise(stream, block.mlp_norm)
+        return block.down.plus(block.up.times(normalised, block.gate.silu(normalised)), stream)
 
-    def _has_ended(self, draft: _Draft) -> bool:
-        return draft.finished or len(draft.token_ids) >= self._max
+    def _normalise(self, stream: Tensor, weight: Tensor | None) -> Tensor:
+        """RMSNorm; without its weight where that is part of the next projection."""
+        normalised = F.rms_norm(stream, stream.shape[-1:], None, self.shape.epsilon)
+        return normalised if weight is None else normalised.mul_(weight)
 
 
-def _end_ids(model: nn.Module, tokenizer) -> frozenset[int]:
-    """Ids that end a text: the model's own list and the tokenizer's."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+) -> Tensor:
+    """Attention of queries over a common prefix and over the tail of each row.
+
+    Queries [rows, groups, queries, head_dim], prefix [groups, prefix, head_dim], tail [rows,
+    groups, tail, head_dim]; `hidden` is added to the tail's scores. The prefix is one product per
+    group for all rows.
+    """
+    rows, groups, queries, head_dim = query.shape
+    tail, prefix = keys.shape[2], prefix_keys.shape[1]
+    tail_scores = torch.baddbmm(
+        hidden,
+        query.reshape(rows * groups, queries, head_dim),
+        keys.reshape(rows * groups, tail, head_dim).mT,
+    )
+    by_group = query.transpose(0, 1).reshape(groups, rows * queries, head_dim)
+    prefix_scores = (
+        torch.bmm(by_group, prefix_keys.mT).view(groups, rows, queries, prefix).transpose(0, 1)
+    )
+    scores = torch.cat((prefix_scores, tail_scores.view(rows, groups, queries, tail)), -1)
+    shares = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    tail_shares = shares.view(rows * groups, queries, prefix + tail)[..., prefix:]
+    mixed = torch.bmm(tail_shares, values.reshape(rows * groups, tail, head_dim)).view(
+        rows, groups, queries, head_dim
+    )
+    by_group = shares[..., :prefix].transpose(0, 1).reshape(groups, rows * queries, prefix)
+    return mixed.add_(
+        torch.bmm(by_group, prefix_values).view(groups, rows, queries, head_dim).transpose(0, 1)
+    )
+
+
+def _parts_of(config: Any) -> BlockParts:
+    """Where a block's parts are. Raises ValueError for a base of which they do not tell all."""
+    parts, beyond = family_of(config).parts, beyond_parts(config)
+    if parts is None or beyond:
+        raise ValueError(
+            f"compact engine: got {', '.join(beyond)}, expected blocks of RMSNorm, rotary positions"
+            " and a silu MLP. Generate with the plain engine, which runs every base."
+        )
+    return parts
+
+
+def _projections(block: Block) -> tuple[Projection, ...]:
+    return block.query_key_value, block.output, block.gate, block.up, block.down
+
+
+def _can_take_over(before: Block, after: Block) -> bool:
+    """Whether two blocks differ in nothing but the numbers of an adapter of one shape."""
+    return all(
+        isinstance(old, AdaptedProjection)
+        and isinstance(new, AdaptedProjection)
+        and old.factor_shapes == new.factor_shapes
+        for old, new in zip(_projections(before), _projections(after), strict=True)
+    )
+
+
+def _take_over(before: Block, after: Block) -> None:
+    for old, new in zip(_projections(before), _projections(after), strict=True):
+        old.copy_factors(new)
+
+
+def _fold(weight: Tensor, norm_weight: Tensor) -> Tensor:
+    """The projection [out, in] of a normalised input whose norm has these weights [in]."""
+    return weight.detach().float() * norm_weight.detach().float()
+
+
+def _pair(weight: Tensor, heads: int) -> Tensor:
+    """Rows i and i + head_dim / 2 of every head, which a rotation mixes, put side by side.
+
+    [heads * head_dim, ...] -> the same shape.
+    """
+    halves = weight.view(heads, 2, len(weight) // (2 * heads), *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)

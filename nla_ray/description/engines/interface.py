@@ -2,25 +2,26 @@
 
 Rollouts, the report, serving and the benchmark ask `make_engine` and know no engine by name. An
 engine knows nothing of Ray. To add an engine: write a class with the members of
-`GenerationEngine` in a file beside compact.py, choose it in `make_engine`, and run
-tests/description/test_engine.py, which holds its promises.
+`GenerationEngine`, or, where slots and sampling stay as they are, of `decoder.Decoder`; choose it
+in `make_engine`, and run tests/description/test_engine.py, which holds its promises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from nla_ray.base.families import beyond_parts, causal_model
 from nla_ray.base.prompts import InjectionPrompt
-from nla_ray.description.engines.compact import CompactEngine
+from nla_ray.description.engines.compact import CompactDecoder
+from nla_ray.description.engines.plain import PlainDecoder
+from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.record import Description
 from nla_ray.settings.config import LoraSettings
 
-ENGINE_NAME = "compact"
-"""The engine that `make_engine` chooses, as generation protocols record it. An engine whose greedy
-text may differ, for the same weights, gets another name."""
+EngineChoice = Literal["auto", "compact", "plain"]
 
 
 class GenerationEngine(Protocol):
@@ -66,6 +67,24 @@ class GenerationEngine(Protocol):
         ...
 
 
+def engine_name(config: Any, chosen: EngineChoice = "auto") -> str:
+    """The engine that generates on a base, as generation protocols record it.
+
+    `config`: the base's transformers configuration. `auto`: `compact` for a base whose blocks it
+    knows, else `plain`, which runs every one. An engine whose greedy text may differ, for the same
+    weights, gets another name. Raises ValueError for `compact` on a base that it cannot run.
+    """
+    beyond = beyond_parts(config)
+    if chosen == "compact" and beyond:
+        raise ValueError(
+            f"base.engine: got 'compact' for {', '.join(beyond)}, expected 'plain' there. Set"
+            " --base.engine auto."
+        )
+    if chosen != "auto":
+        return chosen
+    return "plain" if beyond else "compact"
+
+
 def make_engine(
     model: nn.Module,
     tokenizer,
@@ -73,10 +92,22 @@ def make_engine(
     injection_norm: float,
     max_slots: int = 64,
     lora: LoraSettings | None = None,
+    *,
+    chosen: EngineChoice = "auto",
 ) -> GenerationEngine:
     """The engine for a frozen base, which may have adapters in it; the base is never changed.
 
     `max_slots`: descriptions decoded at once. `lora`: settings of the adapters that `load_weights`
-    will get. Raises ValueError for an unsupported architecture.
+    will get. `chosen`: as `engine_name` takes it.
     """
-    return CompactEngine(model, tokenizer, prompt, injection_norm, max_slots, lora)
+    causal = causal_model(model)
+    kind = CompactDecoder if engine_name(causal.config, chosen) == "compact" else PlainDecoder
+    decoder, end_ids = kind(model, rows=max_slots), end_ids_of(causal, tokenizer)
+    return SlotEngine(decoder, end_ids, tokenizer, prompt, injection_norm, max_slots, lora)
+
+
+def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a text: the model's own list and the tokenizer's."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
