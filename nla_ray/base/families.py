@@ -186,7 +186,7 @@ def longest_context(config: Any) -> int:
     return config.max_position_embeddings
 
 
-def check_length(config: Any, max_tokens: int) -> None:
+def check_context(config: Any, max_tokens: int) -> None:
     """Raise ValueError for prompts that do not fit into `longest_context`."""
     longest = longest_context(config)
     if max_tokens > longest:

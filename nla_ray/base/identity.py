@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from nla_ray.base.families import check_layer, check_length
+from nla_ray.base.families import check_context, check_layer
 from nla_ray.base.load import load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, chat_prompt, fixed_date
 from nla_ray.base.sources import base_folder, origin_of, tokenizer_digest, weights_digest
@@ -73,7 +73,7 @@ def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
     """
     config = load_model_config(base)
     check_layer(base.layer, config.num_hidden_layers)
-    check_length(config, base.max_tokens)
+    check_context(config, base.max_tokens)
     folder = base_folder(base.model, weights=False)
     tokenizer = tokenizer or load_tokenizer(base)
     prompt = build_injection_prompt(tokenizer, base.marker)

@@ -95,7 +95,7 @@ class ResidualWriter:
         check_layer(layer, len(blocks_of(model)))
         causal, family = causal_model(model), family_of(model)
         self._decoder, self._head = decoder_of(model), causal.get_submodule(family.head)
-        self._cap = getattr(causal.config, "final_logit_softcapping", None)
+        self._config = causal.config
         self._block = blocks_of(model)[layer]
         self._upper = _with_blocks(model, range(layer + 1, len(blocks_of(model))))
         if family.positions is not None:  # they are in the stream already
@@ -132,7 +132,7 @@ class ResidualWriter:
             past_key_values=before,
             use_cache=True,
         ).last_hidden_state
-        return cap_logits(self._head(stream[0]), self._cap).float()
+        return cap_logits(self._config, self._head(stream[0]).float())
 
 
 class _Nothing(nn.Module):
@@ -142,8 +142,9 @@ class _Nothing(nn.Module):
         return torch.zeros((), device=ids.device)
 
 
-def cap_logits(logits: Tensor, cap: float | None) -> Tensor:
-    """Logits that a family keeps below a cap, smoothly (`final_logit_softcapping`); None: as is."""
+def cap_logits(config: Any, logits: Tensor) -> Tensor:
+    """Logits as a base gives them: some keep them below a cap, smoothly."""
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

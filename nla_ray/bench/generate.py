@@ -39,15 +39,8 @@ def benchmark_generate(
     else:
         model = load_adapter(backbone, adapter_folder)
     model.eval()
-    engine = make_engine(
-        model,
-        tokenizer,
-        prompt,
-        base.injection_norm,
-        len(activations),
-        adapter_settings(model),
-        chosen=base.engine,
-    )
+    arguments = tokenizer, prompt, base.injection_norm, len(activations), adapter_settings(model)
+    engine = make_engine(model, *arguments, chosen=base.engine)
     started = time.perf_counter()
     engine.load_weights(adapter_state(model), 1)
     load_seconds = time.perf_counter() - started

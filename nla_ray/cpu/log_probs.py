@@ -9,6 +9,7 @@ TRL's trainers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
 
-from nla_ray.base.layers import cap_logits
 from nla_ray.cpu.projection import products_in_bf16
 
 
@@ -37,17 +37,18 @@ def score_labels(
     labels: Tensor,
     *,
     temperature: float = 1.0,
-    cap: float | None = None,
+    finish: Callable[[Tensor], Tensor] | None = None,
     with_entropy: bool,
 ) -> TokenLogProbs:
     """Log-probs of the labelled tokens, from the decoder's output.
 
     stream [batch, seq, d_model], output_matrix: d_model -> vocabulary, labels [batch, seq] with
-    -100 where nothing is asked. `cap`: as `layers.cap_logits` takes it.
+    -100 where nothing is asked. `finish`: what the base does to its logits.
     """
     targets = labels[:, 1:]
     wanted = targets != -100
-    logits = cap_logits(_float32_logits(stream[:, :-1][wanted], output_matrix.weight), cap)
+    logits = _float32_logits(stream[:, :-1][wanted], output_matrix.weight)
+    logits = logits if finish is None else finish(logits)
     log_probs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
     chosen = log_probs.gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
     zeros = chosen.new_zeros(wanted.shape)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nla_ray.base.config_files import known_config
-from nla_ray.base.families import FAMILIES, Family, check_length, decoder_shape, family_of
+from nla_ray.base.families import FAMILIES, Family, check_context, decoder_shape, family_of
 from nla_ray.settings.config import LoraSettings, PretrainConfig, PretrainRunConfig, RunConfig
 
 
@@ -147,7 +147,7 @@ def base_sizes(config: RunConfig) -> BaseSizes:
     """
     known = known_config(config.base.model)
     if known is not None:
-        check_length(known, config.base.max_tokens)
+        check_context(known, config.base.max_tokens)
         return sizes_in(known)
     if config.base.model.startswith("embedded:"):
         return pretrained_sizes(pretrain_section(config))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nla_ray.activation.injection import attach_activations
 from nla_ray.base.adapters import AdaptedModel, LoraConfig, add_lora, load_adapter
-from nla_ray.base.families import decoder_of
+from nla_ray.base.families import causal_model, decoder_of
+from nla_ray.base.layers import cap_logits
 from nla_ray.base.load import computes_in_bf16, load_backbone
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.cpu import door
@@ -137,7 +138,7 @@ class TrainableVerbalizer(AdaptedModel):
                 self.get_output_embeddings(),
                 labels,
                 temperature=self.temperature,
-                cap=getattr(self.config, "final_logit_softcapping", None),
+                finish=partial(cap_logits, causal_model(self).config),
                 with_entropy=self.with_entropy,
             )
 

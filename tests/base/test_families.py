@@ -21,7 +21,7 @@ from nla_ray.base.config_files import as_config
 from nla_ray.base.families import (
     FAMILIES,
     blocks_of,
-    check_length,
+    check_context,
     decoder_of,
     family_of,
     longest_context,
@@ -299,11 +299,9 @@ def test_prompts_that_a_window_would_cut_are_refused(family: str, fields: dict, 
     values.pop("layer_types", None)
     for config in (as_config(values), AutoConfig.for_model(**values)):
         assert longest_context(config) == longest
-        check_length(config, longest)
-        with pytest.raises(
-            ValueError, match=f"base.max_tokens: got 65, expected at most {longest}"
-        ):
-            check_length(config, 65)
+        check_context(config, longest)
+        with pytest.raises(ValueError, match=rf"max_tokens: got 65, expected at most {longest}"):
+            check_context(config, 65)
 
 
 def test_the_plan_counts_the_parameters_that_a_model_has(model: nn.Module) -> None:

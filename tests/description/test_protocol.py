@@ -20,7 +20,7 @@ from nla_ray.description.protocol import (
 from nla_ray.description.record import Description
 from nla_ray.settings.config import BaseConfig, config_hash
 
-BASE = BaseConfig(model="somewhere", layer=4, injection_norm=50.0)
+BASE = BaseConfig(model="embedded:nano", layer=4, injection_norm=50.0)
 WEIGHTS = {"base": "b1", "adapter": "a1"}
 IDS = ["a#0@4:1", "b#0@4:1", "c#0@4:1"]
 

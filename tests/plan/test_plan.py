@@ -90,9 +90,9 @@ def test_an_embedded_base_that_is_not_trained_yet_has_the_sizes_it_would_be_trai
     assert (base_sizes(config).d_model, base_sizes(wider).d_model) == (256, 512)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if FAMILIES[name].parts])
 @pytest.mark.parametrize("head_dim, tied", [(16, True), (24, False)])
-def test_parameters_are_those_of_the_model_that_transformers_builds_in_every_family(
+def test_parameters_are_those_of_the_model_that_transformers_builds_with_heads_of_any_width(
     model_type: str, head_dim: int, tied: bool
 ) -> None:
     import torch
@@ -125,10 +125,9 @@ def test_parameters_are_those_of_the_model_that_transformers_builds_in_every_fam
 
 def test_a_head_that_is_wider_than_its_share_of_the_stream_counts_as_it_is() -> None:
     sizes = sizes_in(as_config(QWEN3_4B))
-    # 36 blocks of 2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728 + 2 * 2560, a final norm, one
-    # table of 151,936 x 2560. The card says 4.0 billion, transformers 4,022,468,096: with norms of
-    # queries and keys, 36 * 2 * 128, for which no job takes this base.
-    assert sizes.parameters + 36 * 2 * 128 == 4_022_468_096
+    # 36 blocks of 2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728, norms of 2 * 2560 + 2 * 128, a
+    # final norm, one table of 151,936 x 2560: as transformers counts them.
+    assert sizes.parameters == 4_022_468_096
 
 
 QWEN3_4B = {
@@ -167,11 +166,8 @@ def written_base(tiny_base: BaseConfig, tmp_path: Path) -> Callable[..., BaseCon
 @pytest.mark.parametrize(
     "values, settings, message",
     [
-        (QWEN3_4B, {}, "model type 'qwen3'"),
         ({"model_type": "nobody_knows_it"}, {}, "model type 'nobody_knows_it'"),
-        (WINDOWS, {}, "sliding-window attention"),
-        ({"hidden_act": "gelu"}, {}, "activation function 'gelu'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rotary frequencies"),
+        (WINDOWS, {}, "base.max_tokens: got 256, expected at most 16"),
         ({}, {"layer": 99}, "base.layer: got 99, expected 0 to 2"),
         ({}, {"marker": "two words"}, "marker 'two words' is not one token"),
     ],

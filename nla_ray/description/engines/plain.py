@@ -47,7 +47,7 @@ class PlainDecoder:
         self.dtype, self.device, self.d_model = weight.dtype, weight.device, weight.shape[1]
         is_exact = self.dtype == torch.float32
         self._head = (make_projection if is_exact else Float32Head)(weight, rows=rows)
-        self._cap = getattr(causal.config, "final_logit_softcapping", None)
+        self._config = causal.config
 
     def load(self, state: Mapping[str, Tensor] | None, scaling: float) -> bool:
         """Use this adapter from now on, as `Decoder` says."""
@@ -67,7 +67,7 @@ class PlainDecoder:
 
     def logits(self, stream: Tensor) -> Tensor:
         """Normalised stream [rows, d_model] -> [rows, vocab]."""
-        return cap_logits(self._head(stream), self._cap)
+        return cap_logits(self._config, self._head(stream))
 
     def places(self, length: int) -> Tensor:
         """Position ids: [length] int64."""
