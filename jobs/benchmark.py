@@ -1,6 +1,7 @@
 """Capture, generation and a step of GRPO, measured side by side with plain transformers.
 
-`gpu` as the first word: what a GPU does with the 7B shape, without a run.
+As the first word, without a run: `gpu` measures what a GPU does with the 7B shape; `families` runs
+every stage on a random base of every supported architecture.
 """
 
 import sys
@@ -20,6 +21,10 @@ def body(run) -> None:
 
 if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:
     from nla_ray.bench.gpu import main
+
+    main(sys.argv[2:])
+elif __name__ == "__main__" and sys.argv[1:2] == ["families"]:
+    from nla_ray.bench.families import main
 
     main(sys.argv[2:])
 elif __name__ == "__main__":

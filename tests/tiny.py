@@ -116,32 +116,18 @@ def make_tiny_base(
     `architecture`: a model type of transformers. One that has no key-value heads of its own takes
     `heads`.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from nla_ray.bench.families import small_sizes, write_random_base
 
     tokenizer = build_tokenizer()
-    config = AutoConfig.for_model(
+    write_random_base(
+        Path(folder),
         architecture,
+        tokenizer,
         vocab_size=len(tokenizer) + _TABLE_ROWS_BEYOND_TOKENIZER,
-        max_position_embeddings=512,
-        initializer_range=0.1,
         tie_word_embeddings=tied,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        **tiny_sizes(architecture, blocks, width, heads, key_value_heads),
+        seed=seed,
+        **small_sizes(architecture, blocks, width, heads, key_value_heads),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            # The library starts norms at one and biases at zero, which would hide them from tests.
-            if parameter.ndim == 1:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return BaseConfig(
         model=str(folder),
         layer=1,
@@ -151,41 +137,6 @@ def make_tiny_base(
         device="cpu",
         training_dtype="float32",
     )
-
-
-def tiny_sizes(
-    architecture: str, blocks: int = 3, width: int = 32, heads: int = 2, key_value_heads: int = 1
-) -> dict[str, object]:
-    """Fields of a small configuration of a model type, with everything that is special about it."""
-    sizes: dict[str, object] = {
-        "hidden_size": width,
-        "intermediate_size": 48,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-    }
-    if architecture == "gpt2":
-        return {"n_embd": width, "n_layer": blocks, "n_head": heads}
-    if architecture == "gpt_neox":
-        del sizes["num_key_value_heads"]
-    if architecture in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text"):
-        sizes["head_dim"] = 24  # not width / heads
-    if architecture in ("gemma2", "gemma3_text"):
-        sizes["query_pre_attn_scalar"] = 24
-    if architecture == "gemma3_text":
-        sizes["sliding_window_pattern"] = 2
-    if architecture == "smollm3":
-        sizes["no_rope_layer_interval"] = 2
-    if architecture == "qwen3_moe":
-        sizes |= {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "mlp_only_layers": [0],
-        }
-    if architecture == "mixtral":
-        sizes["num_local_experts"] = 4
-    return sizes
 
 
 def random_state(state: dict[str, Tensor], scale: float = 0.2, seed: int = 0) -> dict[str, Tensor]:

@@ -74,12 +74,13 @@ class Capture:
         import torch
 
         from nla_ray.base.load import load_backbone
+        from nla_ray.base.self_check import check_reading
 
         torch.set_num_threads(threads)
         layers = wanted_layers(base, capture)
-        self._reader = ActivationReader(
-            load_backbone(base, num_blocks=layers[-1] + 1), layers, capture.batch_tokens
-        )
+        model = load_backbone(base, num_blocks=layers[-1] + 1)
+        check_reading(model, layers)
+        self._reader = ActivationReader(model, layers, capture.batch_tokens)
 
     def __call__(self, texts: pa.Table) -> pa.Table:
         """Columns of `read_texts` -> those of `activation_schema`, one row an activation.

@@ -26,6 +26,7 @@ from nla_ray.base.adapters import adapter_active
 from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_tokenizer, torch_device
+from nla_ray.base.self_check import check_reading
 from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.run.artifact import Run
@@ -264,6 +265,8 @@ class CaptureService:
         self._chat = ChatEncoder(self._tokenizer, config.base.model)
         blocks = config.base.layer + 1
         self._model = load_backbone(config.base, num_blocks=blocks) if model is None else model
+        with adapter_active(self._model, None):
+            check_reading(self._model, [config.base.layer])
         self._reader = ResidualReader(self._model, [config.base.layer])
 
     @torch.no_grad()

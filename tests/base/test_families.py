@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import tiny_sizes
 from torch import Tensor, nn
 from transformers import AutoConfig, GemmaConfig, GPT2Config
 from transformers.pytorch_utils import Conv1D
@@ -28,6 +27,8 @@ from nla_ray.base.families import (
 )
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import random_backbone
+from nla_ray.base.self_check import check_reading
+from nla_ray.bench.families import small_sizes
 from nla_ray.cpu.shared_prefix import decode_sharing_prefix
 from nla_ray.plan.sizes import sizes_in
 from nla_ray.score.packing import pack, share_beginnings
@@ -48,7 +49,7 @@ def config_of(family: str):
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
-        **tiny_sizes(family, BLOCKS, WIDTH, 4, 2),
+        **small_sizes(family, BLOCKS, WIDTH, 4, 2),
     )
 
 
@@ -133,7 +134,7 @@ def test_a_model_wrapped_by_adapters_is_of_the_family_of_its_base(model: nn.Modu
 
 
 def test_another_architecture_is_refused_by_name() -> None:
-    config = GemmaConfig(**tiny_sizes("gemma"), vocab_size=50)
+    config = GemmaConfig(**small_sizes("gemma"), vocab_size=50)
     for refused in (config, random_backbone(config)):
         with pytest.raises(ValueError, match=r"got model type 'gemma', expected one of llama, qw"):
             family_of(refused)
@@ -333,6 +334,25 @@ def test_a_row_that_names_no_norm_of_the_model_is_an_error_and_not_a_normed_stre
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(FAMILIES, "gpt2", dataclasses.replace(FAMILIES["gpt2"], final_norm="norm"))
-    config = GPT2Config(**tiny_sizes("gpt2"), vocab_size=50)
+    config = GPT2Config(**small_sizes("gpt2"), vocab_size=50)
     with pytest.raises(AttributeError, match="norm"):
         ResidualReader(random_backbone(config, device="cpu"), [1])
+
+
+# self-check ---------------------------------------------------------------------------------------
+
+
+def test_a_base_that_is_read_as_the_library_computes_it_passes_its_check(model: nn.Module) -> None:
+    check_reading(model, range(BLOCKS))
+    check_reading(adapted(model), [1, BLOCKS - 1])
+
+
+def test_a_base_that_is_read_otherwise_is_refused_with_both_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The row names the norm inside the first block: the last block's stream is then a normed
+    one."""
+    row = dataclasses.replace(FAMILIES["gemma2"], final_norm="layers.0.input_layernorm")
+    monkeypatch.setitem(FAMILIES, "gemma2", row)
+    with pytest.raises(ValueError, match=r"self-check of base 'gemma2': got a stream after block"):
+        check_reading(random_model("gemma2"), [1, BLOCKS - 1])

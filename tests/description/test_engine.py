@@ -7,7 +7,7 @@ from typing import NamedTuple
 import peft
 import pytest
 import torch
-from tiny import make_tiny_base, tiny_sizes
+from tiny import make_tiny_base
 from torch import Tensor
 from transformers import GPT2Config
 
@@ -17,6 +17,7 @@ from nla_ray.base.adapters import adapter_active, adapter_state, add_lora, set_a
 from nla_ray.base.families import FAMILIES, decoder_shape
 from nla_ray.base.load import load_backbone, load_tokenizer, random_backbone
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
+from nla_ray.bench.families import small_sizes
 from nla_ray.cpu.projection import packing_works
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.interface import (
@@ -398,7 +399,7 @@ def test_no_activations_give_no_rollouts(one_scene: Scene) -> None:
 def test_a_base_without_a_row_is_refused_by_name(one_scene: Scene) -> None:
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    config = GemmaConfig(**tiny_sizes("gemma"), vocab_size=50)
+    config = GemmaConfig(**small_sizes("gemma"), vocab_size=50)
     with pytest.raises(ValueError, match=r"got model type 'gemma', expected one of llama, qwen2"):
         one_scene.engine(model=GemmaForCausalLM(config))
     with pytest.raises(ValueError, match="got model type 'gemma'"):
@@ -562,3 +563,24 @@ def test_injection_uses_the_norm_and_not_the_length_of_the_activation(one_scene:
     assert tokens(longer) == tokens(
         engine.generate(vectors.direction(one_scene.activations), max_new_tokens=5)
     )
+
+
+# self-check ---------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_generates_otherwise_than_the_base_is_refused_with_both_values(
+    one_scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = CompactDecoder.logits
+    monkeypatch.setattr(CompactDecoder, "logits", lambda self, stream: decode(self, stream).flip(1))
+    with pytest.raises(ValueError, match=r"self-check of base .*: got greedy tokens \[.*expected"):
+        one_scene.engine()
+
+
+def test_a_check_leaves_the_base_and_its_adapter_as_they_were(one_scene: Scene) -> None:
+    before = {name: value.clone() for name, value in one_scene.model.state_dict().items()}
+    one_scene.engine()
+    after = one_scene.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert one_scene.model.active_adapter == "default"

@@ -17,6 +17,7 @@ from nla_ray.base.families import beyond_parts, causal_model
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.plain import PlainDecoder
+from nla_ray.description.engines.self_check import check_generation
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.record import Description
 from nla_ray.settings.config import LoraSettings
@@ -98,12 +99,15 @@ def make_engine(
     """The engine for a frozen base, which may have adapters in it; the base is never changed.
 
     `max_slots`: descriptions decoded at once. `lora`: settings of the adapters that `load_weights`
-    will get. `chosen`: as `engine_name` takes it.
+    will get. `chosen`: as `engine_name` takes it. Raises ValueError where the engine does not
+    generate what the base does.
     """
     causal = causal_model(model)
     kind = CompactDecoder if engine_name(causal.config, chosen) == "compact" else PlainDecoder
     decoder, end_ids = kind(model, rows=max_slots), end_ids_of(causal, tokenizer)
-    return SlotEngine(decoder, end_ids, tokenizer, prompt, injection_norm, max_slots, lora)
+    engine = SlotEngine(decoder, end_ids, tokenizer, prompt, injection_norm, max_slots, lora)
+    check_generation(engine, model, prompt, injection_norm)
+    return engine
 
 
 def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:

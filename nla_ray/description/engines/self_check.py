@@ -1,0 +1,61 @@
+"""Whether an engine generates what the base itself would: one activation, a few tokens.
+
+Held against the library's whole forward with every adapter off, so that it also shows that the
+plain base is what remains then.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nla_ray.activation.injection import activations_attached
+from nla_ray.base.adapters import adapter_active
+from nla_ray.base.families import causal_model
+from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.base.self_check import mismatch
+
+if TYPE_CHECKING:
+    from nla_ray.description.engines.interface import GenerationEngine
+
+_NEW_TOKENS = 4
+_TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 0.5}
+"""Of a log-probability, in nats: more than the order of sums changes, less than a mistake does.
+A logit of 20 is right to 0.06 in bfloat16, and the library's are in that type."""
+
+
+@torch.no_grad()
+def check_generation(
+    engine: GenerationEngine, model: nn.Module, prompt: InjectionPrompt, injection_norm: float
+) -> None:
+    """Raise ValueError unless greedy tokens are the likeliest of the library's forward as well.
+
+    `model`: what the engine was made from. The engine must hold no adapter.
+    """
+    causal: Any = causal_model(model)
+    draw = torch.Generator().manual_seed(0)
+    activation = torch.randn(1, causal.config.hidden_size, generator=draw)
+    [written] = engine.generate(activation, max_new_tokens=_NEW_TOKENS)
+    with (
+        adapter_active(model, None),
+        activations_attached(causal, activation, injection_norm) as wrapper,
+    ):
+        ids = [*prompt.encode(0, wrapper.vocab_size), *written.token_ids]
+        logits = causal(input_ids=torch.tensor([ids], device=causal.device)).logits[0]
+    expected = logits[len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
+    chosen = expected.gather(-1, torch.tensor(written.token_ids)[:, None]).squeeze(-1)
+    found = torch.tensor(written.log_probs)
+    worst = max((found - chosen).abs().max(), (expected.amax(-1) - chosen).max()).item()
+    tolerance = _TOLERANCE.get(causal.dtype, max(_TOLERANCE.values()))
+    if not worst <= tolerance:  # nor a NaN
+        likeliest = expected.argmax(-1).tolist()
+        raise ValueError(
+            mismatch(
+                model,
+                f"greedy tokens {written.token_ids} with log-probabilities"
+                f" {[round(value, 3) for value in written.log_probs]}",
+                f"{likeliest} with {[round(value, 3) for value in expected.amax(-1).tolist()]}",
+            )
+        )
