@@ -100,6 +100,54 @@ def build_tokenizer(vocab_size: int = 400):
     )
 
 
+def build_sentencepiece_tokenizer(vocab_size: int = 400):
+    """As Llama 2 and Mistral have it: a piece before every string, bytes for what is unknown.
+
+    It begins a text with `<s>`; its template does so itself.
+    """
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    begin = "\u2581"
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(begin), normalizers.Replace(" ", begin)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(begin, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=[begin, MARKER, *(chr(code) for code in range(33, 127))],
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.add_special_tokens([AddedToken("[INST]"), AddedToken("[/INST]")])
+    first = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", first)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=(
+            "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] }} [/INST]"
+            "{% endfor %}"
+        ),
+    )
+
+
 def make_tiny_base(
     folder: Path | str,
     *,
@@ -110,6 +158,7 @@ def make_tiny_base(
     heads: int = 2,
     key_value_heads: int = 1,
     seed: int = 0,
+    tokenizer: object = None,
 ) -> BaseConfig:
     """Write a random model with its tokenizer; return the base configuration that names it.
 
@@ -118,7 +167,7 @@ def make_tiny_base(
     """
     from nla_ray.bench.families import small_sizes, write_random_base
 
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
     write_random_base(
         Path(folder),
         architecture,

@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from nla_ray.base.families import check_context, check_layer
 from nla_ray.base.load import load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, chat_prompt, fixed_date
 from nla_ray.base.sources import base_folder, origin_of, tokenizer_digest, weights_digest
+from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +28,8 @@ class BaseInfo:
     """Identity and shape of a base, as manifests record it.
 
     Example: name="embedded:nano", model_type="qwen2", d_model=256, num_layers=6, vocab_size=4096,
-    layer=4, injection_norm=50.0, marker_id=4095, neighbours=(223, 2), origin=None, date=None, and
-    three digests.
+    layer=4, injection_norm=50.0, marker_id=4095, neighbours=(223, 2), origin=None, template="chat",
+    date=None, transformers="5.23.0", and three digests.
     """
 
     name: str
@@ -46,19 +50,23 @@ class BaseInfo:
     """Ids left and right of the marker in the verbalizer's prompt."""
     origin: str | None
     """The file that a converted model was made from, with its digest."""
+    template: str
+    """`base.template`: `chat` is the tokenizer's own."""
     date: str | None
     """What its chat template prints as today's date; None: it prints none."""
     prompt_digest: str
     """Hash of the chat prompt of an empty text, as the template renders it."""
+    transformers: str
+    """Version of the library that computes it."""
 
     @property
     def reading_digest(self) -> str:
         """Of all that decides what an activation of a text is, but the layer.
 
-        The prompt is the tokenizer's alone where no date stands in it.
+        The prompt is the tokenizer's alone where no date stands in it and the template is its own.
         """
         digest = f"{self.digest}/{self.tokenizer_digest}"
-        return f"{digest}/{self.prompt_digest}" if self.date else digest
+        return f"{digest}/{self.prompt_digest}" if self.date or self.template != "chat" else digest
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -91,7 +99,9 @@ def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
         marker_id=prompt.marker_id,
         neighbours=prompt.neighbours,
         origin=origin_of(folder),
+        template=base.template,
         date=fixed_date(tokenizer.chat_template),
+        transformers=version("transformers"),
         prompt_digest=hashlib.sha256(chat_prompt(tokenizer, "").encode()).hexdigest()[:16],
     )
 
@@ -102,12 +112,21 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
     Weights, tokenizer, layer and the date in the prompt must be the same. An adapter is also bound
     to the marker and the injection norm that it learned with; activations know of neither.
     Manifests of earlier versions record no prompt: the tokenizer decides it unless it has a date.
+    Another version of transformers is said, not refused: every load is checked by itself.
     """
     compared = {"weights": "digest", "tokenizer": "tokenizer_digest", "layer": "layer"}
     if info.date or "prompt_digest" in manifest.model:
         compared |= {"date in the chat prompt": "date", "chat prompt": "prompt_digest"}
     if manifest.name != "activations":
         compared |= {"marker": "marker", "injection norm": "injection_norm"}
+    recorded = manifest.model.get("transformers", info.transformers)
+    if recorded != info.transformers:
+        logger.info(
+            "artifact %r was made with transformers %s; here is %s",
+            manifest.name,
+            recorded,
+            info.transformers,
+        )
     for what, name in compared.items():
         recorded, actual = manifest.model.get(name), getattr(info, name)
         if recorded != actual:

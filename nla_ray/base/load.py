@@ -16,7 +16,7 @@ from torch import nn
 from nla_ray.base.config_files import PUBLISHED_CONFIGS, as_config
 from nla_ray.base.families import check_layer, family_of
 from nla_ray.base.layers import keep_blocks
-from nla_ray.base.prompts import fix_date
+from nla_ray.base.prompts import RAW_TEMPLATE, fix_date
 from nla_ray.base.sources import base_folder, quiet_loading
 from nla_ray.settings.config import BaseConfig
 from nla_ray.settings.precision import cpu_dtype, processor_has_bf16
@@ -44,23 +44,33 @@ def load_model_config(base: BaseConfig) -> Any:
 def load_tokenizer(base: BaseConfig) -> Any:
     """The base's tokenizer; padding goes to the right and never needs a new token.
 
-    A chat template that prints today's date prints `base.date`. Raises ValueError for a tokenizer
-    without chat template.
+    A chat template that prints today's date prints `base.date`. With `base.template` `raw` the
+    template is RAW_TEMPLATE, after the token that the tokenizer itself begins a text with. Raises
+    ValueError for a tokenizer without chat template.
     """
     from transformers import AutoTokenizer
 
     with quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(base_folder(base.model, weights=False))
+    if base.template == "raw":
+        tokenizer.chat_template = _first_token(tokenizer) + RAW_TEMPLATE
     if tokenizer.chat_template is None:
         raise ValueError(
             f"base.model {base.model!r}: got a tokenizer without chat template, expected a chat"
-            " model. Name an instruction-tuned model."
+            " model. Name an instruction-tuned model, or read texts as they are, without turns:"
+            " --base.template raw."
         )
     tokenizer.chat_template = fix_date(tokenizer.get_chat_template(), base.date)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _first_token(tokenizer: Any) -> str:
+    """What a tokenizer puts before every text: the token that begins a sequence, or nothing."""
+    [first] = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token if first == tokenizer.bos_token_id else ""
 
 
 def torch_device(base: BaseConfig) -> torch.device:

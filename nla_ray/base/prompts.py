@@ -24,6 +24,10 @@ GENERIC_DESCRIPTION = (
 """The fixed sentence of the generic control: true of every text, and so worth nothing."""
 
 
+RAW_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+"""In place of a chat template, for a base that has none: the text, and a line's end, at which the
+activation of the end of the prompt is read."""
+
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(?P<format>[^'\"\\]*)\1\s*\)")
 """A call by which a chat template prints the date of today. Source: transformers' templates."""
 _FIXED = re.compile(r"\{# The date is (\S+)\. #\}\n")
@@ -113,9 +117,18 @@ def verbalizer_prompt(tokenizer: Any, marker: str) -> str:
     return chat_prompt(tokenizer, VERBALIZER_TEMPLATE.format(marker=marker)) + OPENING_TAG
 
 
+_WORD_BEGIN = "\u2581"
+"""The piece that vocabularies of SentencePiece put before a string."""
+
+
 def marker_token(tokenizer: Any, marker: str) -> int:
-    """The marker's id. Raises ValueError unless the tokenizer makes exactly one token of it."""
+    """The marker's id. Raises ValueError unless the tokenizer makes exactly one token of it.
+
+    The piece that SentencePiece puts before a character that stands alone does not count.
+    """
     ids = tokenizer.encode(marker, add_special_tokens=False)
+    if len(ids) == 2 and tokenizer.convert_ids_to_tokens(ids[0]) == _WORD_BEGIN:
+        return ids[1]
     if len(ids) != 1:
         raise ValueError(
             f"marker {marker!r} is not one token: got {ids}, expected exactly one id. "
@@ -132,16 +145,14 @@ def find_marker(tokenizer: Any) -> str:
     """
     for token in range(len(tokenizer) - 1, -1, -1):
         marker = tokenizer.decode([token])
-        if (
-            len(marker) != 1
-            or marker.isascii()
-            or marker == "\ufffd"
-            or tokenizer.encode(marker, add_special_tokens=False) != [token]
-        ):
+        if len(marker) != 1 or marker.isascii() or marker == "\ufffd":
             continue
         try:
+            is_token = marker_token(tokenizer, marker) == token
             build_injection_prompt(tokenizer, marker)
         except ValueError:
+            continue
+        if not is_token:
             continue
         if tokenizer.encode(reconstructor_prompt("- a description.", marker))[-1] == token:
             return marker

@@ -99,6 +99,9 @@ class _TokenizerFile:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token)
+
 
 def _base_lines(facts: PlanFacts) -> list[str]:
     base, sizes = facts.config.base, facts.sizes

@@ -51,6 +51,9 @@ class BaseConfig:
     """The one-token placeholder that an activation replaces."""
     max_tokens: int = 512
     """Longest prompt, in tokens, with chat template; longer texts are counted and left out."""
+    template: Literal["chat", "raw"] = "chat"
+    """How a text becomes a prompt: by the base's `chat` template, or `raw`, the text and a line's
+    end, for a base that knows no turns."""
     date: str = "2026-01-01"
     """What a chat template prints that prints today's date: the same on every day of a run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
