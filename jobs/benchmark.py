@@ -24,8 +24,8 @@ if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:
 
     main(sys.argv[2:])
 elif __name__ == "__main__" and sys.argv[1:2] == ["families"]:
-    from nla_ray.bench.families import main
+    from nla_ray.bench.families import benchmark_families
 
-    main(sys.argv[2:])
+    benchmark_families(sys.argv[2:])
 elif __name__ == "__main__":
     run_job(__doc__, body, ray=False)

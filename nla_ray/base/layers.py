@@ -66,7 +66,7 @@ class ResidualReader:
         """
         outputs: dict[int, Tensor] = {}
         hooks = [
-            self._blocks[layer].register_forward_hook(partial(_keep_output, outputs, layer))
+            self._blocks[layer].register_forward_hook(partial(keep_output, outputs, layer))
             for layer in self.layers[:-1]
         ]
         try:
@@ -107,7 +107,7 @@ class ResidualWriter:
         The stream is [d_model]; the second are keys and values of all positions but the last.
         """
         outputs: dict[int, Tensor] = {}
-        hook = self._block.register_forward_hook(partial(_keep_output, outputs, 0))
+        hook = self._block.register_forward_hook(partial(keep_output, outputs, 0))
         try:
             cache = self._decoder(input_ids=input_ids[None], use_cache=True).past_key_values
         finally:
@@ -148,7 +148,7 @@ def cap_logits(config: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _keep_output(
+def keep_output(
     outputs: dict[int, Tensor], layer: int, block: nn.Module, inputs: Any, output: Any
 ) -> None:
     """A block's forward hook: put its stream into `outputs`."""

@@ -8,25 +8,25 @@ forward gives. Knows nothing of generation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nla_ray.base.families import blocks_of, causal_model, decoder_of
-from nla_ray.base.layers import ResidualReader
+from nla_ray.base.layers import ResidualReader, keep_output
 
 _TOKENS = 8
-_LEAST_LIKE = {torch.float32: 0.99999, torch.bfloat16: 0.999}
-"""Cosines from which two streams are the same, whatever order sums were taken in."""
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""Of a stream, in parts of its largest number: more than the order of sums changes."""
 
 
-def sample_ids(model: nn.Module) -> Tensor:
+def _sample_ids(model: Any) -> Tensor:
     """A few ids from all over the vocabulary: [1, seq]."""
-    config = causal_model(model).config
-    ids = torch.linspace(1, config.vocab_size - 1, _TOKENS).long()
-    return ids[None].to(model.device)
+    vocab_size = causal_model(model).config.vocab_size
+    return torch.linspace(1, vocab_size - 1, _TOKENS, device=model.device).long()[None]
 
 
 @torch.no_grad()
@@ -37,13 +37,9 @@ def check_reading(model: Any, layers: Sequence[int]) -> None:
     last block is compared with what a hook sees before the final norm: `hidden_states` holds it
     normed.
     """
-    ids, blocks = sample_ids(model), blocks_of(model)
-    last: list[Tensor] = []
-    hook = blocks[-1].register_forward_hook(
-        lambda block, inputs, output: last.append(
-            output[0] if isinstance(output, tuple) else output
-        )
-    )
+    ids, blocks = _sample_ids(model), blocks_of(model)
+    last: dict[int, Tensor] = {}
+    hook = blocks[-1].register_forward_hook(partial(keep_output, last, 0))
     try:
         outputs = decoder_of(model)(input_ids=ids, output_hidden_states=True, use_cache=False)
     finally:
@@ -56,20 +52,16 @@ def check_reading(model: Any, layers: Sequence[int]) -> None:
 
 
 def _require_alike(what: str, found: Tensor, expected: Tensor, model: Any) -> None:
-    like = torch.cosine_similarity(found.float(), expected.float(), dim=-1).min().item()
-    least = _LEAST_LIKE.get(model.dtype, min(_LEAST_LIKE.values()))
-    if not like >= least:  # nor a NaN
+    found, expected = found.float(), expected.float()
+    largest, error = expected.abs().amax(), (found - expected).abs().amax()
+    if not error <= _TOLERANCE.get(model.dtype, max(_TOLERANCE.values())) * largest:  # nor a NaN
         raise ValueError(
             mismatch(
                 model,
-                f"a {what} of norm {_norm(found)} and cosine {like:.5f}",
-                f"norm {_norm(expected)} and a cosine of at least {least}",
+                f"a {what} that is off by {error.item():.3g}",
+                f"one whose largest number is {largest.item():.3g}, to some digits",
             )
         )
-
-
-def _norm(stream: Tensor) -> str:
-    return f"{stream.float().norm(dim=-1).mean().item():.4g}"
 
 
 def mismatch(model: Any, got: str, expected: str) -> str:

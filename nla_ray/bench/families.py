@@ -26,6 +26,7 @@ from nla_ray.bench.gpu import RESULTS
 from nla_ray.cluster.connect import connect
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import PIPELINE_JOB, stages_of_job
+from nla_ray.serve.local import LoadedRun, run_config
 from nla_ray.settings.config import (
     BaseConfig,
     ClaimConfidenceConfig,
@@ -160,11 +161,7 @@ def _steps(run: Run) -> Iterator[tuple[str, Any]]:
 
 def _serve(run: Run) -> None:
     """One text, described and scored as an endpoint does it."""
-    from nla_ray import load
-
-    answer = load(str(run.root)).explain("def read(path):\n    return open(path).read()")
-    if not answer:
-        raise ValueError("explain: got no answer, expected a description with scores")
+    LoadedRun(run_config(str(run.root))).explain("def read(path):\n    return open(path).read()")
 
 
 def _miniature(folder: Path) -> RunConfig:
@@ -227,7 +224,7 @@ def _cell(result: dict[str, Any] | None) -> str:
     return f"{result['seconds']:.1f}" if "seconds" in result else "failed"
 
 
-def main(arguments: Sequence[str]) -> None:
+def benchmark_families(arguments: Sequence[str]) -> None:
     """Run what a command line asks for. Exits with status 1 where a stage failed."""
     import tyro
 
