@@ -21,7 +21,7 @@ from nla_ray.plan.facts import (
 from nla_ray.plan.sizes import pretrain_section, pretrained_sizes
 from nla_ray.plan.units import format_bytes
 from nla_ray.run.identity import VALIDATION_SHARE
-from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME
+from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME, PROPOSAL_NAME
 from nla_ray.settings.config import ReconstructorConfig
 from nla_ray.settings.resources import Kind
 
@@ -301,7 +301,7 @@ def _plan_inspection(facts: PlanFacts) -> StagePlan:
         processes=(dataclasses.replace(DRIVER, bytes=memory),),
         tokens=tokens,
         flops=2 * (top + 1) * sizes.active_block_parameters * tokens,
-        files=INSPECTION_NAME,
+        files=f"{INSPECTION_NAME}, {PROPOSAL_NAME}",
     )
 
 

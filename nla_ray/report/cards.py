@@ -1,7 +1,8 @@
 """The folder `nla_ray/cards`: what is known of each preset beyond the report of one run.
 
 `{preset}_experiments.json` and `findings/{preset}.md` are written by people and read here;
-`{preset}.md`, the card, is written here and by nobody else.
+`{preset}.md`, the card, is written here and by nobody else. A preset in a file has none of these:
+its path leads elsewhere, and RunConfig refuses its card.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from nla_ray.settings.config import is_preset_file
 
 FOLDER = Path(__file__).resolve().parent.parent / "cards"
 
@@ -24,7 +27,8 @@ def experiments(preset: str) -> list[dict[str, Any]]:
     standard deviation over the seeds.
     """
     path = FOLDER / f"{preset}_experiments.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    is_known = not is_preset_file(preset) and path.exists()
+    rows = json.loads(path.read_text()) if is_known else []
     return [{**row, **_over_seeds(row)} for row in rows]
 
 

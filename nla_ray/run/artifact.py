@@ -14,6 +14,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -155,7 +156,8 @@ class Run:
     """A run directory and the configuration it is worked on with."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._given = config
+        self.given = config
+        """The configuration as it was asked for; `config` is what it means for this run."""
         self.root = Location.of(config.run_dir)
 
     @cached_property
@@ -165,19 +167,17 @@ class Run:
         So one recipe trains in one precision, on whatever machine the run goes on: that of what is
         trained here already, else the one that is fast on this machine.
         """
-        base = self._given.base
+        base = self.given.base
         if base.training_dtype != "auto":
-            return self._given
-        dtype = self._recorded_training_dtype() or training_dtype(self._given)
-        return dataclasses.replace(
-            self._given, base=dataclasses.replace(base, training_dtype=dtype)
-        )
+            return self.given
+        dtype = self._recorded_training_dtype() or training_dtype(self.given)
+        return dataclasses.replace(self.given, base=dataclasses.replace(base, training_dtype=dtype))
 
     def _recorded_training_dtype(self) -> Any:
         """The precision in which the run's scorers and verbalizers are trained; None: not said."""
         for stage in STAGES:
             if stage.kind in ("scorer", "verbalizer"):
-                config, _ = self.recorded(stage.artifact(self._given)) or ({}, {})
+                config, _ = self.recorded(stage.artifact(self.given)) or ({}, {})
                 dtype = config.get("base", {}).get("training_dtype", "auto")
                 if dtype != "auto":
                     return dtype
@@ -281,8 +281,8 @@ class Run:
         if manifest is None:
             raise ValueError(
                 f"artifact {name!r}: got none in {self.root}, expected a complete one. Make it"
-                f" with: python jobs/{job_of(name)}.py --preset {self.config.preset} --run-dir"
-                f" {self.config.run_dir}"
+                f" with: python jobs/{job_of(name)}.py --preset {shlex.quote(self.config.preset)}"
+                f" --run-dir {shlex.quote(self.config.run_dir)}"
             )
         return manifest
 

@@ -24,6 +24,8 @@ INSPECTION_JOB, INSPECTION_NAME = "inspect_base", "inspection.json"
 """The job that looks at a base before anything is trained, and what it found, inside the run."""
 INSPECTION_FORMAT = 2
 """Its version: since 2 ceilings are intervals."""
+PROPOSAL_NAME = "preset.toml"
+"""The preset that the same job proposes, inside the run."""
 BENCHMARK_NAME = "benchmark.json"
 """What `jobs/benchmark.py` measured, inside the run."""
 TIMINGS_NAME = "timings.json"

@@ -5,7 +5,7 @@ can be computed on any resample of documents), a claim (a word that a descriptio
 
 Read: reconstructor, packing, scorer, linear; comparisons, metrics (one row a metric), claims,
 bootstrap, choice; probe, logistic, cross_fit, readable (what of a label can be seen),
-claim_confidence, rewording; ceiling, stage (a base before anything is trained on it).
+claim_confidence, rewording; ceiling, proposal, stage (a base before anything is trained on it).
 
 It pays nothing: rewards are made of scores in `reinforce`.
 """

@@ -3,12 +3,16 @@
 texts, labels -> activations of several layers in one pass -> for each layer its norms, the gold
 ceiling (how well a ridge regression from features of labels to activations tells validation
 activations apart), and how true the words are that a linear probe reads in them. Minutes, no
-adapter. Protects the rule that nothing of test is looked at.
+adapter. What was measured becomes a preset file. Protects two rules: nothing of test is looked at,
+and no preset file is overwritten, for people edit them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +28,12 @@ from nla_ray.base.sources import base_folder, tokenizer_digest
 from nla_ray.label.stage import load_labels, require_labels_of
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import Split, seed_of
+from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger
-from nla_ray.run.stages import INSPECTION_FORMAT, INSPECTION_NAME
+from nla_ray.run.stages import INSPECTION_FORMAT, INSPECTION_NAME, PROPOSAL_NAME
 from nla_ray.score.ceiling import DEPTHS, inspect_layer, probe_words
 from nla_ray.score.linear import DescriptionFeatures
+from nla_ray.score.proposal import proposal_text
 from nla_ray.settings.config import RunConfig, require
 from nla_ray.text.stage import families_of, read_chunks
 
@@ -92,6 +98,49 @@ def inspect_base(run: Run) -> dict[str, Any]:
     written = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     (run.root / INSPECTION_NAME).write_text(written)
     return results
+
+
+def write_preset(run: Run, results: dict[str, Any], start: RunConfig) -> Location:
+    """Write the preset that an inspection proposes, beside it; returns where the file is.
+
+    `start`: the named preset that the run's configuration started from. A file that says the same
+    is left as it is. One that says anything else was edited, or is of another inspection: it stays,
+    and the new one is `preset_2.toml`, or the next free number.
+    """
+    text = proposal_text(results, run.given, start, _named_run_dir(run))
+    for number in itertools.count(1):
+        stem, _, ending = PROPOSAL_NAME.partition(".")
+        file = run.root / (PROPOSAL_NAME if number == 1 else f"{stem}_{number}.{ending}")
+        if not file.exists():
+            file.write_text(text)
+        if file.read_bytes() == text.encode():
+            return file
+        logger.warning("inspection: %s says something else and is kept", file)
+    raise AssertionError("numbers do not end")
+
+
+def next_command(run: Run, file: Location) -> str:
+    """What is done with a preset file that was just written, in one line."""
+    path = _from_here(file.path) if file.is_local else Path(file.path).name
+    arguments = ["python", "jobs/pipeline.py", "--preset", path]
+    if _named_run_dir(run) is None:
+        arguments += ["--run-dir", run.given.run_dir]
+    before = "next" if file.is_local else "copy it to this machine, then"
+    return f"preset written to {file}; {before}: {shlex.join(arguments)}"
+
+
+def _named_run_dir(run: Run) -> str | None:
+    """The run directory as a preset file names it; None where it holds a password."""
+    run_dir = run.given.run_dir
+    if "://" in run_dir:
+        return None if "@" in run_dir else run_dir
+    return _from_here(run_dir)
+
+
+def _from_here(path: str) -> str:
+    """A path that is meant from where a job is started, where it lies below that folder."""
+    absolute, here = Path(path).absolute(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
 
 
 def _inspected_layers(config: RunConfig, num_layers: int) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from nla_ray.settings.config import RunConfig
-from nla_ray.settings.presets import preset
+from nla_ray.settings.preset_file import load_preset
 
 _LONG_NAMES = {"--run": "--run-dir", "--import": "--label.import-path"}
 """Short names of flags that are typed often."""
@@ -22,15 +22,16 @@ def parse_arguments(
 ) -> _Config:
     """The configuration that a command line asks for; None: the process's own command line.
 
-    `--preset NAME` chooses the start, every other flag overrides one field. Exits with status 2 and
-    one message on an unknown preset, flag or value (as argparse does).
+    `--preset` NAME or FILE chooses the start, every other flag overrides one field. Exits with
+    status 2 and one message on an unknown preset, flag or value (as argparse does), and on a file
+    that is no preset.
     """
     import tyro
 
     given = sys.argv[1:] if arguments is None else arguments
     named = [_LONG_NAMES.get(argument, argument) for argument in given]
     try:
-        default = config_class.of(preset(_preset_name(named)))
+        default = config_class.of(load_preset(_preset_name(named)))
         return tyro.cli(config_class, default=default, args=named, description=description)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

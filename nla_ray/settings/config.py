@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,15 @@ def require(condition: bool, what: str, got: object, expected: str, remedy: str)
     """Raise a ValueError that says what, got, expected and what to do, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{what}: got {got!r}, expected {expected}. {remedy}")
+
+
+def is_preset_file(preset: str) -> bool:
+    """Whether `--preset` names a file, and no named configuration.
+
+    >>> is_preset_file("runs/mine/preset.toml"), is_preset_file("mine.toml"), is_preset_file("nano")
+    (True, True, False)
+    """
+    return preset.endswith(".toml") or "/" in preset or os.sep in preset
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -638,7 +648,9 @@ class RunConfig:
     """Everything one run is made from, in the order of the pipeline."""
 
     preset: str = "nano"
-    """The named configuration to start from: nano, smollm2-135m, qwen2.5-7b, qwen2.5-7b-public."""
+    """The configuration to start from: nano, smollm2-135m, qwen2.5-7b, qwen2.5-7b-public; or a file
+    that names one of them and what differs, as jobs/inspect_base.py writes it: a path, or a name
+    that ends in .toml. A file without `run_dir` has its own, runs/{name of the file}."""
     run_dir: str = "runs/nano"
     """Folder or URI (s3://, gs://, file://) of the run's artifacts; `--run` is short for it."""
     dry_run: bool = False
@@ -646,7 +658,8 @@ class RunConfig:
     gate: bool = False
     """Exit with status 1 when a gate of the report fails."""
     card: bool = False
-    """Write the report as this preset's card into the package: nla_ray/cards/{preset}.md."""
+    """Write the report as this preset's card into the package: nla_ray/cards/{preset}.md. Only
+    presets with a name have one."""
     compare: tuple[str, ...] = ()
     """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions with
     activation_id and description, an adapter, or the folder of another run's artifact. A file is
@@ -709,6 +722,13 @@ class RunConfig:
         return dataclasses.replace(self, seeds=(), **{section: changed})
 
     def __post_init__(self) -> None:
+        require(
+            not (self.card and is_preset_file(self.preset)),
+            "--card, preset",
+            self.preset,
+            "the name of a preset",
+            "Cards ship with the package; a preset file's report is in its run. Leave out --card.",
+        )
         is_distinct = len(set(self.seeds)) == len(self.seeds)
         require(is_distinct, "seeds", self.seeds, "each once", "Each makes one artifact.")
         layer = self.linear_scorer.layer

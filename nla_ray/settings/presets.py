@@ -314,7 +314,7 @@ def preset(name: str) -> RunConfig:
     if name not in PRESETS:
         raise ValueError(
             f"unknown preset: got {name!r}, expected one of {', '.join(PRESETS)}. Choose one with"
-            " --preset."
+            " --preset, or a file: FILE.toml."
         )
     return PRESETS[name]()
 

@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +17,13 @@ from nla_ray.label.stage import label_texts, load_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import INSPECTION_NAME
 from nla_ray.score.ceiling import describe_inspection, inspect_layer, probe_words, round_up
-from nla_ray.score.stage import inspect_base
+from nla_ray.score.stage import inspect_base, next_command, write_preset
+from nla_ray.settings.command_line import parse_arguments
 from nla_ray.settings.config import CaptureConfig, CorpusConfig, RunConfig
+from nla_ray.settings.presets import nano
 from nla_ray.text.stage import build_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +84,7 @@ def test_words_that_activations_hold_are_read_and_words_that_they_do_not_hold_ar
 
 
 def test_a_base_is_inspected_from_texts_and_labels_alone(
-    published_run: RunConfig, tmp_path
+    published_run: RunConfig, tmp_path, monkeypatch
 ) -> None:
     config = dataclasses.replace(
         published_run,
@@ -112,6 +121,7 @@ def test_a_base_is_inspected_from_texts_and_labels_alone(
         lines[-1].startswith(f"best ceiling (10-way): --base.layer {results['proposed_layer']} ")
         and len(lines) == 3 + 2 + 1
     )
+    check_its_preset(Run(config), results, tmp_path, monkeypatch)
     inside = Run(dataclasses.replace(config, capture=CaptureConfig(positions="random:2")))
     with pytest.raises(ValueError, match=r"labels of capture.positions last, expected random:2"):
         inspect_base(inside)
@@ -119,3 +129,38 @@ def test_a_base_is_inspected_from_texts_and_labels_alone(
     label_texts(inside)
     labelled = {row["text_id"] for row in load_labels(inside, "validation")}
     assert inspect_base(inside)["texts"]["validation"] == len(labelled)
+
+
+def check_its_preset(run: Run, results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset file that is written of it goes on with the run: corpus and labels are kept."""
+    monkeypatch.chdir(tmp_path)
+    file = write_preset(run, results, nano())
+    command = shlex.split(next_command(run, file).partition("next: ")[2])
+    assert command == ["python", "jobs/pipeline.py", "--preset", "run/preset.toml"]
+    config = parse_arguments("test", command[2:])
+    base = dataclasses.replace(
+        run.given.base,
+        layer=results["proposed_layer"],
+        injection_norm=float(results["layers"][str(results["proposed_layer"])]["injection_norm"]),
+        marker=results["marker"]["found"],
+    )
+    capture = dataclasses.replace(run.given.capture, layers=())
+    assert config == dataclasses.replace(
+        run.given, preset="run/preset.toml", run_dir="run", base=base, capture=capture
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / command[1]), *command[2:], "--dry-run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "preset run/preset.toml",
+        f"layer {base.layer} (",
+        f"injection norm {base.injection_norm:g};",
+        "corpus  (complete: skipped)",
+        "labels  (complete: skipped)",
+    ):
+        assert said in done.stdout
