@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nla_ray.activation.bank import TEXT_COLUMNS, ActivationTable, activation_matrix
+from nla_ray.activation.bank import TEXT_COLUMNS, ActivationTable, activation_matrix, drawn_rows
 from nla_ray.activation.capture import Capture
 from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
 from nla_ray.activation.shards import ShardRecord, write_shard
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import ray.data
     from torch import Tensor
 
+    from nla_ray.activation.typical import TrainActivations
     from nla_ray.base.identity import BaseInfo
 
 logger = get_logger(__name__)
@@ -387,6 +388,31 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
         vectors=torch.from_numpy(matrix),
     )
     return loaded if order == list(range(len(ids))) else loaded.select(order)
+
+
+def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
+    """A sample of the train activations of the base's layer, drawn by seed, as many of each shard.
+
+    Shards are read one by one. Raises ValueError when there are no activations.
+    """
+    import torch
+
+    from nla_ray.activation import typical
+
+    manifest, layer = run.require("activations"), run.config.base.layer
+    shards = sorted(path for path in manifest.files if path.endswith(".parquet"))
+    ids: list[str] = []
+    rows: list[np.ndarray] = []
+    for number, shard in enumerate(shards):
+        location = run.verified("activations", manifest, shard)
+        columns = ["activation_id", "split", "layer", "activation"]
+        table = _read_rows(location, columns, split="train", layer=layer)
+        left = (most - len(ids)) // (len(shards) - number)
+        table = table.take(pa.array(drawn_rows(len(table), left, number), pa.int64()))
+        ids += table["activation_id"].to_pylist()
+        rows.append(activation_matrix(table["activation"], manifest.model["d_model"]))
+    mean = torch.tensor(load_stats(run)["mean_direction"])
+    return typical.TrainActivations(ids, torch.from_numpy(np.concatenate(rows)), mean)
 
 
 def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:

@@ -229,6 +229,13 @@ def _require_new(model: PeftModel, name: str) -> None:
         )
 
 
+def matrix_shape(module: Any) -> torch.Size:
+    """[out, in] of a linear layer, whatever its weights are packed in; GPT-2's are transposed."""
+    if isinstance(module, nn.Linear):
+        return torch.Size((module.out_features, module.in_features))
+    return torch.Size(reversed(module.weight.shape))
+
+
 def plain_linear(module: nn.Module) -> nn.Module:
     """The base's linear layer inside a module that may carry adapters."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -172,6 +172,28 @@ def check_layer(layer: int, num_layers: int, setting: str = "base.layer") -> Non
         )
 
 
+QUANTISERS = ("bitsandbytes", "torchao")
+"""Packages by which weights of 4 or 8 bits are computed with: also the names of their methods."""
+
+
+def quantiser_of(config: Any) -> str | None:
+    """The package that a base's weights need, for those of few bits; None: they are plain numbers.
+
+    Raises ValueError for a method that no adapter can be trained on here.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else vars(settings)
+    method = str(getattr(settings["quant_method"], "value", settings["quant_method"]))
+    if method not in QUANTISERS:
+        raise ValueError(
+            f"base.model: got weights quantised by {method!r}, expected plain ones or those of"
+            f" {' or '.join(QUANTISERS)}. Choose such a version of the base."
+        )
+    return method
+
+
 def longest_context(config: Any) -> int:
     """Tokens up to which every block of a base sees all that stands before.
 
@@ -255,7 +277,7 @@ def beyond_parts(config: Any) -> list[str]:
     family = family_of(config)
     if family.parts is None:
         return [f"blocks of {config.model_type!r}"]
-    found = []
+    found = ["quantised weights"] if quantiser_of(config) else []
     if (activation := getattr(config, "hidden_act", None)) != "silu":
         found.append(f"activation function {activation!r}")
     if getattr(config, "mlp_bias", False) or getattr(config, "attention_bias", False):

@@ -7,6 +7,7 @@ emulates.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from nla_ray.base.config_files import PUBLISHED_CONFIGS, as_config
-from nla_ray.base.families import check_layer, family_of
+from nla_ray.base.families import check_layer, family_of, quantiser_of
 from nla_ray.base.layers import keep_blocks
 from nla_ray.base.prompts import RAW_TEMPLATE, fix_date
 from nla_ray.base.sources import base_folder, quiet_loading
@@ -37,8 +38,19 @@ def load_model_config(base: BaseConfig) -> Any:
             raise
         return AutoConfig.for_model(**PUBLISHED_CONFIGS[base.model])
     # First, because transformers writes a paragraph about a type that it does not know.
-    family_of(as_config(json.loads((folder / "config.json").read_text())))
+    known = as_config(json.loads((folder / "config.json").read_text()))
+    family_of(known)
+    _require_quantiser(known, base)
     return AutoConfig.from_pretrained(folder)
+
+
+def _require_quantiser(config: Any, base: BaseConfig) -> None:
+    package = quantiser_of(config)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"base.model {base.model!r}: got weights quantised by {package}, expected that package"
+            f" installed. Install it with: pip install {package}"
+        )
 
 
 def load_tokenizer(base: BaseConfig) -> Any:
@@ -122,14 +134,27 @@ def load_backbone(
     _choose_attention(device)
     options = {"dtype": getattr(torch, base.dtype), "attn_implementation": attention}
     config = load_model_config(base)
+    is_quantised = quantiser_of(config) is not None
+    if is_quantised:  # such weights are made where they stay
+        options["device_map"] = {"": str(device)}
     with quiet_loading():
         if num_blocks is None:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         else:
             check_layer(num_blocks - 1, config.num_hidden_layers)
-            config = keep_blocks(config, range(num_blocks))
-            decoder = AutoModel.from_pretrained(folder, config=config, **options)
+            kept, family = range(num_blocks), family_of(config)
+            config = keep_blocks(config, kept)
+            if is_quantised:  # such weights are read whole
+                whole = AutoModelForCausalLM.from_pretrained(folder, **options)
+                decoder = whole.get_submodule(family.decoder)
+                first = nn.ModuleList([decoder.get_submodule(family.blocks)[i] for i in kept])
+                decoder.set_submodule(family.blocks, first, strict=True)
+                decoder.config = config
+            else:
+                decoder = AutoModel.from_pretrained(folder, config=config, **options)
             model = _headless(config, decoder)
+    if is_quantised:
+        return model.eval().requires_grad_(False)
     if weight_dtype(base) != model.dtype:
         # Rounded to the configured type before: every processor holds the same numbers.
         model = model.float()

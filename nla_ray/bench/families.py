@@ -42,7 +42,7 @@ from nla_ray.settings.config import (
     SFTConfig,
 )
 
-_TEXTS = 150
+_TEXTS = 200
 """Documents; some two thirds of them are trained on."""
 _SERVED = "served"
 """The last column: one text described and scored."""
@@ -190,7 +190,7 @@ def _miniature(folder: Path) -> RunConfig:
             num_wrong=2,
             save_steps=1,
             monitor_steps=1,
-            monitor_activations=8,
+            monitor_activations=24,
             max_new_tokens=16,
             soft_max_tokens=12,
             credit="line",

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 
 import nla_ray
 from nla_ray.activation import vectors
+from nla_ray.activation.stage import load_train_activations
 from nla_ray.base.adapters import adapter_active
 from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.layers import ResidualReader
@@ -48,11 +49,13 @@ from nla_ray.serve.schema import (
     Explanation,
     HealthResponse,
     ModelsResponse,
+    NearActivation,
     Refusal,
     Sampling,
     ScoreBody,
     ScoreRequest,
     ScoreResponse,
+    TypicalityBody,
 )
 from nla_ray.settings.config import RunConfig, ServeConfig
 
@@ -100,6 +103,8 @@ class VerbalizerService:
         self._lock, self._verbalizers = threading.Lock(), {}
         self._decoding: dict[str, tuple[int, float]] = {}
         self._confidence: dict[str, tuple[ClaimConfidence, int]] = {}
+        is_complete = run.find("activations") is not None
+        self._train = load_train_activations(run) if is_complete else None
         model = load_backbone(config.base) if model is None else model
         for name in names:
             manifest = run.require(name)
@@ -133,16 +138,38 @@ class VerbalizerService:
                 with_claims=least is not None,
             )
             likely = [] if least is None else self._by_claim(name, activations, written, sampling)
+        places = self._places(activations)
         bodies = [
             DescriptionBody(
-                description=sample.text, closed=sample.closed, num_tokens=sample.num_sampled
+                description=sample.text,
+                closed=sample.closed,
+                num_tokens=sample.num_sampled,
+                typicality=places[number // sampling.samples],
             )
-            for sample in written
+            for number, sample in enumerate(written)
         ]
         if least is None:
             return bodies
         return [
             _without_unlikely(body, row, least) for body, row in zip(bodies, likely, strict=True)
+        ]
+
+    def _places(self, activations: np.ndarray) -> list[TypicalityBody | None]:
+        """Where each row of [n, d_model] lies among train activations; None without those."""
+        if self._train is None:
+            return [None] * len(activations)
+        return [
+            TypicalityBody(
+                norm_quantile=place.norm_quantile,
+                distance_quantile=place.distance_quantile,
+                nearest=[
+                    NearActivation(activation_id=name, centred_cosine=cosine)
+                    for name, cosine in place.nearest
+                ],
+                nearest_quantile=place.nearest_quantile,
+                unlike_training=place.is_unlike,
+            )
+            for place in self._train.place(torch.from_numpy(activations))
         ]
 
     def _by_claim(

@@ -197,6 +197,37 @@ class ClaimBody(_Message):
     )
 
 
+class NearActivation(_Message):
+    """A train activation near to the one that was described."""
+
+    activation_id: str = Field(description="text id, layer and position of the run's activation.")
+    centred_cosine: float
+
+
+class TypicalityBody(_Message):
+    """The place of an activation among those that the verbalizer has learned from."""
+
+    norm_quantile: float = Field(
+        description=(
+            "Share of train activations that are shorter. The verbalizer does not see it: every"
+            " activation is injected at one norm."
+        )
+    )
+    distance_quantile: float = Field(
+        description="Share of train activations whose direction is nearer to the mean direction."
+    )
+    nearest: list[NearActivation] = Field(description="Nearest first, of a sample of them.")
+    nearest_quantile: float = Field(
+        description="Share of train activations that are farther from their own nearest one."
+    )
+    unlike_training: bool = Field(
+        description=(
+            "True: its direction is farther from the mean, nearer to it, or more alone, than all"
+            " but a thousandth of train activations. What is said of it then was never learned."
+        )
+    )
+
+
 class DescriptionBody(_Message):
     """What a verbalizer wrote about one activation: its only sample, or the best of several."""
 
@@ -223,6 +254,9 @@ class DescriptionBody(_Message):
             "Every claim that was written, also what was left out; null without"
             " `min_claim_confidence`."
         ),
+    )
+    typicality: TypicalityBody | None = Field(
+        None, description="null where the run's activations are not there."
     )
     samples: int = Field(1, description="Descriptions drawn, this one among them.")
     closed: bool = Field(description="False: it ran into the token limit before its closing tag.")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-from nla_ray.base.adapters import plain_linear
+from nla_ray.base.adapters import matrix_shape, plain_linear
 from nla_ray.base.families import causal_model, decoder_of, decoder_shape, family_of
 from nla_ray.base.layers import cap_logits
 from nla_ray.description.engines.decoder import KeysValues
@@ -147,12 +147,10 @@ class _Columns(DynamicLayer):
 class _AdaptedMatrix(nn.Module):
     """A matrix of the base with an adapter's factors beside it, computed as peft computes them."""
 
-    def __init__(self, frozen: nn.Module, transposed: bool) -> None:
+    def __init__(self, frozen: Any) -> None:
         super().__init__()
         self._frozen = frozen
-        weight = frozen.weight
-        self.shape = torch.Size(reversed(weight.shape)) if transposed else weight.shape
-        self.device = weight.device
+        self.shape, self.device = matrix_shape(frozen), frozen.weight.device
         self.factors: tuple[Tensor, Tensor] | None = None
         """A [rank, in] and B times the scaling [out, rank], float32; None: the plain base."""
 
@@ -174,6 +172,6 @@ def _sharing_copy(decoder: nn.Module, embedding: nn.Module) -> nn.Module:
 def _adapt(block: nn.Module, path: str) -> _AdaptedMatrix:
     """Put an `_AdaptedMatrix` in the place of a matrix, with or without peft's layer around it."""
     frozen = plain_linear(block.get_submodule(path))
-    adapted = _AdaptedMatrix(frozen, transposed=not isinstance(frozen, nn.Linear))
+    adapted = _AdaptedMatrix(frozen)
     block.set_submodule(path, adapted, strict=True)
     return adapted
