@@ -1,7 +1,7 @@
 """Capture, generation and a step of GRPO, measured side by side with plain transformers.
 
-As the first word, without a run: `gpu` measures what a GPU does with the 7B shape; `families` runs
-every stage on a random base of every supported architecture.
+As the first word, without a run: `gpu` measures what a GPU does with the 7B shape; `generate` sets
+all engines side by side; `families` runs every stage on a random base of every architecture.
 """
 
 import sys
@@ -23,6 +23,10 @@ if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:
     from nla_ray.bench.gpu import main
 
     main(sys.argv[2:])
+elif __name__ == "__main__" and sys.argv[1:2] == ["generate"]:
+    from nla_ray.bench.engines import benchmark_engines
+
+    benchmark_engines(sys.argv[2:])
 elif __name__ == "__main__" and sys.argv[1:2] == ["families"]:
     from nla_ray.bench.families import benchmark_families
 

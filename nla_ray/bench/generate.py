@@ -98,8 +98,9 @@ def library_generate(
     injection_norm: float,
     max_new_tokens: int,
     end_ids: frozenset[int],
+    temperature: float = 0.0,
 ) -> list[list[int]]:
-    """Greedy tokens of `model.generate` for every activation, each row up to its end of text."""
+    """Tokens of `model.generate` for every activation, each row up to its end of text."""
     with (
         activations_attached(model.get_base_model(), activations, injection_norm) as wrapper,
         torch.inference_mode(),
@@ -111,10 +112,11 @@ def library_generate(
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            do_sample=False,
+            do_sample=temperature > 0.0,
+            **({"temperature": temperature, "top_k": 0} if temperature else {}),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(end_ids),
+            eos_token_id=sorted(end_ids) or [-1],
         )
     return [_up_to_end(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]
 

@@ -42,17 +42,24 @@ class Timing:
 def side_by_side(
     ours: Callable[[], object], library: Callable[[], object], repetitions: int
 ) -> tuple[Timing, Timing]:
-    """Time both by turns, after one unmeasured run of each; the side that begins alternates."""
-    ours()
-    library()
-    timings = {ours: Timing(wall=[], cpu=[]), library: Timing(wall=[], cpu=[])}
+    """Time both by turns, as `taking_turns` does."""
+    timings = taking_turns({"ours": ours, "library": library}, repetitions)
+    return timings["ours"], timings["library"]
+
+
+def taking_turns(sides: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, Timing]:
+    """Time all by turns, after one unmeasured run of each; the order is turned round each time."""
+    for work in sides.values():
+        work()
+    timings = {name: Timing(wall=[], cpu=[]) for name in sides}
     for repetition in range(repetitions):
-        for work in (ours, library) if repetition % 2 == 0 else (library, ours):
+        order = list(sides.items())
+        for name, work in order if repetition % 2 == 0 else reversed(order):
             wall, cpu = time.perf_counter(), time.process_time()
             work()
-            timings[work].wall.append(time.perf_counter() - wall)
-            timings[work].cpu.append(time.process_time() - cpu)
-    return timings[ours], timings[library]
+            timings[name].wall.append(time.perf_counter() - wall)
+            timings[name].cpu.append(time.process_time() - cpu)
+    return timings
 
 
 def timed_ratio(ours: Timing, library: Timing, count: int) -> dict[str, Any]:

@@ -34,9 +34,7 @@ def said_to_be_quantised(folder: Path, method: str) -> BaseConfig:
 
 def test_a_method_that_no_adapter_is_trained_on_is_refused_by_name(tmp_path: Path) -> None:
     base = said_to_be_quantised(tmp_path, "gptq")
-    with pytest.raises(
-        ValueError, match=r"quantised by .gptq., expected plain ones or those of"
-    ):
+    with pytest.raises(ValueError, match=r"quantised by .gptq., expected plain ones or those of"):
         load_model_config(base)
 
 
