@@ -35,6 +35,7 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import LabelConfig
+from nla_ray.settings.positions import PositionRule
 from nla_ray.text.stage import read_shards
 from nla_ray.text.words import WordStatistics
 
@@ -43,7 +44,7 @@ logger = get_logger(__name__)
 RawLabels = Callable[[Subject], Sequence[tuple[str, str]]]
 """A subject -> its raw labels as (teacher, raw label)."""
 _WHOLE_TEXTS = "last"
-"""`capture.positions` of activations whose labels are of whole texts."""
+"""In place of `capture.positions`, where labels are of whole texts."""
 _MISSING = "missing"
 """In place of the hash of an imported file that is gone: a complete stage does not need it."""
 
@@ -78,7 +79,7 @@ def label_texts(run: Run) -> Manifest:
         return artifact.manifest
     refused: list[RefusedLabel] = []
     _remember_import(artifact, import_sha256, config)
-    encoder = None if run.config.capture.positions == _WHOLE_TEXTS else _encoder(run)
+    encoder = None if _of_whole_texts(run) else _encoder(run)
     if import_sha256 is None:
         raw_labels = _offline_labels(run, corpus, config)
     else:
@@ -147,6 +148,10 @@ def _label_table(
             yield from label_rows(subject, raw_labels(subject), config)
 
 
+def _of_whole_texts(run: Run) -> bool:
+    return PositionRule.of(run.config.capture.positions).of_whole_texts
+
+
 def _encoder(run: Run) -> TextEncoder:
     """What capture finds positions with; it knows no weights."""
     base = run.config.base
@@ -156,7 +161,7 @@ def _encoder(run: Run) -> TextEncoder:
 def _position_inputs(run: Run) -> dict[str, str] | None:
     """What labels of positions depend on beside their settings; None for labels of whole texts."""
     positions, base = run.config.capture.positions, run.config.base
-    if positions == _WHOLE_TEXTS:
+    if _of_whole_texts(run):
         return None
     digest = tokenizer_digest(base_folder(base.model, weights=False))
     return {
@@ -201,7 +206,7 @@ def _imported_labels(
         Path(str(config.import_path)).expanduser(),
         hashes_by_document,
         _captured_positions(run, corpus),
-        of_whole_texts=run.config.capture.positions == _WHOLE_TEXTS,
+        of_whole_texts=_of_whole_texts(run),
     )
     for label in labels:
         if isinstance(label, RefusedLabel):
@@ -317,7 +322,7 @@ def activation_subjects(run: Run, table: ActivationTable) -> list[str]:
     manifest = run.require("activations")
     positions = manifest.config["capture"]["positions"]
     require_labels_of(run, positions, manifest.model.get("tokenizer_digest", ""))
-    if positions == _WHOLE_TEXTS:
+    if PositionRule.of(positions).of_whole_texts:
         return list(table.text_ids)
     if "prompt_digest" not in manifest.model:
         folder = run.root / "activations"
@@ -337,6 +342,7 @@ def require_labels_of(run: Run, positions: str, tokenizer: str) -> None:
     """
     inputs = run.require("labels").config.get("inputs", {})
     labelled = inputs.get("positions", _WHOLE_TEXTS)
+    positions = _WHOLE_TEXTS if PositionRule.of(positions).of_whole_texts else positions
     got, expected = (labelled, inputs.get("tokenizer")), (positions, tokenizer)
     if _WHOLE_TEXTS in (labelled, positions):  # the end of a text is its end in any tokens
         got, expected = got[:1], expected[:1]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.patching import Drifted, Patched, Patcher, at_norm_of
-from nla_ray.activation.positions import TextEncoder
+from nla_ray.activation.positions import MEAN_POSITION, TextEncoder
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.description.record import Description
 from nla_ray.report.controls import SCORERS
@@ -43,12 +43,13 @@ def patch_reconstructions(
     """Every scorer's reconstruction of every description of `evaluation.patch_rows` rows, seeded.
 
     A row after whose prompt the base's stream is no longer what was captured is left out and
-    counted. None where no row is asked for, or left. `mean`: mu. `scratch`: a folder for what is
+    counted; a mean over tokens stands at no place in which to put anything. None where no row is
+    asked for, or left. `mean`: mu. `scratch`: a folder for what is
     patched already.
     """
     settings = run.config.evaluation
     rows = drawn_rows(len(test), settings.patch_rows, settings.seed)
-    if not rows:
+    if not rows or MEAN_POSITION in test.positions:
         return None
     pairs = [(name, scorer) for name in descriptions for scorer in SCORERS]
     chosen = test.select(rows)

@@ -8,6 +8,7 @@ adapter. Protects the rule that nothing of test is looked at.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -175,7 +176,7 @@ def _read(
         if None in labels:
             labels = {found_text.positions[0]: labels[None]}
         position = min(labels)
-        encoded.append(EncodedText(ids=found_text.ids, positions=[position]))
+        encoded.append(dataclasses.replace(found_text, positions=[position]))
         end = found_text.ends[found_text.positions.index(position)]
         kept.append({**row, "label": labels[position], "read": row["text"][:end]})
     found = reader.read(encoded)

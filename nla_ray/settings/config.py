@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal, Self, TypeVar, get_type_hints
 
+from nla_ray.settings.positions import PositionRule
+
 _NAME = re.compile(r"[a-z0-9_]+")
 
 _Section = TypeVar("_Section")
@@ -142,8 +144,13 @@ class CaptureConfig:
     """Which activations are kept, and how they are computed."""
 
     positions: str = "last"
-    """`last`: the last token of the prompt. `random:N`: N tokens of the text, seeded by its id,
-    each with labels of what the text says up to it."""
+    """`last`: the last token of the prompt. `all`: every token of the text. `random:N`: N of them,
+    drawn by the text's id. `regex:PATTERN`, `substring:STRING`: the last token of every match
+    inside a turn (a text is a turn of the user's). `user`, `assistant`, `system`: every token of
+    what that role says; `last:ROLE`: the last token of each of its turns. `mean`: the mean over all
+    tokens of the text, one activation; `mean:` stands before a pattern, a string or a role too.
+    Inside a text labels are of what it says up to the token; a text without such a token is left
+    out and counted (`no_match`)."""
     layers: tuple[int, ...] = ()
     """Further layers to keep in the same pass, beside `base.layer`."""
     batch_tokens: int = 8_192
@@ -152,14 +159,7 @@ class CaptureConfig:
     """Processes that capture at the same time, each with a copy of the model."""
 
     def __post_init__(self) -> None:
-        kind, _, count = self.positions.partition(":")
-        require(
-            self.positions == "last" or (kind == "random" and count.isdigit() and int(count) > 0),
-            "capture.positions",
-            self.positions,
-            "`last` or `random:N`",
-            "Set one of these.",
-        )
+        PositionRule.of(self.positions)
 
 
 @dataclass(frozen=True, kw_only=True)

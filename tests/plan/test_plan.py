@@ -331,3 +331,30 @@ def test_a_plan_for_a_laptop_names_one_memory(tmp_path: Path) -> None:
     text = describe_plan(dataclasses.replace(nano(), run_dir=str(tmp_path)), "grpo")
     assert "GPU memory" not in text and "host memory each" not in text
     assert re.search(r"2 x rollout: .* MB memory each \(\d+ MB while weights change\)", text)
+
+
+@pytest.mark.parametrize(
+    ("positions", "said"),
+    [
+        # 500 texts of 420 / 3.2 = 131 tokens, and 30 of the template that are not kept.
+        ("all", "65,500 activations x 256 float32 = 67.1 MB"),
+        ("user", "not known before capture (further figures count 65,500)"),
+        ("random:3", "1,500 activations"),
+        ("mean:regex:def", "500 activations"),
+        ("regex:def", "for every token that `regex:def` finds, not known before capture"),
+        ("last:assistant", "for every token that `last:assistant` finds, not known"),
+    ],
+)
+def test_a_plan_says_how_many_activations_it_expects_or_that_it_cannot_know(
+    positions: str, said: str, tmp_path: Path
+) -> None:
+    config = override(nano(), capture={"positions": positions}, corpus={"max_chunks": 500})
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    assert said in describe_plan(config, "capture")
+
+
+def test_the_memory_of_a_shard_in_a_plan_is_that_of_some_blocks(tmp_path: Path) -> None:
+    config = override(PRESETS["qwen2.5-7b"](), capture={"positions": "all", "layers": (5, 10)})
+    facts = PlanFacts.of(Run(dataclasses.replace(config, run_dir=str(tmp_path))))
+    rows = config.corpus.shard_rows * facts.activations_per_text
+    assert facts.shard_bytes == 3 * 256 * 2**20 < facts.activations_bytes(rows) / 5

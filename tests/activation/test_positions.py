@@ -1,0 +1,287 @@
+"""Which tokens `capture.positions` means: counted by hand on the tokenizer of the embedded base."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nla_ray.activation.bank import activation_schema
+from nla_ray.activation.capture import ActivationReader, Capture, CapturedBlock
+from nla_ray.activation.positions import MEAN_POSITION, EncodedText, Skipped, TextEncoder
+from nla_ray.activation.shards import write_shard
+from nla_ray.activation.stage import capture_activations, load_activations, read_texts
+from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.label.stage import activation_subjects, drawn_labels, label_texts, load_labels
+from nla_ray.run import blocks
+from nla_ray.run.blocks import BLOCK_BYTES, activation_row_bytes, block_rows, cut_blocks
+from nla_ray.run.identity import SPLITS
+from nla_ray.run.location import Location
+from nla_ray.settings.config import CaptureConfig
+from nla_ray.settings.positions import PositionRule
+from nla_ray.settings.presets import nano
+
+CODE = "def read_frame(index):\n    return frame_index"
+"""Tokens from position 3, after `<|im_start|>`, `user` and a line break: "def", " read", "_frame",
+"(index", "):\\n", "   ", " return", " frame", "_index"."""
+BYTES = "Ä frame 日本 x"
+"""Tokens from position 3: two of "Ä", " frame", " ", three of "日", three of "本", " x"."""
+
+
+def encode(positions: str, text: str = CODE) -> EncodedText:
+    base = nano().base
+    return TextEncoder(load_tokenizer(base), base, CaptureConfig(positions=positions)).encode(
+        "a#0", text
+    )
+
+
+@pytest.mark.parametrize(
+    ("positions", "text", "expected", "ends"),
+    [
+        ("all", CODE, [*range(3, 12)], [3, 8, 14, 20, 23, 26, 33, 39, 45]),
+        ("user", CODE, [*range(3, 12)], [3, 8, 14, 20, 23, 26, 33, 39, 45]),
+        ("last:user", CODE, [11], [45]),
+        ("regex:frame", CODE, [5, 10], [14, 39]),
+        ("regex:(?m)^def.*$", CODE, [7], [23]),
+        ("regex:index|x*", CODE, [6, 11], [20, 45]),
+        ("substring::", CODE, [7], [23]),
+        ("substring:.", CODE + ".", [12], [46]),
+        ("substring:日", BYTES, [9], [9]),
+        ("regex:日本", BYTES, [12], [10]),
+        ("regex:frame ", BYTES, [6], [8]),
+    ],
+)
+def test_the_tokens_of_a_setting_are_those_counted_by_hand(
+    positions: str, text: str, expected: list[int], ends: list[int]
+) -> None:
+    encoded = encode(positions, text)
+    assert encoded.positions == expected and encoded.ends == ends and encoded.averaged == []
+    assert encoded.n_raw_tokens == [position - 2 for position in expected]
+
+
+@pytest.mark.parametrize(
+    ("positions", "text", "averaged", "end"),
+    [
+        ("mean", CODE, [*range(3, 12)], 45),
+        ("mean:user", CODE, [*range(3, 12)], 45),
+        ("mean:regex:frame", CODE, [5, 10], 39),
+        ("mean:regex:read_frame", CODE, [4, 5], 14),
+        ("mean:substring:日", BYTES, [7, 8, 9], 9),
+    ],
+)
+def test_a_mean_is_over_every_token_of_its_span_and_stands_at_none(
+    positions: str, text: str, averaged: list[int], end: int
+) -> None:
+    encoded = encode(positions, text)
+    assert encoded.positions == [MEAN_POSITION] and encoded.averaged == averaged
+    assert encoded.ends == [end] and encoded.n_raw_tokens == [averaged[-1] - 2]
+
+
+@pytest.mark.parametrize("positions", ["regex:licence", "substring:Frame", "regex:q*?", "system"])
+def test_a_text_without_such_a_token_is_left_out_by_name(positions: str) -> None:
+    with pytest.raises(Skipped, match=f"no_match: no token .* is one of {re.escape(positions)}"):
+        encode(positions)
+
+
+def test_a_match_in_what_offsets_leave_out_ends_in_the_token_that_begins_with_it(tiny_base) -> None:
+    """Tokenizers of Llama 3 do not count the space before a word as of its token."""
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    spans = tokenizer("a file", return_offsets_mapping=True)["offset_mapping"]
+    assert spans[0] == (0, 1) and spans[1][0] == 2
+    encoder = TextEncoder(tokenizer, tiny_base, CaptureConfig(positions="regex:a "))
+    first = len(tokenizer.encode("<|im_start|>user\n"))
+    assert encoder.encode("a#0", "a file").positions == [first + 1]
+
+
+# From the model to the file -----------------------------------------------------------------------
+
+
+def captured(run, corpus) -> list[CapturedBlock]:
+    texts = read_texts(pa.table({"shard": ["part-00000.parquet"]}), run=run, corpus=corpus)
+    return list(Capture(run.config.base, run.config.capture, threads=1)(texts))
+
+
+def test_the_activation_of_a_mean_is_the_mean_of_those_of_its_tokens(
+    tiny_run, publish_corpus
+) -> None:
+    every, mean = (
+        tiny_run(name, capture=CaptureConfig(positions=positions, layers=(2,)))
+        for name, positions in (("every", "all"), ("mean", "mean"))
+    )
+    texts = ["A licence that permits copying.", "def read(path):\n    return path"]
+    tables = []
+    for run in (every, mean):
+        rows = [block.rows for block in captured(run, publish_corpus(run, [texts]))]
+        tables.append(pa.concat_tables(rows).to_pylist())
+    assert [(row["activation_id"], row["position"], row["token"]) for row in tables[1]] == [
+        (f"doc-000-0000#{text}@{layer}:mean", -1, -1) for text in (0, 1) for layer in (1, 2)
+    ]
+    for row in tables[1]:
+        inside = [
+            found["activation"]
+            for found in tables[0]
+            if (found["text_id"], found["layer"]) == (row["text_id"], row["layer"])
+        ]
+        assert len(inside) > 5 and row["text"] in texts
+        np.testing.assert_allclose(row["activation"], np.mean(inside, axis=0), atol=1e-6)
+
+
+def test_means_and_tokens_may_be_read_in_one_batch(tiny_base) -> None:
+    texts = [
+        EncodedText(ids=[5, 6, 7, 8], positions=[1, 3]),
+        EncodedText(ids=[9, 10, 11], positions=[MEAN_POSITION], averaged=[0, 2]),
+    ]
+    reader = ActivationReader(load_backbone(tiny_base, num_blocks=2), (1,), batch_tokens=1_000)
+    tokens = reader.read([replace(texts[1], positions=[0, 2], averaged=[])])[1][0]
+    first, second = reader.read(texts)[1]
+    assert first.shape == (2, 32) and second.shape == (1, 32)
+    np.testing.assert_allclose(second[0], tokens.mean(0), atol=1e-6)
+
+
+def test_a_text_is_captured_labelled_and_joined_at_every_match(
+    ray_cluster, tiny_run, publish_corpus
+) -> None:
+    run = tiny_run(capture=CaptureConfig(positions="regex:rows|file"))
+    shard = [
+        f"{text} number {number}"
+        for number in range(12)
+        for text in ("rows and rows of a file", "no such word in this")
+    ]
+    publish_corpus(run, [shard])
+    manifest = capture_activations(run)
+    assert manifest.metrics["activations"] == 36 and manifest.metrics["texts"] == 24
+    assert manifest.metrics["skipped"] == {"no_match": 12}
+    label_texts(run)
+    read = []
+    for split in SPLITS:
+        if not any(row["split"] == split for row in load_labels(run, split)):
+            continue
+        table = load_activations(run, split)
+        labels = drawn_labels(run, split)
+        assert all(subject in labels for subject in activation_subjects(run, table))
+        read += table.texts
+    assert {text: read.count(text) for text in read} == {
+        "rows": 12,
+        "rows and rows": 12,
+        "rows and rows of a file": 12,
+    }
+
+
+def test_a_mean_has_the_labels_of_the_whole_text(ray_cluster, tiny_run, publish_corpus) -> None:
+    run = tiny_run(capture=CaptureConfig(positions="mean"))
+    publish_corpus(run, [[f"A licence that permits copying, number {n}." for n in range(20)]])
+    capture_activations(run)
+    assert "inputs" not in label_texts(run).config
+    table = load_activations(run, "train")
+    assert set(table.positions) == {MEAN_POSITION}
+    assert activation_subjects(run, table) == table.text_ids
+    assert set(table.text_ids) == set(drawn_labels(run, "train"))
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d_model", [32, 256, 3_584, 16_384])
+@pytest.mark.parametrize("num_layers", [1, 28, 80])
+@pytest.mark.parametrize("num_positions", [1, 130, 32_768])
+def test_a_block_is_bounded_whatever_the_positions_layers_and_texts(
+    d_model: int, num_layers: int, num_positions: int
+) -> None:
+    """Of a text of so many tokens, four characters each, every prefix is a row of every layer."""
+    rows = [activation_row_bytes(d_model, 4 * n) for n in range(1, num_positions + 1)] * num_layers
+    parts = list(cut_blocks(rows))
+    assert [index for part in (parts[0], parts[-1]) for index in (part.start, part.stop)][::3] == [
+        0,
+        len(rows),
+    ]
+    largest = max(sum(rows[part]) for part in parts)
+    assert largest <= BLOCK_BYTES < 2**31 / 4
+    longest = max(part.stop - part.start for part in parts)
+    assert longest <= block_rows(activation_row_bytes(d_model, 0))
+    assert longest * d_model < 2**31
+
+
+def test_blocks_change_no_row_and_are_the_row_groups_of_the_file(
+    tiny_run, publish_corpus, monkeypatch, tmp_path: Path
+) -> None:
+    run = tiny_run(capture=CaptureConfig(positions="all", layers=(0, 2)))
+    corpus = publish_corpus(run, [[f"{number} rows and columns of a file" for number in range(9)]])
+    [whole, left_out] = captured(run, corpus)
+    assert left_out.rows.num_rows == 0
+    most = 40 * activation_row_bytes(32, 100)
+    monkeypatch.setattr(blocks.cut_blocks, "__defaults__", (most,))
+    parts = captured(run, corpus)
+    assert len(parts) > 5
+    for part in parts:
+        assert sum(map(len, part.rows["text"].to_pylist())) < most
+        assert part.rows.num_rows <= most / activation_row_bytes(32, 0)
+    rows = pa.concat_tables([part.rows for part in parts])
+    assert rows.drop(["activation"]).equals(whole.rows.drop(["activation"]))
+    difference = np.array(rows["activation"].to_pylist()) - whole.rows["activation"].to_pylist()
+    assert np.abs(difference).max() < 1e-5
+    write_shard(parts, target=Location.of(tmp_path), base_digest="d")
+    file = pq.ParquetFile(tmp_path / "part-00000.parquet")
+    assert file.num_row_groups == len(parts) - 1
+    assert file.read().num_rows == whole.rows.num_rows
+    record = json.loads((tmp_path / "scratch" / "part-00000.parquet.json").read_text())
+    assert record["texts"] == 9 and record["activations"] == whole.rows.num_rows
+    assert record["tokens"] <= record["padded_tokens"]
+
+
+def test_a_shard_of_many_rows_is_written_in_the_memory_of_its_blocks(tmp_path: Path) -> None:
+    """600,000 rows at d_model 64, in blocks of 20,000 that are made one by one."""
+    most_alive, num_blocks = 0, 30
+
+    def synthetic():
+        nonlocal most_alive
+        for number in range(num_blocks):
+            values = np.random.default_rng(number).normal(size=(20_000, 64)).astype(np.float32)
+            names = [f"t{number}" for _ in range(20_000)]
+            columns = {name: pa.array(names) for name in ("text_id", "doc_id", "domain", "text")}
+            rows = pa.table(
+                {
+                    **columns,
+                    "shard": pa.array(["s.parquet"] * 20_000),
+                    "split": pa.array(["train"] * 20_000),
+                    "num_tokens": pa.array([7] * 20_000, pa.int32()),
+                    "skipped": pa.nulls(20_000, pa.string()),
+                    "activation_id": pa.array(names),
+                    **{
+                        name: pa.array(range(20_000), pa.int32())
+                        for name in ("position", "token", "layer")
+                    },
+                    "activation": pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 64),
+                }
+            )
+            del values
+            yield CapturedBlock(rows=rows, padded_tokens=9)
+            most_alive = max(most_alive, pa.total_allocated_bytes())
+
+    before = pa.total_allocated_bytes()
+    write_shard(synthetic(), target=Location.of(tmp_path), base_digest="d")
+    block_bytes = 20_000 * 64 * 4
+    assert most_alive - before < 8 * block_bytes < num_blocks * block_bytes / 3
+    file = pq.ParquetFile(tmp_path / "s.parquet")
+    assert file.metadata.num_rows == 600_000 and file.num_row_groups == num_blocks
+    assert file.schema_arrow.equals(activation_schema(64))
+    expected = np.random.default_rng(17).normal(size=(20_000, 64)).astype(np.float32)
+    found = file.read_row_group(17)["activation"].combine_chunks().flatten().to_numpy()
+    np.testing.assert_array_equal(found.reshape(-1, 64), expected)
+
+
+def test_a_rule_says_what_its_labels_are_of() -> None:
+    whole = {
+        name
+        for name in ("last", "mean", "all", "mean:regex:a", "user", "last:user")
+        if PositionRule.of(name).of_whole_texts
+    }
+    assert whole == {"last", "mean"}
