@@ -39,7 +39,7 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
-from nla_ray.text.stage import families_of
+from nla_ray.text.stage import families_of, read_chunk_table
 
 if TYPE_CHECKING:
     import ray.data
@@ -73,15 +73,14 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
     nothing to capture).
     """
     [shard] = shards["shard"].to_pylist()
-    texts = pq.read_table(
-        io.BytesIO(run.verified("corpus", corpus, shard).read_bytes()), columns=TEXT_COLUMNS
-    )
+    shard_bytes = run.verified("corpus", corpus, shard).read_bytes()
+    texts = read_chunk_table(io.BytesIO(shard_bytes), [*TEXT_COLUMNS, "messages"])
     encoder = _encoder(run.config.base, run.config.capture)
     found: list[EncodedText] = []
     skipped: list[str | None] = []
-    for text_id, text in zip(texts["text_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
+    for row in texts.select(["text_id", "text", "messages"]).to_pylist():
         try:
-            found.append(encoder.encode(text_id, text))
+            found.append(encoder.encode(row["text_id"], row["text"], row["messages"]))
             skipped.append(None)
         except Skipped as error:
             found.append(EncodedText(ids=[], positions=[]))

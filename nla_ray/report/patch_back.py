@@ -121,7 +121,7 @@ def _patch_rows(
         advance(len(records))
         for row in range(len(records), len(chosen)):
             text_id = chosen.text_ids[row]
-            encoded = encoder.encode(text_id, texts[text_id])
+            encoded = encoder.encode(text_id, *texts[text_id])
             before_and_at = encoded.ids[: chosen.positions[row] + 1]
             activation = chosen.vectors[row]
             replacements = at_norm_of(directions[row], activation)
@@ -131,10 +131,10 @@ def _patch_rows(
     return records
 
 
-def _whole_texts(run: Run) -> dict[str, str]:
-    """The texts of the corpus by id: a table of activations has them up to each position only."""
-    columns = read_chunks(run, ("text_id", "text"))
-    return dict(zip(columns["text_id"].to_pylist(), columns["text"].to_pylist(), strict=True))
+def _whole_texts(run: Run) -> dict[str, tuple[str, str | None]]:
+    """The texts of the corpus by id, with messages: an activation's text ends at its position."""
+    rows = read_chunks(run, ("text_id", "text", "messages")).to_pylist()
+    return {row["text_id"]: (row["text"], row["messages"]) for row in rows}
 
 
 def _record(

@@ -51,7 +51,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
     marker = _marker(tokenizer, config.base.marker)
     digest = tokenizer_digest(base_folder(config.base.model, weights=False))
     require_labels_of(run, config.capture.positions, digest)
-    chunks = read_chunks(run, ("text_id", "doc_id", "text")).to_pylist()
+    chunks = read_chunks(run, ("text_id", "doc_id", "text", "messages")).to_pylist()
     train = _labelled_texts(run, chunks, "train", MAX_TRAIN)
     validation = _labelled_texts(run, chunks, "validation", None)
     logger.info(
@@ -168,7 +168,7 @@ def _read(
     encoded: list[EncodedText] = []
     for row in texts:
         try:
-            found_text = encoder.encode(row["text_id"], row["text"])
+            found_text = encoder.encode(row["text_id"], row["text"], row["messages"])
         except Skipped as error:
             logger.warning("inspection: %s", error)
             continue

@@ -103,9 +103,11 @@ class CorpusConfig:
     """Your texts: a .jsonl, .parquet or .txt file, a folder of data files or of text files, or a
     saved Hugging Face dataset. None: the embedded corpus, from the installed Python packages."""
     text_field: str = "text"
-    """Field or column that holds the text."""
+    """Field or column that holds the text. A row may hold a conversation in its place, in a field
+    `messages`: a list of turns, each with `role` (system, user or assistant) and `content`."""
     chunk_chars: int = 420
-    """Longest chunk, in characters; documents are cut at line boundaries."""
+    """Longest chunk, in characters; documents are cut at line boundaries. A conversation is never
+    cut: a longer one is rejected by name."""
     min_chunk_chars: int = 60
     """Shortest chunk, in characters; shorter ones are rejected by name."""
     max_document_chars: int = 4_000_000
@@ -169,9 +171,10 @@ class LabelConfig:
     teachers: tuple[str, ...] = ("offline-content-first", "offline-format-first")
     """Offline teachers; each describes every text."""
     import_path: str | None = None
-    """JSONL of labels made elsewhere, with doc_id, text or text_hash, teacher and label. A label of
-    the text up to a position inside it says so by `position` (of the activation) or `n_raw_tokens`
-    (tokens of the text up to it). They replace the offline teachers; `--import` is short for it."""
+    """JSONL of labels made elsewhere, with doc_id, text (or messages, or text_hash), teacher and
+    label. A label of the text up to a position inside it says so by `position` (of the activation;
+    -1: of a mean) or `n_raw_tokens` (tokens of the text up to it). They replace the offline
+    teachers; `--import` is short for it."""
     max_words: int = 70
     """Longest cleaned label, in words."""
     seed: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +12,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny import CHAT_TEMPLATE, random_sentences
 
 from nla_ray.activation.bank import activation_schema
 from nla_ray.activation.capture import ActivationReader, Capture, CapturedBlock
 from nla_ray.activation.positions import MEAN_POSITION, EncodedText, Skipped, TextEncoder
 from nla_ray.activation.shards import write_shard
 from nla_ray.activation.stage import capture_activations, load_activations, read_texts
+from nla_ray.base.conversation import Turn, as_messages, join_turns
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.label.stage import activation_subjects, drawn_labels, label_texts, load_labels
 from nla_ray.run import blocks
 from nla_ray.run.blocks import BLOCK_BYTES, activation_row_bytes, block_rows, cut_blocks
 from nla_ray.run.identity import SPLITS
 from nla_ray.run.location import Location
-from nla_ray.settings.config import CaptureConfig
+from nla_ray.settings.config import CaptureConfig, CorpusConfig, LabelConfig
 from nla_ray.settings.positions import PositionRule
 from nla_ray.settings.presets import nano
+from nla_ray.text.stage import build_corpus
 
 CODE = "def read_frame(index):\n    return frame_index"
 """Tokens from position 3, after `<|im_start|>`, `user` and a line break: "def", " read", "_frame",
@@ -100,6 +104,115 @@ def test_a_match_in_what_offsets_leave_out_ends_in_the_token_that_begins_with_it
     encoder = TextEncoder(tokenizer, tiny_base, CaptureConfig(positions="regex:a "))
     first = len(tokenizer.encode("<|im_start|>user\n"))
     assert encoder.encode("a#0", "a file").positions == [first + 1]
+
+
+# Conversations ------------------------------------------------------------------------------------
+
+TURNS = (Turn(role="user", content="TODO fix"), Turn(role="assistant", content="TODO read_frame"))
+"""Tokens 3 to 6: "T", "ODO", " f", "ix"; 14 to 17: "T", "ODO", " read", "_frame"; `assistant` takes
+three, and each turn ends in `<|im_end|>` and a line break. The contents begin at 6 and 27."""
+JOINED = "user: TODO fix\n\nassistant: TODO read_frame"
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected", "ends", "n_raw_tokens"),
+    [
+        ("last", [19], [42], [8]),
+        ("all", [3, 4, 5, 6, 14, 15, 16, 17], [7, 10, 12, 14, 28, 31, 36, 42], [*range(1, 9)]),
+        ("user", [3, 4, 5, 6], [7, 10, 12, 14], [1, 2, 3, 4]),
+        ("assistant", [14, 15, 16, 17], [28, 31, 36, 42], [5, 6, 7, 8]),
+        ("last:user", [6], [14], [4]),
+        ("last:assistant", [17], [42], [8]),
+        ("substring:TODO", [4, 15], [10, 31], [2, 6]),
+        ("regex:^TODO", [4, 15], [10, 31], [2, 6]),
+        ("regex:(?:f|ix)$", [6], [14], [4]),
+        ("mean:assistant", [MEAN_POSITION], [42], [8]),
+        ("mean:substring:DO f", [MEAN_POSITION], [12], [3]),
+    ],
+)
+def test_the_tokens_of_a_conversation_are_those_counted_by_hand(
+    positions: str, expected: list[int], ends: list[int], n_raw_tokens: list[int]
+) -> None:
+    base = nano().base
+    encoder = TextEncoder(load_tokenizer(base), base, CaptureConfig(positions=positions))
+    assert join_turns(TURNS) == JOINED
+    encoded = encoder.encode("a#0", JOINED, as_messages(TURNS))
+    assert len(encoded.ids) == 20
+    assert (encoded.positions, encoded.ends, encoded.n_raw_tokens) == (expected, ends, n_raw_tokens)
+
+
+@pytest.mark.parametrize("positions", ["system", "last:system", "substring:user: ", "regex:: T"])
+def test_who_speaks_is_no_text_of_a_turn(positions: str) -> None:
+    base = nano().base
+    encoder = TextEncoder(load_tokenizer(base), base, CaptureConfig(positions=positions))
+    with pytest.raises(Skipped, match="no_match"):
+        encoder.encode("a#0", JOINED, as_messages(TURNS))
+
+
+def test_conversations_go_from_a_file_to_activations_and_labels(
+    ray_cluster, tiny_run, tiny_base, tmp_path: Path
+) -> None:
+    """A user's file, through corpus, capture and labels, with a base that takes no system role."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base.model, folder)
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    template = refusing + CHAT_TEMPLATE
+    (folder / "chat_template.jinja").write_text(template)
+    rows = []
+    for number in range(30):
+        asked = {"role": "user", "content": f"Where is {random_sentences(number, 6)}?"}
+        answer = {"role": "assistant", "content": f"On {random_sentences(100 + number, 6)}."}
+        rows.append({"doc_id": f"d{number:02}", "messages": [asked, answer, asked]})
+    rows.append(
+        {"doc_id": "s", "messages": [{"role": "system", "content": "Be brief. " * 7}, asked]}
+    )
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tiny_run(
+        base=replace(tiny_base, model=str(folder)),
+        corpus=CorpusConfig(path=str(path), near_duplicate_jaccard=1.0, families=False),
+        capture=CaptureConfig(positions="last:assistant"),
+    )
+    assert build_corpus(run).metrics["num_chunks"] == 31
+    manifest = capture_activations(run)
+    assert manifest.metrics["skipped"] == {"refused_by_template": 1}
+    assert manifest.metrics["activations"] == 30
+    label_texts(run)
+    table = load_activations(run, "train")
+    by_id = {f"{row['doc_id']}#0": row["messages"] for row in rows}
+    tokenizer = load_tokenizer(run.config.base)
+    for text_id, position, text, vector in zip(
+        table.text_ids, table.positions, table.texts, table.vectors, strict=True
+    ):
+        asked, answer, _ = by_id[text_id]
+        assert text == f"user: {asked['content']}\n\nassistant: {answer['content']}"
+        prompt = tokenizer.apply_chat_template(by_id[text_id], tokenize=False)
+        whole = tokenizer.encode(prompt + "<|im_start|>assistant\n")
+        assert tokenizer.decode(whole[: position + 1]).endswith(f"assistant\n{answer['content']}")
+        reader = ActivationReader(load_backbone(run.config.base, num_blocks=2), (1,), 1_000)
+        [[expected]] = reader.read([EncodedText(ids=whole, positions=[position])])[1]
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+    subjects = activation_subjects(run, table)
+    assert set(subjects) == set(drawn_labels(run, "train")) and len(subjects) > 20
+
+
+def test_labels_in_a_file_of_conversations_are_those_of_its_rows(tiny_run, tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [{"role": "user", "content": random_sentences(number, 15)}],
+            "labels": {"a": f"- number {number}"},
+        }
+        for number in range(10)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": [1]}]))
+    run = tiny_run(corpus=CorpusConfig(path=str(path)), label=LabelConfig(import_path=str(path)))
+    build_corpus(run)
+    manifest = label_texts(run)
+    assert manifest.metrics["labels"] == 10
+    assert manifest.metrics["refused"] == {"messages: a turn without content": 1}
 
 
 # From the model to the file -----------------------------------------------------------------------
