@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from nla_ray.activation.bank import activation_id
 from nla_ray.activation.positions import MEAN_POSITION, EncodedText, padded_tokens, plan_batches
-from nla_ray.run.blocks import activation_row_bytes, cut_blocks
+from nla_ray.run.blocks import activation_row_bytes, gather_blocks
 from nla_ray.settings.config import BaseConfig, CaptureConfig
 
 if TYPE_CHECKING:
@@ -131,8 +131,10 @@ class Capture:
             for values in zip(*(kept[name].to_pylist() for name in names), strict=True)
         ]
         size = activation_row_bytes(self._reader.d_model, 0) * len(self._reader.layers)
-        for part in cut_blocks(size * len(text.positions) for text in encoded):
-            yield from self._captured(kept.slice(part.start, part.stop - part.start), encoded[part])
+        start = 0
+        for part in gather_blocks(encoded, lambda text: size * len(text.positions)):
+            yield from self._captured(kept.slice(start, len(part)), part)
+            start += len(part)
         left_out = texts.filter(texts["skipped"].is_valid())
         none = [-1] * len(left_out)
         zeros = np.zeros((len(left_out), self._reader.d_model), np.float32)
@@ -151,12 +153,12 @@ class Capture:
             for layer in self._reader.layers
             for slot in range(len(text.positions))
         ]
-        sizes = (
-            activation_row_bytes(d_model, encoded[row].ends[slot] + 3 * len(names[row]))
-            for row, _, slot in rows
-        )
-        for part in cut_blocks(sizes):
-            chosen = rows[part]
+
+        def size_of(wanted: tuple[int, int, int]) -> int:
+            row, _, slot = wanted
+            return activation_row_bytes(d_model, encoded[row].ends[slot] + 3 * len(names[row]))
+
+        for chosen in gather_blocks(rows, size_of):
             positions = [encoded[row].positions[slot] for row, _, slot in chosen]
             block = _activation_rows(
                 identity.take(pa.array([row for row, _, _ in chosen], pa.int64())),

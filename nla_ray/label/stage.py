@@ -30,6 +30,7 @@ from nla_ray.label.rows import LABEL_SCHEMA, POSITION_SCHEMA, LabelRow, label_ro
 from nla_ray.label.subjects import Subject, subject_id, subjects_of
 from nla_ray.label.teacher import Teacher, make_teachers
 from nla_ray.run.artifact import Artifact, Run
+from nla_ray.run.blocks import gather_blocks, text_row_bytes
 from nla_ray.run.identity import SPLITS, Split, text_hash
 from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger
@@ -45,6 +46,8 @@ RawLabels = Callable[[Subject], Sequence[tuple[str, str]]]
 """A subject -> its raw labels as (teacher, raw label)."""
 _WHOLE_TEXTS = "last"
 """In place of `capture.positions`, where labels are of whole texts."""
+_BLOCK_BYTES = 32 << 20
+"""Of labels written at once; as Python objects they take several times as much."""
 _MISSING = "missing"
 """In place of the hash of an imported file that is gone: a complete stage does not need it."""
 
@@ -124,20 +127,34 @@ def _label_shards(
     documents: dict[str, set[str]] = {split: set() for split in SPLITS}
     for name, table in read_shards(run, corpus):
         target = folder / name
-        if target.exists():
-            rows = pq.read_table(target).to_pylist()
-        else:
-            rows = list(_label_table(table, raw_labels, encoder, run.config.label))
+        if not target.exists():
             temporary = target.with_suffix(".tmp")
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+            rows = _label_table(table, raw_labels, encoder, run.config.label)
+            _write_labels(rows, schema, temporary)
             os.replace(temporary, target)
         counts.texts += table.num_rows
-        counts.labels += len(rows)
-        counts.unlabelled_texts += table.num_rows - len({row["text_id"] for row in rows})
-        counts.words += sum(len(row["label"].split()) for row in rows)
-        for row in rows:
-            documents[row["split"]].add(row["doc_id"])
+        labelled: set[str] = set()
+        columns = ["split", "doc_id", "text_id", "label"]
+        for batch in pq.ParquetFile(target).iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                labelled.add(row["text_id"])
+                documents[row["split"]].add(row["doc_id"])
+                counts.words += len(row["label"].split())
+            counts.labels += batch.num_rows
+        counts.unlabelled_texts += table.num_rows - len(labelled)
     return {split: sorted(ids) for split, ids in documents.items()}
+
+
+def _write_labels(rows: Iterable[LabelRow], schema: pa.Schema, target: Path) -> None:
+    """A row group a block: a shard may have more labels than memory holds as Python objects."""
+    with pq.ParquetWriter(target, schema) as writer:
+        for block in gather_blocks(rows, _row_bytes, _BLOCK_BYTES):
+            writer.write_table(pa.Table.from_pylist(block, schema=schema))
+
+
+def _row_bytes(row: LabelRow) -> int:
+    strings = ("text_id", "doc_id", "teacher", "raw", "label")
+    return text_row_bytes(sum(len(row[name]) for name in strings))
 
 
 def _label_table(

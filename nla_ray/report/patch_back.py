@@ -49,7 +49,10 @@ def patch_reconstructions(
     """
     settings = run.config.evaluation
     rows = drawn_rows(len(test), settings.patch_rows, settings.seed)
-    if not rows or MEAN_POSITION in test.positions:
+    if not rows:
+        return None
+    if MEAN_POSITION in test.positions:
+        logger.warning("patch-back: left out: a mean over tokens stands at no token of the base")
         return None
     pairs = [(name, scorer) for name in descriptions for scorer in SCORERS]
     chosen = test.select(rows)

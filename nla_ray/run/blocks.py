@@ -7,7 +7,8 @@ largest offset of an Arrow string.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 BLOCK_BYTES = 256 << 20
 """Largest block, unless one item alone is larger: an eighth of 2^31."""
@@ -15,6 +16,7 @@ _ROW_BYTES = 256
 """Of ids, numbers and offsets in a row, about."""
 _CHAR_BYTES = 4
 """Most bytes of a character in UTF-8."""
+_Row = TypeVar("_Row")
 
 
 def activation_row_bytes(d_model: int, num_chars: int) -> int:
@@ -23,7 +25,12 @@ def activation_row_bytes(d_model: int, num_chars: int) -> int:
     >>> activation_row_bytes(d_model=3584, num_chars=420)
     16272
     """
-    return 4 * d_model + _CHAR_BYTES * num_chars + _ROW_BYTES
+    return 4 * d_model + text_row_bytes(num_chars)
+
+
+def text_row_bytes(num_chars: int) -> int:
+    """Most bytes of a row with so many characters in all of its strings."""
+    return _CHAR_BYTES * num_chars + _ROW_BYTES
 
 
 def block_rows(row_bytes: int) -> int:
@@ -37,17 +44,24 @@ def block_rows(row_bytes: int) -> int:
     return max(1, BLOCK_BYTES // row_bytes)
 
 
-def cut_blocks(sizes: Iterable[int], most: int = BLOCK_BYTES) -> Iterator[slice]:
-    """Consecutive items of these sizes in blocks of at most `most`; a larger item is a block.
+def gather_blocks(
+    rows: Iterable[_Row], size_of: Callable[[_Row], int], most: int = BLOCK_BYTES
+) -> Iterator[list[_Row]]:
+    """Rows in their order, in lists of at most `most` bytes together; a larger row is a list.
 
-    >>> list(cut_blocks([3, 3, 3, 9, 1], most=6))
-    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    `size_of`: bytes of a row. Rows are asked for when their list is.
+
+    >>> list(gather_blocks([3, 3, 3, 9, 1], lambda size: size, most=6))
+    [[3, 3], [3], [9], [1]]
     """
-    start = end = total = 0
-    for end, size in enumerate(sizes):
-        if end > start and total + size > most:
-            yield slice(start, end)
-            start, total = end, 0
+    block: list[_Row] = []
+    total = 0
+    for row in rows:
+        size = size_of(row)
+        if block and total + size > most:
+            yield block
+            block, total = [], 0
+        block.append(row)
         total += size
-    if total or end > start:
-        yield slice(start, end + 1)
+    if block:
+        yield block

@@ -23,7 +23,7 @@ from nla_ray.base.conversation import Turn, as_messages, join_turns
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.label.stage import activation_subjects, drawn_labels, label_texts, load_labels
 from nla_ray.run import blocks
-from nla_ray.run.blocks import BLOCK_BYTES, activation_row_bytes, block_rows, cut_blocks
+from nla_ray.run.blocks import BLOCK_BYTES, activation_row_bytes, block_rows, gather_blocks
 from nla_ray.run.identity import SPLITS
 from nla_ray.run.location import Location
 from nla_ray.settings.config import CaptureConfig, CorpusConfig, LabelConfig
@@ -311,14 +311,10 @@ def test_a_block_is_bounded_whatever_the_positions_layers_and_texts(
 ) -> None:
     """Of a text of so many tokens, four characters each, every prefix is a row of every layer."""
     rows = [activation_row_bytes(d_model, 4 * n) for n in range(1, num_positions + 1)] * num_layers
-    parts = list(cut_blocks(rows))
-    assert [index for part in (parts[0], parts[-1]) for index in (part.start, part.stop)][::3] == [
-        0,
-        len(rows),
-    ]
-    largest = max(sum(rows[part]) for part in parts)
-    assert largest <= BLOCK_BYTES < 2**31 / 4
-    longest = max(part.stop - part.start for part in parts)
+    parts = list(gather_blocks(rows, lambda size: size))
+    assert [size for part in parts for size in part] == rows
+    assert max(sum(part) for part in parts) <= BLOCK_BYTES < 2**31 / 4
+    longest = max(len(part) for part in parts)
     assert longest <= block_rows(activation_row_bytes(d_model, 0))
     assert longest * d_model < 2**31
 
@@ -331,7 +327,7 @@ def test_blocks_change_no_row_and_are_the_row_groups_of_the_file(
     [whole, left_out] = captured(run, corpus)
     assert left_out.rows.num_rows == 0
     most = 40 * activation_row_bytes(32, 100)
-    monkeypatch.setattr(blocks.cut_blocks, "__defaults__", (most,))
+    monkeypatch.setattr(blocks.gather_blocks, "__defaults__", (most,))
     parts = captured(run, corpus)
     assert len(parts) > 5
     for part in parts:
@@ -389,6 +385,21 @@ def test_a_shard_of_many_rows_is_written_in_the_memory_of_its_blocks(tmp_path: P
     expected = np.random.default_rng(17).normal(size=(20_000, 64)).astype(np.float32)
     found = file.read_row_group(17)["activation"].combine_chunks().flatten().to_numpy()
     np.testing.assert_array_equal(found.reshape(-1, 64), expected)
+
+
+def test_labels_of_a_shard_are_written_in_row_groups_and_are_the_same(
+    tiny_run, publish_corpus, monkeypatch
+) -> None:
+    runs = [tiny_run(name, capture=CaptureConfig(positions="all")) for name in ("one", "more")]
+    found = []
+    for run, most in zip(runs, (32 << 20, 40_000), strict=True):
+        monkeypatch.setattr("nla_ray.label.stage._BLOCK_BYTES", most)
+        publish_corpus(run, [[f"{number} rows and columns of a file" for number in range(20)]])
+        manifest = label_texts(run)
+        file = pq.ParquetFile(f"{run.root.path}/labels/part-00000.parquet")
+        found.append((manifest.metrics, manifest.documents, file.read().to_pylist()))
+        assert (file.num_row_groups > 3) == (most == 40_000)
+    assert found[0] == found[1] and found[0][0]["texts"] == 20
 
 
 def test_a_rule_says_what_its_labels_are_of() -> None:
