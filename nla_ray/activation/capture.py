@@ -94,7 +94,7 @@ class ActivationReader:
 class CapturedBlock:
     """Some activations of a shard, as many as are held at once.
 
-    Example: CapturedBlock(rows=<16,496 rows>, padded_tokens=20_480)
+    Example: CapturedBlock(rows=<8,248 rows>, padded_tokens=20_480)
     """
 
     rows: pa.Table
@@ -160,7 +160,7 @@ class Capture:
 
         for chosen in gather_blocks(rows, size_of):
             positions = [encoded[row].positions[slot] for row, _, slot in chosen]
-            block = _activation_rows(
+            rows_of_block = _activation_rows(
                 identity.take(pa.array([row for row, _, _ in chosen], pa.int64())),
                 [whole[row][: encoded[row].ends[slot]] for row, _, slot in chosen],
                 np.array([vectors[layer][row][slot] for row, layer, slot in chosen], np.float32),
@@ -171,7 +171,9 @@ class Capture:
                     for (row, _, _), position in zip(chosen, positions, strict=True)
                 ],
             )
-            yield CapturedBlock(rows=block, padded_tokens=padded)
+            held = [CapturedBlock(rows=rows_of_block, padded_tokens=padded)]
+            del rows_of_block
+            yield held.pop()  # whoever takes the block holds it alone
             padded = 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,11 +25,11 @@ def write_shard(blocks: Iterable[CapturedBlock], *, target: Location, base_diges
     A block is a row group of the file, and is written before the next one is asked for. The record
     says that the file is complete. Raises RuntimeError for rows of several shards.
     """
-    blocks = iter(blocks)
-    first = next(blocks)
-    shard = first.rows["shard"][0].as_py()
+    remaining = iter(blocks)
+    block: CapturedBlock | None = next(remaining)
+    shard = block.rows["shard"][0].as_py()
     counts = _ShardCounts(shard=shard)
-    schema = activation_schema(first.rows.schema.field("activation").type.list_size)
+    schema = activation_schema(block.rows.schema.field("activation").type.list_size)
     with (
         (target / shard).replacement() as file,
         pq.ParquetWriter(
@@ -40,10 +39,12 @@ def write_shard(blocks: Iterable[CapturedBlock], *, target: Location, base_diges
             use_dictionary=_REPEATED,  # pyright: ignore[reportArgumentType]  (a list works)
         ) as writer,
     ):
-        for block in chain([first], blocks):
-            kept = counts.add(block)
+        while block is not None:
+            kept = counts.add(block).select(schema.names).cast(schema)
             if len(kept):
-                writer.write_table(kept.select(schema.names).cast(schema))
+                writer.write_table(kept)
+            del block, kept  # before the next one is made
+            block = next(remaining, None)
     record = counts.record(base_digest, (target / shard).record())
     record.save(target)
     return pa.table(
@@ -69,8 +70,10 @@ class _ShardCounts:
                 f"block of activations: got rows of {len(shards)} shards, expected those of one; "
                 "Ray Data has joined blocks."
             )
-        kept = block.rows.filter(block.rows["skipped"].is_null())
-        left_out = block.rows.filter(block.rows["skipped"].is_valid())
+        kept, left_out = block.rows, block.rows.slice(0, 0)
+        if block.rows["skipped"].null_count < len(block.rows):  # a filter copies
+            kept = block.rows.filter(block.rows["skipped"].is_null())
+            left_out = block.rows.filter(block.rows["skipped"].is_valid())
         columns = (block.rows[name].to_pylist() for name in ("text_id", "num_tokens"))
         self.tokens_of_text |= dict(zip(*columns, strict=True))
         self.activations += len(kept)

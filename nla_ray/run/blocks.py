@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-BLOCK_BYTES = 256 << 20
-"""Largest block, unless one item alone is larger: an eighth of 2^31."""
+BLOCK_BYTES = 128 << 20
+"""Largest block, unless one row alone is larger: a sixteenth of 2^31."""
 _ROW_BYTES = 256
 """Of ids, numbers and offsets in a row, about."""
 _CHAR_BYTES = 4
@@ -39,7 +39,7 @@ def block_rows(row_bytes: int) -> int:
     A 7B model's, after 420 characters each:
 
     >>> block_rows(activation_row_bytes(d_model=3584, num_chars=420))
-    16496
+    8248
     """
     return max(1, BLOCK_BYTES // row_bytes)
 
