@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from nla_ray.base.conversation import Turn, as_conversation, content_starts
 from nla_ray.base.encoding import ChatEncoder, EncodedChat
+from nla_ray.base.prompts import RefusedTurns
 from nla_ray.run.identity import seed_of
 from nla_ray.settings.config import BaseConfig, CaptureConfig
 from nla_ray.settings.positions import PositionRule
@@ -82,7 +83,7 @@ class TextEncoder:
         turns = as_conversation(text, messages)
         try:
             chat = self._chat.encode(text) if messages is None else self._chat.encode_turns(turns)
-        except ValueError as error:
+        except RefusedTurns as error:
             raise Skipped(f"refused_by_template: {error}") from None
         ids, inside = chat.ids, list(chat.spans)
         if not inside:

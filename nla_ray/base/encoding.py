@@ -18,7 +18,7 @@ from itertools import zip_longest
 from typing import Any
 
 from nla_ray.base.conversation import Turn, content_starts
-from nla_ray.base.prompts import chat_prompt, conversation_prompt
+from nla_ray.base.prompts import RefusedTurns, chat_prompt, conversation_prompt
 
 _SENTINEL = "nla-ray-text"
 _CACHED_TOKENIZERS = 8
@@ -111,7 +111,7 @@ class ChatEncoder:
         self._frames: dict[tuple[str, ...], _Frame] = {}
         try:
             self._frame(("user",))
-        except ValueError as error:
+        except RefusedTurns as error:
             raise ValueError(
                 f"chat template of {model}: {error}. Choose a base with an ordinary chat template."
             ) from None
@@ -127,7 +127,7 @@ class ChatEncoder:
     def encode_turns(self, turns: Sequence[Turn]) -> EncodedChat:
         """The ids of a conversation, whose contents hold no control token.
 
-        Raises ValueError for what the template does not take, or takes otherwise than it stands
+        Raises RefusedTurns for what the template does not take, or takes otherwise than it stands
         there.
         """
         frame = self._frame(tuple(turn.role for turn in turns))
@@ -138,7 +138,7 @@ class ChatEncoder:
             forms = (turn.content, turn.content.strip(), turn.content.lstrip())
             fitting = [form for form in forms if prompt.startswith(form + after, at)]
             if not fitting:
-                raise ValueError(
+                raise RefusedTurns(
                     f"the chat template alters turn {number}, of {turn.role}, expected its content"
                     " as it is"
                 )
@@ -148,7 +148,7 @@ class ChatEncoder:
         return self._encode_contents(prompt, frame, rendered, contents, content_starts(turns))
 
     def _frame(self, roles: tuple[str, ...]) -> _Frame:
-        """Raises ValueError unless each content stands in the prompt once, in order."""
+        """Raises RefusedTurns unless each content stands in the prompt once, in order."""
         if roles in self._frames:
             return self._frames[roles]
         sentinels = [f"{_SENTINEL}-{number}." for number in range(len(roles))]
@@ -159,7 +159,7 @@ class ChatEncoder:
         for turn in turns:
             count = rest.count(turn.content)
             if count != 1:
-                raise ValueError(
+                raise RefusedTurns(
                     f"got the text of {turn.role} {count} times in the prompt, expected once"
                 )
             part, _, rest = rest.partition(turn.content)

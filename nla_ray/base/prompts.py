@@ -76,6 +76,10 @@ def around_description(marker: str) -> tuple[str, str]:
     return before, after.format(marker=marker)
 
 
+class RefusedTurns(ValueError):
+    """Turns that a chat template does not take, or does not take as they are."""
+
+
 def chat_prompt(tokenizer: Any, text: str) -> str:
     """`text` as a user's turn with the generation prompt appended: what a base reads in capture."""
     return conversation_prompt(tokenizer, (Turn(role="user", content=text),))
@@ -84,8 +88,8 @@ def chat_prompt(tokenizer: Any, text: str) -> str:
 def conversation_prompt(tokenizer: Any, turns: Sequence[Turn]) -> str:
     """Turns by the chat template, the generation prompt appended unless the assistant spoke last.
 
-    Raises ValueError with the template's own words where it takes no such turns: a system turn, or
-    roles in this order.
+    Raises RefusedTurns with the template's own words where it takes no such turns: a system turn,
+    or roles in this order.
     """
     from jinja2.exceptions import TemplateError
 
@@ -96,7 +100,7 @@ def conversation_prompt(tokenizer: Any, turns: Sequence[Turn]) -> str:
             add_generation_prompt=turns[-1].role != "assistant",
         )
     except TemplateError as error:
-        raise ValueError(f"the chat template says: {error}") from None
+        raise RefusedTurns(f"the chat template says: {error}") from None
 
 
 def fix_date(template: str, date: str) -> str:

@@ -3,7 +3,7 @@
 Nouns: a configuration (frozen dataclasses, one section a stage), a preset (a complete configuration
 with a name).
 
-Read: config, presets, command_line, fit, resources, precision.
+Read: config, positions, presets, command_line, fit, resources, precision.
 
 It imports neither torch nor Ray: `--help` and `--dry-run` answer at once.
 """
