@@ -19,12 +19,16 @@ def body(run) -> None:
     from nla_ray.reinforce.rewards import contrast
     from nla_ray.score.reconstructor import Reconstructor
     from nla_ray.score.scorer import compare
+    from nla_ray.text.stage import read_chunks
 
     base, captured = run.config.base, load_activations(run, "test")
     tokenizer, model = load_tokenizer(base), load_backbone(base)
     text_id, text = captured.text_ids[0], captured.texts[0]
     print(f" 1. text {text_id}, {len(text)} characters\n{text}\n")
-    encoded = TextEncoder(tokenizer, base, run.config.capture).encode(text_id, text)
+    chunks = read_chunks(run, ("text_id", "text", "messages")).to_pylist()
+    [chunk] = [chunk for chunk in chunks if chunk["text_id"] == text_id]
+    encoder = TextEncoder(tokenizer, base, run.config.capture)
+    encoded = encoder.encode(text_id, chunk["text"], chunk["messages"])
     encoded = replace(encoded, positions=captured.positions[:1])
     print(f" 2. chat prompt: {len(encoded.ids)} ids, wanted positions {encoded.positions}")
     reader = ActivationReader(model, [base.layer], run.config.capture.batch_tokens)

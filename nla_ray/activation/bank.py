@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_MEAN = "mean"
+"""In place of the position in an activation's id."""
+
+
 def activation_schema(d_model: int) -> pa.Schema:
     """One residual-stream vector a row, raw float32, never normalised.
 
     `activation_id` is `{text_id}@{layer}:{position}`; `position` is the 0-based index of the token
     in the chat-formatted prompt, `token` its id. `text` is what the model has read there: the text
-    up to the position, the whole of it at the prompt's last token.
+    up to the position, the whole of it at the prompt's last token. A mean over tokens stands at
+    none: its id ends in `mean`, `position` and `token` are -1, and `text` ends with its last token.
     """
     return pa.schema(
         [
@@ -42,10 +47,10 @@ def activation_schema(d_model: int) -> pa.Schema:
 def activation_id(text_id: str, layer: int, position: int) -> str:
     """The identity of one captured vector.
 
-    >>> activation_id("a#0", layer=4, position=31)
-    'a#0@4:31'
+    >>> activation_id("a#0", layer=4, position=31), activation_id("a#0", layer=4, position=-1)
+    ('a#0@4:31', 'a#0@4:mean')
     """
-    return f"{text_id}@{layer}:{position}"
+    return f"{text_id}@{layer}:{_MEAN if position < 0 else position}"
 
 
 TEXT_COLUMNS = ["text_id", "doc_id", "split", "domain", "text"]
@@ -72,8 +77,12 @@ class ActivationTable:
 
     @property
     def positions(self) -> list[int]:
-        """The token of each activation: its 0-based index in the chat-formatted prompt."""
-        return [int(name.rpartition(":")[2]) for name in self.ids]
+        """The token of each activation: its 0-based index in the chat-formatted prompt.
+
+        -1 of a mean over tokens.
+        """
+        ends = (name.rpartition(":")[2] for name in self.ids)
+        return [-1 if end == _MEAN else int(end) for end in ends]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -6,14 +6,25 @@ alone, not on what else was in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from nla_ray.activation.bank import TEXT_COLUMNS, activation_id
-from nla_ray.activation.positions import EncodedText, plan_batches
+from nla_ray.activation.bank import activation_id
+from nla_ray.activation.positions import MEAN_POSITION, EncodedText, padded_tokens, plan_batches
+from nla_ray.run.blocks import activation_row_bytes, gather_blocks
 from nla_ray.settings.config import BaseConfig, CaptureConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_TOKEN = -1
+"""In place of a token's id, where an activation is a mean over tokens."""
+_IDENTITY = ["shard", "text_id", "doc_id", "split", "domain", "num_tokens", "skipped"]
+"""Columns of a text that each of its activations has."""
 
 
 def wanted_layers(base: BaseConfig, capture: CaptureConfig) -> tuple[int, ...]:
@@ -51,24 +62,49 @@ class ActivationReader:
         ids = torch.zeros(len(texts), max(len(text.ids) for text in texts), dtype=torch.int64)
         for row, text in enumerate(texts):
             ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        counts = [len(text.positions) for text in texts]
+        counts = [len(text.read_positions) for text in texts]
         rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(
             self._device
         )
-        positions = [position for text in texts for position in text.positions]
+        positions = [position for text in texts for position in text.read_positions]
         columns = torch.tensor(positions, device=self._device)
         with torch.inference_mode():
             residual = self._residual.read(ids.to(self._device))
-            kept = {
-                layer: values[rows, columns].float().cpu() for layer, values in residual.items()
+            return {
+                layer: self._wanted(values[rows, columns].float(), texts)
+                for layer, values in residual.items()
             }
-        return {
-            layer: [part.numpy() for part in values.split(counts)] for layer, values in kept.items()
-        }
+
+    def _wanted(self, values: Tensor, texts: Sequence[EncodedText]) -> list[np.ndarray]:
+        """An array a text; `values`: what was read in all texts, float32 [tokens, d_model]."""
+        import torch
+
+        parts = values.split([len(text.read_positions) for text in texts])
+        if any(text.averaged for text in texts):  # before what is averaged leaves the device
+            parts = [
+                part.mean(0, keepdim=True) if text.averaged else part
+                for part, text in zip(parts, texts, strict=True)
+            ]
+            values = torch.cat(parts)
+        kept = values.cpu().split([len(text.positions) for text in texts])
+        return [part.numpy() for part in kept]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedBlock:
+    """Some activations of a shard, as many as are held at once.
+
+    Example: CapturedBlock(rows=<8,248 rows>, padded_tokens=20_480)
+    """
+
+    rows: pa.Table
+    """Columns of `activation_schema`, and `shard`, `num_tokens` and `skipped`."""
+    padded_tokens: int
+    """Of the forward passes that were made for it, padding included."""
 
 
 class Capture:
-    """The actor of the capture stage: a table of encoded texts in, a table of activations out."""
+    """A table of encoded texts in, blocks of their activations out."""
 
     def __init__(self, base: BaseConfig, capture: CaptureConfig, threads: int) -> None:
         import torch
@@ -78,59 +114,79 @@ class Capture:
 
         torch.set_num_threads(threads)
         layers = wanted_layers(base, capture)
+        self._batch_tokens = capture.batch_tokens
         model = load_backbone(base, num_blocks=layers[-1] + 1)
         check_reading(model, layers)
         self._reader = ActivationReader(model, layers, capture.batch_tokens)
 
-    def __call__(self, texts: pa.Table) -> pa.Table:
-        """Columns of `read_texts` -> those of `activation_schema`, one row an activation.
+    def __call__(self, texts: pa.Table) -> Iterator[CapturedBlock]:
+        """Columns of `read_texts` -> the shard's activations, a row each, in blocks.
 
-        Texts that are left out come last.
+        Texts that are left out are the last block. Held at once are the activations of some texts,
+        of at most BLOCK_BYTES or of one text, and a block of their rows.
         """
         kept = texts.filter(texts["skipped"].is_null())
-        left_out = texts.filter(texts["skipped"].is_valid())
+        names = ("ids", "positions", "averaged", "ends")
         encoded = [
-            EncodedText(ids=ids, positions=positions, ends=ends)
-            for ids, positions, ends in zip(
-                *(kept[name].to_pylist() for name in ("ids", "positions", "ends")), strict=True
-            )
+            EncodedText(**dict(zip(names, values, strict=True)))
+            for values in zip(*(kept[name].to_pylist() for name in names), strict=True)
         ]
-        vectors = self._reader.read(encoded)
+        size = activation_row_bytes(self._reader.d_model, 0) * len(self._reader.layers)
+        start = 0
+        for part in gather_blocks(encoded, lambda text: size * len(text.positions)):
+            yield from self._captured(kept.slice(start, len(part)), part)
+            start += len(part)
+        left_out = texts.filter(texts["skipped"].is_valid())
+        none = [-1] * len(left_out)
+        zeros = np.zeros((len(left_out), self._reader.d_model), np.float32)
+        rows = _activation_rows(left_out, left_out["text"].to_pylist(), zeros, none, none, none)
+        yield CapturedBlock(rows=rows, padded_tokens=0)
+
+    def _captured(self, texts: pa.Table, encoded: list[EncodedText]) -> Iterator[CapturedBlock]:
+        """The activations of texts that are read together."""
+        vectors, d_model = self._reader.read(encoded), self._reader.d_model
+        padded = padded_tokens([len(text.ids) for text in encoded], self._batch_tokens)
+        whole, names = texts["text"].to_pylist(), texts["text_id"].to_pylist()
+        identity = texts.select(_IDENTITY)
         rows = [
             (row, layer, slot)
             for row, text in enumerate(encoded)
             for layer in self._reader.layers
             for slot in range(len(text.positions))
         ]
-        activations = np.array([vectors[layer][row][slot] for row, layer, slot in rows], np.float32)
-        activations = activations.reshape(-1, self._reader.d_model)  # also where there is none
-        positions = [encoded[row].positions[slot] for row, _, slot in rows]
-        whole = kept["text"].to_pylist()
-        read = [whole[row][: encoded[row].ends[slot]] for row, _, slot in rows]
-        taken = kept.take(pa.array([row for row, _, _ in rows], pa.int64()))
-        found = _activation_rows(
-            taken.set_column(taken.column_names.index("text"), "text", pa.array(read, pa.string())),
-            activations,
-            [layer for _, layer, _ in rows],
-            positions,
-            [
-                encoded[row].ids[position]
-                for (row, _, _), position in zip(rows, positions, strict=True)
-            ],
-        )
-        none = [-1] * len(left_out)
-        zeros = np.zeros((len(left_out), self._reader.d_model), np.float32)
-        return pa.concat_tables([found, _activation_rows(left_out, zeros, none, none, none)])
+
+        def size_of(wanted: tuple[int, int, int]) -> int:
+            row, _, slot = wanted
+            return activation_row_bytes(d_model, encoded[row].ends[slot] + 3 * len(names[row]))
+
+        for chosen in gather_blocks(rows, size_of):
+            positions = [encoded[row].positions[slot] for row, _, slot in chosen]
+            rows_of_block = _activation_rows(
+                identity.take(pa.array([row for row, _, _ in chosen], pa.int64())),
+                [whole[row][: encoded[row].ends[slot]] for row, _, slot in chosen],
+                np.array([vectors[layer][row][slot] for row, layer, slot in chosen], np.float32),
+                [layer for _, layer, _ in chosen],
+                positions,
+                [
+                    NO_TOKEN if position == MEAN_POSITION else encoded[row].ids[position]
+                    for (row, _, _), position in zip(chosen, positions, strict=True)
+                ],
+            )
+            held = [CapturedBlock(rows=rows_of_block, padded_tokens=padded)]
+            del rows_of_block
+            yield held.pop()  # whoever takes the block holds it alone
+            padded = 0
 
 
 def _activation_rows(
     texts: pa.Table,
+    read: Sequence[str],
     activations: np.ndarray,
     layers: Sequence[int],
     positions: Sequence[int],
     tokens: Sequence[int],
 ) -> pa.Table:
-    """Rows of texts with their activations [rows, d_model].
+    """Rows of texts with what is `read` of each and their activations [rows, d_model].
 
     A vector that is not finite is marked as skipped.
     """
@@ -146,10 +202,10 @@ def _activation_rows(
         or (None if ok else f"non_finite: {name} holds NaN or infinity, expected finite numbers")
         for reason, ok, name in zip(texts["skipped"].to_pylist(), finite, ids, strict=True)
     ]
-    columns = {name: texts[name] for name in ("shard", *TEXT_COLUMNS, "num_tokens")}
     return pa.table(
         {
-            **columns,
+            **{name: texts[name] for name in _IDENTITY},
+            "text": pa.array(read, pa.string()),
             "skipped": pa.array(skipped, pa.string()),
             "activation_id": pa.array(ids, pa.string()),
             "position": pa.array(positions, pa.int32()),

@@ -7,21 +7,31 @@ that an activation goes with the text up to its position: attention is causal, s
 from __future__ import annotations
 
 import random
+import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nla_ray.base.encoding import ChatEncoder
+from nla_ray.base.conversation import Turn, as_conversation, content_starts
+from nla_ray.base.encoding import ChatEncoder, EncodedChat
+from nla_ray.base.prompts import RefusedTurns
 from nla_ray.run.identity import seed_of
 from nla_ray.settings.config import BaseConfig, CaptureConfig
+from nla_ray.settings.positions import PositionRule
 
 MAX_PADDING = 0.05
 """Largest share of padding in one forward pass."""
 
 
+MEAN_POSITION = -1
+"""In place of a position: the activation is the mean over tokens, and stands at none of them."""
+
+
 class Skipped(ValueError):
     """A text that has no activation.
 
-    The message starts with the reason: `no_tokens`, `too_long` or `non_finite`.
+    The message starts with the reason: `no_tokens`, `too_long`, `no_match`, `refused_by_template`
+    or `non_finite`.
     """
 
     @property
@@ -35,35 +45,47 @@ class EncodedText:
     """A chat-formatted text and the positions whose activations are wanted.
 
     Example: EncodedText(ids=[1, 40, 8, 2, 3], positions=[1], ends=[5], n_raw_tokens=[1]) of the
-    text "quick test", read up to its first token.
+    text "quick test", read up to its first token; its mean is EncodedText(ids=[1, 40, 8, 2, 3],
+    positions=[MEAN_POSITION], averaged=[1, 2], ends=[10], n_raw_tokens=[2]).
     """
 
     ids: list[int]
     positions: list[int]
-    """Ascending, 0-based."""
+    """Ascending, 0-based; or MEAN_POSITION alone."""
+    averaged: list[int] = field(default_factory=list)
+    """Ascending, 0-based: the positions whose mean is wanted."""
     ends: list[int] = field(default_factory=list)
-    """For each position, how many characters of the text stand up to it, its token included."""
+    """For each of `positions`, how many characters of the text stand up to it, its token included;
+    for a mean, up to the last token of it."""
     n_raw_tokens: list[int] = field(default_factory=list)
     """The same in tokens of the text: those of the template do not count."""
 
+    @property
+    def read_positions(self) -> list[int]:
+        """Where the residual stream is read."""
+        return self.averaged or self.positions
+
 
 class TextEncoder:
-    """Formats a text as a user turn with the generation prompt appended; picks positions in it."""
+    """Formats a text, or a conversation, by the chat template; picks positions in it."""
 
     def __init__(self, tokenizer, base: BaseConfig, capture: CaptureConfig) -> None:
         self._chat, self._max_tokens = ChatEncoder(tokenizer, base.model), base.max_tokens
-        self._random_count = (
-            int(capture.positions[7:]) if capture.positions.startswith("random:") else None
-        )
+        self._rule, self._said = PositionRule.of(capture.positions), capture.positions
 
-    def encode(self, text_id: str, text: str) -> EncodedText:
+    def encode(self, text_id: str, text: str, messages: str | None = None) -> EncodedText:
         """The prompt's ids and the wanted positions in it.
 
-        Raises Skipped for a text without tokens or with more than base.max_tokens, template
-        included.
+        `messages`: of a conversation, as the corpus holds it; `text` is its plain text then. Raises
+        Skipped for a text without tokens or with more than base.max_tokens, template included; for
+        one in which no token is wanted, and for turns that the template does not take.
         """
-        chat = self._chat.encode(text)
-        ids, inside = chat.ids, list(chat.ends)
+        turns = as_conversation(text, messages)
+        try:
+            chat = self._chat.encode(text) if messages is None else self._chat.encode_turns(turns)
+        except RefusedTurns as error:
+            raise Skipped(f"refused_by_template: {error}") from None
+        ids, inside = chat.ids, list(chat.spans)
         if not inside:
             raise Skipped("no_tokens: the text became no token, expected at least one")
         if len(ids) > self._max_tokens:
@@ -71,20 +93,77 @@ class TextEncoder:
                 f"too_long: the prompt has {len(ids)} tokens, expected at most {self._max_tokens} "
                 "(--base.max-tokens)"
             )
-        if self._random_count is None:
+        if self._rule.kind == "last":
             return EncodedText(
                 ids=ids, positions=[len(ids) - 1], ends=[len(text)], n_raw_tokens=[len(inside)]
             )
-        drawn = random.Random(seed_of(0, "positions", text_id)).sample(
-            inside, min(self._random_count, len(inside))
-        )
-        positions = sorted(drawn)
+        starts = [0] if messages is None else content_starts(turns)
+        chosen = self._chosen(text_id, chat, turns, starts)
+        if not chosen:
+            raise Skipped(f"no_match: no token of the text is one of {self._said}")
+        counts = {position: number for number, position in enumerate(inside, start=1)}
+        last_read = chosen[-1:] if self._rule.is_mean else chosen
         return EncodedText(
             ids=ids,
-            positions=positions,
-            ends=[chat.ends[position] for position in positions],
-            n_raw_tokens=[inside.index(position) + 1 for position in positions],
+            positions=[MEAN_POSITION] if self._rule.is_mean else chosen,
+            averaged=chosen if self._rule.is_mean else [],
+            ends=[
+                len(text) if self._rule.of_whole_texts else chat.ends[position]
+                for position in last_read
+            ],
+            n_raw_tokens=[counts[position] for position in last_read],
         )
+
+    def _chosen(
+        self, text_id: str, chat: EncodedChat, turns: Sequence[Turn], starts: Sequence[int]
+    ) -> list[int]:
+        """The wanted tokens of the text, ascending. `starts`: where contents begin in the text."""
+        rule, inside = self._rule, list(chat.spans)
+        if rule.kind == "all":
+            return inside
+        if rule.kind == "random":
+            draw = random.Random(seed_of(0, "positions", text_id))
+            return sorted(draw.sample(inside, min(rule.count, len(inside))))
+        if rule.pattern is not None:
+            return sorted(_matched(chat, turns, starts, rule.pattern, last_only=not rule.is_mean))
+        of_role = [position for position in inside if turns[chat.turns[position]].role == rule.role]
+        if rule.kind == "role":
+            return of_role
+        return sorted({chat.turns[position]: position for position in of_role}.values())
+
+
+def _matched(
+    chat: EncodedChat,
+    turns: Sequence[Turn],
+    starts: Sequence[int],
+    pattern: re.Pattern[str],
+    *,
+    last_only: bool,
+) -> set[int]:
+    """The tokens that hold characters of matches; `last_only`: of each the one that it ends in.
+
+    A match lies within one turn. An empty one holds no character.
+    """
+    by_turn: dict[int, list[int]] = {}
+    for position, number in chat.turns.items():
+        by_turn.setdefault(number, []).append(position)
+    found: set[int] = set()
+    for number, positions in by_turn.items():
+        lefts, rights = zip(*(chat.spans[position] for position in positions), strict=True)
+        for match in pattern.finditer(turns[number].content):
+            start, end = starts[number] + match.start(), starts[number] + match.end()
+            if start == end:
+                continue
+            if not last_only:
+                first, after = bisect_right(rights, start), bisect_left(lefts, end)
+                found.update(positions[first:after])
+                continue
+            # Of a character of several tokens the last one; of a space that offsets leave out, the
+            # token that begins with it.
+            last = max(bisect_left(rights, end), bisect_left(lefts, end) - 1)
+            if last < len(positions) and lefts[0] < end:
+                found.add(positions[last])
+    return found
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

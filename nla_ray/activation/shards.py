@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_ray.activation.bank import activation_schema
-from nla_ray.activation.positions import padded_tokens
+from nla_ray.activation.capture import CapturedBlock
 from nla_ray.run.location import Location
 from nla_ray.run.manifest import FileRecord
 
@@ -19,42 +19,66 @@ _REPEATED = ["split", "domain", "doc_id", "text"]
 """Columns whose values come often."""
 
 
-def write_shard(
-    rows: pa.Table, *, target: Location, batch_tokens: int, base_digest: str
-) -> pa.Table:
+def write_shard(blocks: Iterable[CapturedBlock], *, target: Location, base_digest: str) -> pa.Table:
     """Write the activations of a shard under the shard's name, then the record; its counts.
 
-    The record says that the file is complete. Raises RuntimeError for rows of several shards.
+    A block is a row group of the file, and is written before the next one is asked for. The record
+    says that the file is complete. Raises RuntimeError for rows of several shards.
     """
-    shards = set(rows["shard"].to_pylist())
-    if len(shards) != 1:
-        raise RuntimeError(
-            f"block of activations: got rows of {len(shards)} shards, expected those of one; "
-            "Ray Data has joined blocks."
-        )
-    [shard] = shards
-    kept = rows.filter(rows["skipped"].is_null())
-    left_out = rows.filter(rows["skipped"].is_valid())
-    schema = activation_schema(rows.schema.field("activation").type.list_size)
-    buffer = io.BytesIO()
-    pq.write_table(
-        kept.select(schema.names).cast(schema),
-        buffer,
-        compression="zstd",
-        use_dictionary=_REPEATED,  # pyright: ignore[reportArgumentType]  (a list of columns works)
+    remaining = iter(blocks)
+    block: CapturedBlock | None = next(remaining)
+    shard = block.rows["shard"][0].as_py()
+    counts = _ShardCounts(shard=shard)
+    schema = activation_schema(block.rows.schema.field("activation").type.list_size)
+    with (
+        (target / shard).replacement() as file,
+        pq.ParquetWriter(
+            file,
+            schema,
+            compression="zstd",
+            use_dictionary=_REPEATED,  # pyright: ignore[reportArgumentType]  (a list works)
+        ) as writer,
+    ):
+        while block is not None:
+            kept = counts.add(block).select(schema.names).cast(schema)
+            if len(kept):
+                writer.write_table(kept)
+            del block, kept  # before the next one is made
+            block = next(remaining, None)
+    record = counts.record(base_digest, (target / shard).record())
+    record.save(target)
+    return pa.table(
+        {"shard": [shard], "activations": [record.activations], "tokens": [record.tokens]}
     )
-    (target / shard).write_bytes(buffer.getvalue())
-    text_ids, num_tokens = rows["text_id"].to_pylist(), rows["num_tokens"].to_pylist()
-    lengths = [length for length in dict(zip(text_ids, num_tokens, strict=True)).values() if length]
-    record = ShardRecord(
-        shard=shard,
-        base_digest=base_digest,
-        file=(target / shard).record(),
-        texts=len(set(rows["text_id"].to_pylist())),
-        activations=len(kept),
-        tokens=sum(lengths),
-        padded_tokens=padded_tokens(lengths, batch_tokens),
-        skipped=[
+
+
+@dataclass
+class _ShardCounts:
+    """What is counted of a shard while its blocks are written."""
+
+    shard: str
+    tokens_of_text: dict[str, int] = field(default_factory=dict)
+    activations: int = 0
+    padded_tokens: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, block: CapturedBlock) -> pa.Table:
+        """Count a block; its rows that are not left out."""
+        shards = {self.shard, *block.rows["shard"].to_pylist()}
+        if len(shards) != 1:
+            raise RuntimeError(
+                f"block of activations: got rows of {len(shards)} shards, expected those of one; "
+                "Ray Data has joined blocks."
+            )
+        kept, left_out = block.rows, block.rows.slice(0, 0)
+        if block.rows["skipped"].null_count < len(block.rows):  # a filter copies
+            kept = block.rows.filter(block.rows["skipped"].is_null())
+            left_out = block.rows.filter(block.rows["skipped"].is_valid())
+        columns = (block.rows[name].to_pylist() for name in ("text_id", "num_tokens"))
+        self.tokens_of_text |= dict(zip(*columns, strict=True))
+        self.activations += len(kept)
+        self.padded_tokens += block.padded_tokens
+        self.skipped += [
             {
                 "text_id": text_id,
                 "reason": reason.partition(":")[0],
@@ -63,12 +87,21 @@ def write_shard(
             for text_id, reason in zip(
                 left_out["text_id"].to_pylist(), left_out["skipped"].to_pylist(), strict=True
             )
-        ],
-    )
-    record.save(target)
-    return pa.table(
-        {"shard": [shard], "activations": [record.activations], "tokens": [record.tokens]}
-    )
+        ]
+        return kept
+
+    def record(self, base_digest: str, file: FileRecord) -> ShardRecord:
+        """The record of the finished shard."""
+        return ShardRecord(
+            shard=self.shard,
+            base_digest=base_digest,
+            file=file,
+            texts=len(self.tokens_of_text),
+            activations=self.activations,
+            tokens=sum(self.tokens_of_text.values()),
+            padded_tokens=self.padded_tokens,
+            skipped=self.skipped,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

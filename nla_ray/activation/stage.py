@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
-from nla_ray.text.stage import families_of
+from nla_ray.text.stage import families_of, read_chunk_table
 
 if TYPE_CHECKING:
     import ray.data
@@ -52,7 +53,6 @@ logger = get_logger(__name__)
 STATS_NAME = "stats.json"
 SKIPPED_NAME = "skipped.jsonl"
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-_WRITER_CPUS = 0.25
 _READER_CPUS = 1.0
 _ATTEMPTS = 3
 
@@ -70,36 +70,59 @@ def _encoder(base: BaseConfig, capture: CaptureConfig) -> TextEncoder:
 def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
     """A table with the name of one `shard` -> its texts, verified by the manifest and tokenised.
 
-    Adds the columns ids, positions, ends, num_tokens and skipped (null, or why there is nothing to
-    capture).
+    Adds the columns ids, positions, averaged, ends, num_tokens and skipped (null, or why there is
+    nothing to capture).
     """
     [shard] = shards["shard"].to_pylist()
-    texts = pq.read_table(
-        io.BytesIO(run.verified("corpus", corpus, shard).read_bytes()), columns=TEXT_COLUMNS
-    )
+    shard_bytes = run.verified("corpus", corpus, shard).read_bytes()
+    texts = read_chunk_table(io.BytesIO(shard_bytes), [*TEXT_COLUMNS, "messages"])
     encoder = _encoder(run.config.base, run.config.capture)
-    ids, positions, ends, skipped = [], [], [], []
-    for text_id, text in zip(texts["text_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
+    found: list[EncodedText] = []
+    skipped: list[str | None] = []
+    for row in texts.select(["text_id", "text", "messages"]).to_pylist():
         try:
-            encoded = encoder.encode(text_id, text)
-            reason = None
+            found.append(encoder.encode(row["text_id"], row["text"], row["messages"]))
+            skipped.append(None)
         except Skipped as error:
-            encoded, reason = EncodedText(ids=[], positions=[]), str(error)
-        ids.append(encoded.ids)
-        positions.append(encoded.positions)
-        ends.append(encoded.ends)
-        skipped.append(reason)
+            found.append(EncodedText(ids=[], positions=[]))
+            skipped.append(str(error))
+    lists = ("ids", "positions", "averaged", "ends")
     return pa.table(
         {
             "shard": pa.array([shard] * len(texts), pa.string()),
             **{name: texts[name] for name in TEXT_COLUMNS},
-            "ids": pa.array(ids, pa.list_(pa.int32())),
-            "positions": pa.array(positions, pa.list_(pa.int32())),
-            "ends": pa.array(ends, pa.list_(pa.int32())),
-            "num_tokens": pa.array(map(len, ids), pa.int32()),
+            **{
+                name: pa.array([getattr(text, name) for text in found], pa.list_(pa.int32()))
+                for name in lists
+            },
+            "num_tokens": pa.array([len(text.ids) for text in found], pa.int32()),
             "skipped": pa.array(skipped, pa.string()),
         }
     )
+
+
+class ShardCapture:
+    """The actor of the stage: a table of encoded texts in, their shard written, its counts out.
+
+    Activations never pass through the object store: a shard of them may be larger than memory.
+    """
+
+    def __init__(
+        self,
+        base: BaseConfig,
+        capture: CaptureConfig,
+        *,
+        threads: int,
+        target: Location,
+        base_digest: str,
+    ) -> None:
+        self._capture = Capture(base, capture, threads)
+        self._target, self._base_digest = target, base_digest
+
+    def __call__(self, texts: pa.Table) -> pa.Table:
+        """Columns of `read_texts` -> the row of `write_shard`."""
+        blocks = self._capture(texts)
+        return write_shard(blocks, target=self._target, base_digest=self._base_digest)
 
 
 # The stage ----------------------------------------------------------------------------------------
@@ -175,7 +198,6 @@ def _stream_shards(
         [
             demand(config.compute, "capture", num_actors),
             Demand(name="reader", count=1, resources={"CPU": reader["num_cpus"]}),
-            Demand(name="writer", count=1, resources={"CPU": _WRITER_CPUS}),
         ],
     )
     with _quiet_ray_data(), stage_progress("activations", len(shards)) as advance:
@@ -187,7 +209,7 @@ def _stream_shards(
 def capture_stream(
     run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
 ) -> ray.data.Dataset:
-    """Shards through read -> tokenise -> capture -> write, lazily: a row of counts a shard."""
+    """Shards through read and tokenise -> capture and write, lazily: a row of counts a shard."""
     import ray.data
 
     config = run.config
@@ -204,25 +226,18 @@ def capture_stream(
     )
     # Not `map_batches`: that refuses a GPU to batches that are whole blocks, here shards, because
     # a block may be too large for its memory. `Capture` cuts a shard into batches by itself.
-    rows = texts.map_batches_internal(
-        Capture,
-        fn_constructor_args=(config.base, config.capture, config.compute.threads),
+    return texts.map_batches_internal(
+        ShardCapture,
+        fn_constructor_args=(config.base, config.capture),
+        fn_constructor_kwargs={
+            "threads": config.compute.threads,
+            "target": stage.location,
+            "base_digest": digest,
+        },
         compute=ray.data.ActorPoolStrategy(size=min(config.capture.num_actors, len(shards))),
         batch_size=None,
         batch_format="pyarrow",
         **capture,
-    )
-    target = {
-        "target": stage.location,
-        "batch_tokens": config.capture.batch_tokens,
-        "base_digest": digest,
-    }
-    return rows.map_batches(
-        write_shard,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
-        fn_kwargs=target,
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=_WRITER_CPUS,
     )
 
 
@@ -315,20 +330,19 @@ def _train_stats(
 ) -> tuple[dict[str, Any], list[str]]:
     """Mean direction and norm quantiles of every layer over the train rows; the train doc_ids.
 
-    A shard at a time: what grows with the corpus is four bytes an activation (its norm) and the
+    A block at a time: what grows with the corpus is four bytes an activation (its norm) and the
     names of the documents.
     """
     import torch
 
     from nla_ray.activation.vectors import direction, norm
 
+    columns = ["split", "layer", "doc_id", "activation"]
     sums: dict[int, Tensor] = {}
     norms: dict[int, list[np.ndarray]] = {}
     documents: set[str] = set()
-    for shard in shards:
-        train = _read_rows(
-            location / shard, ["split", "layer", "doc_id", "activation"], split="train"
-        )
+    blocks = (_read_rows(location / shard, columns, "train") for shard in shards)
+    for train in chain.from_iterable(blocks):
         documents.update(train["doc_id"].to_pylist())
         for layer in train["layer"].unique().to_pylist():
             of_layer = train.filter(_equal(train["layer"], layer))
@@ -361,16 +375,19 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
     d_model = manifest.model["d_model"]
     columns = ["activation_id", *TEXT_COLUMNS, "layer", "activation"]
     parts = [
-        _read_rows(run.verified("activations", manifest, path), columns, split=split, layer=layer)
+        part
         for path in sorted(manifest.files)
         if path.endswith(".parquet")
+        for part in _read_rows(
+            run.verified("activations", manifest, path), columns, split, layer=layer
+        )
     ]
-    table = pa.concat_tables(parts)
-    if not len(table):
+    if not any(len(part) for part in parts):
         raise ValueError(
             f"activations of layer {layer}: got no {split} rows in {run.root / 'activations'},"
             " expected some. Capture that layer (--capture.layers), or more documents."
         )
+    table = pa.concat_tables(parts)
     matrix = np.empty((len(table), d_model), np.float32)
     start = 0
     for chunk in table["activation"].chunks:
@@ -393,7 +410,7 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
 def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
     """A sample of the train activations of the base's layer, drawn by seed, as many of each shard.
 
-    Shards are read one by one. Raises ValueError when there are no activations.
+    Blocks of shards are read one by one. Raises ValueError when there are no activations.
     """
     import torch
 
@@ -406,13 +423,18 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
     for number, shard in enumerate(shards):
         location = run.verified("activations", manifest, shard)
         columns = ["activation_id", "split", "layer", "activation"]
-        table = _read_rows(location, columns, split="train", layer=layer)
         left = (most - len(ids)) // (len(shards) - number)
-        table = table.take(pa.array(drawn_rows(len(table), left, number), pa.int64()))
+        blocks = _read_rows(location, columns, "train", layer=layer)
+        table = _drawn(pa.concat_tables(_drawn(block, left, number) for block in blocks), left, 0)
         ids += table["activation_id"].to_pylist()
         rows.append(activation_matrix(table["activation"], manifest.model["d_model"]))
     mean = torch.tensor(load_stats(run)["mean_direction"])
     return typical.TrainActivations(ids, torch.from_numpy(np.concatenate(rows)), mean)
+
+
+def _drawn(table: pa.Table, most: int, seed: int) -> pa.Table:
+    """At most so many of its rows, by seed."""
+    return table.take(pa.array(drawn_rows(len(table), most, seed), pa.int64()))
 
 
 def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
@@ -426,12 +448,18 @@ def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
 
 
 def _read_rows(
-    location: Location, columns: list[str], *, split: str, layer: int | None = None
-) -> pa.Table:
-    with location.filesystem.open_input_file(location.path) as file:
-        table = pq.read_table(file, columns=columns)
-    table = table.filter(_equal(table["split"], split))
-    return table if layer is None else table.filter(_equal(table["layer"], layer))
+    location: Location, columns: list[str], split: str, *, layer: int | None = None
+) -> Iterator[pa.Table]:
+    """The rows of a split, and of a layer, in each block of a shard.
+
+    `columns` hold `split`, and `layer` where one is wanted.
+    """
+    with location.filesystem.open_input_file(location.path) as opened:
+        file = pq.ParquetFile(opened)
+        for number in range(file.num_row_groups):
+            table = file.read_row_group(number, columns=columns)
+            table = table.filter(_equal(table["split"], split))
+            yield table if layer is None else table.filter(_equal(table["layer"], layer))
 
 
 def _equal(column: pa.ChunkedArray, value: str | int) -> pa.ChunkedArray:

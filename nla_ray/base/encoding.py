@@ -14,9 +14,11 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
-from nla_ray.base.prompts import chat_prompt
+from nla_ray.base.conversation import Turn, content_starts
+from nla_ray.base.prompts import RefusedTurns, chat_prompt, conversation_prompt
 
 _SENTINEL = "nla-ray-text"
 _CACHED_TOKENIZERS = 8
@@ -59,14 +61,37 @@ def encode_texts(
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedChat:
-    """A text as a user's turn, with the generation prompt appended.
+    """A text, or a conversation, by the chat template.
 
-    Example: the text "A licence" is EncodedChat(ids=[1, 40, 8, 2, 3], ends={1: 1, 2: 9})
+    Example: the text "A licence" is EncodedChat(ids=[1, 40, 8, 2, 3], spans={1: (0, 1), 2: (1, 9)},
+    turns={1: 0, 2: 0})
     """
 
     ids: list[int]
-    ends: dict[int, int]
-    """Position of every token of the text -> how many characters of the text end with it."""
+    spans: dict[int, tuple[int, int]]
+    """Position of every token of the text -> first character and end of the text that it holds. A
+    conversation's text is that of `join_turns`."""
+    turns: dict[int, int]
+    """Position of every token of the text -> number of its turn, from 0."""
+
+    @property
+    def ends(self) -> dict[int, int]:
+        """Position of every token of the text -> how many characters of the text end with it."""
+        return {position: end for position, (_, end) in self.spans.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """What a chat template puts around and between the contents of turns of certain roles.
+
+    Example: _Frame(parts=("<|im_start|>user\\n", "<|im_end|>\\n<|im_start|>assistant\\n"),
+    num_control=3)
+    """
+
+    parts: tuple[str, ...]
+    """One more than there are turns."""
+    num_control: int
+    """Control tokens in them."""
 
 
 class ChatEncoder:
@@ -82,49 +107,113 @@ class ChatEncoder:
                 f"tokenizer of {model}: got a slow one, expected one that reports character"
                 " offsets. Install its fast version (tokenizer.json)."
             )
-        around = chat_prompt(tokenizer, _SENTINEL).split(_SENTINEL)
-        if len(around) != 2:
-            raise ValueError(
-                f"chat template of {model}: got the user's text {len(around) - 1} times in the"
-                " prompt, expected once. Choose a base with an ordinary chat template."
-            )
         self._tokenizer = tokenizer
-        self._before, self._after = around
-        self._allowed = sum(_count_control(tokenizer, self._encode(part)[0]) for part in around)
+        self._frames: dict[tuple[str, ...], _Frame] = {}
+        try:
+            self._frame(("user",))
+        except RefusedTurns as error:
+            raise ValueError(
+                f"chat template of {model}: {error}. Choose a base with an ordinary chat template."
+            ) from None
 
     def encode(self, text: str) -> EncodedChat:
-        """The ids of the prompt, in which the text holds no control token."""
+        """The ids of the prompt with the text as a user's turn; it holds no control token."""
+        frame = self._frame(("user",))
         prompt = chat_prompt(self._tokenizer, text)
-        start, end = len(self._before), len(prompt) - len(self._after)
-        rendered = prompt[start:end]
-        ids, spans = self._encode(prompt)
-        if _count_control(self._tokenizer, ids) != self._allowed:
-            ids, spans = self._encode_apart(rendered)
-        stripped = max(0, text.find(rendered))  # some templates strip what stands around a text
-        ends = {
-            position: min(right, end) - start + stripped
-            for position, (left, right) in enumerate(spans)
-            if left < right and left < end and right > start
-        }
-        return EncodedChat(ids=ids, ends=ends)
+        before, after = frame.parts
+        rendered = prompt[len(before) : len(prompt) - len(after)]
+        return self._encode_contents(prompt, frame, [rendered], [text], [0])
+
+    def encode_turns(self, turns: Sequence[Turn]) -> EncodedChat:
+        """The ids of a conversation, whose contents hold no control token.
+
+        Raises RefusedTurns for what the template does not take, or takes otherwise than it stands
+        there.
+        """
+        frame = self._frame(tuple(turn.role for turn in turns))
+        prompt = conversation_prompt(self._tokenizer, turns)
+        rendered, at = [], len(frame.parts[0])
+        for number, (turn, after) in enumerate(zip(turns, frame.parts[1:], strict=True), start=1):
+            # Some templates strip what stands around a content.
+            forms = (turn.content, turn.content.strip(), turn.content.lstrip())
+            fitting = [form for form in forms if prompt.startswith(form + after, at)]
+            if not fitting:
+                raise RefusedTurns(
+                    f"the chat template alters turn {number}, of {turn.role}, expected its content"
+                    " as it is"
+                )
+            rendered.append(fitting[0])
+            at += len(fitting[0]) + len(after)
+        contents = [turn.content for turn in turns]
+        return self._encode_contents(prompt, frame, rendered, contents, content_starts(turns))
+
+    def _frame(self, roles: tuple[str, ...]) -> _Frame:
+        """Raises RefusedTurns unless each content stands in the prompt once, in order."""
+        if roles in self._frames:
+            return self._frames[roles]
+        sentinels = [f"{_SENTINEL}-{number}." for number in range(len(roles))]
+        turns = [
+            Turn(role=role, content=content) for role, content in zip(roles, sentinels, strict=True)
+        ]
+        parts, rest = [], conversation_prompt(self._tokenizer, turns)
+        for turn in turns:
+            count = rest.count(turn.content)
+            if count != 1:
+                raise RefusedTurns(
+                    f"got the text of {turn.role} {count} times in the prompt, expected once"
+                )
+            part, _, rest = rest.partition(turn.content)
+            parts.append(part)
+        parts.append(rest)
+        num_control = sum(_count_control(self._tokenizer, self._encode(part)[0]) for part in parts)
+        self._frames[roles] = _Frame(parts=tuple(parts), num_control=num_control)
+        return self._frames[roles]
+
+    def _encode_contents(
+        self,
+        prompt: str,
+        frame: _Frame,
+        rendered: Sequence[str],
+        contents: Sequence[str],
+        starts: Sequence[int],
+    ) -> EncodedChat:
+        """`rendered`: each content as the prompt has it; `starts`: where it begins in the text."""
+        ids, token_spans = self._encode(prompt)
+        if _count_control(self._tokenizer, ids) != frame.num_control:
+            ids, token_spans = self._encode_apart(frame, rendered)
+        spans: dict[int, tuple[int, int]] = {}
+        turns: dict[int, int] = {}
+        position = at = 0
+        for number, content in enumerate(rendered):
+            at += len(frame.parts[number])
+            end = at + len(content)
+            shift = starts[number] + max(0, contents[number].find(content)) - at
+            while position < len(ids) and token_spans[position][0] < end:
+                left, right = token_spans[position]
+                if left < right and right > at:
+                    spans[position] = (max(left, at) + shift, min(right, end) + shift)
+                    turns[position] = number
+                position += 1
+            at = end
+        return EncodedChat(ids=ids, spans=spans, turns=turns)
 
     def _encode(self, string: str) -> tuple[list[int], Spans]:
         encoding = self._tokenizer(string, add_special_tokens=False, return_offsets_mapping=True)
         return encoding["input_ids"], encoding["offset_mapping"]
 
-    def _encode_apart(self, text: str) -> tuple[list[int], Spans]:
-        plain = _plain(self._tokenizer).encode(text)
-        parts = (
-            (0, self._encode(self._before)),
-            (len(self._before), (plain.ids, plain.offsets)),
-            (len(self._before) + len(text), self._encode(self._after)),
-        )
-        ids = [index for _, (part, _) in parts for index in part]
-        spans = [
-            (shift + left, shift + right)
-            for shift, (_, offsets) in parts
-            for left, right in offsets
-        ]
+    def _encode_apart(self, frame: _Frame, rendered: Sequence[str]) -> tuple[list[int], Spans]:
+        plain = _plain(self._tokenizer)
+        ids: list[int] = []
+        spans: Spans = []
+        at = 0
+        for part, content in zip_longest(frame.parts, rendered, fillvalue=""):
+            part_ids, part_spans = self._encode(part)
+            encoded = plain.encode(content)
+            ids += [*part_ids, *encoded.ids]
+            spans += [(at + left, at + right) for left, right in part_spans]
+            at += len(part)
+            spans += [(at + left, at + right) for left, right in encoded.offsets]
+            at += len(content)
         return ids, spans
 
 

@@ -146,8 +146,9 @@ def load_backbone(
             config = keep_blocks(config, kept)
             if is_quantised:  # such weights are read whole
                 whole = AutoModelForCausalLM.from_pretrained(folder, **options)
-                decoder = whole.get_submodule(family.decoder)
-                first = nn.ModuleList([decoder.get_submodule(family.blocks)[i] for i in kept])
+                decoder: Any = whole.get_submodule(family.decoder)
+                blocks: Any = decoder.get_submodule(family.blocks)
+                first = nn.ModuleList([blocks[i] for i in kept])
                 decoder.set_submodule(family.blocks, first, strict=True)
                 decoder.config = config
             else:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from nla_ray.base.conversation import Turn
+
 OPENING_TAG = "<description>"
 CLOSING_TAG = "</description>"
 VERBALIZER_TEMPLATE = "Describe the text behind this activation in two or three bullets: {marker}"
@@ -78,11 +80,31 @@ def around_description(marker: str) -> tuple[str, str]:
     return before, after.format(marker=marker)
 
 
+class RefusedTurns(ValueError):
+    """Turns that a chat template does not take, or does not take as they are."""
+
+
 def chat_prompt(tokenizer: Any, text: str) -> str:
     """`text` as a user's turn with the generation prompt appended: what a base reads in capture."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    return conversation_prompt(tokenizer, (Turn(role="user", content=text),))
+
+
+def conversation_prompt(tokenizer: Any, turns: Sequence[Turn]) -> str:
+    """Turns by the chat template, the generation prompt appended unless the assistant spoke last.
+
+    Raises RefusedTurns with the template's own words where it takes no such turns: a system turn,
+    or roles in this order.
+    """
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            [vars(turn) for turn in turns],
+            tokenize=False,
+            add_generation_prompt=turns[-1].role != "assistant",
+        )
+    except TemplateError as error:
+        raise RefusedTurns(f"the chat template says: {error}") from None
 
 
 def fix_date(template: str, date: str) -> str:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nla_ray.base.conversation import join_turns
 from nla_ray.run.identity import text_hash
 from nla_ray.settings.config import require
-from nla_ray.text.documents import require_json_lines, without_marks
+from nla_ray.text.documents import require_json_lines
+from nla_ray.text.fields import MESSAGES_FIELD, BadRow, turns_of_field, without_marks
 
 Positions = Callable[[str], Mapping[int, int]]
 """The hash of a text -> its captured positions, each with the text's tokens up to it."""
@@ -65,7 +68,8 @@ def read_labels(
 ) -> Iterator[ImportedLabel | RefusedLabel]:
     """Every label of a JSONL file, or its refusal.
 
-    Rows hold `text` or `text_hash`, and `teacher` with `label`, or `labels` {teacher: label}.
+    Rows hold `text`, `messages` or `text_hash`, and `teacher` with `label`, or `labels` {teacher:
+    label}.
     `hashes_by_document`: doc_id -> hashes of the document's texts in the corpus; a row that names a
     document must carry a text of that document. Rows may say up to where they describe the text, by
     `position`, by `n_raw_tokens` or by both. Where labels are `of_whole_texts`, a row needs neither
@@ -121,6 +125,8 @@ def _matching_hash(
     row: dict[str, Any], in_corpus: set[str], hashes_by_document: Mapping[str, set[str]]
 ) -> str:
     text, digest = row.get("text"), row.get("text_hash")
+    if text is None and isinstance(row.get(MESSAGES_FIELD), list):
+        text = _joined(row[MESSAGES_FIELD])
     if isinstance(text, str):
         try:
             actual = text_hash(without_marks(text))
@@ -141,6 +147,14 @@ def _matching_hash(
     if digest not in in_corpus:
         raise ValueError("text is not in the corpus")
     return digest
+
+
+def _joined(messages: list[Any]) -> str:
+    """The plain text of a conversation, as the corpus has it."""
+    try:
+        return join_turns(turns_of_field(messages, sys.maxsize))
+    except BadRow as bad:
+        raise ValueError(str(bad)) from None
 
 
 def _captured_position(

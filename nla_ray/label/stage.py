@@ -30,11 +30,13 @@ from nla_ray.label.rows import LABEL_SCHEMA, POSITION_SCHEMA, LabelRow, label_ro
 from nla_ray.label.subjects import Subject, subject_id, subjects_of
 from nla_ray.label.teacher import Teacher, make_teachers
 from nla_ray.run.artifact import Artifact, Run
+from nla_ray.run.blocks import gather_blocks, text_row_bytes
 from nla_ray.run.identity import SPLITS, Split, text_hash
 from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import LabelConfig
+from nla_ray.settings.positions import PositionRule
 from nla_ray.text.stage import read_shards
 from nla_ray.text.words import WordStatistics
 
@@ -43,7 +45,9 @@ logger = get_logger(__name__)
 RawLabels = Callable[[Subject], Sequence[tuple[str, str]]]
 """A subject -> its raw labels as (teacher, raw label)."""
 _WHOLE_TEXTS = "last"
-"""`capture.positions` of activations whose labels are of whole texts."""
+"""In place of `capture.positions`, where labels are of whole texts."""
+_BLOCK_BYTES = 32 << 20
+"""Of labels written at once; as Python objects they take several times as much."""
 _MISSING = "missing"
 """In place of the hash of an imported file that is gone: a complete stage does not need it."""
 
@@ -78,7 +82,7 @@ def label_texts(run: Run) -> Manifest:
         return artifact.manifest
     refused: list[RefusedLabel] = []
     _remember_import(artifact, import_sha256, config)
-    encoder = None if run.config.capture.positions == _WHOLE_TEXTS else _encoder(run)
+    encoder = None if _of_whole_texts(run) else _encoder(run)
     if import_sha256 is None:
         raw_labels = _offline_labels(run, corpus, config)
     else:
@@ -123,20 +127,34 @@ def _label_shards(
     documents: dict[str, set[str]] = {split: set() for split in SPLITS}
     for name, table in read_shards(run, corpus):
         target = folder / name
-        if target.exists():
-            rows = pq.read_table(target).to_pylist()
-        else:
-            rows = list(_label_table(table, raw_labels, encoder, run.config.label))
+        if not target.exists():
             temporary = target.with_suffix(".tmp")
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+            rows = _label_table(table, raw_labels, encoder, run.config.label)
+            _write_labels(rows, schema, temporary)
             os.replace(temporary, target)
         counts.texts += table.num_rows
-        counts.labels += len(rows)
-        counts.unlabelled_texts += table.num_rows - len({row["text_id"] for row in rows})
-        counts.words += sum(len(row["label"].split()) for row in rows)
-        for row in rows:
-            documents[row["split"]].add(row["doc_id"])
+        labelled: set[str] = set()
+        columns = ["split", "doc_id", "text_id", "label"]
+        for batch in pq.ParquetFile(target).iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                labelled.add(row["text_id"])
+                documents[row["split"]].add(row["doc_id"])
+                counts.words += len(row["label"].split())
+            counts.labels += batch.num_rows
+        counts.unlabelled_texts += table.num_rows - len(labelled)
     return {split: sorted(ids) for split, ids in documents.items()}
+
+
+def _write_labels(rows: Iterable[LabelRow], schema: pa.Schema, target: Path) -> None:
+    """A row group a block: a shard may have more labels than memory holds as Python objects."""
+    with pq.ParquetWriter(target, schema) as writer:
+        for block in gather_blocks(rows, _row_bytes, _BLOCK_BYTES):
+            writer.write_table(pa.Table.from_pylist(block, schema=schema))
+
+
+def _row_bytes(row: LabelRow) -> int:
+    strings = ("text_id", "doc_id", "teacher", "raw", "label")
+    return text_row_bytes(sum(len(row[name]) for name in strings))
 
 
 def _label_table(
@@ -145,6 +163,10 @@ def _label_table(
     for text in table.to_pylist():
         for subject in subjects_of(text, encoder):
             yield from label_rows(subject, raw_labels(subject), config)
+
+
+def _of_whole_texts(run: Run) -> bool:
+    return PositionRule.of(run.config.capture.positions).of_whole_texts
 
 
 def _encoder(run: Run) -> TextEncoder:
@@ -156,7 +178,7 @@ def _encoder(run: Run) -> TextEncoder:
 def _position_inputs(run: Run) -> dict[str, str] | None:
     """What labels of positions depend on beside their settings; None for labels of whole texts."""
     positions, base = run.config.capture.positions, run.config.base
-    if positions == _WHOLE_TEXTS:
+    if _of_whole_texts(run):
         return None
     digest = tokenizer_digest(base_folder(base.model, weights=False))
     return {
@@ -201,7 +223,7 @@ def _imported_labels(
         Path(str(config.import_path)).expanduser(),
         hashes_by_document,
         _captured_positions(run, corpus),
-        of_whole_texts=run.config.capture.positions == _WHOLE_TEXTS,
+        of_whole_texts=_of_whole_texts(run),
     )
     for label in labels:
         if isinstance(label, RefusedLabel):
@@ -317,7 +339,7 @@ def activation_subjects(run: Run, table: ActivationTable) -> list[str]:
     manifest = run.require("activations")
     positions = manifest.config["capture"]["positions"]
     require_labels_of(run, positions, manifest.model.get("tokenizer_digest", ""))
-    if positions == _WHOLE_TEXTS:
+    if PositionRule.of(positions).of_whole_texts:
         return list(table.text_ids)
     if "prompt_digest" not in manifest.model:
         folder = run.root / "activations"
@@ -337,6 +359,7 @@ def require_labels_of(run: Run, positions: str, tokenizer: str) -> None:
     """
     inputs = run.require("labels").config.get("inputs", {})
     labelled = inputs.get("positions", _WHOLE_TEXTS)
+    positions = _WHOLE_TEXTS if PositionRule.of(positions).of_whole_texts else positions
     got, expected = (labelled, inputs.get("tokenizer")), (positions, tokenizer)
     if _WHOLE_TEXTS in (labelled, positions):  # the end of a text is its end in any tokens
         got, expected = got[:1], expected[:1]

@@ -23,7 +23,7 @@ class Subject:
     """
 
     text: Mapping[str, Any]
-    """The row of CHUNK_SCHEMA."""
+    """The row of CHUNK_SCHEMA or CONVERSATION_SCHEMA."""
     read: str
     """What a teacher sees of it: the text up to the position, that token included."""
     position: int | None = None
@@ -44,13 +44,14 @@ def subject_id(text_id: str, position: int | None) -> str:
 def subjects_of(text: Mapping[str, Any], encoder: TextEncoder | None) -> Iterator[Subject]:
     """The text itself; with an encoder, the text up to each of its positions.
 
-    `text`: a row of CHUNK_SCHEMA. A text that cannot be captured has no position.
+    `text`: a row of CHUNK_SCHEMA or CONVERSATION_SCHEMA. A text that cannot be captured has no
+    position.
     """
     if encoder is None:
         yield Subject(text=text, read=text["text"])
         return
     try:
-        encoded = encoder.encode(text["text_id"], text["text"])
+        encoded = encoder.encode(text["text_id"], text["text"], text.get("messages"))
     except Skipped:
         return
     found = zip(encoded.positions, encoded.ends, encoded.n_raw_tokens, strict=True)

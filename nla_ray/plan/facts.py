@@ -11,8 +11,10 @@ from typing import get_args
 
 from nla_ray.plan.sizes import BaseSizes, base_sizes
 from nla_ray.run.artifact import Run
+from nla_ray.run.blocks import BLOCK_BYTES
 from nla_ray.run.identity import VALIDATION_SHARE
 from nla_ray.settings.config import ReconstructorConfig, RunConfig, SFTConfig
+from nla_ray.settings.positions import PositionRule
 from nla_ray.settings.precision import cpu_dtype
 from nla_ray.settings.resources import Kind, resources_of
 
@@ -33,8 +35,9 @@ actor), 2.6 for all processes of GRPO together."""
 _GPU_PROCESS_BYTES, _GPU_HOST_BYTES = 1.5e9, 3e9
 """A process with a GPU, before any weight: its CUDA context, and its host memory with CUDA
 libraries. Estimates."""
-_SHARD_COPIES = 3
-"""Of a shard's activations in a capture process: as read, as a table, and in the object store."""
+_SHARD_COPIES = 5
+"""Of a block of activations in a capture process: as read, as a table, and while it is encoded.
+Measured with blocks of 256 MiB, one to seventeen a shard: 4.2 to 4.8."""
 _FLOPS = {"cpu float32": 6e10, "cpu bfloat16": 1.5e11, "gpu": 2.5e14}
 """Sustained FLOP/s of one thread, or of one GPU. Source: measured forward passes of a 135M model on
 two idle cores; a quarter of the dense bf16 peak of an H100."""
@@ -88,6 +91,8 @@ class PlanFacts:
     labels_per_text: float
     """Counted in the labels artifact. Before it is made: one of each offline teacher, or one where
     labels are imported, for every kept position."""
+    counted_positions: float | None = None
+    """Kept positions of a text, counted in the activations artifact; None before it is made."""
 
     @classmethod
     def of(cls, run: Run) -> PlanFacts:
@@ -98,6 +103,7 @@ class PlanFacts:
             texts=run.config.corpus.max_chunks if num_chunks is None else num_chunks,
             texts_counted=num_chunks is not None,
             labels_per_text=_labels_per_text(run),
+            counted_positions=_counted_positions(run),
         )
 
     @cached_property
@@ -123,8 +129,7 @@ class PlanFacts:
     @property
     def text_tokens(self) -> float:
         """Tokens of a chat-formatted text."""
-        tokens = self.config.corpus.chunk_chars / _CHARS_PER_TOKEN + _TEMPLATE_TOKENS
-        return min(self.config.base.max_tokens, tokens)
+        return _text_tokens(self.config)
 
     @property
     def num_shards(self) -> int:
@@ -132,14 +137,22 @@ class PlanFacts:
         return -(-self.texts // self.config.corpus.shard_rows)
 
     @property
-    def activations_per_text(self) -> int:
+    def activations_per_text(self) -> float:
         """Kept positions of a text, in all kept layers."""
         return self.positions_per_text * len({self.config.base.layer, *self.config.capture.layers})
 
     @property
-    def positions_per_text(self) -> int:
-        """Kept positions of a text: each has labels of its own."""
+    def positions_per_text(self) -> float:
+        """Kept positions of a text: each has labels of its own. One where it cannot be known."""
+        if self.counted_positions is not None:
+            return self.counted_positions
         return _positions_per_text(self.config)
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether the number of positions is known: what texts match is known after capture."""
+        rule = PositionRule.of(self.config.capture.positions)
+        return rule.is_counted or self.counted_positions is not None
 
     @property
     def top_layer(self) -> int:
@@ -181,9 +194,13 @@ class PlanFacts:
 
     @property
     def shard_bytes(self) -> float:
-        """Host memory of a shard's activations while they are captured."""
-        rows = min(self.texts, self.config.corpus.shard_rows) * self.activations_per_text
-        return _SHARD_COPIES * self.activations_bytes(rows)
+        """Most host memory that activations take while a shard is captured: that of some blocks."""
+        rows_of_text = self.activations_per_text
+        if not self.knows_positions:  # all tokens at most
+            rows_of_text *= max(1, self.text_tokens / self.positions_per_text)
+        block = max(BLOCK_BYTES, self.activations_bytes(rows_of_text))
+        rows = min(self.texts, self.config.corpus.shard_rows) * rows_of_text
+        return _SHARD_COPIES * min(block, self.activations_bytes(rows))
 
     def engine_bytes(self, kind: Kind) -> tuple[float, float]:
         """What a generation engine holds beside the base, and again while its weights change.
@@ -291,6 +308,25 @@ def _labels_per_text(run: Run) -> float:
     return teachers * _positions_per_text(run.config)
 
 
-def _positions_per_text(config: RunConfig) -> int:
-    positions = config.capture.positions
-    return int(positions[7:]) if positions.startswith("random:") else 1
+def _counted_positions(run: Run) -> float | None:
+    activations = run.find("activations")
+    if activations is None or not activations.metrics.get("texts"):
+        return None
+    layers = {run.config.base.layer, *run.config.capture.layers}
+    return activations.metrics["activations"] / activations.metrics["texts"] / len(layers)
+
+
+def _text_tokens(config: RunConfig) -> float:
+    tokens = config.corpus.chunk_chars / _CHARS_PER_TOKEN + _TEMPLATE_TOKENS
+    return min(config.base.max_tokens, tokens)
+
+
+def _positions_per_text(config: RunConfig) -> float:
+    """Expected from the setting; a text that is no conversation is the user's."""
+    rule = PositionRule.of(config.capture.positions)
+    if rule.kind == "random":
+        return rule.count
+    of_whole_text = rule.kind == "all" or (rule.kind == "role" and rule.role == "user")
+    if of_whole_text and not rule.is_mean:
+        return round(_text_tokens(config) - _TEMPLATE_TOKENS)
+    return 1

@@ -77,10 +77,22 @@ def _plan_activations(facts: PlanFacts) -> StagePlan:
         tokens=tokens,
         flops=2 * (facts.top_layer + 1) * sizes.active_block_parameters * tokens,
         files=(
-            f"{facts.num_shards} Parquet shards, {rows:,} activations x {sizes.d_model} float32 ="
-            f" {format_bytes(facts.activations_bytes(rows))}, stats.json; a shard takes"
-            f" {format_bytes(facts.shard_bytes)} of host memory"
+            f"{facts.num_shards} Parquet shards, {_expected_rows(facts, rows)}, stats.json; a shard"
+            f" takes {format_bytes(facts.shard_bytes)} of host memory"
         ),
+    )
+
+
+def _expected_rows(facts: PlanFacts, rows: float) -> str:
+    """How many activations are expected, or that nobody knows."""
+    d_model = facts.sizes.d_model
+    if facts.knows_positions:
+        size = format_bytes(facts.activations_bytes(rows))
+        return f"{rows:,.0f} activations x {d_model} float32 = {size}"
+    return (
+        f"an activation x {d_model} float32 = {format_bytes(facts.activations_bytes(1))} for every"
+        f" token that `{facts.config.capture.positions}` finds, not known before capture (further"
+        f" figures count {rows:,.0f})"
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.patching import Drifted, Patched, Patcher, at_norm_of
-from nla_ray.activation.positions import TextEncoder
+from nla_ray.activation.positions import MEAN_POSITION, TextEncoder
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.description.record import Description
 from nla_ray.report.controls import SCORERS
@@ -43,12 +43,16 @@ def patch_reconstructions(
     """Every scorer's reconstruction of every description of `evaluation.patch_rows` rows, seeded.
 
     A row after whose prompt the base's stream is no longer what was captured is left out and
-    counted. None where no row is asked for, or left. `mean`: mu. `scratch`: a folder for what is
+    counted; a mean over tokens stands at no place in which to put anything. None where no row is
+    asked for, or left. `mean`: mu. `scratch`: a folder for what is
     patched already.
     """
     settings = run.config.evaluation
     rows = drawn_rows(len(test), settings.patch_rows, settings.seed)
     if not rows:
+        return None
+    if MEAN_POSITION in test.positions:
+        logger.warning("patch-back: left out: a mean over tokens stands at no token of the base")
         return None
     pairs = [(name, scorer) for name in descriptions for scorer in SCORERS]
     chosen = test.select(rows)
@@ -120,7 +124,7 @@ def _patch_rows(
         advance(len(records))
         for row in range(len(records), len(chosen)):
             text_id = chosen.text_ids[row]
-            encoded = encoder.encode(text_id, texts[text_id])
+            encoded = encoder.encode(text_id, *texts[text_id])
             before_and_at = encoded.ids[: chosen.positions[row] + 1]
             activation = chosen.vectors[row]
             replacements = at_norm_of(directions[row], activation)
@@ -130,10 +134,10 @@ def _patch_rows(
     return records
 
 
-def _whole_texts(run: Run) -> dict[str, str]:
-    """The texts of the corpus by id: a table of activations has them up to each position only."""
-    columns = read_chunks(run, ("text_id", "text"))
-    return dict(zip(columns["text_id"].to_pylist(), columns["text"].to_pylist(), strict=True))
+def _whole_texts(run: Run) -> dict[str, tuple[str, str | None]]:
+    """The texts of the corpus by id, with messages: an activation's text ends at its position."""
+    rows = read_chunks(run, ("text_id", "text", "messages")).to_pylist()
+    return {row["text_id"]: (row["text"], row["messages"]) for row in rows}
 
 
 def _record(

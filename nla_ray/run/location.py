@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.fs as pafs
 
@@ -88,19 +90,37 @@ class Location:
 
     def write_bytes(self, content: bytes) -> None:
         """Replace the file whole: readers see the old content or the new, never a part."""
+        if self.is_local:
+            with self.replacement() as file:
+                file.write(content)
+            return
         self.filesystem.create_dir(self.path.rsplit("/", 1)[0], recursive=True)
-        if not self.is_local:  # an object appears when its upload completes
-            with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(content)
+        with self.filesystem.open_output_stream(self.path) as stream:
+            stream.write(content)  # an object appears when its upload completes
+
+    @contextmanager
+    def replacement(self) -> Iterator[BinaryIO]:
+        """A file to write piece by piece, which replaces this one whole when all is written.
+
+        It is on a local disk until then. An error leaves what was there.
+        """
+        self.filesystem.create_dir(self.path.rsplit("/", 1)[0], recursive=True)
+        if not self.is_local:
+            with tempfile.TemporaryFile() as file:
+                yield file
+                file.seek(0)
+                with self.filesystem.open_output_stream(self.path) as stream:
+                    while block := file.read(_BLOCK_BYTES):
+                        stream.write(block)
             return
         temporary = f"{self.path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             with open(temporary, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
-        except OSError:
+        except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
 

@@ -9,6 +9,7 @@ and no preset file is overwritten, for people edit them.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shlex
@@ -56,7 +57,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
     marker = _marker(tokenizer, config.base.marker)
     digest = tokenizer_digest(base_folder(config.base.model, weights=False))
     require_labels_of(run, config.capture.positions, digest)
-    chunks = read_chunks(run, ("text_id", "doc_id", "text")).to_pylist()
+    chunks = read_chunks(run, ("text_id", "doc_id", "text", "messages")).to_pylist()
     train = _labelled_texts(run, chunks, "train", MAX_TRAIN)
     validation = _labelled_texts(run, chunks, "validation", None)
     logger.info(
@@ -216,7 +217,7 @@ def _read(
     encoded: list[EncodedText] = []
     for row in texts:
         try:
-            found_text = encoder.encode(row["text_id"], row["text"])
+            found_text = encoder.encode(row["text_id"], row["text"], row["messages"])
         except Skipped as error:
             logger.warning("inspection: %s", error)
             continue
@@ -224,7 +225,7 @@ def _read(
         if None in labels:
             labels = {found_text.positions[0]: labels[None]}
         position = min(labels)
-        encoded.append(EncodedText(ids=found_text.ids, positions=[position]))
+        encoded.append(dataclasses.replace(found_text, positions=[position]))
         end = found_text.ends[found_text.positions.index(position)]
         kept.append({**row, "label": labels[position], "read": row["text"][:end]})
     found = reader.read(encoded)

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal, Self, TypeVar, get_type_hints
 
+from nla_ray.settings.positions import PositionRule
+
 _NAME = re.compile(r"[a-z0-9_]+")
 
 _Section = TypeVar("_Section")
@@ -117,9 +119,11 @@ class CorpusConfig:
     """Your texts: a .jsonl, .parquet or .txt file, a folder of data files or of text files, or a
     saved Hugging Face dataset. None: the embedded corpus, from the installed Python packages."""
     text_field: str = "text"
-    """Field or column that holds the text."""
+    """Field or column that holds the text. A row may hold a conversation in its place, in a field
+    `messages`: a list of turns, each with `role` (system, user or assistant) and `content`."""
     chunk_chars: int = 420
-    """Longest chunk, in characters; documents are cut at line boundaries."""
+    """Longest chunk, in characters; documents are cut at line boundaries. A conversation is never
+    cut: a longer one is rejected by name."""
     min_chunk_chars: int = 60
     """Shortest chunk, in characters; shorter ones are rejected by name."""
     max_document_chars: int = 4_000_000
@@ -158,8 +162,13 @@ class CaptureConfig:
     """Which activations are kept, and how they are computed."""
 
     positions: str = "last"
-    """`last`: the last token of the prompt. `random:N`: N tokens of the text, seeded by its id,
-    each with labels of what the text says up to it."""
+    """`last`: the last token of the prompt. `all`: every token of the text. `random:N`: N of them,
+    drawn by the text's id. `regex:PATTERN`, `substring:STRING`: the last token of every match
+    inside a turn (a text is a turn of the user's). `user`, `assistant`, `system`: every token of
+    what that role says; `last:ROLE`: the last token of each of its turns. `mean`: the mean over all
+    tokens of the text, one activation; `mean:` stands before a pattern, a string or a role too.
+    Inside a text labels are of what it says up to the token; a text without such a token is left
+    out and counted (`no_match`)."""
     layers: tuple[int, ...] = ()
     """Further layers to keep in the same pass, beside `base.layer`."""
     batch_tokens: int = 8_192
@@ -168,14 +177,7 @@ class CaptureConfig:
     """Processes that capture at the same time, each with a copy of the model."""
 
     def __post_init__(self) -> None:
-        kind, _, count = self.positions.partition(":")
-        require(
-            self.positions == "last" or (kind == "random" and count.isdigit() and int(count) > 0),
-            "capture.positions",
-            self.positions,
-            "`last` or `random:N`",
-            "Set one of these.",
-        )
+        PositionRule.of(self.positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +187,10 @@ class LabelConfig:
     teachers: tuple[str, ...] = ("offline-content-first", "offline-format-first")
     """Offline teachers; each describes every text."""
     import_path: str | None = None
-    """JSONL of labels made elsewhere, with doc_id, text or text_hash, teacher and label. A label of
-    the text up to a position inside it says so by `position` (of the activation) or `n_raw_tokens`
-    (tokens of the text up to it). They replace the offline teachers; `--import` is short for it."""
+    """JSONL of labels made elsewhere, with doc_id, text (or messages, or text_hash), teacher and
+    label. A label of the text up to a position inside it says so by `position` (of the activation;
+    -1: of a mean) or `n_raw_tokens` (tokens of the text up to it). They replace the offline
+    teachers; `--import` is short for it."""
     max_words: int = 70
     """Longest cleaned label, in words."""
     seed: int = 0

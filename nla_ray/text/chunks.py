@@ -23,11 +23,13 @@ CHUNK_SCHEMA = pa.schema(
     ]
 )
 """One text: `text_id` = `{doc_id}#{chunk_index}`; rows are sorted by text_id."""
+CONVERSATION_SCHEMA = pa.schema([*CHUNK_SCHEMA, pa.field("messages", pa.string())])
+"""The same where some texts are conversations: null in those that are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """One text of the corpus, a row of CHUNK_SCHEMA.
+    """One text of the corpus, a row of CHUNK_SCHEMA or CONVERSATION_SCHEMA.
 
     Example:
         Chunk(text_id="licence/numpy/LICENSE#2", doc_id="licence/numpy/LICENSE", split="train",
@@ -40,3 +42,6 @@ class Chunk:
     domain: str
     chunk_index: int
     text: str
+    messages: str | None = None
+    """Of a conversation its turns, as `base.conversation.as_messages` writes them; `text` is then
+    what `join_turns` makes of them."""

@@ -13,12 +13,17 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nla_ray.base.conversation import as_messages, join_turns
 from nla_ray.run.identity import text_hash
 from nla_ray.run.log import get_logger
 from nla_ray.settings.config import CorpusConfig, require
+from nla_ray.text.fields import MESSAGES_FIELD, BadRow, text_of_field, turns_of_field
 from nla_ray.text.rejects import Reject
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 DEFAULT_DOMAIN = "text"
 BATCH_ROWS = 1_024
@@ -27,8 +32,6 @@ MAX_BYTES_PER_CHAR = 6
 """The longest JSON escape of a character. A longer line is over the limit before it is parsed."""
 JSON_LINE_SLACK_BYTES = 1 << 20
 """Room for the other fields of a line."""
-BYTE_ORDER_MARK = "\ufeff"
-"""What some editors write before a text; no character of it."""
 _ARRAY_OF_ROWS = re.compile(rb"\s*\[\s*\{")
 _ROW = re.compile(rb'\{[ \t]*"')
 _HEAD_BYTES = 1 << 16
@@ -67,22 +70,21 @@ class Document:
     text: str
     group: str | None = None
     """The family that the user says it is of."""
+    messages: str | None = None
+    """Of a conversation its turns, as `as_messages` writes them; `text` is what they make."""
 
 
 _Reader = Callable[[Path, str, CorpusConfig], Iterator[Document | Reject]]
 """Of a file, under the name that its rejects carry."""
 
 
-class BadRow(Exception):
-    """Raised within this module; its only argument is a reject's reason."""
-
-
 def read_documents(config: CorpusConfig) -> Iterator[Document | Reject]:
     """Every row of `config.path` as a document or a reject.
 
-    Rows may carry `doc_id`, `domain` and the field that `corpus.group_field` names. Without a
-    doc_id the document is named after the hash of its text, so that its split does not depend on
-    its line in the file. A row with an earlier row's doc_id becomes a reject.
+    A row holds a text or, in MESSAGES_FIELD, a conversation. Rows may carry `doc_id`, `domain` and
+    the field that `corpus.group_field` names. Without a doc_id the document is named after the hash
+    of its text, so that its split does not depend on its line in the file. A row with an earlier
+    row's doc_id becomes a reject.
     """
     require(
         config.path is not None,
@@ -118,15 +120,6 @@ def require_json_lines(path: Path, setting: str) -> None:
     """
     _require_utf8(path, setting)
     _require_no_array(path, _head_of(path), setting)
-
-
-def without_marks(text: str) -> str:
-    """The text without byte order marks: its hash is then that of the same text elsewhere.
-
-    >>> without_marks("\ufeffA text"), without_marks("A text")
-    ('A text', 'A text')
-    """
-    return text.replace(BYTE_ORDER_MARK, "")
 
 
 # Files and folders --------------------------------------------------------------------------------
@@ -211,7 +204,8 @@ def _holds_rows(file: Path, config: CorpusConfig) -> bool:
         head = _head_of(file)
     except OSError:
         return False  # rejected as a text, with its reason
-    if json.dumps(config.text_field).encode() not in head:
+    fields = (config.text_field, MESSAGES_FIELD)
+    if not any(json.dumps(name).encode() in head for name in fields):
         return False
     _require_no_array(file, head, "corpus.path")
     return _ROW.match(head) is not None
@@ -291,46 +285,34 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
 
 
 def _document(row: dict[str, Any], config: CorpusConfig, doc_id: str | None = None) -> Document:
-    """The row's document, of this id if one is given; raises BadRow with the reason."""
-    if row.get(config.text_field) is None:
-        raise BadRow("missing field")
-    text = _as_text(row[config.text_field], config.max_document_chars)
+    """The row's document, of this id if one is given; raises BadRow with the reason.
+
+    It is a conversation where the text's field holds a list of messages, or is not there while
+    MESSAGES_FIELD is.
+    """
+    value, turns = row.get(config.text_field), None
+    if value is None:
+        if row.get(MESSAGES_FIELD) is None:
+            raise BadRow("missing field")
+        turns = turns_of_field(row[MESSAGES_FIELD], config.max_document_chars)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        turns = turns_of_field(value, config.max_document_chars)
+    if turns is None:
+        text, messages = text_of_field(value, config.max_document_chars), None
+    else:
+        text, messages = join_turns(turns), as_messages(turns)
     name = doc_id if doc_id is not None else row.get("doc_id")
     domain, group = row.get("domain"), row.get(config.group_field)
     has_group = group not in (None, "") and group == group  # NaN stands for none in some tables
     if name is None:
         name = f"{DEFAULT_DOMAIN}/{text_hash(text)[:32]}"
     return Document(
-        doc_id=_as_text(str(name), MAX_ID_CHARS),
-        domain=_as_text(str(domain), MAX_DOMAIN_CHARS) if domain else DEFAULT_DOMAIN,
+        doc_id=text_of_field(str(name), MAX_ID_CHARS),
+        domain=text_of_field(str(domain), MAX_DOMAIN_CHARS) if domain else DEFAULT_DOMAIN,
         text=text,
-        group=_as_text(str(group), MAX_ID_CHARS) if has_group else None,
+        group=text_of_field(str(group), MAX_ID_CHARS) if has_group else None,
+        messages=messages,
     )
-
-
-def _as_text(value: Any, max_chars: int) -> str:
-    """A string or UTF-8 bytes as text; raises BadRow for what no text of the corpus may be."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise BadRow("not UTF-8") from None
-    if not isinstance(value, str):
-        raise BadRow("not a string")
-    value = without_marks(value)
-    if not value:
-        raise BadRow("empty")
-    if not value.strip():
-        raise BadRow("only white space")
-    if len(value) > max_chars:
-        raise BadRow("over the length limit")
-    if "\0" in value:
-        raise BadRow("NUL bytes")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow("lone surrogates") from None
-    return value
 
 
 def _read_parquet(path: Path, name: str, config: CorpusConfig) -> Iterator[Document | Reject]:
@@ -353,20 +335,14 @@ def _read_parquet(path: Path, name: str, config: CorpusConfig) -> Iterator[Docum
 
 def _wanted_columns(names: list[str], path: Path, config: CorpusConfig) -> list[str]:
     require(
-        config.text_field in names,
+        config.text_field in names or MESSAGES_FIELD in names,
         f"corpus.text_field in {path}",
         config.text_field,
         f"one of its columns {', '.join(names)}",
         "Set --corpus.text-field.",
     )
-    return [
-        config.text_field,
-        *(
-            name
-            for name in dict.fromkeys(("doc_id", "domain", config.group_field))
-            if name in names and name != config.text_field
-        ),
-    ]
+    wanted = (config.text_field, MESSAGES_FIELD, "doc_id", "domain", config.group_field)
+    return [name for name in dict.fromkeys(wanted) if name in names]
 
 
 def _read_table(
@@ -376,22 +352,36 @@ def _read_table(
 
     Strings are taken as bytes first: Arrow does not promise that they are UTF-8.
     """
-    import pyarrow as pa
 
     columns = {}
     for name in table.column_names:
         column = table.column(name)
-        is_string = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        columns[name] = (column.cast(pa.large_binary()) if is_string else column).to_pylist()
+        kind = _with_bytes(column.type)
+        columns[name] = (column if kind == column.type else column.cast(kind)).to_pylist()
     for index in range(table.num_rows):
         row = {name: values[index] for name, values in columns.items()}
         try:
             for name, value in row.items():
-                if isinstance(value, bytes) and name != config.text_field:
-                    row[name] = _as_text(value, MAX_ID_CHARS) if value else None
+                if isinstance(value, bytes) and name not in (config.text_field, MESSAGES_FIELD):
+                    row[name] = text_of_field(value, MAX_ID_CHARS) if value else None
             yield _document(row, config)
         except BadRow as bad:
             yield Reject(source=source, line=start + index + 1, reason=str(bad))
+
+
+def _with_bytes(kind: pa.DataType) -> pa.DataType:
+    """An Arrow type with bytes in place of strings, also in messages: lists of structures."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        values = _with_bytes(kind.value_type)
+        return pa.list_(values) if pa.types.is_list(kind) else pa.large_list(values)
+    if pa.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return pa.struct([(field.name, _with_bytes(field.type)) for field in fields])
+    return kind
 
 
 def _read_dataset(path: Path, config: CorpusConfig) -> Iterator[Document | Reject]:

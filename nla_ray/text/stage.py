@@ -23,7 +23,7 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import CorpusConfig
-from nla_ray.text.chunks import CHUNK_SCHEMA, Chunk
+from nla_ray.text.chunks import CHUNK_SCHEMA, CONVERSATION_SCHEMA, Chunk
 from nla_ray.text.families import (
     SourceTexts,
     chunk_shingles,
@@ -31,6 +31,7 @@ from nla_ray.text.families import (
     family_ids,
     with_family_splits,
 )
+from nla_ray.text.fields import MESSAGES_FIELD
 from nla_ray.text.rejects import RejectsFile
 from nla_ray.text.user_corpus import user_texts
 
@@ -143,13 +144,16 @@ def _require_chunks(
 def write_shards(chunks: Sequence[Chunk], folder: Path, shard_rows: int) -> None:
     """CHUNK_SCHEMA Parquet files of at most `shard_rows` rows.
 
-    Parts of an earlier attempt are removed first.
+    CONVERSATION_SCHEMA where a chunk is a conversation. Parts of an earlier attempt are removed
+    first.
     """
+    has_messages = any(chunk.messages is not None for chunk in chunks)
+    schema = CONVERSATION_SCHEMA if has_messages else CHUNK_SCHEMA
     for old in folder.glob("part-*.parquet"):
         old.unlink()
     for shard, start in enumerate(range(0, len(chunks), shard_rows)):
         rows = [vars(chunk) for chunk in chunks[start : start + shard_rows]]
-        table = pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=schema)
         pq.write_table(table, folder / f"part-{shard:05d}.parquet")
 
 
@@ -214,8 +218,24 @@ def families_of(run: Run, doc_ids: Iterable[str]) -> list[str]:
 def read_shards(
     run: Run, corpus: Manifest, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[str, pa.Table]]:
-    """Path and table of every shard, verified; all columns when none are named."""
+    """Path and table of every shard, verified; all columns when none are named.
+
+    `messages` are null in a corpus without conversations.
+    """
     for path in sorted(name for name in corpus.files if name.endswith(".parquet")):
         location = run.verified("corpus", corpus, path)
         with location.filesystem.open_input_file(location.path) as file:
-            yield path, pq.read_table(file, columns=columns and list(columns))
+            yield path, read_chunk_table(file, columns)
+
+
+def read_chunk_table(file: Any, columns: Sequence[str] | None = None) -> pa.Table:
+    """The columns of an open shard of the corpus; all of them when none are named.
+
+    `messages` are null in a corpus without conversations.
+    """
+    shard = pq.ParquetFile(file)
+    names = columns and [name for name in columns if name in shard.schema_arrow.names]
+    table = shard.read(columns=names)
+    if columns and MESSAGES_FIELD in columns and MESSAGES_FIELD not in table.column_names:
+        table = table.append_column(MESSAGES_FIELD, pa.nulls(len(table), pa.string()))
+    return table

@@ -5,6 +5,7 @@ Protects the rule that memory is bounded by `corpus.max_chunks`, whatever the si
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 
 import numpy as np
@@ -93,18 +94,25 @@ def _kept_documents(config: CorpusConfig, rejects: RejectsFile) -> tuple[list[Cu
 
 
 def _cut_user_document(document: Document, config: CorpusConfig) -> CutDocument | Reject:
-    """One chunk of a short document, unchanged; several of a longer one."""
+    """One chunk of a short document, unchanged; several of a longer one.
+
+    A conversation is one chunk: none is cut inside a turn.
+    """
     text = document.text
     if len(text) <= config.chunk_chars:
         pieces = [text]
+    elif document.messages is not None:
+        reason = "conversation longer than corpus.chunk_chars"
+        return Reject(source=document.doc_id, line=0, reason=reason)
     else:
         pieces = cut_document(text, document.doc_id, config.chunk_chars, fill=True)
     pieces = [piece for piece in pieces if len(piece.strip()) >= config.min_chunk_chars]
     if not pieces:
         return Reject(source=document.doc_id, line=0, reason="shorter than corpus.min_chunk_chars")
+    chunks = choose_chunks(document.doc_id, document.domain, pieces, config)
     return CutDocument(
         doc_id=document.doc_id,
-        chunks=choose_chunks(document.doc_id, document.domain, pieces, config),
+        chunks=[dataclasses.replace(chunk, messages=document.messages) for chunk in chunks],
         signature=minhash_signatures([text[:HEAD_CHARS]])[0],
         fingerprint=_fingerprint(text) if config.families else None,
         group=document.group,

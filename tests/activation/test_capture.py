@@ -215,7 +215,7 @@ def test_a_vector_that_is_not_finite_is_counted_and_never_written(
     corpus = publish_corpus(run, [["a fine text", "Z breaks it", ""]])
     rows = Capture(run.config.base, run.config.capture, threads=1)(block(run, corpus))
     target = Location.of(tmp_path / "out")
-    write_shard(rows, target=target, batch_tokens=100, base_digest="d")
+    write_shard(rows, target=target, base_digest="d")
     written = pq.read_table(tmp_path / "out" / "part-00000.parquet")
     assert written["text"].to_pylist() == ["a fine text"]
     assert written.schema.equals(activation_schema(32))
@@ -235,7 +235,6 @@ def test_a_shard_of_which_no_text_is_left_is_an_empty_file_with_its_reasons(
     write_shard(
         Capture(run.config.base, run.config.capture, threads=1)(block(run, corpus)),
         target=target,
-        batch_tokens=100,
         base_digest="d",
     )
     assert pq.read_table(tmp_path / "out" / "part-00000.parquet").num_rows == 0
@@ -246,15 +245,16 @@ def test_a_shard_counts_as_done_only_when_its_record_and_its_file_agree(
     tiny_run, publish_corpus, tmp_path
 ) -> None:
     run = tiny_run()
-    rows = Capture(run.config.base, run.config.capture, threads=1)(block(run, publish_corpus(run)))
+    capture = Capture(run.config.base, run.config.capture, threads=1)
+    rows = list(capture(block(run, publish_corpus(run))))
     target, shard = Location.of(tmp_path / "out"), "part-00000.parquet"
     assert ShardRecord.load(target, shard, "d") is None
-    write_shard(rows, target=target, batch_tokens=100, base_digest="d")
+    write_shard(rows, target=target, base_digest="d")
     assert ShardRecord.load(target, shard, "d").activations == len(TEXTS)
     assert ShardRecord.load(target, shard, "another base") is None
     os.truncate(tmp_path / "out" / shard, 100)
     assert ShardRecord.load(target, shard, "d") is None
-    write_shard(rows, target=target, batch_tokens=100, base_digest="d")
+    write_shard(rows, target=target, base_digest="d")
     os.truncate(tmp_path / "out" / "scratch" / f"{shard}.json", 20)
     assert ShardRecord.load(target, shard, "d") is None
 
@@ -267,7 +267,7 @@ def test_a_block_that_mixes_two_shards_is_refused(tiny_run, publish_corpus, tmp_
         pa.concat_tables([block(run, corpus), block(run, corpus, "part-00001.parquet")])
     )
     with pytest.raises(RuntimeError, match="got rows of 2 shards, expected those of one"):
-        write_shard(mixed, target=Location.of(tmp_path / "out"), batch_tokens=100, base_digest="d")
+        write_shard(mixed, target=Location.of(tmp_path / "out"), base_digest="d")
 
 
 # The stage, with Ray Data -------------------------------------------------------------------------

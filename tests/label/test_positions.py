@@ -50,7 +50,7 @@ def publish_activations(run: Run, model: dict | None = None) -> None:
     for shard in corpus.files:
         texts = read_texts(pa.table({"shard": [shard]}), run=run, corpus=corpus)
         captured = Capture(run.config.base, run.config.capture, threads=1)(texts)
-        write_shard(captured, target=stage.location, batch_tokens=8_192, base_digest="")
+        write_shard(captured, target=stage.location, base_digest="")
     stage.publish(model=model or base_info(run.config.base).to_dict())
 
 

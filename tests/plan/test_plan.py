@@ -315,7 +315,7 @@ def test_a_plan_states_the_memory_of_every_process_its_host_memory_and_that_of_a
     # The weights pass through host memory: 15.23 GB beside 3 of the process.
     assert "(19.9 GB while weights change), 18.2 GB host memory each" in text
     # 1,024 vectors of 3,584 float32, three times.
-    assert "a shard takes 44 MB of host memory" in text
+    assert "a shard takes 73.4 MB of host memory" in text
     merged = describe_plan(override(config, base={"dtype": "float32"}), "grpo")
     # 30.46 of weights, 28.28 of merged copies of blocks and head; 26.1 more for the next blocks.
     [rollout] = re.findall(r"4 x rollout: .* about (.*) GB GPU .*\((.*) GB while", merged)
@@ -327,3 +327,30 @@ def test_a_plan_for_a_laptop_names_one_memory(tmp_path: Path) -> None:
     text = describe_plan(dataclasses.replace(nano(), run_dir=str(tmp_path)), "grpo")
     assert "GPU memory" not in text and "host memory each" not in text
     assert re.search(r"2 x rollout: .* MB memory each \(\d+ MB while weights change\)", text)
+
+
+@pytest.mark.parametrize(
+    ("positions", "said"),
+    [
+        # 500 texts of 420 / 3.2 = 131 tokens, and 30 of the template that are not kept.
+        ("all", "65,500 activations x 256 float32 = 67.1 MB"),
+        ("user", "not known before capture (further figures count 65,500)"),
+        ("random:3", "1,500 activations"),
+        ("mean:regex:def", "500 activations"),
+        ("regex:def", "for every token that `regex:def` finds, not known before capture"),
+        ("last:assistant", "for every token that `last:assistant` finds, not known"),
+    ],
+)
+def test_a_plan_says_how_many_activations_it_expects_or_that_it_cannot_know(
+    positions: str, said: str, tmp_path: Path
+) -> None:
+    config = override(nano(), capture={"positions": positions}, corpus={"max_chunks": 500})
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    assert said in describe_plan(config, "capture")
+
+
+def test_the_memory_of_a_shard_in_a_plan_is_that_of_some_blocks(tmp_path: Path) -> None:
+    config = override(PRESETS["qwen2.5-7b"](), capture={"positions": "all", "layers": (5, 10)})
+    facts = PlanFacts.of(Run(dataclasses.replace(config, run_dir=str(tmp_path))))
+    rows = config.corpus.shard_rows * facts.activations_per_text
+    assert facts.shard_bytes == 5 * 128 * 2**20 < facts.activations_bytes(rows) / 5

@@ -92,8 +92,15 @@ def test_an_override_changes_its_field_and_no_other() -> None:
         (["--grpo.group-size", "1"], ["grpo.group_size: got 1, expected at least 2"]),
         (
             ["--capture.positions", "first"],
-            ["capture.positions: got 'first', expected `last` or `random:N`"],
+            ["capture.positions: got 'first', expected `last`, `random:N`, `all`, `regex:PATTERN`"],
         ),
+        (
+            ["--capture.positions", "regex:a(b"],
+            ["capture.positions: got 'regex:a(b', expected a regular expression", "`substring:"],
+        ),
+        (["--capture.positions", "random:0"], ["capture.positions: got 'random:0', expected"]),
+        (["--capture.positions", "mean:last"], ["capture.positions: got 'mean:last', expected"]),
+        (["--capture.positions", "substring:"], ["capture.positions: got 'substring:', expected"]),
         (["--base.layer", "-1"], ["base.layer: got -1"]),
         (["--judge-scorer.document-half", "even"], ["two different halves"]),
         (["--grpo.claim-precision", "75"], ["grpo.claim_precision, grpo.claim_weight: got (75.0"]),
