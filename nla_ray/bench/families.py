@@ -42,8 +42,10 @@ from nla_ray.settings.config import (
     SFTConfig,
 )
 
-_TEXTS = 200
-"""Documents; some two thirds of them are trained on."""
+_TEXTS = 400
+"""Documents: of them some twenty are for validation, which a choice among ten needs."""
+_EXAMPLES = 64
+"""Most that anything is trained on."""
 _SERVED = "served"
 """The last column: one text described and scored."""
 _LORA = LoraSettings(rank=4, alpha=8)
@@ -166,7 +168,9 @@ def _serve(run: Run) -> None:
 
 def _miniature(folder: Path) -> RunConfig:
     """Every stage with the least work."""
-    scorer = ReconstructorConfig(lora=_LORA, epochs=1, batch_size=16, replaced_share=0.5)
+    scorer = ReconstructorConfig(
+        lora=_LORA, epochs=1, batch_size=16, replaced_share=0.5, max_examples=_EXAMPLES
+    )
     return RunConfig(
         run_dir=str(folder / "run"),
         base=BaseConfig(
@@ -177,11 +181,13 @@ def _miniature(folder: Path) -> RunConfig:
             device="cpu",
             training_dtype="float32",
         ),
-        corpus=CorpusConfig(max_chunks=_TEXTS, chunks_per_document=1, test_share=0.3),
+        corpus=CorpusConfig(max_chunks=_TEXTS, chunks_per_document=1),
         reward_scorer=scorer,
         judge_scorer=dataclasses.replace(scorer, document_half="odd", seed=1),
         readable_labels=ReadableLabelsConfig(least=0.0, fill_to=2),
-        sft=SFTConfig(lora=_LORA, epochs=1, batch_size=8, claims="replaced"),
+        sft=SFTConfig(
+            lora=_LORA, epochs=1, batch_size=16, claims="replaced", max_examples=_EXAMPLES
+        ),
         grpo=GRPOSettings(
             steps=2,
             prompts_per_step=2,
@@ -199,7 +205,12 @@ def _miniature(folder: Path) -> RunConfig:
         reward_scorer_refreshed=RefreshedScorerConfig(max_examples=8, max_new_tokens=16),
         claim_confidence=ClaimConfidenceConfig(samples=2, max_activations=8),
         evaluation=EvaluationConfig(
-            min_documents=5, bootstrap_resamples=100, samples=2, patch_rows=4, examples=1
+            max_activations=20,
+            min_documents=5,
+            bootstrap_resamples=100,
+            samples=2,
+            patch_rows=4,
+            examples=1,
         ),
         compute=ComputeConfig(
             trainer_cpus=0.5, rollout_cpus=0.25, scorer_cpus=0.25, threads=1, zero_stage=0

