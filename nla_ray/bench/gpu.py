@@ -35,7 +35,7 @@ from nla_ray.bench.card import SHAPES, Scene, ShapeName
 from nla_ray.bench.step import engine_trainer
 from nla_ray.bench.timing import describe_machine, roofline_seconds
 from nla_ray.description.engines.compact import CompactDecoder
-from nla_ray.description.engines.interface import end_ids_of
+from nla_ray.description.engines.requests import end_ids_of
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.record import Description
 from nla_ray.reinforce.grpo import float32_head, log_prob_gap

@@ -7,8 +7,8 @@ Read: record, verbalizer, protocol (what two verbalizers must share to be compar
 engines/interface (what an engine is, and which one generates), sampling, engines/slots (who decodes
 when), engines/decoder (what that asks of a base), engines/plain (every base, by the library's own
 modules), engines/compact and engines/projection (Llama-like bases, from their weights alone),
-engines/factors (an adapter's tensors), engines/graphed (a step as a CUDA graph), and
-engines/self_check.
+engines/factors (an adapter's tensors), engines/graphed (a step as a CUDA graph), engines/requests,
+engines/self_check; engines/vllm, which shares none of that.
 
 It trains nothing and scores nothing, and no file of it knows a run directory.
 """

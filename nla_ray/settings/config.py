@@ -76,9 +76,10 @@ class BaseConfig:
     else bfloat16 where the processor has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model computes; `auto`: on a GPU where the process has one."""
-    engine: Literal["auto", "compact", "plain"] = "auto"
+    engine: Literal["auto", "compact", "plain", "vllm"] = "auto"
     """What generates descriptions: `compact` runs Llama-like blocks fast, `plain` every base by the
-    library's own modules; `auto`: compact where it can."""
+    library's own modules, `vllm` what vLLM knows, where it is installed; `auto`: compact where it
+    can, else plain."""
 
     def __post_init__(self) -> None:
         require(

@@ -20,17 +20,13 @@ from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.bench.families import small_sizes
 from nla_ray.cpu.projection import packing_works
 from nla_ray.description.engines.compact import CompactDecoder
-from nla_ray.description.engines.interface import (
-    GenerationEngine,
-    end_ids_of,
-    engine_name,
-    make_engine,
-)
+from nla_ray.description.engines.interface import GenerationEngine, engine_name, make_engine
 from nla_ray.description.engines.projection import (
     AdaptedProjection,
     PlainProjection,
     make_projection,
 )
+from nla_ray.description.engines.requests import end_ids_of
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys

@@ -17,12 +17,14 @@ from nla_ray.base.families import beyond_parts, causal_model
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.plain import PlainDecoder
+from nla_ray.description.engines.requests import end_ids_of
 from nla_ray.description.engines.self_check import check_generation
 from nla_ray.description.engines.slots import SlotEngine
+from nla_ray.description.engines.vllm import VllmEngine
 from nla_ray.description.record import Description
 from nla_ray.settings.config import LoraSettings
 
-EngineChoice = Literal["auto", "compact", "plain"]
+EngineChoice = Literal["auto", "compact", "plain", "vllm"]
 
 
 class GenerationEngine(Protocol):
@@ -103,15 +105,14 @@ def make_engine(
     generate what the base does.
     """
     causal = causal_model(model)
+    if chosen == "vllm":
+        engine: GenerationEngine = VllmEngine(
+            model, tokenizer, prompt, injection_norm, max_slots, lora
+        )
+        check_generation(engine, model, prompt, injection_norm)
+        return engine
     kind = CompactDecoder if engine_name(causal.config, chosen) == "compact" else PlainDecoder
     decoder, end_ids = kind(model, rows=max_slots), end_ids_of(causal, tokenizer)
     engine = SlotEngine(decoder, end_ids, tokenizer, prompt, injection_norm, max_slots, lora)
     check_generation(engine, model, prompt, injection_norm)
     return engine
-
-
-def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: the model's own list and the tokenizer's."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)

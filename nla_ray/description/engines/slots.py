@@ -34,6 +34,7 @@ from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.decoder import Decoder, KeysValues, empty_prefix
 from nla_ray.description.engines.graphed import GraphedStep
+from nla_ray.description.engines.requests import check_request
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys
 from nla_ray.settings.config import LoraSettings
@@ -126,7 +127,15 @@ class SlotEngine:
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
-        self._check(activations, rows, group_size, max_new_tokens)
+        check_request(
+            activations,
+            rows,
+            group_size,
+            max_new_tokens,
+            d_model=self.decoder.d_model,
+            prompt_length=len(self.prompt),
+            context=self.decoder.shape.max_positions,
+        )
         if not rows:
             return []
         samples = list(range(group_size)) * len(rows)
@@ -161,34 +170,6 @@ class SlotEngine:
             )
             for draft, written in zip(drafts, texts, strict=True)
         ]
-
-    def _check(
-        self, activations: Tensor, rows: Sequence[int], group_size: int, max_new_tokens: int
-    ) -> None:
-        d_model, limit = self.decoder.d_model, self.decoder.shape.max_positions
-        if (
-            activations.ndim != 2
-            or activations.shape[1] != d_model
-            or len(rows) != len(activations)
-        ):
-            raise ValueError(
-                f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected"
-                f" [n, {d_model}] and n rows. They come from another model; capture them again."
-            )
-        if not activations.isfinite().all():
-            raise ValueError(
-                "activations: got non-finite values, expected finite ones. Capture them again."
-            )
-        if group_size < 1 or max_new_tokens < 1:
-            raise ValueError(
-                f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at"
-                " least 1 of each."
-            )
-        if len(self.prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"max_new_tokens: got {max_new_tokens} after a prompt of {len(self.prompt)},"
-                f" expected at most {limit} positions, the model's context. Lower it."
-            )
 
     def prefill(self, activations: Tensor) -> tuple[Tensor, KeysValues]:
         """Injected token and suffix of activations -> last logits, and keys and values.

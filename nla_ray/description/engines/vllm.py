@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from nla_ray.activation.injection import as_embeddings
-from nla_ray.base.adapters import plain_linear
-from nla_ray.base.families import causal_model
+from nla_ray.base.adapters import matrix_shape, plain_linear
+from nla_ray.base.families import causal_model, family_of, longest_context
 from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.description.engines.requests import check_request, end_ids_of
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import rollout_keys
 from nla_ray.settings.config import LoraSettings
@@ -91,10 +92,9 @@ class VllmEngine:
         self._model = causal_model(model)
         self.tokenizer, self.prompt, self.injection_norm = tokenizer, prompt, injection_norm
         self.max_slots, self._lora = max_slots, lora
-        self.end_ids = _end_ids(self._model, tokenizer)
+        self.end_ids = end_ids_of(self._model, tokenizer)
         self.merged = self._model.dtype == torch.float32 if merged is None else merged
-        context = self._model.config.get_text_config().max_position_embeddings
-        self._limit = min(context, _LONGEST)
+        self._limit = min(longest_context(self._model.config), _LONGEST)
         self._llm = self._start()
         self._request: Any = None
         """The adapter that requests name where it is not merged."""
@@ -132,7 +132,20 @@ class VllmEngine:
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
-        self._check(activations, rows, group_size, max_new_tokens, temperature)
+        check_request(
+            activations,
+            rows,
+            group_size,
+            max_new_tokens,
+            d_model=self._embedding.embedding_dim,
+            prompt_length=len(self.prompt),
+            context=self._limit,
+        )
+        if temperature != 0 and temperature < _COLDEST:
+            raise ValueError(
+                f"temperature: got {temperature}, expected 0 (greedy) or at least {_COLDEST}, the"
+                " lowest that vLLM samples at. Set it to 0."
+            )
         if not rows:
             return []
         rollout_rows = [row for row in rows for _ in range(group_size)]
@@ -207,44 +220,6 @@ class VllmEngine:
     def _embedding(self) -> Any:
         return self._model.get_input_embeddings()
 
-    def _check(
-        self,
-        activations: Tensor,
-        rows: Sequence[int],
-        group_size: int,
-        max_new_tokens: int,
-        temperature: float,
-    ) -> None:
-        d_model = self._embedding.embedding_dim
-        if (
-            activations.ndim != 2
-            or activations.shape[1] != d_model
-            or len(rows) != len(activations)
-        ):
-            raise ValueError(
-                f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected"
-                f" [n, {d_model}] and n rows. They come from another model; capture them again."
-            )
-        if not activations.isfinite().all():
-            raise ValueError(
-                "activations: got non-finite values, expected finite ones. Capture them again."
-            )
-        if group_size < 1 or max_new_tokens < 1:
-            raise ValueError(
-                f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at"
-                " least 1 of each."
-            )
-        if temperature != 0 and temperature < _COLDEST:
-            raise ValueError(
-                f"temperature: got {temperature}, expected 0 (greedy) or at least {_COLDEST}, the"
-                " lowest that vLLM samples at. Set it to 0."
-            )
-        if len(self.prompt) + max_new_tokens > self._limit:
-            raise ValueError(
-                f"max_new_tokens: got {max_new_tokens} after a prompt of {len(self.prompt)},"
-                f" expected at most {self._limit} positions. Lower it."
-            )
-
     def _sampling(self, temperature: float, max_new_tokens: int, key: int) -> Any:
         from vllm import SamplingParams
 
@@ -301,7 +276,7 @@ class VllmEngine:
         )
         for module in modules:
             try:
-                weight = plain_linear(self._model.get_submodule(module)).weight
+                expected = matrix_shape(plain_linear(self._model.get_submodule(module)))
                 down, up = state[f"{_PREFIX}{module}{_DOWN}"], state[f"{_PREFIX}{module}{_UP}"]
             except KeyError as error:
                 raise ValueError(
@@ -314,10 +289,10 @@ class VllmEngine:
                     " expected the names of its linear layers. They come from another base."
                 ) from None
             shape = len(up), down.shape[1]
-            if tuple(weight.shape) != shape or down.shape[0] != up.shape[1]:
+            if tuple(expected) != shape or down.shape[0] != up.shape[1]:
                 raise ValueError(
                     f"adapter weights: got factors {list(up.shape)} and {list(down.shape)} for"
-                    f" {module!r}, expected those of {list(weight.shape)}. They are of another"
+                    f" {module!r}, expected those of {list(expected)}. They are of another"
                     " base."
                 )
         return modules
@@ -349,6 +324,7 @@ class VllmEngine:
                     if part == "weight" and down is not None:
                         up = state[f"{_PREFIX}{parent}.{name}{_UP}"]
                         update = up.to(value.device).float() @ down.to(value.device).float()
+                        update = update.T if family_of(self._model).transposed else update
                         value = (value.float() + scaling * update).to(value.dtype)
                     yield f"{parent}.{name}.{part}", value
 
@@ -377,10 +353,3 @@ class VllmEngine:
             (Path(folder) / "adapter_config.json").write_text(json.dumps(settings))
             self._llm.llm_engine.add_lora(request)
         return request
-
-
-def _end_ids(model: nn.Module, tokenizer) -> frozenset[int]:
-    """Ids that end a text: the model's own list and the tokenizer's."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)

@@ -1,0 +1,50 @@
+"""What every engine asks of a request, and which ids end a description."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def check_request(
+    activations: Tensor,
+    rows: Sequence[int],
+    group_size: int,
+    max_new_tokens: int,
+    *,
+    d_model: int,
+    prompt_length: int,
+    context: int,
+) -> None:
+    """Raise ValueError for what `GenerationEngine.generate` refuses.
+
+    `context`: positions of the longest prompt with its description.
+    """
+    if activations.ndim != 2 or activations.shape[1] != d_model or len(rows) != len(activations):
+        raise ValueError(
+            f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected"
+            f" [n, {d_model}] and n rows. They come from another model; capture them again."
+        )
+    if not activations.isfinite().all():
+        raise ValueError(
+            "activations: got non-finite values, expected finite ones. Capture them again."
+        )
+    if group_size < 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at"
+            " least 1 of each."
+        )
+    if prompt_length + max_new_tokens > context:
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens} after a prompt of {prompt_length},"
+            f" expected at most {context} positions, the model's context. Lower it."
+        )
+
+
+def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a text: the model's own list and the tokenizer's."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
