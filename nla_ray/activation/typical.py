@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nla_ray.activation import vectors
+from nla_ray.activation.vectors import centre, direction, norm
 
 _TAIL = 0.001
 """Share of train activations at each end beyond which a vector is unlike them."""
@@ -59,8 +59,8 @@ class TrainActivations:
                 " of each. Capture more texts."
             )
         self._ids, self._mean = list(ids), mean.float()
-        centred = vectors.centre(rows, self._mean)
-        self._directions = vectors.direction(centred)
+        centred = centre(rows, self._mean)
+        self._directions = direction(centred)
         self._norms = _length(rows).sort().values
         self._distances = _length(centred).sort().values
         likeness = self._directions @ self._directions.T
@@ -69,9 +69,9 @@ class TrainActivations:
 
     def place(self, rows: Tensor) -> list[Typicality]:
         """Of each row of [n, d_model]."""
-        centred = vectors.centre(rows, self._mean)
+        centred = centre(rows, self._mean)
         distances = _share_below(self._distances, _length(centred))
-        likeness = (vectors.direction(centred) @ self._directions.T).round(decimals=_DIGITS)
+        likeness = (direction(centred) @ self._directions.T).round(decimals=_DIGITS)
         nearest = likeness.sort(dim=1, descending=True, stable=True)
         alone = _share_below(self._own_nearest, nearest.values[:, 0])
         norms = _share_below(self._norms, _length(rows))
@@ -97,7 +97,7 @@ class TrainActivations:
 
 def _length(rows: Tensor) -> Tensor:
     """The logarithm of |x| of each row, to some digits: [n]."""
-    return vectors.norm(rows).squeeze(-1).log().round(decimals=_DIGITS)
+    return norm(rows).squeeze(-1).log().round(decimals=_DIGITS)
 
 
 def _share_below(sorted_values: Tensor, values: Tensor) -> Tensor:

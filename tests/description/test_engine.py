@@ -124,7 +124,7 @@ def make_scene(
         for name, value in adapter_state(model).items()
     }
     set_adapter_state(model, state)
-    activations = torch.randn(NUM_ACTIVATIONS, 32, generator=generator)
+    activations = torch.randn(NUM_ACTIVATIONS, variant.get("width", 32), generator=generator)
     scene = Scene(
         base, model, tokenizer, build_injection_prompt(tokenizer, base.marker), state, activations
     )
