@@ -22,7 +22,7 @@ from typing import Any
 
 from nla_ray.base.config_files import EMBEDDED_DIR
 from nla_ray.base.families import FAMILIES, family_of
-from nla_ray.bench.gpu import RESULTS
+from nla_ray.bench.timing import RESULTS
 from nla_ray.cluster.connect import connect
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import PIPELINE_JOB, stages_of_job

@@ -33,7 +33,7 @@ from nla_ray.base.adapters import adapter_state, add_lora, save_adapter, set_ada
 from nla_ray.base.families import causal_model
 from nla_ray.bench.card import SHAPES, Scene, ShapeName
 from nla_ray.bench.step import engine_trainer
-from nla_ray.bench.timing import describe_machine, roofline_seconds
+from nla_ray.bench.timing import RESULTS, describe_machine, roofline_seconds
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.requests import end_ids_of
 from nla_ray.description.engines.slots import SlotEngine
@@ -45,8 +45,6 @@ from nla_ray.training.reconstruction import Examples, make_reconstruction_traine
 from nla_ray.training.sft import Pairs, make_sft_trainer
 from nla_ray.training.verbalizer import TrainableVerbalizer
 
-RESULTS = Path(__file__).parent / "results"
-"""Where results of cards lie in a checkout: one file a card."""
 _FACTORS = (3e-4, 1e-3, 3e-3)
 """Sizes of the adapters' second factors, between a training's first steps and its end."""
 _GAP_ROWS = 32

@@ -13,8 +13,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
+"""Where results that ship lie in a checkout: one file a GPU, and one of families."""
 REPETITIONS = 7
 STEP_REPETITIONS = 3
 _LIBRARIES_SHOWN = ("torch", "transformers", "peft", "trl", "ray")
