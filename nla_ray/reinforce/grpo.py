@@ -164,6 +164,7 @@ def grpo_arguments(
         reward_weights=weights,
         scale_rewards=settings.scale_rewards,
         loss_type="dr_grpo",
+        router_aux_loss_coef=0.0,  # routers of experts are frozen
         mask_truncated_completions=False,
         disable_dropout=True,
         logging_steps=1,

@@ -328,6 +328,7 @@ def make_sft_trainer(
     }
     rows = worker_batch(run_config.compute, settings.batch_size)
     arguments = SFTConfig(
+        router_aux_loss_coef=0.0,  # routers of experts are frozen
         **trainer_arguments(
             run_config,
             checkpoints.folder,
