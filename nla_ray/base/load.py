@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def load_backbone(
     residual stream, to be read with `ResidualReader`. `attention`: an implementation by its name in
     transformers.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder, device = base_folder(base.model), torch_device(base)
     _choose_attention(device)
@@ -142,24 +143,32 @@ def load_backbone(
             model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         else:
             check_layer(num_blocks - 1, config.num_hidden_layers)
-            kept, family = range(num_blocks), family_of(config)
-            config = keep_blocks(config, kept)
-            if is_quantised:  # such weights are read whole
-                whole = AutoModelForCausalLM.from_pretrained(folder, **options)
-                decoder: Any = whole.get_submodule(family.decoder)
-                blocks: Any = decoder.get_submodule(family.blocks)
-                first = nn.ModuleList([blocks[i] for i in kept])
-                decoder.set_submodule(family.blocks, first, strict=True)
-                decoder.config = config
-            else:
-                decoder = AutoModel.from_pretrained(folder, config=config, **options)
-            model = _headless(config, decoder)
+            model = _load_first_blocks(folder, config, range(num_blocks), options)
     if is_quantised:
         return model.eval().requires_grad_(False)
     if weight_dtype(base) != model.dtype:
         # Rounded to the configured type before: every processor holds the same numbers.
         model = model.float()
     return model.to(device).eval().requires_grad_(False)
+
+
+def _load_first_blocks(
+    folder: Path, config: Any, kept: range, options: dict[str, Any]
+) -> nn.Module:
+    """A causal model of the first blocks alone, headless; `options` of transformers' loading."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    cut, family = keep_blocks(config, kept), family_of(config)
+    if quantiser_of(config) is None:
+        return _headless(cut, AutoModel.from_pretrained(folder, config=cut, **options))
+    # Weights of few bits are read whole.
+    whole = AutoModelForCausalLM.from_pretrained(folder, **options)
+    decoder: Any = whole.get_submodule(family.decoder)
+    blocks: Any = decoder.get_submodule(family.blocks)
+    first = nn.ModuleList([blocks[layer] for layer in kept])
+    decoder.set_submodule(family.blocks, first, strict=True)
+    decoder.config = cut
+    return _headless(cut, decoder)
 
 
 def _choose_attention(device: torch.device) -> None:
