@@ -574,8 +574,13 @@ def test_an_engine_that_generates_otherwise_than_the_base_is_refused_with_both_v
 
 
 def test_a_check_leaves_the_base_and_its_adapter_as_they_were(one_scene: Scene) -> None:
+    """A trainer in the same process has its activations in the base."""
     before = {name: value.clone() for name, value in one_scene.model.state_dict().items()}
-    one_scene.engine()
+    base = one_scene.model.get_base_model()
+    with activations_attached(base, one_scene.activations, 4.0) as wrapper:
+        one_scene.engine()
+        assert base.get_input_embeddings() is wrapper
+        assert wrapper.bank is one_scene.activations
     after = one_scene.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())

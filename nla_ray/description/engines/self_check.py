@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nla_ray.activation.injection import activations_attached
+from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.adapters import adapter_active
 from nla_ray.base.families import causal_model
 from nla_ray.base.prompts import InjectionPrompt
@@ -38,12 +38,14 @@ def check_generation(
     draw = torch.Generator().manual_seed(0)
     activation = torch.randn(1, causal.config.hidden_size, generator=draw)
     [written] = engine.generate(activation, max_new_tokens=_NEW_TOKENS)
-    with (
-        adapter_active(model, None),
-        activations_attached(causal, activation, injection_norm) as wrapper,
-    ):
-        ids = [*prompt.encode(0, wrapper.vocab_size), *written.token_ids]
-        logits = causal(input_ids=torch.tensor([ids], device=causal.device)).logits[0]
+    ids = [*prompt.prefix_ids, prompt.marker_id, *prompt.suffix_ids, *written.token_ids]
+    # Embeddings, not virtual ids: the base may have a trainer's activations attached.
+    embedded = causal.get_input_embeddings()(torch.tensor([ids], device=causal.device)).clone()
+    embedded[0, len(prompt.prefix_ids)] = as_embeddings(
+        activation[0], injection_norm, like=embedded
+    )
+    with adapter_active(model, None):
+        logits = causal(inputs_embeds=embedded).logits[0]
     expected = logits[len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
     chosen = expected.gather(-1, torch.tensor(written.token_ids)[:, None]).squeeze(-1)
     found = torch.tensor(written.log_probs)
