@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from nla_ray.activation.typical import TrainActivations
     from nla_ray.base.identity import BaseInfo
 
+_SAMPLED_SHARDS = 16
+"""Most that a sample of train activations is drawn from: a large run is not read whole for it."""
+
 logger = get_logger(__name__)
 
 STATS_NAME = "stats.json"
@@ -408,9 +411,9 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
 
 
 def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
-    """A sample of the train activations of the base's layer, drawn by seed, as many of each shard.
+    """A sample of the train activations of the base's layer, from some of the shards, by seed.
 
-    Blocks of shards are read one by one. Raises ValueError when there are no activations.
+    Their blocks are read one by one. Raises ValueError when there are no activations.
     """
     import torch
 
@@ -418,6 +421,7 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
 
     manifest, layer = run.require("activations"), run.config.base.layer
     shards = sorted(path for path in manifest.files if path.endswith(".parquet"))
+    shards = [shards[number] for number in drawn_rows(len(shards), _SAMPLED_SHARDS, 0)]
     ids: list[str] = []
     rows: list[np.ndarray] = []
     for number, shard in enumerate(shards):
@@ -425,11 +429,15 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
         columns = ["activation_id", "split", "layer", "activation"]
         left = (most - len(ids)) // (len(shards) - number)
         blocks = _read_rows(location, columns, "train", layer=layer)
-        table = _drawn(pa.concat_tables(_drawn(block, left, number) for block in blocks), left, 0)
+        drawn = [_drawn(block, left, number) for block in blocks]
+        if not drawn:  # nothing of its texts was kept
+            continue
+        table = _drawn(pa.concat_tables(drawn), left, 0)
         ids += table["activation_id"].to_pylist()
         rows.append(activation_matrix(table["activation"], manifest.model["d_model"]))
     mean = torch.tensor(load_stats(run)["mean_direction"])
-    return typical.TrainActivations(ids, torch.from_numpy(np.concatenate(rows)), mean)
+    none = np.zeros((0, len(mean)), np.float32)
+    return typical.TrainActivations(ids, torch.from_numpy(np.concatenate(rows or [none])), mean)
 
 
 def _drawn(table: pa.Table, most: int, seed: int) -> pa.Table:

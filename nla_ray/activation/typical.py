@@ -42,7 +42,7 @@ class Typicality:
     """Share of train activations whose own nearest one lies farther from them than this one's."""
     is_unlike: bool
     """Whether its direction is farther from the mean, nearer to it, or more alone, than all but a
-    thousandth of train activations."""
+    thousandth of train activations; never of fewer than a thousand."""
 
 
 class TrainActivations:
@@ -76,6 +76,7 @@ class TrainActivations:
         alone = _share_below(self._own_nearest, nearest.values[:, 0])
         norms = _share_below(self._norms, _length(rows))
         unlike = (distances > 1 - _TAIL) | (distances < _TAIL) | (alone < _TAIL)
+        unlike &= len(self._ids) >= 1 / _TAIL  # fewer cannot tell
         return [
             Typicality(
                 norm_quantile=norms[row].item(),

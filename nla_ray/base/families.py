@@ -209,9 +209,13 @@ def longest_context(config: Any) -> int:
 
 
 def check_context(config: Any, max_tokens: int) -> None:
-    """Raise ValueError for prompts that do not fit into `longest_context`."""
+    """Raise ValueError for prompts that some block would not see whole, or have no positions for.
+
+    A base of rotary positions without windows is read beyond what it was trained for, as ever.
+    """
     longest = longest_context(config)
-    if max_tokens > longest:
+    is_strict = longest < config.max_position_embeddings or family_of(config).positions is not None
+    if is_strict and max_tokens > longest:
         raise ValueError(
             f"base.max_tokens: got {max_tokens}, expected at most {longest}, what every block of"
             " this base sees at once. Set --base.max-tokens; longer texts are counted and left out."

@@ -112,7 +112,8 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
     Weights, tokenizer, layer and the date in the prompt must be the same. An adapter is also bound
     to the marker and the injection norm that it learned with; activations know of neither.
     Manifests of earlier versions record no prompt: the tokenizer decides it unless it has a date.
-    Another version of transformers is said, not refused: every load is checked by itself.
+    Another version of transformers is said, not refused: what is read and generated is checked by
+    itself (`self_check`).
     """
     compared = {"weights": "digest", "tokenizer": "tokenizer_digest", "layer": "layer"}
     if info.date or "prompt_digest" in manifest.model:

@@ -144,12 +144,22 @@ def load_backbone(
         else:
             check_layer(num_blocks - 1, config.num_hidden_layers)
             model = _load_first_blocks(folder, config, range(num_blocks), options)
+    _turn_dropout_off(model)
     if is_quantised:
         return model.eval().requires_grad_(False)
     if weight_dtype(base) != model.dtype:
         # Rounded to the configured type before: every processor holds the same numbers.
         model = model.float()
     return model.to(device).eval().requires_grad_(False)
+
+
+def _turn_dropout_off(model: nn.Module) -> None:
+    """A frozen base is the same in training as in reading; an adapter has a dropout of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  (a float, where pyright sees modules)
 
 
 def _load_first_blocks(

@@ -170,11 +170,10 @@ def find_marker(tokenizer: Any) -> str:
         if len(marker) != 1 or marker.isascii() or marker == "\ufffd":
             continue
         try:
-            is_token = marker_token(tokenizer, marker) == token
+            if marker_token(tokenizer, marker) != token:
+                continue
             build_injection_prompt(tokenizer, marker)
         except ValueError:
-            continue
-        if not is_token:
             continue
         if tokenizer.encode(reconstructor_prompt("- a description.", marker))[-1] == token:
             return marker

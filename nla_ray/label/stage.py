@@ -186,6 +186,8 @@ def _position_inputs(run: Run) -> dict[str, str] | None:
         "tokenizer": digest,
         "max_tokens": str(base.max_tokens),
         "date": base.date,
+        # Labels made before there was another template say nothing of it.
+        **({"template": base.template} if base.template != "chat" else {}),
     }
 
 
@@ -338,7 +340,12 @@ def activation_subjects(run: Run, table: ActivationTable) -> list[str]:
     """
     manifest = run.require("activations")
     positions = manifest.config["capture"]["positions"]
-    require_labels_of(run, positions, manifest.model.get("tokenizer_digest", ""))
+    require_labels_of(
+        run,
+        positions,
+        manifest.model.get("tokenizer_digest", ""),
+        manifest.model.get("template", "chat"),
+    )
     if PositionRule.of(positions).of_whole_texts:
         return list(table.text_ids)
     if "prompt_digest" not in manifest.model:
@@ -352,24 +359,31 @@ def activation_subjects(run: Run, table: ActivationTable) -> list[str]:
     return [subject_id(text_id, position) for text_id, position in pairs]
 
 
-def require_labels_of(run: Run, positions: str, tokenizer: str) -> None:
+def require_labels_of(run: Run, positions: str, tokenizer: str, template: str = "chat") -> None:
     """Raise ValueError unless the run's labels are of activations at these positions.
 
-    `positions`: as `capture.positions` says it; `tokenizer`: the digest of the one that counts.
+    `positions`: as `capture.positions` says it; `tokenizer`: the digest of the one that counts;
+    `template`: `base.template`, which decides where in a prompt a text stands.
     """
     inputs = run.require("labels").config.get("inputs", {})
     labelled = inputs.get("positions", _WHOLE_TEXTS)
     positions = _WHOLE_TEXTS if PositionRule.of(positions).of_whole_texts else positions
-    got, expected = (labelled, inputs.get("tokenizer")), (positions, tokenizer)
+    got = labelled, inputs.get("tokenizer"), inputs.get("template", "chat")
+    expected = positions, tokenizer, template
     if _WHOLE_TEXTS in (labelled, positions):  # the end of a text is its end in any tokens
         got, expected = got[:1], expected[:1]
     if got != expected:
         folder = run.root / "labels"
         raise ValueError(
-            f"labels in {folder}: got labels of capture.positions {' of tokenizer '.join(got)},"
-            f" expected {' of tokenizer '.join(expected)}, as the activations are. What a text says"
+            f"labels in {folder}: got labels of capture.positions {_told(got)},"
+            f" expected {_told(expected)}, as the activations are. What a text says"
             " after a position is not in the activation there, so a label must be of the text up"
             f" to it. Delete {folder} and run jobs/label.py with the flags of jobs/capture.py;"
             " labels made elsewhere say by `position` or `n_raw_tokens` up to where they describe"
             " a text."
         )
+
+
+def _told(what: tuple[str, ...]) -> str:
+    """Positions, and where they are inside a text the tokenizer and the template."""
+    return what[0] if len(what) == 1 else f"{what[0]} of tokenizer {what[1]}, template {what[2]}"

@@ -20,7 +20,10 @@ _FAMILIES = "corpus.families"
 
 NOT_IN_RECIPE: dict[str, str] = {
     "base.device": "where it computes; in which types is said by dtype and training_dtype",
-    "base.engine": "greedy text is the same by each; what generated it stands in its protocol",
+    "base.engine": (
+        "in float32 greedy text is the same by each, and samples are draws of one distribution;"
+        " descriptions in a file name the engine in their protocol"
+    ),
     "corpus.shard_rows": "how the same rows are cut into files",
     "capture.batch_tokens": "a text's activation is its own, whatever is padded beside it",
     "capture.num_actors": "shards are captured one by one",

@@ -25,6 +25,7 @@ from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
 from nla_ray.base.families import check_layer
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, find_marker
+from nla_ray.base.self_check import check_reading
 from nla_ray.base.sources import base_folder, tokenizer_digest
 from nla_ray.label.stage import load_labels, require_labels_of
 from nla_ray.run.artifact import Run
@@ -56,7 +57,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
     layers = _inspected_layers(config, shape.num_hidden_layers)
     marker = _marker(tokenizer, config.base.marker)
     digest = tokenizer_digest(base_folder(config.base.model, weights=False))
-    require_labels_of(run, config.capture.positions, digest)
+    require_labels_of(run, config.capture.positions, digest, config.base.template)
     chunks = read_chunks(run, ("text_id", "doc_id", "text", "messages")).to_pylist()
     train = _labelled_texts(run, chunks, "train", MAX_TRAIN)
     validation = _labelled_texts(run, chunks, "validation", None)
@@ -67,6 +68,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
         layers,
     )
     model = load_backbone(config.base, num_blocks=layers[-1] + 1)
+    check_reading(model, layers)
     encoder = TextEncoder(tokenizer, config.base, config.capture)
     reader = ActivationReader(model, layers, config.capture.batch_tokens)
     train, train_activations = _read(encoder, reader, train)

@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse
 import nla_ray
 from nla_ray.activation import vectors
 from nla_ray.activation.stage import load_train_activations
+from nla_ray.activation.typical import TrainActivations
 from nla_ray.base.adapters import adapter_active
 from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.layers import ResidualReader
@@ -31,6 +32,7 @@ from nla_ray.base.self_check import check_reading
 from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.run.artifact import Run
+from nla_ray.run.log import get_logger
 from nla_ray.score.choice import agreement, best_of
 from nla_ray.score.claim_confidence import ClaimConfidence, without_unlikely
 from nla_ray.score.claims import claim_spans
@@ -60,6 +62,9 @@ from nla_ray.serve.schema import (
 from nla_ray.settings.config import RunConfig, ServeConfig
 
 _PING_SECONDS = 10.0
+
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +108,7 @@ class VerbalizerService:
         self._lock, self._verbalizers = threading.Lock(), {}
         self._decoding: dict[str, tuple[int, float]] = {}
         self._confidence: dict[str, tuple[ClaimConfidence, int]] = {}
-        is_complete = run.find("activations") is not None
-        self._train = load_train_activations(run) if is_complete else None
+        self._train = _train_activations(run)
         model = load_backbone(config.base) if model is None else model
         for name in names:
             manifest = run.require(name)
@@ -202,6 +206,17 @@ class VerbalizerService:
     async def ping(self) -> str:
         """Answer when the replica can."""
         return "ok"
+
+
+def _train_activations(run: Run) -> TrainActivations | None:
+    """What described activations are placed among; None, said in the log, where there is none."""
+    if run.find("activations") is None:
+        return None
+    try:
+        return load_train_activations(run)
+    except (ValueError, KeyError) as error:
+        logger.warning("typicality: not told, because of the train activations: %s", error)
+        return None
 
 
 class ScorerService:

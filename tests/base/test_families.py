@@ -6,9 +6,11 @@ read, rows packed or behind a common prefix, a stream overwritten, an adapter's 
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_tiny_base
 from torch import Tensor, nn
 from transformers import AutoConfig, GemmaConfig, GPT2Config
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +28,7 @@ from nla_ray.base.families import (
     longest_context,
 )
 from nla_ray.base.layers import ResidualReader
-from nla_ray.base.load import random_backbone
+from nla_ray.base.load import load_backbone, random_backbone
 from nla_ray.base.self_check import check_reading
 from nla_ray.bench.families import small_sizes
 from nla_ray.cpu.shared_prefix import decode_sharing_prefix
@@ -301,6 +303,9 @@ def test_prompts_that_a_window_would_cut_are_refused(family: str, fields: dict, 
     for config in (as_config(values), AutoConfig.for_model(**values)):
         assert longest_context(config) == longest
         check_context(config, longest)
+        if longest == 64 and family != "gpt2":  # no windows, and positions without end
+            check_context(config, 65)
+            continue
         with pytest.raises(ValueError, match=rf"max_tokens: got 65, expected at most {longest}"):
             check_context(config, 65)
 
@@ -339,12 +344,39 @@ def test_a_row_that_names_no_norm_of_the_model_is_an_error_and_not_a_normed_stre
         ResidualReader(random_backbone(config, device="cpu"), [1])
 
 
+def test_a_frozen_base_is_the_same_in_training_as_in_reading(tmp_path: Path) -> None:
+    """GPT-2 and GPT-NeoX come with dropouts of their own."""
+    config = config_of("gpt2")
+    assert config.attn_pdrop == config.embd_pdrop == config.resid_pdrop == 0.1
+    base = make_tiny_base(tmp_path, architecture="gpt2")
+    model = load_backbone(base)
+    expected = model(IDS).logits
+    torch.testing.assert_close(model.train()(IDS).logits, expected)
+
+
 # self-check ---------------------------------------------------------------------------------------
 
 
 def test_a_base_that_is_read_as_the_library_computes_it_passes_its_check(model: nn.Module) -> None:
     check_reading(model, range(BLOCKS))
     check_reading(adapted(model), [1, BLOCKS - 1])
+
+
+def test_an_error_at_one_token_is_seen_beside_another_token_of_a_hundred_times_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model("llama")
+    read = ResidualReader.read
+
+    def wrong(self, ids: Tensor) -> dict[int, Tensor]:
+        streams = read(self, ids)
+        streams[1][:, 3] *= 1.1
+        return streams
+
+    monkeypatch.setattr(ResidualReader, "read", wrong)
+    decoder_of(model).embed_tokens.weight.data[1] *= 1_000.0  # the first id of the check
+    with pytest.raises(ValueError, match=r"block 1 of which 0\.1 is off at a token"):
+        check_reading(model, [1])
 
 
 def test_a_base_that_is_read_otherwise_is_refused_with_both_values(
@@ -354,5 +386,5 @@ def test_a_base_that_is_read_otherwise_is_refused_with_both_values(
     one."""
     row = dataclasses.replace(FAMILIES["gemma2"], final_norm="layers.0.input_layernorm")
     monkeypatch.setitem(FAMILIES, "gemma2", row)
-    with pytest.raises(ValueError, match=r"self-check of base 'gemma2': got a stream after block"):
+    with pytest.raises(ValueError, match=r"self-check of base 'gemma2' .*got a stream after block"):
         check_reading(random_model("gemma2"), [1, BLOCKS - 1])
