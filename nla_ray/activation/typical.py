@@ -4,6 +4,9 @@ A verbalizer describes whatever it is given: a difference of two activations, th
 a direction from a file. What it says of a vector unlike all that it was trained on is worth little,
 and nothing in the description shows it. Here a vector's place among train activations is measured:
 its length, its distance from their mean direction, and its nearest ones. Pure: it knows no run.
+
+Measured on SmolLM2-135M, layer 24, against 1,010 train activations: unlike them are .7% of 276 test
+activations, a quarter of means of two, and all differences, means of ten, random and opposite ones.
 """
 
 from __future__ import annotations
