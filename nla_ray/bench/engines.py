@@ -34,7 +34,7 @@ from nla_ray.description.engines.vllm import VllmEngine
 from nla_ray.settings.config import RunConfig
 from nla_ray.settings.presets import PRESETS, override, preset
 
-_VLLM = "vllm"
+_VLLM, _MERGED = "vllm", "vllm_merged"
 _NEVER: frozenset[int] = frozenset()
 """No id ends a description: all have the same length, and as many tokens are compared."""
 Generate = Callable[[Tensor, float], Sequence[Any]]
@@ -56,7 +56,7 @@ class EngineBenchmark:
     repetitions: int = 3
     """Turns of every side."""
     without: tuple[str, ...] = ()
-    """Sides to leave out, of generate, plain, compact, vllm."""
+    """Sides to leave out, of generate, plain, compact, vllm, vllm_merged."""
     output: str | None = None
     """The results file; None: it is only printed."""
 
@@ -139,23 +139,25 @@ def _sides(scene: _Scene, settings: EngineBenchmark) -> Iterator[dict[str, Gener
     with connect(dataclasses.replace(scene.config.compute, threads=torch.get_num_threads())):
         import ray
 
-        actor = ray.remote(num_cpus=0)(_EndlessVllm).remote(
-            scene.model, *scene.arguments, most, lora
-        )
-        ray.get(actor.load_weights.remote(state, 1))
-
-        def generate(*arguments: Any, **options: Any) -> Sequence[Any]:
+        def generate(actor: Any, *arguments: Any, **options: Any) -> Sequence[Any]:
             return ray.get(actor.generate.remote(*arguments, **options))
 
-        sides[_VLLM] = partial(_by_engine, generate, tokens)
+        # Beside narrow weights the engine keeps an adapter apart, which costs it time.
+        ways = {_VLLM: None} | ({_MERGED: True} if settings.dtype != "float32" else {})
+        for name, merged in ways.items():
+            actor = ray.remote(num_cpus=0)(_EndlessVllm).remote(
+                scene.model, *scene.arguments, most, lora, merged=merged
+            )
+            ray.get(actor.load_weights.remote(state, 1))
+            sides[name] = partial(_by_engine, partial(generate, actor), tokens)
         yield _left(sides, settings.without)
 
 
 class _EndlessVllm(VllmEngine):
     """It ends no description before its last token."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, merged: bool | None) -> None:
+        super().__init__(*arguments, merged=merged)
         self.end_ids = _NEVER
 
 
