@@ -100,7 +100,10 @@ def library_generate(
     end_ids: frozenset[int],
     temperature: float = 0.0,
 ) -> list[list[int]]:
-    """Tokens of `model.generate` for every activation, each row up to its end of text."""
+    """Tokens of `model.generate` for every activation, each row up to its end of text.
+
+    Without `end_ids` all rows have `max_new_tokens`.
+    """
     with (
         activations_attached(model.get_base_model(), activations, injection_norm) as wrapper,
         torch.inference_mode(),
@@ -116,7 +119,9 @@ def library_generate(
             **({"temperature": temperature, "top_k": 0} if temperature else {}),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(end_ids) or [-1],
+            **(
+                {"eos_token_id": sorted(end_ids)} if end_ids else {"min_new_tokens": max_new_tokens}
+            ),
         )
     return [_up_to_end(row, end_ids) for row in output[:, ids.shape[1] :].tolist()]
 
