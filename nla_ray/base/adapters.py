@@ -77,9 +77,7 @@ def _check_places(model: PeftModel, name: str, num_blocks: int | None) -> None:
 
     peft adds it to whatever ends in the names that it is given.
     """
-    family, blocks = family_of(model), blocks_of(model)[:num_blocks]
-    start = f"{family.decoder}.{family.blocks}"
-    expected = {f"{start}.{index}.{path}" for index in range(len(blocks)) for path in family.paths}
+    expected = set(family_of(model).matrices(len(blocks_of(model)[:num_blocks])))
     found = {
         path
         for path, module in causal_model(model).named_modules()

@@ -73,6 +73,11 @@ class Family:
     has_windows: bool = False
     """Whether some blocks may see a window of the last tokens only."""
 
+    def matrices(self, num_blocks: int) -> list[str]:
+        """Names in the causal model of the matrices that adapters are added to, block by block."""
+        start = f"{self.decoder}.{self.blocks}"
+        return [f"{start}.{block}.{path}" for block in range(num_blocks) for path in self.paths]
+
     @property
     def projections(self) -> tuple[str, ...]:
         """`paths` by their last names."""

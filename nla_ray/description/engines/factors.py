@@ -34,8 +34,8 @@ class Factors:
             return torch.empty(0, inner, device=device), torch.empty(out, 0, device=device)
         if down is None or up is None:
             raise ValueError(
-                f"adapter weights {name}: got one of two factors, expected lora_A and lora_B."
-                " Publish or save the whole adapter again."
+                f"adapter weights {name}: got one of two factors, expected both factors,"
+                " lora_A and lora_B. Publish or save the whole adapter again."
             )
         if up.shape[0] != out or down.shape[1] != inner or up.shape[1] != down.shape[0]:
             raise ValueError(

@@ -37,11 +37,10 @@ class PlainDecoder:
         self._family, self.shape = family_of(causal), decoder_shape(causal.config)
         self._embedding = decoder_of(model).get_submodule(self._family.embedding)
         self._decoder = _sharing_copy(decoder_of(model), self._embedding)
-        self._blocks = self._decoder.get_submodule(self._family.blocks)
+        inside = f"{self._family.decoder}."
         self._matrices = {
-            f"{self._family.decoder}.{self._family.blocks}.{index}.{path}": _adapt(block, path)
-            for index, block in enumerate(self._blocks)
-            for path in self._family.paths
+            name: _adapt(self._decoder, name.removeprefix(inside))
+            for name in self._family.matrices(self.shape.layers)
         }
         weight = causal.get_submodule(self._family.head).weight.detach()
         self.dtype, self.device, self.d_model = weight.dtype, weight.device, weight.shape[1]
@@ -169,9 +168,9 @@ def _sharing_copy(decoder: nn.Module, embedding: nn.Module) -> nn.Module:
     return copy.deepcopy(decoder, {id(embedding): embedding, **{id(one): one for one in shared}})
 
 
-def _adapt(block: nn.Module, path: str) -> _AdaptedMatrix:
+def _adapt(decoder: nn.Module, path: str) -> _AdaptedMatrix:
     """Put an `_AdaptedMatrix` in the place of a matrix, with or without peft's layer around it."""
-    frozen = plain_linear(block.get_submodule(path))
+    frozen = plain_linear(decoder.get_submodule(path))
     adapted = _AdaptedMatrix(frozen)
-    block.set_submodule(path, adapted, strict=True)
+    decoder.set_submodule(path, adapted, strict=True)
     return adapted

@@ -1,11 +1,13 @@
-"""What every engine asks of a request, and which ids end a description."""
+"""What every engine asks of its arguments, requests and adapters; which ids end a description."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from nla_ray.settings.config import LoraSettings
 
 
 def check_request(
@@ -48,3 +50,38 @@ def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
     return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def check_slots(max_slots: int) -> None:
+    """Raise ValueError for an engine that could decode nothing."""
+    if max_slots < 1:
+        raise ValueError(
+            f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
+            " at once."
+        )
+
+
+def scaling_of(lora: LoraSettings | None, state: Mapping[str, Tensor] | None) -> float:
+    """alpha / rank of the adapter that is loaded; 1 for the plain base.
+
+    Raises ValueError for an adapter in an engine that was made without its settings.
+    """
+    if lora is not None:
+        return lora.alpha / lora.rank
+    if state is not None:
+        raise ValueError(
+            "generation engine: got adapter weights without their settings, expected "
+            "lora=LoraSettings(...) when the engine was made. alpha / rank is not part of the "
+            "tensors."
+        )
+    return 1.0
+
+
+def check_log_probs(log_probs: Sequence[float], weight_version: int) -> None:
+    """Raise RuntimeError for one that is not a number."""
+    if any(log_prob != log_prob for log_prob in log_probs):
+        raise RuntimeError(
+            "generation engine: got a log-probability that is not a number under weight"
+            f" version {weight_version}, expected finite logits. The adapter has diverged; go back"
+            " to an earlier checkpoint."
+        )

@@ -34,7 +34,12 @@ from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.decoder import Decoder, KeysValues, empty_prefix
 from nla_ray.description.engines.graphed import GraphedStep
-from nla_ray.description.engines.requests import check_request
+from nla_ray.description.engines.requests import (
+    check_log_probs,
+    check_request,
+    check_slots,
+    scaling_of,
+)
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys
 from nla_ray.settings.config import LoraSettings
@@ -72,11 +77,7 @@ class SlotEngine:
         `recorded`: whether steps are replayed from a CUDA graph; None: on a GPU, where the decoder
         can be.
         """
-        if max_slots < 1:
-            raise ValueError(
-                f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
-                " at once."
-            )
+        check_slots(max_slots)
         self.tokenizer, self.prompt, self.injection_norm, self.max_slots = (
             tokenizer,
             prompt,
@@ -94,13 +95,7 @@ class SlotEngine:
 
     def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
         """Use these adapter weights from now on; None: the plain base."""
-        if adapter_state is not None and self._lora is None:
-            raise ValueError(
-                "generation engine: got adapter weights without their settings, expected "
-                "lora=LoraSettings(...) when the engine was made. alpha / rank is not part of the "
-                "tensors."
-            )
-        scaling = self._lora.alpha / self._lora.rank if self._lora else 1.0
+        scaling = scaling_of(self._lora, adapter_state)
         with torch.inference_mode():
             stays = self.decoder.load(adapter_state, scaling)
             ids = torch.tensor([self.prompt.prefix_ids], device=self.decoder.device)
@@ -400,13 +395,9 @@ class _Generation:
             self._active.pop()
 
     def _record(self, drafts: Sequence[_Draft], tokens: Tensor, log_probs: Tensor) -> None:
-        for draft, token, log_prob in zip(drafts, tokens.tolist(), log_probs.tolist(), strict=True):
-            if log_prob != log_prob:
-                raise RuntimeError(
-                    "generation engine: got a log-probability that is not a number under weight"
-                    f" version {self._engine.weight_version}, expected finite logits. The adapter"
-                    " has diverged; go back to an earlier checkpoint."
-                )
+        sampled = log_probs.tolist()
+        check_log_probs(sampled, self._engine.weight_version)
+        for draft, token, log_prob in zip(drafts, tokens.tolist(), sampled, strict=True):
             draft.token_ids.append(token)
             draft.log_probs.append(log_prob)
             draft.finished = token in self._engine.end_ids

@@ -34,7 +34,14 @@ from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.adapters import matrix_shape, plain_linear
 from nla_ray.base.families import causal_model, family_of, longest_context
 from nla_ray.base.prompts import InjectionPrompt
-from nla_ray.description.engines.requests import check_request, end_ids_of
+from nla_ray.description.engines.factors import Factors
+from nla_ray.description.engines.requests import (
+    check_log_probs,
+    check_request,
+    check_slots,
+    end_ids_of,
+    scaling_of,
+)
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import rollout_keys
 from nla_ray.settings.config import LoraSettings
@@ -60,7 +67,6 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for. Source: its `LoRAConfig`."""
 _COLDEST = 0.01
 """vLLM raises a lower temperature to this one."""
-_PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 class VllmEngine:
@@ -84,11 +90,7 @@ class VllmEngine:
         `load_weights` merges adapters into the weights; None: where they are float32. Raises
         ValueError where vLLM is not installed.
         """
-        if max_slots < 1:
-            raise ValueError(
-                f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
-                " at once."
-            )
+        check_slots(max_slots)
         self._model = causal_model(model)
         self.tokenizer, self.prompt, self.injection_norm = tokenizer, prompt, injection_norm
         self.max_slots, self._lora = max_slots, lora
@@ -105,15 +107,10 @@ class VllmEngine:
 
     def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
         """Use these adapter weights from now on; None: the plain base."""
-        if adapter_state is not None and self._lora is None:
-            raise ValueError(
-                "generation engine: got adapter weights without their settings, expected "
-                "lora=LoraSettings(...) when the engine was made. alpha / rank is not part of the "
-                "tensors."
-            )
+        scaling = scaling_of(self._lora, adapter_state)
         modules = self._modules_of(adapter_state or {})
         if self.merged:
-            self._merge(adapter_state or {}, modules)
+            self._merge(adapter_state or {}, scaling, modules)
         else:
             self._request = self._as_request(adapter_state) if adapter_state else None
         self.weight_version = version
@@ -257,75 +254,49 @@ class VllmEngine:
 
     def _log_probs(self, output: Any) -> list[float]:
         log_probs = list(output.logprobs.logprobs)
-        if any(log_prob != log_prob for log_prob in log_probs):
-            raise RuntimeError(
-                "generation engine: got a log-probability that is not a number under weight"
-                f" version {self.weight_version}, expected finite logits. The adapter has diverged;"
-                " go back to an earlier checkpoint."
-            )
+        check_log_probs(log_probs, self.weight_version)
         return log_probs
 
     def _modules_of(self, state: Mapping[str, Tensor]) -> list[str]:
-        """The linear layers that an adapter changes.
+        """The matrices that an adapter changes. Raises ValueError for one that does not fit."""
+        num_blocks, factors = self._model.config.num_hidden_layers, Factors(state, 1.0)
+        names = family_of(self._model).matrices(num_blocks)
+        changed = []
+        for name in names:
+            matrix: Any = plain_linear(self._model.get_submodule(name))
+            down, _ = factors.take(matrix_shape(matrix), matrix.weight.device, name)
+            if len(down):
+                changed.append(name)
+        factors.require_empty(names[0], num_blocks)
+        return changed
 
-        Raises ValueError for a tensor without a place in the base, for one of another shape, and
-        for half a pair.
-        """
-        modules = sorted(
-            {key.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP) for key in state}
-        )
-        for module in modules:
-            try:
-                expected = matrix_shape(plain_linear(self._model.get_submodule(module)))
-                down, up = state[f"{_PREFIX}{module}{_DOWN}"], state[f"{_PREFIX}{module}{_UP}"]
-            except KeyError as error:
-                raise ValueError(
-                    f"adapter weights: got no {error}, expected both factors of every layer. Load"
-                    " the whole adapter."
-                ) from None
-            except AttributeError:
-                raise ValueError(
-                    f"adapter weights: got {module!r}, which is without a place in the base,"
-                    " expected the names of its linear layers. They come from another base."
-                ) from None
-            shape = len(up), down.shape[1]
-            if tuple(expected) != shape or down.shape[0] != up.shape[1]:
-                raise ValueError(
-                    f"adapter weights: got factors {list(up.shape)} and {list(down.shape)} for"
-                    f" {module!r}, expected those of {list(expected)}. They are of another"
-                    " base."
-                )
-        return modules
-
-    def _merge(self, state: Mapping[str, Tensor], modules: Sequence[str]) -> None:
+    def _merge(self, state: Mapping[str, Tensor], scaling: float, modules: Sequence[str]) -> None:
         """Give vLLM the weights with this adapter in them."""
         parents = {module.rpartition(".")[0] for module in modules}
         changed = sorted(self._touched | parents)
         self._touched = parents
         if changed:
-            weights = self._merged_weights(state, changed)
+            weights = self._merged_weights(Factors(state, scaling), changed)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self._llm.reset_prefix_cache()
 
     @torch.inference_mode()
     def _merged_weights(
-        self, state: Mapping[str, Tensor], parents: Sequence[str]
+        self, factors: Factors, parents: Sequence[str]
     ) -> Iterator[tuple[str, Tensor]]:
         """Names and values of all tensors of the layers inside `parents`.
 
         vLLM fuses layers that stand side by side, and loads a fused one only as a whole.
         """
-        scaling = self._lora.alpha / self._lora.rank if self._lora else 1.0
+        is_transposed = family_of(self._model).transposed
         for parent in parents:
             for name, child in self._model.get_submodule(parent).named_children():
                 layer = plain_linear(child)
                 for part, value in layer.named_parameters(recurse=False):
-                    down = state.get(f"{_PREFIX}{parent}.{name}{_DOWN}")
-                    if part == "weight" and down is not None:
-                        up = state[f"{_PREFIX}{parent}.{name}{_UP}"]
-                        update = up.to(value.device).float() @ down.to(value.device).float()
-                        update = update.T if family_of(self._model).transposed else update
-                        value = (value.float() + scaling * update).to(value.dtype)
+                    if part == "weight" and value.ndim == 2:
+                        weight = value.T if is_transposed else value
+                        merged = factors.merge(weight, f"{parent}.{name}").to(value.dtype)
+                        value = merged.T if is_transposed else merged
                     yield f"{parent}.{name}.{part}", value
 
     def _as_request(self, state: Mapping[str, Tensor]) -> Any:
