@@ -255,6 +255,19 @@ def strip_quotes(description: str) -> str:
     return re.sub(r"[ \t]+", " ", stripped).strip()
 
 
+def strip_specifics(line: str) -> str:
+    """A line of prose without its specifics, and without the marks that stood around them.
+
+    >>> strip_specifics('explains ownership to Alice, "let t = s" (E0382), in steps')
+    'explains ownership to, in steps'
+    """
+    for kind in (_QUOTED, _NAME, _NUMBER):
+        line = kind.sub(" ", line)
+    line = re.sub(r"\(\W*\)|\*+", " ", line)
+    line = re.sub(r"\s+([,.;:!?])", r"\1", re.sub(r"\s+", " ", line))
+    return re.sub(r"([,;:])(?:\s*[,;:])+", r"\1", line).strip(_TRIMMED + ",")
+
+
 def non_ascii_share(description: str) -> float:
     """Share of characters beyond ASCII.
 

@@ -1,11 +1,12 @@
 """A label without what cannot be read in its activation, so that it teaches nothing to invent.
 
-An item of a list, or a line of prose, is readable where its claims are: where each word of the item
-(half of the words of the line) is likely to be in the text for whoever sees the activation alone.
-What is not readable is dropped, or replaced by words of the text that are, to which more may be
-added that the teacher left out. Pure: it is given labels and probabilities. Protects the rule that
-a label stays honest: every word that it adds is in the text. Numbers and quotations are read by no
-probe: they are dropped.
+An item of a list is readable where each of its words is likely to be in the text for whoever sees
+the activation alone. A line of prose says what the text is about and what comes next, in words of
+its own; it is readable where its specifics are: quotations, numbers and names that stand in the
+text. What is not readable is dropped, or replaced by words of the text that are, to which more may
+be added that the teacher left out; the last line of prose is kept without its specifics. Pure: it
+is given labels and probabilities. Protects the rule that a label stays honest: every word that it
+adds is in the text. Numbers and quotations are read by no probe.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Rewritten:
     thinned: str
     """As many items are dropped at random: what dropping itself is worth."""
     items: int
-    """Items of lists and lines of prose that claim something of the text."""
+    """Items of lists that claim something of the text, and lines of prose with specifics."""
     unreadable: int
 
 
@@ -51,6 +52,8 @@ class _Item:
     line: int
     text: str
     claimed: frozenset[str]
+    judged: frozenset[str]
+    """What of it must be readable: of a line of prose its specifics, else all that it claims."""
     place: str
     """`tokens`, `other` for a list under another heading, or `prose`."""
 
@@ -111,30 +114,44 @@ def rewrite(
     """
     lines = claims.bullets(label)
     items = _all_items(lines)
-    claiming = [number for number, item in enumerate(items) if item.claimed]
-    dropped = [number for number in claiming if not _is_readable(items[number], probability, least)]
+    claiming = [number for number, item in enumerate(items) if item.judged]
+    likely = {word for word, value in probability.items() if value >= least}
+    dropped = [number for number in claiming if not _is_readable(items[number], likely, offers)]
     thinned = random.Random(seed).sample(claiming, len(dropped))
-    said = {word for number in claiming if number not in dropped for word in items[number].claimed}
+    kept = _last_prose(items, dropped)
+    said = {word for number in claiming if number not in dropped for word in items[number].judged}
     taken = said | {item.text.casefold() for item in items if not item.claimed}
     left = [word for word in offers if word not in taken]
-    replaced: dict[int, str] = {}
+    replaced: dict[int, str] = dict(kept)
+    spare: list[str] = []
     for number in dropped:
-        readable = [word for word in left if probability.get(word, 0.0) >= least]
-        chosen = _fitting(items[number], readable, places)
-        if not chosen and not said and number == dropped[-1]:
+        chosen = _fitting(items[number], [word for word in left if word in likely], places)
+        if not chosen and not said and not kept and number == dropped[-1]:
             chosen = left[:1]
-        replaced[number] = ", ".join(chosen)
+        if items[number].place == _PROSE:
+            spare += chosen
+        else:
+            replaced[number] = ", ".join(chosen)
         said.update(chosen)
         left = [word for word in left if word not in chosen]
-    readable = [word for word in left if probability.get(word, 0.0) >= least]
-    added = readable[: max(0, fill_to - len(said))]
+    spare += [word for word in left if word in likely][: max(0, fill_to - len(said))]
     return Rewritten(
-        readable=_written(lines, items, dict.fromkeys(dropped, "")),
-        replaced=_written(lines, items, replaced, added, offers),
+        readable=_written(lines, items, dict.fromkeys(dropped, "") | kept),
+        replaced=_written(lines, items, dict.fromkeys(dropped, "") | replaced, spare, offers),
         thinned=_written(lines, items, dict.fromkeys(thinned, "")),
         items=len(claiming),
         unreadable=len(dropped),
     )
+
+
+def _last_prose(items: Sequence[_Item], dropped: Collection[int]) -> dict[int, str]:
+    """What is left of the line of prose with the fewest specifics, where all lines are dropped."""
+    prose = [number for number, item in enumerate(items) if item.place == _PROSE]
+    if not prose or not set(prose) <= set(dropped):
+        return {}
+    left = {number: claims.strip_specifics(items[number].text) for number in prose}
+    number = min(prose, key=lambda number: len(items[number].judged))
+    return {number: left[number]} if len(left[number].split()) > 1 else {}
 
 
 def _fitting(item: _Item, readable: Sequence[str], places: Mapping[str, str]) -> list[str]:
@@ -144,7 +161,7 @@ def _fitting(item: _Item, readable: Sequence[str], places: Mapping[str, str]) ->
         return item.place not in (places.get(word, claims.TOKENS_HEADING), _PROSE)
 
     most = _PROSE_WORDS if item.place == _PROSE else 1
-    return sorted(readable, key=is_elsewhere)[: min(most, len(item.claimed))]
+    return sorted(readable, key=is_elsewhere)[: min(most, len(item.judged))]
 
 
 def leave_out(description: str, unwanted: Collection[str]) -> str:
@@ -166,20 +183,21 @@ def _all_items(lines: Sequence[str]) -> list[_Item]:
 def _items(number: int, line: str) -> list[_Item]:
     heading, body = claims.split_heading(line)
     if not heading:
-        claimed = claims.claimed_words(f"- {line}")
-        return [_Item(line=number, text=line, claimed=claimed, place=_PROSE)]
+        claimed, judged = claims.claimed_words(f"- {line}"), claims.specifics(f"- {line}")
+        return [_Item(line=number, text=line, claimed=claimed, judged=judged, place=_PROSE)]
     is_tokens = heading.casefold() == claims.TOKENS_HEADING
     place = claims.TOKENS_HEADING if is_tokens else _OTHER
     found = []
     for part in claims.list_parts(body):
         claimed = claims.claimed_words(f"- {heading}: {part}")
-        found.append(_Item(line=number, text=part.strip(), claimed=claimed, place=place))
+        text = part.strip()
+        found.append(_Item(line=number, text=text, claimed=claimed, judged=claimed, place=place))
     return found
 
 
-def _is_readable(item: _Item, probability: Mapping[str, float], least: float) -> bool:
-    readable = [probability.get(word, 0.0) >= least for word in item.claimed]
-    return 2 * sum(readable) >= len(readable) if item.place == _PROSE else all(readable)
+def _is_readable(item: _Item, likely: Collection[str], in_text: Collection[str]) -> bool:
+    """Whether all that is judged is likely, and in prose true: lists name words of the text."""
+    return all(word in likely and (item.place != _PROSE or word in in_text) for word in item.judged)
 
 
 def _written(
@@ -193,7 +211,7 @@ def _written(
 
     `added`: further words for the list of tokens. Tokens are listed as they stand in `order`.
     """
-    spare = [*_new_words(items, changed), *added]
+    spare = list(added)
     has_tokens = any(item.place == claims.TOKENS_HEADING for item in items)
     written: list[str] = []
     for number, line in enumerate(lines):
@@ -201,7 +219,7 @@ def _written(
         said = [text for index in of_line if (text := changed.get(index, items[index].text))]
         heading, _ = claims.split_heading(line)
         if not heading:
-            written += [f"- {line}" for text in said if text == line]
+            written += [f"- {text}" for text in said]
             continue
         if items[of_line[0]].place == claims.TOKENS_HEADING:
             said, spare = _listed(said, spare, order), []
@@ -213,16 +231,6 @@ def _written(
         listed = ", ".join(spare) or claims.PLACEHOLDERS[0]
         written.append(f"- {claims.TOKENS_HEADING}: {listed}")
     return "\n".join(written)
-
-
-def _new_words(items: Sequence[_Item], changed: Mapping[int, str]) -> list[str]:
-    """Words in place of lines of prose, which take a list of tokens."""
-    return [
-        word
-        for number, text in changed.items()
-        if items[number].place == _PROSE and text
-        for word in text.split(", ")
-    ]
 
 
 def _listed(said: Sequence[str], added: Sequence[str], order: Sequence[str]) -> list[str]:

@@ -110,23 +110,43 @@ def test_the_control_drops_as_many_at_random_by_seed() -> None:
     assert rewritten(likely="frame", seed=4) == rewritten(likely="frame", seed=4)
 
 
-@pytest.mark.parametrize(
-    ("likely", "replaced"),
-    [
-        ("frame index", "- discusses a frame and an index in a licence\n- next: a list"),
-        ("dtype", "- tokens: dtype\n- next: a list"),
-        ("", "- tokens: dtype\n- next: a list"),
-    ],
-)
-def test_prose_stays_where_half_of_its_words_can_be_read_and_else_becomes_a_list(
-    likely: str, replaced: str
-) -> None:
-    label = "- discusses a frame and an index in a licence\n- next: a list"
-    assert rewritten(label, likely, offers="dtype").replaced == replaced
+PROSE = """- Reads a licence of Alice in 1984, step by step
+- "dear sir" and Bob, then Carol
+- a polite letter, most of all"""
+
+
+def test_a_line_of_prose_stays_where_its_specifics_can_be_read() -> None:
+    made = rewritten(PROSE)
+    assert made.readable == made.replaced == "- a polite letter, most of all"
+    assert (made.items, made.unreadable) == (2, 2)
+    assert len(claims.bullets(made.thinned)) == 1
+    label = "- a licence of Alice, step by step"
+    assert rewritten(label, "alice licence", "alice licence").replaced == label
+    assert "Alice" not in rewritten(label, "alice licence", "licence").replaced, "not in the text"
+    assert "Alice" not in rewritten(label, "licence", "alice licence").replaced, "not readable"
+
+
+def test_the_last_line_of_prose_is_kept_without_its_specifics() -> None:
+    made = rewritten("\n".join(PROSE.splitlines()[:2]))
+    assert made.readable == made.replaced == "- Reads a licence of in, step by step"
+    assert rewritten('- "Alice"').readable == "- tokens: no word stands out"
+
+
+def test_words_take_the_place_of_specifics_behind_the_prose() -> None:
+    words = "frame dtype series array index"
+    assert rewritten(PROSE, words, words).replaced == (
+        "- a polite letter, most of all\n- tokens: frame, dtype, series, array, index"
+    )
+    assert rewritten(PROSE, "frame", words).replaced.endswith("- tokens: frame")
+    plain = "- discusses a frame and an index in a licence\n- next: a list"
+    assert rewritten(plain, words, words).replaced == plain, "it has none"
+    assert rewritten(plain, words, words, fill_to=2).replaced == (
+        "- discusses a frame and an index in a licence\n- tokens: frame, dtype\n- next: a list"
+    )
 
 
 def test_a_label_never_becomes_nothing() -> None:
-    made = rewritten("- discusses a licence")
+    made = rewritten("- tokens: licence")
     assert made.readable == "- tokens: no word stands out"
 
 
@@ -154,7 +174,7 @@ def test_words_that_the_teacher_left_out_are_added_up_to_a_number_of_claims() ->
     assert last.replaced == "- next: a list\n- tokens: frame, index"
     prose = "- a licence\n- reads rare\n- next: a list"
     listed = rewritten(prose, "frame dtype", "frame dtype", fill_to=2).replaced
-    assert listed == "- tokens: frame, dtype\n- next: a list", "one list, before the forecast"
+    assert listed == f"{prose[:-14]}- tokens: frame, dtype\n- next: a list", "before the forecast"
     assert not claims.repeats_item(made.replaced)
 
 
