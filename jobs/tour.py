@@ -13,7 +13,7 @@ def body(run) -> None:
     from nla_ray.activation.stage import load_activations
     from nla_ray.activation.vectors import norm
     from nla_ray.base.load import load_backbone, load_tokenizer
-    from nla_ray.base.prompts import build_injection_prompt
+    from nla_ray.base.prompts import injection_prompt
     from nla_ray.description.verbalizer import Verbalizer
     from nla_ray.label.stage import activation_subjects, drawn_labels
     from nla_ray.reinforce.rewards import contrast
@@ -29,21 +29,23 @@ def body(run) -> None:
     [chunk] = [chunk for chunk in chunks if chunk["text_id"] == text_id]
     encoder = TextEncoder(tokenizer, base, run.config.capture)
     encoded = encoder.encode(text_id, chunk["text"], chunk["messages"])
-    encoded = replace(encoded, positions=captured.positions[:1])
+    averaged = [] if run.config.capture.text_mean else encoded.averaged
+    encoded = replace(encoded, positions=captured.positions[:1], averaged=averaged)
     print(f" 2. chat prompt: {len(encoded.ids)} ids, wanted positions {encoded.positions}")
     reader = ActivationReader(model, [base.layer], run.config.capture.batch_tokens)
     v = torch.from_numpy(reader.read([encoded])[base.layer][0])
     print(f" 3. activation v at layer {base.layer}: {list(v.shape)}, norm {norm(v).item():.1f}")
     [subject] = activation_subjects(run, captured.select([0]))
     print(f" 4. label:\n{drawn_labels(run, 'test').get(subject, '(none)')}\n")
-    prompt = build_injection_prompt(tokenizer, base.marker)
+    prompt = injection_prompt(tokenizer, base)
     ids = prompt.encode(0, model.get_input_embeddings().num_embeddings)
     print(f" 5. v as a token at norm {base.injection_norm:g}, id {max(ids)}: {ids}")
     arm = run.config.grpo.artifact
     print(f" 6. SFT, then GRPO: adapter {arm}")
     with run.local_copy(arm, run.require(arm), "adapter") as folder:
         verbalizer = Verbalizer.load(base, folder, model=model)
-    [said] = verbalizer.describe(v, max_new_tokens=run.config.grpo.max_new_tokens)
+    injected = captured.select([0]).injected
+    [said] = verbalizer.describe(injected, max_new_tokens=run.config.grpo.max_new_tokens)
     print(f" 7. description, {said.num_sampled} tokens:\n{said.text}\n")
     with run.local_copy("judge_scorer", run.require("judge_scorer")) as folder:
         judge = Reconstructor.load(base, folder)

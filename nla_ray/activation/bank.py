@@ -74,6 +74,13 @@ class ActivationTable:
     """What the model has read of each text at the position."""
     vectors: Tensor
     """[rows, d_model] float32, as captured."""
+    others: Tensor | None = None
+    """[rows, vectors, d_model]: what is injected, where it is not the activation alone."""
+
+    @property
+    def injected(self) -> Tensor:
+        """What stands in a verbalizer's prompt for each: [rows, vectors, d_model]."""
+        return self.vectors[:, None] if self.others is None else self.others
 
     @property
     def positions(self) -> list[int]:
@@ -96,9 +103,9 @@ class ActivationTable:
             name: [getattr(self, name)[index] for index in chosen]
             for name in ("ids", "text_ids", "doc_ids", "family_ids", "domains", "texts")
         }
-        return ActivationTable(
-            **lists, vectors=self.vectors[torch.tensor(chosen, dtype=torch.int64)]
-        )
+        rows = torch.tensor(chosen, dtype=torch.int64)
+        others = None if self.others is None else self.others[rows]
+        return ActivationTable(**lists, vectors=self.vectors[rows], others=others)
 
 
 def activation_matrix(

@@ -81,13 +81,20 @@ class ActivationReader:
 
         parts = values.split([len(text.read_positions) for text in texts])
         if any(text.averaged for text in texts):  # before what is averaged leaves the device
-            parts = [
-                part.mean(0, keepdim=True) if text.averaged else part
-                for part, text in zip(parts, texts, strict=True)
-            ]
+            parts = [_averaged(part, text) for part, text in zip(parts, texts, strict=True)]
             values = torch.cat(parts)
         kept = values.cpu().split([len(text.positions) for text in texts])
         return [part.numpy() for part in kept]
+
+
+def _averaged(read: Tensor, text: EncodedText) -> Tensor:
+    """What was read of a text with the mean of its last rows in place of them."""
+    import torch
+
+    if not text.averaged:
+        return read
+    count = len(text.own_positions)
+    return torch.cat([read[:count], read[count:].mean(0, keepdim=True)])
 
 
 @dataclass(frozen=True, kw_only=True)

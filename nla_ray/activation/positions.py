@@ -51,7 +51,7 @@ class EncodedText:
 
     ids: list[int]
     positions: list[int]
-    """Ascending, 0-based; or MEAN_POSITION alone."""
+    """Ascending, 0-based; MEAN_POSITION alone, or behind the others."""
     averaged: list[int] = field(default_factory=list)
     """Ascending, 0-based: the positions whose mean is wanted."""
     ends: list[int] = field(default_factory=list)
@@ -62,8 +62,13 @@ class EncodedText:
 
     @property
     def read_positions(self) -> list[int]:
-        """Where the residual stream is read."""
-        return self.averaged or self.positions
+        """Where the residual stream is read: at positions, then where a mean is of."""
+        return [*self.own_positions, *self.averaged]
+
+    @property
+    def own_positions(self) -> list[int]:
+        """`positions` without that of a mean."""
+        return [position for position in self.positions if position != MEAN_POSITION]
 
 
 class TextEncoder:
@@ -72,6 +77,7 @@ class TextEncoder:
     def __init__(self, tokenizer, base: BaseConfig, capture: CaptureConfig) -> None:
         self._chat, self._max_tokens = ChatEncoder(tokenizer, base.model), base.max_tokens
         self._rule, self._said = PositionRule.of(capture.positions), capture.positions
+        self._text_mean = capture.text_mean
 
     def encode(self, text_id: str, text: str, messages: str | None = None) -> EncodedText:
         """The prompt's ids and the wanted positions in it.
@@ -94,8 +100,13 @@ class TextEncoder:
                 "(--base.max-tokens)"
             )
         if self._rule.kind == "last":
+            also = [MEAN_POSITION] if self._text_mean else []
             return EncodedText(
-                ids=ids, positions=[len(ids) - 1], ends=[len(text)], n_raw_tokens=[len(inside)]
+                ids=ids,
+                positions=[len(ids) - 1, *also],
+                averaged=inside if self._text_mean else [],
+                ends=[len(text)] * (1 + len(also)),
+                n_raw_tokens=[len(inside)] * (1 + len(also)),
             )
         starts = [0] if messages is None else content_starts(turns)
         chosen = self._chosen(text_id, chat, turns, starts)

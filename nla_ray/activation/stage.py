@@ -15,7 +15,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from nla_ray.activation.bank import TEXT_COLUMNS, ActivationTable, activation_matrix, drawn_rows
 from nla_ray.activation.capture import Capture
-from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
+from nla_ray.activation.positions import MEAN_POSITION, EncodedText, Skipped, TextEncoder
 from nla_ray.activation.shards import ShardRecord, write_shard
 from nla_ray.base.identity import check_base
 from nla_ray.cluster.errors import user_message
@@ -151,7 +151,7 @@ def capture_activations(run: Run) -> Manifest:
     digest = info.reading_digest
     shards = sorted(path for path in corpus.files if path.endswith(".parquet"))
     _capture_shards(run, stage, corpus, shards, digest)
-    return _publish(stage, shards, digest, info)
+    return _publish(stage, shards, digest, info, run.config.capture)
 
 
 def _capture_shards(
@@ -280,7 +280,9 @@ def _quiet_ray_data() -> Iterator[None]:
         context.enable_progress_bars, context.target_max_block_size = before
 
 
-def _publish(stage: Artifact, shards: list[str], digest: str, info: BaseInfo) -> Manifest:
+def _publish(
+    stage: Artifact, shards: list[str], digest: str, info: BaseInfo, capture: CaptureConfig
+) -> Manifest:
     """Gather the shards' records into stats.json and skipped.jsonl, and write the manifest."""
     records: list[ShardRecord] = []
     for shard in shards:
@@ -297,7 +299,8 @@ def _publish(stage: Artifact, shards: list[str], digest: str, info: BaseInfo) ->
             f"activations: got none from {counts['texts']} texts ({counts['skipped']}), expected at"
             " least one. Check --base.max-tokens and the base model."
         )
-    layers, documents = _train_stats(stage.location, shards, info.d_model)
+    means = False if capture.text_mean else None
+    layers, documents = _train_stats(stage.location, shards, info.d_model, means)
     skipped = [row for record in records for row in record.skipped]
     (stage.location / SKIPPED_NAME).write_text("".join(json.dumps(row) + "\n" for row in skipped))
     (stage.location / STATS_NAME).write_text(json.dumps({"layers": layers, **counts}, indent=1))
@@ -329,7 +332,7 @@ def _counts(records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _train_stats(
-    location: Location, shards: list[str], d_model: int
+    location: Location, shards: list[str], d_model: int, text_means: bool | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Mean direction and norm quantiles of every layer over the train rows; the train doc_ids.
 
@@ -344,7 +347,9 @@ def _train_stats(
     sums: dict[int, Tensor] = {}
     norms: dict[int, list[np.ndarray]] = {}
     documents: set[str] = set()
-    blocks = (_read_rows(location / shard, columns, "train") for shard in shards)
+    blocks = (
+        _read_rows(location / shard, columns, "train", text_means=text_means) for shard in shards
+    )
     for train in chain.from_iterable(blocks):
         documents.update(train["doc_id"].to_pylist())
         for layer in train["layer"].unique().to_pylist():
@@ -368,13 +373,57 @@ def _train_stats(
 def load_activations(run: Run, split: Split, layer: int | None = None) -> ActivationTable:
     """The activations of one split at one layer, verified against the manifest.
 
-    `layer` None: the base's. Raises ValueError when there are no activations, or none of this
-    layer.
+    `layer` None: the base's, with what is injected for them. Raises ValueError when there are no
+    activations, none of this layer, or none of those that are injected.
     """
+    if layer is not None:
+        return _load_table(run, split, layer)
+    table, views = _load_table(run, split, run.config.base.layer), run.config.base.views
+    if [view.kind for view in views] == ["activation"]:
+        return table
+    return replace(table, others=_view_table(run, split, table))
+
+
+def view_mean(run: Run) -> Tensor | None:
+    """The train mean direction [d_model], where `base.injected` needs it."""
+    import torch
+
+    if not any(view.kind == "centred" for view in run.config.base.views):
+        return None
+    return torch.tensor(load_stats(run)["mean_direction"])
+
+
+def _view_table(run: Run, split: Split, table: ActivationTable) -> Tensor:
+    """What `base.injected` asks for of each activation: [rows, vectors, d_model]."""
+    from nla_ray.activation.views import view_activations
+
+    base = run.config.base
+    wanted = {view.layer for view in base.views if view.layer is not None}
+    layers = {layer: _load_table(run, split, layer) for layer in wanted}
+    if any(other.text_ids != table.text_ids for other in layers.values()):
+        raise ValueError(
+            f"activations of layers {sorted(wanted)}: got other rows than of layer {base.layer},"
+            " expected the same ones. Capture them in one pass (--capture.layers)."
+        )
+    means = None
+    if any(view.kind == "text_mean" for view in base.views):
+        of_text = _load_table(run, split, base.layer, text_means=True)
+        row_of = {text_id: row for row, text_id in enumerate(of_text.text_ids)}
+        means = of_text.vectors[[row_of[text_id] for text_id in table.text_ids]]
+    return view_activations(
+        base.views,
+        table.vectors,
+        mean=view_mean(run),
+        text_means=means,
+        layers={layer: other.vectors for layer, other in layers.items()},
+    )
+
+
+def _load_table(run: Run, split: Split, layer: int, *, text_means: bool = False) -> ActivationTable:
+    """The activations of one split and layer, or the means over their texts beside them."""
     import torch
 
     manifest = run.require("activations")
-    layer = run.config.base.layer if layer is None else layer
     d_model = manifest.model["d_model"]
     columns = ["activation_id", *TEXT_COLUMNS, "layer", "activation"]
     parts = [
@@ -382,7 +431,11 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
         for path in sorted(manifest.files)
         if path.endswith(".parquet")
         for part in _read_rows(
-            run.verified("activations", manifest, path), columns, split, layer=layer
+            run.verified("activations", manifest, path),
+            columns,
+            split,
+            layer=layer,
+            text_means=text_means if _keeps_means(manifest.config) else None,
         )
     ]
     if not any(len(part) for part in parts):
@@ -428,7 +481,8 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
         location = run.verified("activations", manifest, shard)
         columns = ["activation_id", "split", "layer", "activation"]
         left = (most - len(ids)) // (len(shards) - number)
-        blocks = _read_rows(location, columns, "train", layer=layer)
+        means = False if _keeps_means(manifest.config) else None
+        blocks = _read_rows(location, columns, "train", layer=layer, text_means=means)
         drawn = [_drawn(block, left, number) for block in blocks]
         if not drawn:  # nothing of its texts was kept
             continue
@@ -438,6 +492,11 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
     mean = torch.tensor(load_stats(run)["mean_direction"])
     none = np.zeros((0, len(mean)), np.float32)
     return typical.TrainActivations(ids, torch.from_numpy(np.concatenate(rows or [none])), mean)
+
+
+def _keeps_means(config: Mapping[str, Any]) -> bool:
+    """Whether a manifest's configuration keeps means of texts beside the activations."""
+    return bool(config["capture"].get("text_mean"))
 
 
 def _drawn(table: pa.Table, most: int, seed: int) -> pa.Table:
@@ -456,17 +515,28 @@ def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
 
 
 def _read_rows(
-    location: Location, columns: list[str], split: str, *, layer: int | None = None
+    location: Location,
+    columns: list[str],
+    split: str,
+    *,
+    layer: int | None = None,
+    text_means: bool | None = None,
 ) -> Iterator[pa.Table]:
     """The rows of a split, and of a layer, in each block of a shard.
 
-    `columns` hold `split`, and `layer` where one is wanted.
+    `columns` hold `split`, and `layer` where one is wanted. `text_means`: those alone that
+    `capture.text_mean` keeps beside the activations, or those without them; None: it keeps none.
     """
+    if text_means is not None:
+        columns = [*columns, "position"]
     with location.filesystem.open_input_file(location.path) as opened:
         file = pq.ParquetFile(opened)
         for number in range(file.num_row_groups):
             table = file.read_row_group(number, columns=columns)
             table = table.filter(_equal(table["split"], split))
+            if text_means is not None:
+                is_mean = _equal(table["position"], MEAN_POSITION)
+                table = table.filter(is_mean if text_means else pc.invert(is_mean))  # pyright: ignore[reportAttributeAccessIssue]
             yield table if layer is None else table.filter(_equal(table["layer"], layer))
 
 

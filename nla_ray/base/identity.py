@@ -18,7 +18,11 @@ from nla_ray.base.prompts import build_injection_prompt, chat_prompt, fixed_date
 from nla_ray.base.sources import base_folder, origin_of, tokenizer_digest, weights_digest
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
+from nla_ray.run.stages import artifacts_of_kind
 from nla_ray.settings.config import BaseConfig
+
+_BEFORE = {"injected": list(BaseConfig().injected)}
+"""What manifests that do not record it were made with."""
 
 logger = get_logger(__name__)
 
@@ -28,8 +32,8 @@ class BaseInfo:
     """Identity and shape of a base, as manifests record it.
 
     Example: name="embedded:nano", model_type="qwen2", d_model=256, num_layers=6, vocab_size=4096,
-    layer=4, injection_norm=50.0, marker_id=4095, neighbours=(223, 2), origin=None, template="chat",
-    date=None, transformers="5.23.0", and three digests.
+    layer=4, injection_norm=50.0, injected=("activation",), marker_id=4095, neighbours=(223, 2),
+    origin=None, template="chat", date=None, transformers="5.23.0", and three digests.
     """
 
     name: str
@@ -44,6 +48,8 @@ class BaseInfo:
     here."""
     layer: int
     injection_norm: float
+    injected: tuple[str, ...]
+    """Vectors that stand for an activation in the verbalizer's prompt: `base.injected`."""
     marker: str
     marker_id: int
     neighbours: tuple[int, int]
@@ -70,7 +76,8 @@ class BaseInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {**dataclasses.asdict(self), "neighbours": list(self.neighbours)}
+        lists = {"neighbours": list(self.neighbours), "injected": list(self.injected)}
+        return {**dataclasses.asdict(self), **lists}
 
 
 def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
@@ -95,6 +102,7 @@ def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
         vocab_size=config.vocab_size,
         layer=base.layer,
         injection_norm=base.injection_norm,
+        injected=base.injected,
         marker=base.marker,
         marker_id=prompt.marker_id,
         neighbours=prompt.neighbours,
@@ -110,7 +118,8 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
     """Raise ValueError when an artifact was made with another base than this one.
 
     Weights, tokenizer, layer and the date in the prompt must be the same. An adapter is also bound
-    to the marker and the injection norm that it learned with; activations know of neither.
+    to the marker and the injection norm that it learned with, a verbalizer to what is injected;
+    activations know of none of these.
     Manifests of earlier versions record no prompt: the tokenizer decides it unless it has a date.
     Another version of transformers is said, not refused: what is read and generated is checked by
     itself (`self_check`).
@@ -120,6 +129,8 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
         compared |= {"date in the chat prompt": "date", "chat prompt": "prompt_digest"}
     if manifest.name != "activations":
         compared |= {"marker": "marker", "injection norm": "injection_norm"}
+    if any(manifest.name.startswith(name) for name in artifacts_of_kind("verbalizer")):
+        compared |= {"injected vectors": "injected"}
     recorded = manifest.model.get("transformers", info.transformers)
     if recorded != info.transformers:
         logger.info(
@@ -128,8 +139,9 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
             recorded,
             info.transformers,
         )
+    made_with, given = {**_BEFORE, **manifest.model}, info.to_dict()
     for what, name in compared.items():
-        recorded, actual = manifest.model.get(name), getattr(info, name)
+        recorded, actual = made_with.get(name), given[name]
         if recorded != actual:
             raise ValueError(
                 f"artifact {manifest.name!r}: got {what} {actual} of {info.name}, expected"

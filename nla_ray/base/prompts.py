@@ -7,6 +7,7 @@ prompt: a verbalizer writes only `{description}{closing tag}`.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from nla_ray.base.conversation import Turn
+from nla_ray.settings.config import BaseConfig
 
 OPENING_TAG = "<description>"
 CLOSING_TAG = "</description>"
@@ -192,6 +194,11 @@ class InjectionPrompt:
     >>> prompt = InjectionPrompt(prefix_ids=(1, 40, 8), marker_id=7, suffix_ids=(2, 3, 1))
     >>> prompt.encode(5, vocab_size=100), prompt.neighbours, len(prompt)
     ([1, 40, 8, 105, 2, 3, 1], (8, 2), 7)
+
+    Where two vectors stand for an activation, the bank has two rows for it:
+
+    >>> dataclasses.replace(prompt, vectors=2).encode(5, vocab_size=100)
+    [1, 40, 8, 110, 111, 2, 3, 1]
     """
 
     prefix_ids: tuple[int, ...]
@@ -199,6 +206,8 @@ class InjectionPrompt:
     marker_id: int
     suffix_ids: tuple[int, ...]
     """After the marker: end of turn, generation prompt, opening tag."""
+    vectors: int = 1
+    """Vectors of one activation, which stand in the marker's place one behind the other."""
 
     @property
     def neighbours(self) -> tuple[int, int]:
@@ -209,17 +218,31 @@ class InjectionPrompt:
         return self.prefix_ids[-1], self.suffix_ids[0]
 
     def encode(self, row: int, vocab_size: int) -> list[int]:
-        """The prompt with the marker replaced by the virtual id of `row`."""
-        return [*self.prefix_ids, vocab_size + row, *self.suffix_ids]
+        """The prompt with the marker replaced by the virtual ids of activation `row`."""
+        first = vocab_size + row * self.vectors
+        return [*self.prefix_ids, *range(first, first + self.vectors), *self.suffix_ids]
+
+    @property
+    def marked_ids(self) -> list[int]:
+        """The prompt with the marker where vectors stand."""
+        return [*self.prefix_ids, *[self.marker_id] * self.vectors, *self.suffix_ids]
 
     def __len__(self) -> int:
-        return len(self.prefix_ids) + 1 + len(self.suffix_ids)
+        return len(self.marked_ids)
+
+
+def injection_prompt(
+    tokenizer: Any, base: BaseConfig, neighbours: Sequence[int] | None = None
+) -> InjectionPrompt:
+    """The prompt of a configured base, as `build_injection_prompt` makes it."""
+    prompt = build_injection_prompt(tokenizer, base.marker, neighbours)
+    return dataclasses.replace(prompt, vectors=len(base.injected))
 
 
 def build_injection_prompt(
     tokenizer: Any, marker: str, neighbours: Sequence[int] | None = None
 ) -> InjectionPrompt:
-    """Tokenise the verbalizer's prompt and check the marker.
+    """Tokenise the verbalizer's prompt and check the marker, which one vector replaces.
 
     Raises ValueError when the marker does not occur exactly once, or when its neighbours differ
     from the recorded ones.

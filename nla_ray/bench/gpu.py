@@ -107,7 +107,7 @@ def sft_step(scene: Scene) -> Figures:
         labels=scene.labels(count),
         doc_ids=numbers,
         family_ids=numbers,
-        vectors=scene.activations(count),
+        vectors=scene.activations(count)[:, None],
     )
     model = TrainableVerbalizer.build(
         scene.base, scene.config.sft.lora, pairs.vectors, scene.prompt, seed=0, model=scene.model

@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 from nla_ray.base.adapters import adapter_settings, adapter_state, load_adapter
 from nla_ray.base.load import computes_in_bf16, load_backbone, load_tokenizer, torch_device
-from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
+from nla_ray.base.prompts import InjectionPrompt, injection_prompt
 from nla_ray.bench.models import predicting_parameters, save_random_adapter
 from nla_ray.bench.timing import STEP_REPETITIONS, side_by_side, timed_ratio
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
@@ -52,7 +52,7 @@ def benchmark_step(
         trainer_gpus=float(torch_device(config.base).type == "cuda"),
     )
     config = dataclasses.replace(config, grpo=settings, compute=compute)
-    prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
+    prompt = injection_prompt(load_tokenizer(config.base), config.base)
     adapter = adapter_folder or save_random_adapter(config, folder / "adapter")
     rows = [number % len(activations) for number in range(settings.prompts_per_step)]
     policy = TrainableVerbalizer.load(
@@ -165,7 +165,7 @@ def _library_trainer(
 ) -> Trainer:
     """TRL's trainer as anyone would write it, with our precision."""
     tokenizer, limit = load_tokenizer(config.base), config.grpo.max_new_tokens
-    text = tokenizer.decode([*prompt.prefix_ids, prompt.marker_id, *prompt.suffix_ids])
+    text = tokenizer.decode(prompt.marked_ids)
     wrap = partial(TrainableVerbalizer, in_bf16=computes_in_bf16(config.base))
     model = load_adapter(load_backbone(config.base), adapter_folder, trainable=True, wrap=wrap)
     model.scores_labels = False

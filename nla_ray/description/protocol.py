@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nla_ray.base.load import load_model_config
-from nla_ray.base.prompts import build_injection_prompt
+from nla_ray.base.prompts import injection_prompt
 from nla_ray.description.engines.interface import engine_name
 from nla_ray.run.recipe import config_differences
 from nla_ray.settings.config import BaseConfig, config_hash, require
@@ -119,19 +119,25 @@ def generation_protocol(
     seed: int | None = None,
 ) -> GenerationProtocol:
     """The protocol of what a verbalizer on this base generates. `weights`: digests by name."""
-    prompt = build_injection_prompt(tokenizer, base.marker)
-    ids = [*prompt.prefix_ids, prompt.marker_id, *prompt.suffix_ids]
+    prompt = injection_prompt(tokenizer, base)
     return GenerationProtocol(
         prompt={
-            "ids": config_hash(ids),
+            "ids": config_hash(prompt.marked_ids),
             "layer": base.layer,
             "injection_norm": base.injection_norm,
+            **_other_vectors(base),
         },
         decoding={"temperature": temperature, "samples": samples, "seed": seed},
         limits={"max_new_tokens": max_new_tokens},
         engine={"name": engine_name(load_model_config(base), base.engine), "dtype": base.dtype},
         weights=dict(weights),
     )
+
+
+def _other_vectors(base: BaseConfig) -> dict[str, list[str]]:
+    """What is injected, where it is not the activation alone; protocols knew of nothing else."""
+    injected = list(base.injected)
+    return {} if injected == list(BaseConfig().injected) else {"injected": injected}
 
 
 def require_same_protocol(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nla_ray.base.adapter_files import read_adapter
 from nla_ray.base.load import load_backbone, load_tokenizer
-from nla_ray.base.prompts import build_injection_prompt, parse_description
+from nla_ray.base.prompts import injection_prompt, parse_description
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
 from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.description.record import Description
@@ -41,7 +41,7 @@ class Verbalizer:
         ValueError. `model`: a loaded base to share, with or without adapters in it.
         """
         tokenizer = load_tokenizer(base)
-        prompt = build_injection_prompt(tokenizer, base.marker, neighbours)
+        prompt = injection_prompt(tokenizer, base, neighbours)
         state, lora = (None, None) if folder is None else read_adapter(folder)
         engine = make_engine(
             load_backbone(base) if model is None else model,
@@ -67,8 +67,9 @@ class Verbalizer:
         group_size: int = 1,
         with_claims: bool = False,
     ) -> list[Description]:
-        """`group_size` descriptions of each activation of [n, d_model], by (activation, sample).
+        """`group_size` descriptions of each of n activations, by (activation, sample).
 
+        `activations` [n, d_model], or [n, vectors, d_model] where several vectors stand for one.
         `rows` seed the samples, as in the engine. A sample does not depend on how many are drawn.
         `with_claims`: the log-probability of each claim is kept, to four digits: its last bits
         depend on the batch.
@@ -91,7 +92,7 @@ class Verbalizer:
         *,
         with_claims: bool = False,
     ) -> list[Description]:
-        """What a protocol asks for of activations [n, d_model], by (activation, sample).
+        """What a protocol asks for of activations, as `describe` takes them.
 
         `start`: the number of the first of them among all that are described: it seeds samples.
         `with_claims`: as in `describe`.

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from nla_ray.base.load import load_model_config, load_tokenizer
-from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
+from nla_ray.base.prompts import InjectionPrompt, injection_prompt
 from nla_ray.cluster.actors import shared_tensor
 from nla_ray.plan.facts import PROMPT_TOKENS
 from nla_ray.reinforce.credit import share_foretold, token_advantages
@@ -63,7 +63,7 @@ def grpo_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     data: TrainingData = arguments["data"]
     rollouts, scorers = arguments["rollouts"], arguments["scorers"]
     prepare_worker(config.compute)
-    prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
+    prompt = injection_prompt(load_tokenizer(config.base), config.base)
     policy, clock = load_policy(config, data, prompt), StepClock()
     vocab_size = policy.get_input_embeddings().vocab_size
     sampler = StepSampler(config.grpo, data, prompt, vocab_size, rollouts, scorers, clock)

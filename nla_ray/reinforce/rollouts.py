@@ -21,7 +21,7 @@ import torch
 
 from nla_ray.base.adapters import adapter_state
 from nla_ray.base.load import load_backbone, load_tokenizer
-from nla_ray.base.prompts import build_injection_prompt
+from nla_ray.base.prompts import injection_prompt
 from nla_ray.cluster.actors import ActorPool, SharedArray, shared_tensor, split_evenly
 from nla_ray.description.engines.interface import make_engine
 from nla_ray.description.record import Description
@@ -91,13 +91,16 @@ class RolloutWorker:
         train: SharedArray | np.ndarray,
         validation: SharedArray | np.ndarray,
     ) -> None:
-        """`train`, `validation`: activation banks [rows, d_model] float32, only ever read."""
+        """`train`, `validation`: what is injected, float32, only ever read.
+
+        Activations [rows, d_model], or [rows, vectors, d_model].
+        """
         torch.set_num_threads(threads)
         tokenizer = load_tokenizer(base)
         self.engine = make_engine(
             load_backbone(base),
             tokenizer,
-            build_injection_prompt(tokenizer, base.marker),
+            injection_prompt(tokenizer, base),
             base.injection_norm,
             max_slots=MAX_SLOTS,
             lora=lora,

@@ -73,8 +73,8 @@ def train_grpo(run: Run) -> Manifest:
         return stage.manifest
     require_room(run.config)
     train, validation = load_activations(run, "train"), load_activations(run, "validation")
-    with actor_pools(run, train, validation) as (bank, rollouts, scorers):
-        data = training_data(run, train, validation, bank)
+    with actor_pools(run, train, validation) as (injected, rollouts, scorers):
+        data = training_data(run, train, validation, injected)
         records = run.root / name / "scratch" / METRICS_NAME
         with live_view(records, name, run.config.grpo.steps) as is_drawn:
             arguments = {
@@ -109,20 +109,24 @@ def require_room(config: RunConfig) -> None:
 def actor_pools(
     run: Run, train: ActivationTable, validation: ActivationTable
 ) -> Iterator[tuple[SharedArray, ActorPool, ActorPool]]:
-    """The train bank in the object store, rollout actors and scorer actors, for a with-block."""
+    """What is injected of train in the object store, rollout and scorer actors, for a with-block.
+
+    [rows, vectors, d_model], or the activations [rows, d_model] where it is nothing else.
+    """
     # Actors run in other folders: a local run directory must be absolute.
     run_dir = str(run.root) if run.root.is_local else run.config.run_dir
     config = dataclasses.replace(run.config, run_dir=run_dir)
     settings, compute = config.grpo, config.compute
     bank = SharedArray(train.vectors.numpy())
-    validation_bank = SharedArray(validation.vectors.numpy())
+    injected = bank if train.others is None else SharedArray(train.others.numpy())
+    validation_bank = SharedArray(validation.injected.numpy())
     pools: list[ActorPool] = []
     try:
         pools.append(
             ActorPool(
                 "rollout",
                 RolloutWorker,
-                (config.base, config.sft.lora, compute.threads, bank, validation_bank),
+                (config.base, config.sft.lora, compute.threads, injected, validation_bank),
                 count=settings.num_rollout_actors,
                 compute=compute,
             )
@@ -136,14 +140,14 @@ def actor_pools(
                 compute=compute,
             )
         )
-        yield bank, pools[0], pools[1]
+        yield injected, pools[0], pools[1]
     finally:
         for pool in pools:
             pool.close()
 
 
 def training_data(
-    run: Run, train: ActivationTable, validation: ActivationTable, bank: SharedArray
+    run: Run, train: ActivationTable, validation: ActivationTable, injected: SharedArray
 ) -> TrainingData:
     """Schedule, source texts, wrong rows, and what the monitor watches.
 
@@ -157,7 +161,7 @@ def training_data(
     return TrainingData(
         schedule=schedule,
         sources={row: train.texts[row] for row in scheduled},
-        bank=bank,
+        bank=injected,
         wrong=wrong_activations(train, settings, mean) if settings.contrast == "wrong" else None,
         monitor=watched_activations(validation, settings, mean),
     )

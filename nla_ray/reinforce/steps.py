@@ -54,7 +54,8 @@ class TrainingData:
     wrong: WrongActivations | None
     """Draws what the descriptions of a row must not fit; None in the arm without contrast."""
     bank: SharedArray
-    """[rows, d_model] float32, the train activations."""
+    """What is injected for each train activation, float32: the activations [rows, d_model], or
+    [rows, vectors, d_model]."""
     monitor: MonitorData
 
 

@@ -24,6 +24,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from nla_ray.activation import vectors
 from nla_ray.base.prompts import GENERIC_DESCRIPTION
 from nla_ray.run.identity import seed_of
 from nla_ray.run.stages import artifacts_of_kind
@@ -155,17 +156,19 @@ def nearest_train_labels(
 
 
 def injected_vectors(
-    name: str, activation_ids: Sequence[str], activations: Tensor, mean: Tensor, seed: int
+    name: str, activation_ids: Sequence[str], train: Tensor, mean: Tensor, seed: int
 ) -> Tensor:
-    """What is injected instead of the activations: [rows, d_model].
+    """What is injected instead of the activations: [rows, vectors, d_model].
 
-    For `mean_activation` it is one row, the same for all activations. Injection gives it the norm
-    that every injected vector has.
+    `train` [rows, vectors, d_model]: what is injected for train activations. For `mean_activation`
+    it is one row, the same for all activations: the train mean direction `mean`, or that of each of
+    several vectors. Injection gives it the norm that every injected vector has.
     """
     if name == "mean_activation":
-        return mean.float()[None]
-    vectors = []
+        is_alone = train.shape[1] == 1
+        return mean.float()[None, None] if is_alone else vectors.direction(train).mean(0)[None]
+    drawn = []
     for activation_id in activation_ids:
         generator = torch.Generator().manual_seed(seed_of(seed, name, activation_id))
-        vectors.append(torch.randn(activations.shape[1], generator=generator))
-    return torch.stack(vectors)
+        drawn.append(torch.randn(train.shape[1:], generator=generator))
+    return torch.stack(drawn)

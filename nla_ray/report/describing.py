@@ -93,11 +93,11 @@ def describe_all(
         describer.keep(name, texts, NOT_GENERATED)
     samples: list[list[Description]] = []
     for artifact in trained_in(manifests):
-        injected = {artifact: test.vectors}
+        injected = {artifact: test.injected}
         if artifact == "sft":
             injected |= {
                 name: injected_vectors(
-                    name, test.ids, test.vectors, mean, run.config.evaluation.seed
+                    name, test.ids, train.injected, mean, run.config.evaluation.seed
                 )
                 for name in INJECTED
             }
@@ -105,12 +105,14 @@ def describe_all(
         with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
             describer.describe(adapter, neighbours, injected, with_claims=artifact == arm)
             if artifact == arm and run.config.evaluation.samples:
-                samples = describer.sample(adapter, neighbours, f"{artifact}_samples", test.vectors)
+                samples = describer.sample(
+                    adapter, neighbours, f"{artifact}_samples", test.injected
+                )
     for verbalizer in compared:
         name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
         if verbalizer.is_adapter:
             neighbours = manifest.model["neighbours"] if manifest else None
-            describer.describe(path, neighbours, {name: test.vectors})
+            describer.describe(path, neighbours, {name: test.injected})
         else:
             texts, _ = read_descriptions(path, test.ids)
             describer.keep(name, texts, verbalizer.protocol)
@@ -194,7 +196,7 @@ class Describer:
     ) -> None:
         """What an adapter says, greedily, by the name of what is injected.
 
-        `injected`: [rows, d_model], or [1, d_model] for all rows alike. `with_claims`: with the
+        `injected`: [rows, vectors, d_model], or one row for all alike. `with_claims`: with the
         log-probability of each claim.
         """
         protocol = self._protocol(adapter)

@@ -8,15 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from nla_ray.activation.capture import ActivationReader
-from nla_ray.activation.positions import TextEncoder
+from nla_ray.activation.stage import view_mean
+from nla_ray.activation.views import read_layers, view_positions
+from nla_ray.base.encoding import ChatEncoder
+from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.run.artifact import Run
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.score.scorer import compare
-from nla_ray.settings.config import CaptureConfig
 
 TEXTS = (
     "def test_frame_index(self):\n    self.assertEqual(frame.index, 3)",
@@ -30,16 +32,13 @@ def explain_examples(run: Run) -> list[dict[str, Any]]:
     `right` is the cosine with the text's activation, `wrong` the mean cosine with those of the
     other texts. The activation is at the end of the prompt, as in capture of `last`.
     """
-    config, capture = run.config, CaptureConfig(positions="last")
+    config = run.config
     arm, model = config.grpo.artifact, load_backbone(config.base)
-    encoder = TextEncoder(load_tokenizer(config.base), config.base, capture)
-    reader = ActivationReader(model, [config.base.layer], capture.batch_tokens)
-    encoded = [encoder.encode(f"example-{number}", text) for number, text in enumerate(TEXTS)]
-    activations = torch.cat([torch.from_numpy(v) for v in reader.read(encoded)[config.base.layer]])
+    activations, injected = _read_ends(run, model)
     with run.local_copy(arm, run.require(arm), "adapter") as folder:
         verbalizer = Verbalizer.load(config.base, folder, model=model)
     longest = config.grpo.max_new_tokens
-    written = verbalizer.describe(activations, max_new_tokens=longest)
+    written = verbalizer.describe(injected, max_new_tokens=longest)
     descriptions = [description.text for description in written]
     with run.local_copy("judge_scorer", run.require("judge_scorer")) as folder:
         judge = Reconstructor.load(config.base, folder)
@@ -57,3 +56,26 @@ def explain_examples(run: Run) -> list[dict[str, Any]]:
         }
         for row in every
     ]
+
+
+@torch.no_grad()
+def _read_ends(run: Run, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The texts' activations [n, d_model], and what is injected for them [n, vectors, d_model]."""
+    base = run.config.base
+    chat, reader = (
+        ChatEncoder(load_tokenizer(base), base.model),
+        ResidualReader(model, read_layers(base)),
+    )
+    rows: list[Tensor] = []
+    injected: list[Tensor] = []
+    for text in TEXTS:
+        encoded = chat.encode(text)
+        read = reader.read(torch.tensor([encoded.ids], device=model.device))
+        stream, end = (
+            {layer: values[0].cpu() for layer, values in read.items()},
+            len(encoded.ids) - 1,
+        )
+        rows.append(stream[base.layer][end].float())
+        spans = list(encoded.spans)
+        injected.append(view_positions(base, stream, [end], spans, view_mean(run)))
+    return torch.stack(rows), torch.cat(injected)

@@ -54,9 +54,13 @@ is what losses are normalised in: each process divides by the weights of its own
 
 NOT_OF_ARTIFACT: dict[str, tuple[str, ...]] = {
     # The base reads the text as it is, in base.dtype: nothing is injected, nothing trained.
-    "activations": ("base.injection_norm", "base.marker", TRAINING_DTYPE),
+    "activations": ("base.injection_norm", "base.injected", "base.marker", TRAINING_DTYPE),
+    # They read descriptions and inject nothing.
+    "reward_scorer": ("base.injected",),
+    "judge_scorer": ("base.injected",),
     # It takes the judge's documents and labels, and solves for its weights.
     "linear_scorer": (
+        "base.injected",
         TRAINING_DTYPE,
         "judge_scorer.lora",
         "judge_scorer.epochs",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.load import load_model_config, load_tokenizer
-from nla_ray.base.prompts import build_injection_prompt
+from nla_ray.base.prompts import injection_prompt
 from nla_ray.cluster.resources import demand, require_resources, worker_options
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger
@@ -63,7 +63,7 @@ def find_models(run: Run) -> ModelsResponse:
     info = base_info(run.config.base, tokenizer)
     for manifest in (*verbalizers.values(), *scorers.values()):
         check_base(manifest, info)
-    prompt = build_injection_prompt(tokenizer, run.config.base.marker)
+    prompt = injection_prompt(tokenizer, run.config.base)
     context = load_model_config(run.config.base).max_position_embeddings
     base = BaseBody(
         name=info.name,
@@ -74,6 +74,7 @@ def find_models(run: Run) -> ModelsResponse:
         num_layers=info.num_layers,
         max_tokens=run.config.base.max_tokens,
         injection_norm=info.injection_norm,
+        injected=list(info.injected),
     )
     return ModelsResponse(
         base=base,

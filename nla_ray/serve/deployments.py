@@ -22,8 +22,9 @@ from fastapi.responses import JSONResponse
 
 import nla_ray
 from nla_ray.activation import vectors
-from nla_ray.activation.stage import load_train_activations
+from nla_ray.activation.stage import load_train_activations, view_mean
 from nla_ray.activation.typical import TrainActivations
+from nla_ray.activation.views import read_layers, view_activations, view_positions
 from nla_ray.base.adapters import adapter_active
 from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.layers import ResidualReader
@@ -72,7 +73,7 @@ class Captured:
     """Activations of one text; no positions when the text is refused.
 
     Example: Captured(num_tokens=12, positions=[11], tokens=["\\n"],
-    activations=array of shape [1, d_model])
+    activations=array of shape [1, d_model], injected=array of shape [1, 1, d_model])
     """
 
     num_tokens: int
@@ -80,6 +81,8 @@ class Captured:
     tokens: list[str]
     activations: np.ndarray
     """[positions, d_model] float32; [0, 0] when the text is refused."""
+    injected: np.ndarray
+    """What stands for each in a verbalizer's prompt: [positions, vectors, d_model] float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ class VerbalizerService:
         self._decoding: dict[str, tuple[int, float]] = {}
         self._confidence: dict[str, tuple[ClaimConfidence, int]] = {}
         self._train = _train_activations(run)
+        self._views, self._mean = config.base.views, view_mean(run)
         model = load_backbone(config.base) if model is None else model
         for name in names:
             manifest = run.require(name)
@@ -125,23 +129,34 @@ class VerbalizerService:
                     self._confidence[name] = ClaimConfidence.load(folder), samples
 
     def describe(
-        self, name: str, activations: np.ndarray, sampling: Sampling
+        self, name: str, activations: np.ndarray, injected: np.ndarray | None, sampling: Sampling
     ) -> list[DescriptionBody]:
-        """`samples` descriptions of each row of [n, d_model], ordered by (row, sample)."""
+        """`samples` descriptions of each row of [n, d_model], ordered by (row, sample).
+
+        `injected` [n, vectors, d_model]: what stands for each in the prompt; None: what follows
+        from the activation alone.
+        """
+        if injected is None:
+            rows = torch.from_numpy(activations)
+            injected = view_activations(self._views, rows, mean=self._mean).numpy()
         longest, temperature = self._decoding[name]
         if sampling.temperature is not None or sampling.samples == 1:
             temperature = sampling.temperature or 0.0
         least = sampling.min_claim_confidence
         with self._lock:
             written = self._verbalizers[name].describe(
-                torch.from_numpy(activations),
+                torch.from_numpy(injected),
                 max_new_tokens=sampling.max_new_tokens or longest,
                 temperature=temperature,
                 seed=sampling.seed,
                 group_size=sampling.samples,
                 with_claims=least is not None,
             )
-            likely = [] if least is None else self._by_claim(name, activations, written, sampling)
+            likely = (
+                []
+                if least is None
+                else self._by_claim(name, activations, injected, written, sampling)
+            )
         places = self._places(activations)
         bodies = [
             DescriptionBody(
@@ -177,7 +192,12 @@ class VerbalizerService:
         ]
 
     def _by_claim(
-        self, name: str, activations: np.ndarray, written: Sequence[Description], sampling: Sampling
+        self,
+        name: str,
+        activations: np.ndarray,
+        injected: np.ndarray,
+        written: Sequence[Description],
+        sampling: Sampling,
     ) -> list[dict[str, float]]:
         """The probability of each claim of greedy descriptions; samples are drawn for it.
 
@@ -188,7 +208,7 @@ class VerbalizerService:
         confidence, count = self._confidence[name]
         rows = torch.from_numpy(activations)
         drawn = self._verbalizers[name].describe(
-            rows,
+            torch.from_numpy(injected),
             max_new_tokens=longest,
             temperature=temperature,
             seed=sampling.seed,
@@ -304,12 +324,15 @@ class CaptureService:
         torch.set_num_threads(config.compute.threads)
         self._base, self._lock = config.base, threading.Lock()
         self._tokenizer = load_tokenizer(config.base)
-        self._chat = ChatEncoder(self._tokenizer, config.base.model)
-        blocks = config.base.layer + 1
+        self._chat, layers = (
+            ChatEncoder(self._tokenizer, config.base.model),
+            read_layers(config.base),
+        )
+        blocks = layers[-1] + 1
         self._model = load_backbone(config.base, num_blocks=blocks) if model is None else model
         with adapter_active(self._model, None):
-            check_reading(self._model, [config.base.layer])
-        self._reader = ResidualReader(self._model, [config.base.layer])
+            check_reading(self._model, layers)
+        self._reader, self._mean = ResidualReader(self._model, layers), view_mean(Run(config))
 
     @torch.no_grad()
     def capture(self, text: str, positions: Sequence[int]) -> Captured:
@@ -317,7 +340,8 @@ class CaptureService:
 
         No activation when the prompt is too long or a position is outside it.
         """
-        ids = self._chat.encode(text).ids
+        encoded = self._chat.encode(text)
+        ids = encoded.ids
         chosen = [position + len(ids) if position < 0 else position for position in positions]
         outside = any(not 0 <= position < len(ids) for position in chosen)
         if len(ids) > self._base.max_tokens or outside:
@@ -326,17 +350,21 @@ class CaptureService:
                 positions=[],
                 tokens=[],
                 activations=np.zeros((0, 0), np.float32),
+                injected=np.zeros((0, 0, 0), np.float32),
             )
         # Attention is causal: what comes after the last position changes nothing.
         needed = torch.tensor([ids[: max(chosen) + 1]], device=torch_device(self._base))
         with self._lock, adapter_active(self._model, None):
-            stream = self._reader.read(needed)[self._base.layer][0]
+            read = self._reader.read(needed)
+        stream = {layer: values[0].cpu() for layer, values in read.items()}
+        injected = view_positions(self._base, stream, chosen, list(encoded.spans), self._mean)
         tokens = [self._tokenizer.decode([ids[position]]) for position in chosen]
         return Captured(
             num_tokens=len(ids),
             positions=chosen,
             tokens=tokens,
-            activations=stream[chosen].float().cpu().numpy(),
+            activations=stream[self._base.layer][chosen].float().numpy(),
+            injected=injected.numpy(),
         )
 
     async def ping(self) -> str:
@@ -380,7 +408,8 @@ class Endpoint:
             given = "neither" if request.texts is None else "both"
             raise Refusal("body", given, "exactly one of activations and texts")
         if request.activations is not None:
-            activations = self._array("activations", request.activations)
+            schema.check_views("activations", self._base.injected)
+            activations, injected = self._array("activations", request.activations), None
         else:
             schema.check_batch("texts", len(request.texts), self._settings.max_batch)
             named = {f"texts[{index}]": text for index, text in enumerate(request.texts)}
@@ -389,8 +418,11 @@ class Endpoint:
             captured = await asyncio.gather(
                 *(self._captured(what, text, [-1]) for what, text in named.items())
             )
-            activations = np.concatenate([capture.activations for capture in captured])
-        descriptions = await self._describe_rows(name, activations, request)
+            activations, injected = (
+                np.concatenate([getattr(capture, field) for capture in captured])
+                for field in ("activations", "injected")
+            )
+        descriptions = await self._describe_rows(name, activations, injected, request)
         return DescribeResponse(verbalizer=name, layer=self._base.layer, descriptions=descriptions)
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
@@ -418,7 +450,9 @@ class Endpoint:
         schema.check_text("text", request.text, self._settings.max_text_chars)
         schema.check_batch("positions", len(request.positions), self._settings.max_batch)
         captured = await self._captured("text", request.text, request.positions)
-        described = await self._describe_rows(name, captured.activations, request)
+        described = await self._describe_rows(
+            name, captured.activations, captured.injected, request
+        )
         sure = [row for row, description in enumerate(described) if not description.unsure]
         scored = await self._scorer.score.remote(
             scorers, [described[row].description for row in sure], captured.activations[sure]
@@ -462,14 +496,14 @@ class Endpoint:
         schema.check_choice(sampling, self._scorers)
 
     async def _describe_rows(
-        self, name: str, activations: np.ndarray, request: Sampling
+        self, name: str, activations: np.ndarray, injected: np.ndarray | None, request: Sampling
     ) -> list[DescriptionBody]:
-        """One answer for each row of [n, d_model].
+        """One answer for each row of [n, d_model], as `VerbalizerService.describe` takes it.
 
         It is the row's only sample, or the best of several by the reward scorer.
         """
         sampling = Sampling.model_validate(request.model_dump(include=set(Sampling.model_fields)))
-        written = await self._verbalizer.describe.remote(name, activations, sampling)
+        written = await self._verbalizer.describe.remote(name, activations, injected, sampling)
         if sampling.samples == 1:
             return written
         choices = await self._scorer.choose.remote(

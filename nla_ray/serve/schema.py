@@ -13,6 +13,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nla_ray.settings.views import View
+
 MIN_NORM = 1e-6
 """An activation shorter than this has no direction."""
 MAX_NORM = 1e18
@@ -325,6 +327,12 @@ class BaseBody(_Message):
         description="Longest description in tokens that the base's context has room for."
     )
     injection_norm: float
+    injected: list[str] = Field(
+        description=(
+            "What stands in a verbalizer's prompt for an activation, a token each: itself, its"
+            " `centred` direction, the mean over its text, or the same position at another layer."
+        )
+    )
 
 
 class ModelBody(_Message):
@@ -451,6 +459,15 @@ def check_activation(what: str, activation: Sequence[float], d_model: int) -> No
             what,
             f"a vector of norm {length:g}",
             f"a norm of at most {MAX_NORM:g}: its square must be a float32 number",
+        )
+
+
+def check_views(what: str, injected: Sequence[str]) -> None:
+    """Refuse activations where the verbalizer is given more than follows from them."""
+    others = [value for value in injected if not View.of(value).is_of_activation]
+    if others:
+        raise Refusal(
+            what, "activations alone", f"texts: the verbalizer reads {', '.join(others)} as well"
         )
 
 

@@ -21,6 +21,7 @@ from datetime import date
 from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 from nla_ray.settings.positions import PositionRule
+from nla_ray.settings.views import View
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
@@ -59,6 +60,11 @@ class BaseConfig:
     `hidden_states[K + 1]`, but for the last block, which that has normed."""
     injection_norm: float = 1.0
     """L2 norm TO which an activation is rescaled when it is injected; it is not a factor."""
+    injected: tuple[str, ...] = ("activation",)
+    """What stands in the marker's place for one activation, a token each: `activation`, itself;
+    `centred`, its direction less the mean direction of train activations; `text_mean`, the mean
+    over the tokens of its text (with --capture.text-mean); `layer:K`, the same position at another
+    layer (with --capture.layers K). One of them may stand there several times."""
     marker: str = "\u320e"
     """The one-token placeholder that an activation replaces."""
     max_tokens: int = 512
@@ -90,6 +96,14 @@ class BaseConfig:
             "Use the measured mean activation norm, rounded up.",
         )
         require(
+            len(self.injected) > 0,
+            "base.injected",
+            self.injected,
+            "at least one vector",
+            "Set --base.injected activation.",
+        )
+        tuple(self.views)
+        require(
             _is_date(self.date),
             "base.date",
             self.date,
@@ -103,6 +117,11 @@ class BaseConfig:
             "a block index >= 0",
             "Layer K is the output of block K.",
         )
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """`injected`, read."""
+        return tuple(map(View.of, self.injected))
 
 
 def _is_date(value: str) -> bool:
@@ -172,6 +191,8 @@ class CaptureConfig:
     out and counted (`no_match`)."""
     layers: tuple[int, ...] = ()
     """Further layers to keep in the same pass, beside `base.layer`."""
+    text_mean: bool = False
+    """Keep the mean over all tokens of a text too, beside the activation at its end."""
     batch_tokens: int = 8_192
     """Tokens in one forward pass, padding included; fewer need less memory."""
     num_actors: int = 1
@@ -179,6 +200,13 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         PositionRule.of(self.positions)
+        require(
+            not self.text_mean or self.positions == "last",
+            "capture.text_mean",
+            f"it beside capture.positions {self.positions}",
+            "`last` beside it",
+            "The mean of a whole text knows more than an activation inside it.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

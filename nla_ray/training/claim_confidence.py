@@ -104,7 +104,7 @@ def _described(
             )
             return DescriptionFile(Path(folder) / f"{name}.jsonl", table.ids, protocol).complete(
                 lambda start, stop: verbalizer.describe_under(
-                    protocol, table.vectors[start:stop], start, with_claims=with_claims
+                    protocol, table.injected[start:stop], start, with_claims=with_claims
                 ),
                 _CHUNK,
             )

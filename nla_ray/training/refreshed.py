@@ -121,7 +121,7 @@ def describe_train(config: RunConfig) -> None:
         )
 
         def describe(start: int, stop: int) -> list[Description]:
-            return verbalizer.describe_under(protocol, table.vectors[start:stop], start)
+            return verbalizer.describe_under(protocol, table.injected[start:stop], start)
 
         file = DescriptionFile(Path(folder) / _DESCRIPTIONS, table.ids, protocol)
         file.complete(describe, _CHUNK)

@@ -24,7 +24,7 @@ from nla_ray.base.adapters import save_adapter
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.identity import base_info
 from nla_ray.base.load import load_tokenizer
-from nla_ray.base.prompts import CLOSING_TAG, InjectionPrompt, build_injection_prompt
+from nla_ray.base.prompts import CLOSING_TAG, InjectionPrompt, injection_prompt
 from nla_ray.label.stage import activation_subjects, all_labels, drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
@@ -64,7 +64,7 @@ class Pairs:
     """Activations with the labels they are to be described by.
 
     Example: rows=[0], labels=["- A Python test"], doc_ids=["pytest/x.py"],
-    family_ids=["pytest/x.py"], vectors of shape [1, d_model]
+    family_ids=["pytest/x.py"], vectors of shape [1, 1, d_model]
     """
 
     rows: list[int]
@@ -73,7 +73,7 @@ class Pairs:
     doc_ids: list[str]
     family_ids: list[str]
     vectors: Tensor
-    """[rows, d_model] float32, raw."""
+    """[rows, vectors, d_model] float32, raw: what is injected for each."""
 
 
 def load_pairs(
@@ -112,7 +112,7 @@ def load_pairs(
         labels=[label for _, label in kept],
         doc_ids=table.doc_ids,
         family_ids=table.family_ids,
-        vectors=table.vectors,
+        vectors=table.injected,
     )
 
 
@@ -222,7 +222,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         run, "validation", limit=MAX_VALIDATION, seed=settings.seed, first_row=len(train.rows)
     )
     tokenizer = load_tokenizer(run_config.base)
-    prompt = build_injection_prompt(tokenizer, run_config.base.marker)
+    prompt = injection_prompt(tokenizer, run_config.base)
     bank = torch.cat([train.vectors, validation.vectors])
     model = TrainableVerbalizer.build(
         run_config.base, settings.lora, bank, prompt, seed=settings.seed
@@ -315,7 +315,7 @@ def make_sft_trainer(
 ) -> SupervisedTrainer:
     """The trainer of this verbalizer, whose best validated adapter goes to `checkpoints`."""
     settings = run_config.sft
-    prompt = build_injection_prompt(tokenizer, run_config.base.marker)
+    prompt = injection_prompt(tokenizer, run_config.base)
     vocab_size = model.get_input_embeddings().num_embeddings
     wrong = derangement(validation.family_ids, settings.seed).tolist()
     shuffled = [validation.rows[number] for number in wrong]

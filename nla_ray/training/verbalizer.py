@@ -73,7 +73,8 @@ class TrainableVerbalizer(AdaptedModel):
     ) -> TrainableVerbalizer:
         """A new one for supervised training.
 
-        `bank` [rows, d_model]: the activations that virtual tokens name. `model`: the base, loaded.
+        `bank`: what virtual tokens name, activations [rows, d_model], or [rows, vectors, d_model]
+        where several vectors stand for one. `model`: the base, loaded.
         """
         wrap = partial(cls, prefix_ids=prompt.prefix_ids, in_bf16=computes_in_bf16(base))
         return add_lora(_injected_backbone(base, bank, model), lora, seed=seed, wrap=wrap)
@@ -155,5 +156,5 @@ class TrainableVerbalizer(AdaptedModel):
 
 def _injected_backbone(base: BaseConfig, bank: Tensor, model: nn.Module | None) -> nn.Module:
     model = model or load_backbone(base, attention=training_attention(base))
-    attach_activations(model, bank, base.injection_norm)
+    attach_activations(model, bank.flatten(0, -2), base.injection_norm)
     return model

@@ -164,9 +164,8 @@ def library_greedy(scene: Scene, max_new_tokens: int) -> list[list[int]]:
     with activations_attached(
         scene.model.get_base_model(), scene.activations, scene.base.injection_norm
     ) as wrapper:
-        ids = torch.tensor(
-            [scene.prompt.encode(row, wrapper.vocab_size) for row in range(len(scene.activations))]
-        )
+        count = len(scene.activations) // scene.prompt.vectors
+        ids = torch.tensor([scene.prompt.encode(row, wrapper.vocab_size) for row in range(count)])
         output = scene.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -243,6 +242,21 @@ def test_log_probs_of_sampled_tokens_equal_the_trainers_within_1e_4(
     for rollout in rollouts:
         expected = trainer_log_probs(scene, rollout, temperature or 1.0)
         torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, atol=1e-4, rtol=0)
+
+
+def test_several_vectors_in_one_prompt_are_as_many_tokens_in_it(scene: Scene) -> None:
+    several = scene._replace(prompt=dataclasses.replace(scene.prompt, vectors=3))
+    expected = library_greedy(several, NEW_TOKENS)
+    engine = scene.engine()
+    alone = engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)
+    rollouts = engine.generate(scene.activations.view(3, 3, -1), max_new_tokens=NEW_TOKENS)
+    assert tokens(rollouts) == expected and [rollout.row for rollout in rollouts] == [0, 1, 2]
+    for rollout in rollouts:
+        log_probs = trainer_log_probs(several, rollout, 1.0)
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), log_probs, atol=1e-4, rtol=0)
+    assert tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)) == tokens(alone)
+    with pytest.raises(ValueError, match="got no vector for a prompt"):
+        engine.generate(scene.activations[:, None][:, :0])
 
 
 def test_the_models_own_weights_are_left_as_they_were(one_scene: Scene) -> None:

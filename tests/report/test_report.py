@@ -165,19 +165,21 @@ def test_the_nearest_train_label_is_that_of_the_highest_centred_cosine() -> None
 
 
 def test_a_random_vector_depends_on_the_id_alone_and_the_mean_is_one_row_for_all() -> None:
-    activations = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    vectors = controls.injected_vectors(
-        "random_vector", ["a", "b"], activations, torch.zeros(2), seed=0
-    )
+    train = torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]])
+    vectors = controls.injected_vectors("random_vector", ["a", "b"], train, torch.zeros(2), seed=0)
     swapped = controls.injected_vectors(
-        "random_vector", ["b", "a"], activations.flip(0), torch.zeros(2), seed=0
+        "random_vector", ["b", "a"], train.flip(0), torch.zeros(2), seed=0
     )
     torch.testing.assert_close(swapped.flip(0), vectors)
     assert vectors[0].tolist() != vectors[1].tolist()
     mean = controls.injected_vectors(
-        "mean_activation", ["a", "b"], activations, torch.tensor([0.5, 0.5]), seed=0
+        "mean_activation", ["a", "b"], train, torch.tensor([0.5, 0.5]), seed=0
     )
-    assert mean.tolist() == [[0.5, 0.5]]
+    assert mean.tolist() == [[[0.5, 0.5]]]
+    two = torch.cat([train, train.flip(0)], dim=1)
+    mean = controls.injected_vectors("mean_activation", ["a"], two, torch.zeros(2), seed=0)
+    torch.testing.assert_close(mean, torch.tensor([[[0.3, 0.9], [0.3, 0.9]]]))
+    assert controls.injected_vectors("random_vector", ["a"], two, mean, seed=0).shape == (1, 2, 2)
 
 
 # Figures ------------------------------------------------------------------------------------------

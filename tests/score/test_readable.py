@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from nla_ray.score import claims
 from nla_ray.score.readable import Rewritten, leave_out, offered_words, places_of, rewrite
 

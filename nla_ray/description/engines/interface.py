@@ -60,8 +60,10 @@ class GenerationEngine(Protocol):
         seed: int = 0,
         rows: Sequence[int] | None = None,
     ) -> list[Description]:
-        """`group_size` descriptions of each activation of [n, d_model], by (activation, sample).
+        """`group_size` descriptions of each of n activations, by (activation, sample).
 
+        `activations` [n, d_model], or [n, vectors, d_model] where several vectors stand in a
+        prompt, one behind the other; it may be another number in every call.
         `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the
         activations' rows in their bank, which name them in the descriptions and seed their
         samples; default 0 to n - 1. Raises ValueError for activations of another width or with

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.settings.config import LoraSettings
 
 
@@ -17,17 +18,24 @@ def check_request(
     max_new_tokens: int,
     *,
     d_model: int,
-    prompt_length: int,
+    prompt: InjectionPrompt,
     context: int,
-) -> None:
-    """Raise ValueError for what `GenerationEngine.generate` refuses.
+) -> Tensor:
+    """What is injected: [n, vectors, d_model].
 
-    `context`: positions of the longest prompt with its description.
+    Raises ValueError for what `GenerationEngine.generate` refuses. `context`: positions of the
+    longest prompt with its description.
     """
-    if activations.ndim != 2 or activations.shape[1] != d_model or len(rows) != len(activations):
+    injected = activations[:, None] if activations.ndim == 2 else activations
+    if injected.ndim != 3 or injected.shape[2] != d_model or len(rows) != len(activations):
         raise ValueError(
             f"activations: got shape {tuple(activations.shape)} and {len(rows)} rows, expected"
-            f" [n, {d_model}] and n rows. They come from another model; capture them again."
+            f" [n, {d_model}] or [n, vectors, {d_model}], and n rows. They come from another model;"
+            " capture them again."
+        )
+    if injected.shape[1] < 1:
+        raise ValueError(
+            "activations: got no vector for a prompt, expected at least one. Leave such rows out."
         )
     if not activations.isfinite().all():
         raise ValueError(
@@ -38,11 +46,13 @@ def check_request(
             f"group_size and max_new_tokens: got {group_size} and {max_new_tokens}, expected at"
             " least 1 of each."
         )
-    if prompt_length + max_new_tokens > context:
+    length = len(prompt.prefix_ids) + injected.shape[1] + len(prompt.suffix_ids)
+    if length + max_new_tokens > context:
         raise ValueError(
-            f"max_new_tokens: got {max_new_tokens} after a prompt of {prompt_length},"
+            f"max_new_tokens: got {max_new_tokens} after a prompt of {length},"
             f" expected at most {context} positions, the model's context. Lower it."
         )
+    return injected
 
 
 def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -89,7 +89,7 @@ class SlotEngine:
         self._records = is_on_gpu and decoder.can_be_recorded if recorded is None else recorded
         self._lora = lora
         self._sampler = Sampler(self.decoder.shape.vocab_size, 0.0, self.decoder.device)
-        self._idle: dict[tuple[int, int], _Slots] = {}
+        self._idle: dict[tuple[int, int, int], _Slots] = {}
         """The last call's slots, by their size: a cache of the same size is not allocated again."""
         self.load_weights(None, 0)
 
@@ -122,13 +122,13 @@ class SlotEngine:
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
-        check_request(
-            activations,
+        injected = check_request(
+            torch.as_tensor(activations),
             rows,
             group_size,
             max_new_tokens,
             d_model=self.decoder.d_model,
-            prompt_length=len(self.prompt),
+            prompt=self.prompt,
             context=self.decoder.shape.max_positions,
         )
         if not rows:
@@ -140,13 +140,12 @@ class SlotEngine:
         drafts = [_Draft(index=index, key=key) for index, key in enumerate(keys)]
         if temperature != self._sampler.temperature:
             self._sampler = Sampler(self.decoder.shape.vocab_size, temperature, self.decoder.device)
-        size = min(self.max_slots, len(drafts)), max(1, max_new_tokens - 1)
+        own = injected.shape[1] + len(self.prompt.suffix_ids)
+        size = min(self.max_slots, len(drafts)), own, max(1, max_new_tokens - 1)
         slots = self._idle.pop(size, None) or _Slots(self.decoder, self.prompt, *size)
         if self._records:
             slots.record(self.prefix, self._sampler)
-        _Generation(
-            self, torch.as_tensor(activations), drafts, group_size, max_new_tokens, slots
-        ).run()
+        _Generation(self, injected, drafts, group_size, max_new_tokens, slots).run()
         slots.clear()
         self._idle = {size: slots}
         texts = self.tokenizer.batch_decode(
@@ -166,15 +165,15 @@ class SlotEngine:
             for draft, written in zip(drafts, texts, strict=True)
         ]
 
-    def prefill(self, activations: Tensor) -> tuple[Tensor, KeysValues]:
-        """Injected token and suffix of activations -> last logits, and keys and values.
+    def prefill(self, vectors: Tensor) -> tuple[Tensor, KeysValues]:
+        """Injected tokens and suffix -> last logits, and keys and values.
 
-        [n, d_model] -> [n, vocab], and n rows.
+        [n, vectors, d_model] -> [n, vocab], and n rows.
         """
         decoder = self.decoder
         suffix = decoder.embed(torch.tensor(self.prompt.suffix_ids, device=decoder.device))
-        injected = as_embeddings(activations.to(decoder.device), self.injection_norm, like=suffix)
-        embedded = torch.cat([injected.unsqueeze(1), suffix.expand(len(activations), -1, -1)], 1)
+        injected = as_embeddings(vectors.to(decoder.device), self.injection_norm, like=suffix)
+        embedded = torch.cat([injected, suffix.expand(len(vectors), -1, -1)], 1)
         stream, keys_values = decoder.prefill(embedded, self.prefix)
         return decoder.logits(stream), keys_values
 
@@ -182,13 +181,16 @@ class SlotEngine:
 class _Slots:
     """Keys, values, visibility and last tokens of the rows that are being decoded.
 
-    Columns 0..suffix-1 hold the suffix's tokens, the rest is a ring that one step fills at one
-    column for all rows. A row lives at most `ring` steps, so a column is never overwritten while
-    its row needs it.
+    The first columns hold a row's own tokens of the prompt, from the injected ones on; the rest is
+    a ring that one step fills at one column for all rows. A row lives at most `ring` steps, so a
+    column is never overwritten while its row needs it.
     """
 
-    def __init__(self, decoder: Decoder, prompt: InjectionPrompt, slots: int, ring: int) -> None:
-        shape, suffix = decoder.shape, 1 + len(prompt.suffix_ids)
+    def __init__(
+        self, decoder: Decoder, prompt: InjectionPrompt, slots: int, suffix: int, ring: int
+    ) -> None:
+        """`suffix`: tokens of the prompt from the first injected one on. `ring`: of steps."""
+        shape, length = decoder.shape, len(prompt.prefix_ids) + suffix
         self._cache = KeysValues.empty(
             shape, slots, suffix + ring, dtype=decoder.dtype, device=decoder.device
         )
@@ -199,8 +201,8 @@ class _Slots:
             device=decoder.device,
         )
         self.count, self._suffix, self._ring, self._steps = slots, suffix, ring, 0
-        self._decoder, self._prompt_length = decoder, len(prompt)
-        self._places = decoder.places(len(prompt) + ring + 1)
+        self._decoder, self._prompt_length = decoder, length
+        self._places = decoder.places(length + ring + 1)
         self.tokens, self.keys, self.ages = (
             torch.zeros(slots, dtype=torch.int64, device=decoder.device) for _ in range(3)
         )

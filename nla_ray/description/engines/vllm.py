@@ -115,7 +115,7 @@ class VllmEngine:
             self._request = self._as_request(adapter_state) if adapter_state else None
         self.weight_version = version
         # One request fills the cache with the prefix, which all requests of a step would compute.
-        self._run(torch.ones(1, self._embedding.embedding_dim), [self._sampling(0.0, 1, 0)])
+        self._run(torch.ones(1, 1, self._embedding.embedding_dim), [self._sampling(0.0, 1, 0)])
 
     def generate(
         self,
@@ -129,13 +129,13 @@ class VllmEngine:
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
-        check_request(
-            activations,
+        injected = check_request(
+            torch.as_tensor(activations),
             rows,
             group_size,
             max_new_tokens,
             d_model=self._embedding.embedding_dim,
-            prompt_length=len(self.prompt),
+            prompt=self.prompt,
             context=self._limit,
         )
         if temperature != 0 and temperature < _COLDEST:
@@ -149,8 +149,7 @@ class VllmEngine:
         samples = list(range(group_size)) * len(rows)
         keys = rollout_keys(seed, rollout_rows, samples).tolist()
         outputs = self._run(
-            torch.as_tensor(activations),
-            [self._sampling(temperature, max_new_tokens, key) for key in keys],
+            injected, [self._sampling(temperature, max_new_tokens, key) for key in keys]
         )
         written = self.tokenizer.batch_decode(
             [output.token_ids for output in outputs],
@@ -234,15 +233,15 @@ class VllmEngine:
         )
 
     @torch.inference_mode()
-    def _run(self, activations: Tensor, sampling: list[Any]) -> list[Any]:
-        """What vLLM samples: an equal number of outputs of each activation of [n, d_model]."""
+    def _run(self, vectors: Tensor, sampling: list[Any]) -> list[Any]:
+        """What vLLM samples: an equal number of outputs of each row of [n, vectors, d_model]."""
         device = self._embedding.weight.device
         before, after = (
             self._embedding(torch.tensor(ids, device=device))
             for ids in (self.prompt.prefix_ids, self.prompt.suffix_ids)
         )
-        injected = as_embeddings(activations, self.injection_norm, like=before)
-        prompts = [torch.cat([before, vector[None], after]).cpu() for vector in injected]
+        injected = as_embeddings(vectors, self.injection_norm, like=before)
+        prompts = [torch.cat([before, tokens, after]).cpu() for tokens in injected]
         group_size = len(sampling) // len(prompts)
         outputs = self._llm.generate(
             [{"prompt_embeds": prompt} for prompt in prompts for _ in range(group_size)],
