@@ -41,6 +41,7 @@ from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.serve import schema
 from nla_ray.serve.application import find_claim_confidence
 from nla_ray.serve.schema import (
+    Activation,
     BaseBody,
     ClaimBody,
     DescribeRequest,
@@ -83,6 +84,18 @@ class Captured:
     """[positions, d_model] float32; [0, 0] when the text is refused."""
     injected: np.ndarray
     """What stands for each in a verbalizer's prompt: [positions, vectors, d_model] float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedEnds:
+    """The activations at the ends of several prompts.
+
+    Example: CapturedEnds(activations=array of shape [2, d_model], injected=array of shape
+    [2, 1, d_model])
+    """
+
+    activations: np.ndarray
+    injected: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +142,11 @@ class VerbalizerService:
                     self._confidence[name] = ClaimConfidence.load(folder), samples
 
     def describe(
-        self, name: str, activations: np.ndarray, injected: np.ndarray | None, sampling: Sampling
+        self,
+        name: str,
+        activations: np.ndarray,
+        sampling: Sampling,
+        injected: np.ndarray | None = None,
     ) -> list[DescriptionBody]:
         """`samples` descriptions of each row of [n, d_model], ordered by (row, sample).
 
@@ -404,26 +421,54 @@ class Endpoint:
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         schema.require_served_layer(request.layer, self._base.layer)
         self._check_sampling(name, request)
-        if (request.activations is None) == (request.texts is None):
-            given = "neither" if request.texts is None else "both"
-            raise Refusal("body", given, "exactly one of activations and texts")
+        schema.check_inputs(request)
         if request.activations is not None:
             schema.check_views("activations", self._base.injected)
             activations, injected = self._array("activations", request.activations), None
+        elif request.vectors is not None:
+            return await self._describe_vectors(name, request.vectors, request)
         else:
-            schema.check_batch("texts", len(request.texts), self._settings.max_batch)
-            named = {f"texts[{index}]": text for index, text in enumerate(request.texts)}
-            for what, text in named.items():
-                schema.check_text(what, text, self._settings.max_text_chars)
-            captured = await asyncio.gather(
-                *(self._captured(what, text, [-1]) for what, text in named.items())
-            )
-            activations, injected = (
-                np.concatenate([getattr(capture, field) for capture in captured])
-                for field in ("activations", "injected")
-            )
+            captured = await self.capture_ends(request.texts or [])
+            activations, injected = captured.activations, captured.injected
         descriptions = await self._describe_rows(name, activations, injected, request)
         return DescribeResponse(verbalizer=name, layer=self._base.layer, descriptions=descriptions)
+
+    async def capture_ends(self, texts: Sequence[str]) -> CapturedEnds:
+        """The activations that end the texts' prompts, and what is injected for them."""
+        schema.check_batch("texts", len(texts), self._settings.max_batch)
+        named = {f"texts[{index}]": text for index, text in enumerate(texts)}
+        for what, text in named.items():
+            schema.check_text(what, text, self._settings.max_text_chars)
+        captured = await asyncio.gather(
+            *(self._captured(what, text, [-1]) for what, text in named.items())
+        )
+        return CapturedEnds(
+            activations=np.concatenate([capture.activations for capture in captured]),
+            injected=np.concatenate([capture.injected for capture in captured]),
+        )
+
+    async def _describe_vectors(
+        self, name: str, prompts: Sequence[Sequence[Activation]], request: DescribeRequest
+    ) -> DescribeResponse:
+        """Describe what the caller puts into the prompts, vector by vector.
+
+        Prompts of as many vectors are written together.
+        """
+        schema.check_batch("vectors", len(prompts), self._settings.max_batch)
+        rows = [self._array(f"vectors[{number}]", prompt) for number, prompt in enumerate(prompts)]
+        by_count: dict[int, list[int]] = {}
+        for number, prompt in enumerate(rows):
+            by_count.setdefault(len(prompt), []).append(number)
+        described: dict[int, DescriptionBody] = {}
+        for numbers in by_count.values():
+            injected = np.stack([rows[number] for number in numbers])
+            bodies = await self._describe_rows(name, injected[:, 0], injected, request)
+            described |= zip(numbers, bodies, strict=True)
+        return DescribeResponse(
+            verbalizer=name,
+            layer=self._base.layer,
+            descriptions=[described[number] for number in range(len(rows))],
+        )
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Reconstruct each description once and compare it with its activation."""
@@ -503,7 +548,7 @@ class Endpoint:
         It is the row's only sample, or the best of several by the reward scorer.
         """
         sampling = Sampling.model_validate(request.model_dump(include=set(Sampling.model_fields)))
-        written = await self._verbalizer.describe.remote(name, activations, injected, sampling)
+        written = await self._verbalizer.describe.remote(name, activations, sampling, injected)
         if sampling.samples == 1:
             return written
         choices = await self._scorer.choose.remote(

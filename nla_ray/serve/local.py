@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ValidationError
 
+from nla_ray.activation.directions import read_directions
 from nla_ray.base.load import load_backbone
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import STAGES
@@ -104,15 +106,33 @@ class LoadedRun:
     ) -> list[DescriptionBody]:
         """Descriptions of texts (of the activation that ends each one's prompt) or of activations.
 
-        `inputs`: texts, or raw activations [n, d_model]. `sampling`: fields of `schema.Sampling`
+        `inputs`: texts, raw activations [n, d_model], or [n, vectors, d_model] for several vectors
+        in each prompt. `sampling`: fields of `schema.Sampling`
         (temperature, max_new_tokens, seed, samples, min_confidence, min_claim_confidence); greedy
         without any. Raises ValueError for what the endpoint refuses.
         """
         _require_list("inputs", inputs)
         is_texts = len(inputs) > 0 and isinstance(inputs[0], str)
-        named = {"texts": list(inputs)} if is_texts else {"activations": _rows(inputs)}
+        named = {"texts": list(inputs)} if is_texts else _vectors(inputs)
         request = _request(DescribeRequest, **named, verbalizer=verbalizer, **sampling)
         return self._answer(self._endpoint.describe(request)).descriptions
+
+    def activations(self, texts: Sequence[str]) -> Tensor:
+        """The activation that ends each text's prompt: [n, d_model] float32, raw.
+
+        For differences, means and whatever else `describe` is to be asked about. Raises ValueError
+        for what the endpoint refuses.
+        """
+        _require_list("texts", texts)
+        return torch.from_numpy(self._answer(self._endpoint.capture_ends(texts)).activations)
+
+    def directions(self, path: str | Path, *, tensor: str | None = None) -> dict[str, Tensor]:
+        """The vectors of a file of another tool, by name: each [d_model] float32.
+
+        Rows of an SAE's decoder, steering vectors: .safetensors, .npy, .npz or PyTorch. `tensor`:
+        of this one alone. Raises ValueError for a file without vectors of this width.
+        """
+        return read_directions(path, self.models.base.d_model, tensor=tensor)
 
     def score(
         self,
@@ -206,6 +226,12 @@ def _rows(activations: Tensor | np.ndarray) -> list[list[float]]:
     if rows.ndim != 2:
         raise Refusal("activations", f"shape {list(rows.shape)}", "[n, d_model]: one row for each")
     return rows.tolist()
+
+
+def _vectors(inputs: Tensor | np.ndarray) -> dict[str, list]:
+    """The field of a request that holds them."""
+    rows = torch.as_tensor(inputs, dtype=torch.float32)
+    return {"vectors": rows.tolist()} if rows.ndim == 3 else {"activations": _rows(rows)}
 
 
 def _request(kind: type[BaseModel], **fields: Any) -> Any:

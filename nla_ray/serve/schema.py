@@ -124,13 +124,22 @@ class Sampling(_Message):
 
 
 class DescribeRequest(Sampling):
-    """Activations or texts to describe; exactly one of the two."""
+    """Activations, texts, or vectors of prompts to describe; exactly one of the three."""
 
     activations: list[Activation] | None = Field(
         None, description="Activations captured at the served layer."
     )
     texts: list[str] | None = Field(
         None, description="Texts whose activation at the end of the generation prompt is described."
+    )
+    vectors: list[list[Activation]] | None = Field(
+        None,
+        description=(
+            "What stands in the marker's place of each prompt, vector by vector: several"
+            " activations at once, or a verbalizer's own `injected` vectors (/v1/models). It learned"
+            " prompts of as many as those. `typicality` is that of the first. Without"
+            " `samples` and `min_claim_confidence`."
+        ),
     )
     layer: int | None = Field(
         None, description="Layer the activations come from; refused unless it is the served one."
@@ -460,6 +469,24 @@ def check_activation(what: str, activation: Sequence[float], d_model: int) -> No
             f"a vector of norm {length:g}",
             f"a norm of at most {MAX_NORM:g}: its square must be a float32 number",
         )
+
+
+def check_inputs(request: DescribeRequest) -> None:
+    """Refuse anything but one kind of input, and of vectors what an activation is needed for."""
+    kinds = ("activations", "texts", "vectors")
+    given = [kind for kind in kinds if getattr(request, kind) is not None]
+    if len(given) != 1:
+        raise Refusal("body", " and ".join(given) or "none", f"exactly one of {', '.join(kinds)}")
+    if request.vectors is None:
+        return
+    if request.samples > 1 or request.min_claim_confidence is not None:
+        what = "samples" if request.samples > 1 else "min_claim_confidence"
+        raise Refusal(
+            what, getattr(request, what), "none of it beside vectors, which are no activation"
+        )
+    for number, prompt in enumerate(request.vectors):
+        if not prompt:
+            raise Refusal(f"vectors[{number}]", "no vector", "at least one")
 
 
 def check_views(what: str, injected: Sequence[str]) -> None:

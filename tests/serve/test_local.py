@@ -19,7 +19,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.score import claims
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.serve.local import LoadedRun
-from nla_ray.serve.schema import DescriptionBody, Refusal
+from nla_ray.serve.schema import DescribeRequest, DescriptionBody, Refusal
 from nla_ray.settings.config import ClaimConfidenceConfig, RunConfig
 from nla_ray.settings.presets import PRESETS
 from nla_ray.training.claim_confidence import fit_claim_confidence
@@ -48,6 +48,36 @@ def test_it_describes_activations_and_texts_as_the_verbalizer_does(
     assert [answer.description for answer in loaded.describe(test.vectors[:3])] == expected
     assert [answer.description for answer in loaded.describe(test.texts[:3])] == expected
     assert [answer.description for answer in loaded.describe(test.vectors[:3].numpy())] == expected
+
+
+def test_it_reads_texts_for_arithmetic_and_describes_several_vectors_in_a_prompt(
+    loaded: LoadedRun, published_run: RunConfig, tmp_path: Path
+) -> None:
+    test = load_activations(Run(published_run), "test")
+    rows = loaded.activations(test.texts[:4])
+    torch.testing.assert_close(rows, test.vectors[:4], atol=1e-4, rtol=1e-4)
+    verbalizer = Verbalizer.load(
+        published_run.base, Path(published_run.run_dir) / "grpo" / "adapter"
+    )
+    pairs = rows.view(2, 2, -1)
+    expected = verbalizer.describe(pairs, max_new_tokens=8)
+    sampled = loaded.describe(pairs, max_new_tokens=8)
+    assert [answer.description for answer in sampled] == [answer.text for answer in expected]
+    whole = loaded.describe(rows[0] - rows[1][None], max_new_tokens=8)
+    assert whole[0].typicality is not None
+    torch.save({"steer": rows[0] - rows[1]}, tmp_path / "steer.pt")
+    assert torch.equal(loaded.directions(tmp_path / "steer.pt")["steer"], rows[0] - rows[1])
+    mixed = DescribeRequest(vectors=[rows[:2].tolist(), [rows[2].tolist()], rows[2:].tolist()])
+    answers = loaded._answer(loaded._endpoint.describe(mixed)).descriptions
+    assert [answer.description for answer in answers] == [
+        sampled[0].description,
+        loaded.describe(rows[2:3])[0].description,
+        sampled[1].description,
+    ], "prompts of different numbers keep their order"
+    with pytest.raises(Refusal, match="samples: got 2, expected none of it beside vectors"):
+        loaded.describe(pairs, samples=2)
+    with pytest.raises(Refusal, match=r"vectors\[0\]: got no vector, expected at least one"):
+        loaded.describe(pairs[:, :0])
 
 
 def test_it_scores_as_the_judge_does_whatever_was_asked_before(
