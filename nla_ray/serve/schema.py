@@ -136,8 +136,8 @@ class DescribeRequest(Sampling):
         None,
         description=(
             "What stands in the marker's place of each prompt, vector by vector: several"
-            " activations at once, or a verbalizer's own `injected` vectors (/v1/models). It learned"
-            " prompts of as many as those. `typicality` is that of the first. Without"
+            " activations at once, or a verbalizer's own `injected` vectors (/v1/models). It"
+            " learned prompts of as many as those. `typicality` is that of the first. Without"
             " `samples` and `min_claim_confidence`."
         ),
     )

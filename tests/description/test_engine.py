@@ -26,7 +26,7 @@ from nla_ray.description.engines.projection import (
     PlainProjection,
     make_projection,
 )
-from nla_ray.description.engines.requests import end_ids_of
+from nla_ray.description.engines.requests import GenerationCancelled, end_ids_of
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys
@@ -257,6 +257,18 @@ def test_several_vectors_in_one_prompt_are_as_many_tokens_in_it(scene: Scene) ->
     assert tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)) == tokens(alone)
     with pytest.raises(ValueError, match="got no vector for a prompt"):
         engine.generate(scene.activations[:, None][:, :0])
+
+
+def test_a_cancelled_call_ends_between_two_tokens_and_leaves_nothing_behind(scene: Scene) -> None:
+    engine = scene.engine()
+    expected = tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS))
+    asked = iter([False, False, True, True])
+    with pytest.raises(GenerationCancelled, match="descriptions were not finished"):
+        engine.generate(
+            scene.activations, max_new_tokens=NEW_TOKENS, is_cancelled=lambda: next(asked)
+        )
+    assert list(asked) == [True], "three steps were asked about, two were made"
+    assert tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)) == expected
 
 
 def test_the_models_own_weights_are_left_as_they_were(one_scene: Scene) -> None:

@@ -3,6 +3,7 @@
 It is asked in an actor, as in a job: vLLM changes PyTorch in the process that it runs in.
 """
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from test_engine import (
 from torch import Tensor
 
 from nla_ray.base.adapters import adapter_active
+from nla_ray.description.engines.requests import GenerationCancelled
 from nla_ray.description.engines.vllm import INSTALL, VllmEngine
 from nla_ray.description.record import Description
 
@@ -86,6 +88,28 @@ def test_greedy_output_equals_the_librarys_generate_token_for_token(
     assert len({tuple(row) for row in expected}) > 2, "the activations have no influence"
     assert len({len(row) for row in expected}) > 1
     assert {rollout.weight_version for rollout in rollouts} == {7}
+
+
+@needs_vllm
+def test_several_vectors_in_one_prompt_are_as_many_tokens_in_it(
+    scene: Scene, engine: Asked
+) -> None:
+    several = scene._replace(prompt=dataclasses.replace(scene.prompt, vectors=3))
+    rollouts = engine.generate(scene.activations.view(3, 3, -1), max_new_tokens=NEW_TOKENS)
+    assert tokens(rollouts) == library_greedy(several, NEW_TOKENS)
+
+
+@needs_vllm
+def test_a_cancelled_call_ends_between_two_tokens_and_leaves_nothing_behind(
+    scene: Scene, engine: Asked
+) -> None:
+    expected = tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS))
+    asked = iter([False, False, True])
+    with pytest.raises(GenerationCancelled, match="9 were not finished"):
+        engine.generate(
+            scene.activations, max_new_tokens=NEW_TOKENS, is_cancelled=lambda: next(asked)
+        )
+    assert tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)) == expected
 
 
 @needs_vllm

@@ -8,7 +8,7 @@ in `make_engine`, and run tests/description/test_engine.py, which holds its prom
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from nla_ray.base.families import beyond_parts, causal_model
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.plain import PlainDecoder
-from nla_ray.description.engines.requests import end_ids_of
+from nla_ray.description.engines.requests import end_ids_of, never
 from nla_ray.description.engines.self_check import check_generation
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.engines.vllm import VllmEngine
@@ -35,6 +35,7 @@ class GenerationEngine(Protocol):
     - Log-probabilities equal the trainer's within 1e-4 (float32).
     - A description is a function of weights, activation, seed, row and sample alone: neither slots
       nor the order and number of the other descriptions change it.
+    - A call can be cancelled between two tokens, and leaves nothing behind.
     """
 
     weight_version: int
@@ -59,6 +60,7 @@ class GenerationEngine(Protocol):
         max_new_tokens: int = 64,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each of n activations, by (activation, sample).
 
@@ -66,7 +68,9 @@ class GenerationEngine(Protocol):
         prompt, one behind the other; it may be another number in every call.
         `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the
         activations' rows in their bank, which name them in the descriptions and seed their
-        samples; default 0 to n - 1. Raises ValueError for activations of another width or with
+        samples; default 0 to n - 1. `is_cancelled` is asked before every token of the batch; once
+        it says so nothing more is written, GenerationCancelled is raised, and the engine is as it
+        was before the call. Raises ValueError for activations of another width or with
         non-finite values, and for more tokens than the model's context holds.
         """
         ...

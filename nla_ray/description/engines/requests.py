@@ -11,6 +11,15 @@ from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.settings.config import LoraSettings
 
 
+class GenerationCancelled(RuntimeError):
+    """Nobody waits for these descriptions any more."""
+
+
+def never() -> bool:
+    """Whether a call is cancelled that nobody cancels."""
+    return False
+
+
 def check_request(
     activations: Tensor,
     rows: Sequence[int],

@@ -35,9 +35,11 @@ from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.decoder import Decoder, KeysValues, empty_prefix
 from nla_ray.description.engines.graphed import GraphedStep
 from nla_ray.description.engines.requests import (
+    GenerationCancelled,
     check_log_probs,
     check_request,
     check_slots,
+    never,
     scaling_of,
 )
 from nla_ray.description.record import Description
@@ -119,6 +121,7 @@ class SlotEngine:
         max_new_tokens: int = 64,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
@@ -145,9 +148,11 @@ class SlotEngine:
         slots = self._idle.pop(size, None) or _Slots(self.decoder, self.prompt, *size)
         if self._records:
             slots.record(self.prefix, self._sampler)
-        _Generation(self, injected, drafts, group_size, max_new_tokens, slots).run()
-        slots.clear()
-        self._idle = {size: slots}
+        try:
+            _Generation(self, injected, drafts, group_size, max_new_tokens, slots).run(is_cancelled)
+        finally:
+            slots.clear()
+            self._idle = {size: slots}
         texts = self.tokenizer.batch_decode(
             [draft.token_ids for draft in drafts],
             skip_special_tokens=True,
@@ -327,10 +332,12 @@ class _Generation:
         self._active: list[_Draft] = []
         self._slots = slots
 
-    def run(self) -> None:
-        """Until every rollout has ended."""
+    def run(self, is_cancelled: Callable[[], bool]) -> None:
+        """Until every rollout has ended. Raises GenerationCancelled before a step."""
         self._admit(range(self._slots.count))
         while self._active:
+            if is_cancelled():
+                raise GenerationCancelled(f"{len(self._active)} descriptions were not finished")
             self._step()
 
     def _prefill_chunk(self) -> None:

@@ -23,7 +23,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,12 @@ from nla_ray.base.families import causal_model, family_of, longest_context
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.factors import Factors
 from nla_ray.description.engines.requests import (
+    GenerationCancelled,
     check_log_probs,
     check_request,
     check_slots,
     end_ids_of,
+    never,
     scaling_of,
 )
 from nla_ray.description.record import Description
@@ -126,6 +128,7 @@ class VllmEngine:
         max_new_tokens: int = 64,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
@@ -149,7 +152,9 @@ class VllmEngine:
         samples = list(range(group_size)) * len(rows)
         keys = rollout_keys(seed, rollout_rows, samples).tolist()
         outputs = self._run(
-            injected, [self._sampling(temperature, max_new_tokens, key) for key in keys]
+            injected,
+            [self._sampling(temperature, max_new_tokens, key) for key in keys],
+            is_cancelled,
         )
         written = self.tokenizer.batch_decode(
             [output.token_ids for output in outputs],
@@ -233,7 +238,9 @@ class VllmEngine:
         )
 
     @torch.inference_mode()
-    def _run(self, vectors: Tensor, sampling: list[Any]) -> list[Any]:
+    def _run(
+        self, vectors: Tensor, sampling: list[Any], is_cancelled: Callable[[], bool] = never
+    ) -> list[Any]:
         """What vLLM samples: an equal number of outputs of each row of [n, vectors, d_model]."""
         device = self._embedding.weight.device
         before, after = (
@@ -243,13 +250,19 @@ class VllmEngine:
         injected = as_embeddings(vectors, self.injection_norm, like=before)
         prompts = [torch.cat([before, tokens, after]).cpu() for tokens in injected]
         group_size = len(sampling) // len(prompts)
-        outputs = self._llm.generate(
+        names = self._llm.enqueue(
             [{"prompt_embeds": prompt} for prompt in prompts for _ in range(group_size)],
             sampling,
             use_tqdm=False,
             lora_request=self._request,
         )
-        return [output.outputs[0] for output in outputs]
+        engine, finished = self._llm.llm_engine, {}
+        while engine.has_unfinished_requests():
+            if is_cancelled():
+                engine.abort_request(list(names))
+                raise GenerationCancelled(f"{len(names) - len(finished)} were not finished")
+            finished |= {out.request_id: out.outputs[0] for out in engine.step() if out.finished}
+        return [finished[name] for name in names]
 
     def _log_probs(self, output: Any) -> list[float]:
         log_probs = list(output.logprobs.logprobs)
