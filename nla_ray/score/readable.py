@@ -176,6 +176,21 @@ def leave_out(description: str, unwanted: Collection[str]) -> str:
     return _written(lines, items, dict.fromkeys(dropped, "")) if dropped else description
 
 
+def label_difference(first: str, second: str) -> str:
+    """What the first label says and the second does not, item by item and line by line.
+
+    A heading stays for its list; a forecast that both make is left out.
+
+    >>> label_difference("- tokens: frame, index\\n- next: more", "- tokens: index\\n- next: more")
+    '- tokens: frame'
+    """
+    shared = set(claims.bullets(second))
+    lines = [line for line in claims.bullets(first) if line not in shared]
+    said = claims.claimed_words(second)
+    kept = leave_out("\n".join(f"- {line}" for line in lines), said)
+    return kept if kept.strip() else f"- {claims.TOKENS_HEADING}: {claims.PLACEHOLDERS[0]}"
+
+
 def _all_items(lines: Sequence[str]) -> list[_Item]:
     return [item for number, line in enumerate(lines) for item in _items(number, line)]
 

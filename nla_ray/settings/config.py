@@ -354,6 +354,10 @@ class SFTConfig:
     claims: Literal["all", "readable", "replaced", "thinned"] = "all"
     """What of a label is taught: all; what can be read in the activation; with readable words of
     the text in place of the rest; or, as a control, with as much dropped at random."""
+    difference_share: float = 0.0
+    """Examples of differences for each example of an activation: the direction of one less that of
+    another of another family, with what the first one's label says and the second one's does not.
+    """
     epochs: int = 2
     """Passes over the examples; the best epoch on validation is kept."""
     batch_size: int = 32
@@ -382,6 +386,13 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         _require_name("sft.name", self.name)
+        require(
+            0.0 <= self.difference_share <= 10.0,
+            "sft.difference_share",
+            self.difference_share,
+            "a number between 0 and 10",
+            "At 1 there are as many differences as activations.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ gap is the information the verbalizer takes from its activation.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from nla_ray.activation.stage import load_activations
+from nla_ray.activation.vectors import direction
 from nla_ray.base.adapters import save_adapter
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.identity import base_info
@@ -31,6 +33,7 @@ from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import derangement
+from nla_ray.score.readable import label_difference
 from nla_ray.settings.config import RunConfig
 from nla_ray.settings.fit import worker_batch
 from nla_ray.training.batches import LengthBatches
@@ -113,6 +116,40 @@ def load_pairs(
         doc_ids=table.doc_ids,
         family_ids=table.family_ids,
         vectors=table.injected,
+    )
+
+
+def with_differences(pairs: Pairs, share: float, seed: int) -> Pairs:
+    """The pairs and, behind them, `share` as many differences of two of them.
+
+    Each is the direction of one activation less that of another of another family, drawn by seed,
+    with `label_difference` of their labels. The documents are those of the first ones.
+    """
+    count = round(share * len(pairs.rows))
+    if not count:
+        return pairs
+    firsts: list[int] = []
+    seconds: list[int] = []
+    while len(firsts) < count:  # each pass pairs every activation once
+        partners = derangement(pairs.family_ids, seed + len(firsts)).tolist()
+        draw = random.Random(seed_of(seed, "differences", str(len(firsts))))
+        chosen = draw.sample(range(len(partners)), min(len(partners), count - len(firsts)))
+        firsts += chosen
+        seconds += [partners[number] for number in chosen]
+    differences = direction(pairs.vectors[firsts]) - direction(pairs.vectors[seconds])
+    start = pairs.rows[-1] + 1
+    return Pairs(
+        rows=[*pairs.rows, *range(start, start + count)],
+        labels=[
+            *pairs.labels,
+            *(
+                label_difference(pairs.labels[first], pairs.labels[second])
+                for first, second in zip(firsts, seconds, strict=True)
+            ),
+        ],
+        doc_ids=[*pairs.doc_ids, *(pairs.doc_ids[first] for first in firsts)],
+        family_ids=[*pairs.family_ids, *(pairs.family_ids[first] for first in firsts)],
+        vectors=torch.cat([pairs.vectors, differences]),
     )
 
 
@@ -218,6 +255,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         first_row=0,
         every_label=settings.labels == "all",
     )
+    train = with_differences(train, settings.difference_share, settings.seed)
     validation = load_pairs(
         run, "validation", limit=MAX_VALIDATION, seed=settings.seed, first_row=len(train.rows)
     )

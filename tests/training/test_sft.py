@@ -28,6 +28,7 @@ from nla_ray.training.sft import (
     encode_pairs,
     make_sft_trainer,
     validation_loss,
+    with_differences,
 )
 from nla_ray.training.verbalizer import TrainableVerbalizer
 
@@ -312,3 +313,22 @@ class StopAt(TrainerCallback):
         if state.global_step == self.step:
             raise KeyboardInterrupt
         return control
+
+
+def test_differences_are_of_two_families_with_what_only_the_first_label_says() -> None:
+    pairs = make_pairs(6)
+    labels = [f"- tokens: common, word{number * 'x'}\n- next: more" for number in range(6)]
+    pairs = dataclasses.replace(pairs, labels=labels)
+    assert with_differences(pairs, 0.0, seed=0) is pairs
+    more = with_differences(pairs, 1.5, seed=0)
+    assert more.rows == list(range(15)) and more.labels[:6] == labels
+    assert torch.equal(more.vectors[:6], pairs.vectors)
+    directions = vectors.direction(pairs.vectors)
+    for number in range(6, 15):
+        [first] = [row for row in range(6) if more.labels[number] == f"- tokens: word{row * 'x'}"]
+        expected = [directions[first] - directions[row] for row in range(6) if row != first]
+        found = [torch.allclose(more.vectors[number], one, atol=1e-6) for one in expected]
+        assert sum(found) == 1 and more.doc_ids[number] == pairs.doc_ids[first]
+    again = with_differences(pairs, 1.5, seed=0)
+    assert again.labels == more.labels and torch.equal(again.vectors, more.vectors)
+    assert with_differences(pairs, 1.5, seed=1).labels != more.labels
