@@ -256,13 +256,17 @@ class VllmEngine:
             use_tqdm=False,
             lora_request=self._request,
         )
-        engine, finished = self._llm.llm_engine, {}
+        engine, finished = self._llm.llm_engine, dict[int, Any]()
         while engine.has_unfinished_requests():
             if is_cancelled():
-                engine.abort_request(list(names))
+                engine.abort_request(list(names), internal=True)
                 raise GenerationCancelled(f"{len(names) - len(finished)} were not finished")
-            finished |= {out.request_id: out.outputs[0] for out in engine.step() if out.finished}
-        return [finished[name] for name in names]
+            finished |= {
+                int(output.request_id): output.outputs[0]
+                for output in engine.step()
+                if output.finished
+            }
+        return [finished[number] for number in sorted(finished)]
 
     def _log_probs(self, output: Any) -> list[float]:
         log_probs = list(output.logprobs.logprobs)
