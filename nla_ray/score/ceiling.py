@@ -123,7 +123,8 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
         ),
         (
             "layer  depth  mean norm  1% to 99%        cos with mean  2-way  10-way  centred"
-            " cosine, 95%    FVE  words of the probe in the text: best 3, best 5"
+            " cosine, 95%    FVE  words of the probe in the text: best 3, best 5; from the text's"
+            " mean"
         ),
     ]
     for layer, inspected in results["layers"].items():
@@ -137,7 +138,8 @@ def describe_inspection(results: dict[str, Any]) -> list[str]:
             f" {quantiles['0.01']:7.1f} {quantiles['0.99']:8.1f} "
             f" {inspected['cosine_with_mean']:13.3f}  {ceiling['top1_2way']:5.3f} "
             f" {ceiling['top1_10way']:6.3f}  {interval:>19}  {ceiling['fve']:5.3f}"
-            f"  {_probed_words(inspected['probe'])}"
+            f"  {_probed_words(inspected['probe'])};"
+            f" {_probed_words(inspected.get('probe_text_mean', {}))}"
         )
     best = results["proposed_layer"]
     lines.append(

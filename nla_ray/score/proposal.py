@@ -81,15 +81,17 @@ def _layer_sources(results: Mapping[str, Any]) -> list[str]:
         "The layer with the highest ceiling of those compared. Ceiling: how often gold labels,"
         " through a ridge regression, pick their activation out of ten validation activations; the"
         " penalty was chosen on the same texts, so it serves to choose a layer and is no evidence."
-        " Words: the share of a linear probe's best words that the text has. Both with 95%"
-        " intervals over families."
+        " Words: the share of a linear probe's best words that the text has; of the mean, where it"
+        " reads the mean over the text's tokens (--base.injected activation text_mean,"
+        " --capture.text-mean). All with 95% intervals over families."
     )
     lines.append(
-        "layer  ceiling               words, best 3         words, best 5         mean norm"
+        "layer  ceiling               words, best 3         of the mean, best 3   mean norm"
     )
     for layer, inspected in results["layers"].items():
         probe = inspected["probe"]
-        figures = (inspected["ceiling"]["top1_10way"], probe.get("3"), probe.get("5"))
+        of_mean = inspected.get("probe_text_mean", {})
+        figures = inspected["ceiling"]["top1_10way"], probe.get("3"), of_mean.get("3")
         cells = "  ".join(f"{_figure(figure):<20}" for figure in figures)
         lines.append(f"{layer:>5}  {cells}  {inspected['mean_norm']:9.1f}")
     return lines

@@ -69,8 +69,10 @@ def inspect_base(run: Run) -> dict[str, Any]:
     )
     model = load_backbone(config.base, num_blocks=layers[-1] + 1)
     check_reading(model, layers)
-    encoder = TextEncoder(tokenizer, config.base, config.capture)
-    reader = ActivationReader(model, layers, config.capture.batch_tokens)
+    # Beside the ends of texts, what the mean over a text holds.
+    capture = dataclasses.replace(config.capture, text_mean=config.capture.positions == "last")
+    encoder = TextEncoder(tokenizer, config.base, capture)
+    reader = ActivationReader(model, layers, capture.batch_tokens)
     train, train_activations = _read(encoder, reader, train)
     validation, validation_activations = _read(encoder, reader, validation)
     family_ids = families_of(run, (row["doc_id"] for row in validation))
@@ -175,13 +177,23 @@ def _inspected(
     held_out: Tensor,
     family_ids: list[str],
 ) -> dict[str, Any]:
-    """What one layer holds, by the activations of train and validation texts."""
+    """What one layer holds, by the activations of train and validation texts.
+
+    `learned`, `held_out` [texts, 1 or 2, d_model]: of each the activation, and the text's mean.
+    """
     labels, held_out_labels = ([row["label"] for row in rows] for rows in (train, validation))
     texts, held_out_texts = ([row["read"] for row in rows] for rows in (train, validation))
-    return {
-        **inspect_layer(learned, held_out, features(labels), features(held_out_labels), family_ids),
-        "probe": probe_words(learned, held_out, texts, held_out_texts, family_ids),
+    of_layer = inspect_layer(
+        learned[:, 0], held_out[:, 0], features(labels), features(held_out_labels), family_ids
+    )
+    names = ("probe", "probe_text_mean")
+    probes = {
+        name: probe_words(
+            learned[:, number], held_out[:, number], texts, held_out_texts, family_ids
+        )
+        for number, name in enumerate(names[: learned.shape[1]])
     }
+    return {**of_layer, **probes}
 
 
 def _labelled_texts(
@@ -210,10 +222,10 @@ def _labelled_texts(
 def _read(
     encoder: TextEncoder, reader: ActivationReader, texts: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
-    """The texts that can be captured, and their activations by layer: [texts, d_model].
+    """The texts that can be captured, and their activations by layer: [texts, 1 or 2, d_model].
 
-    The activations are those of each text's first position that has a label; `label` is that one,
-    `read` the text up to there.
+    The first is that of each text's first position that has a label; `label` is that one, `read`
+    the text up to there. The second is the mean over the text, where the encoder asks for it.
     """
     kept: list[dict[str, Any]] = []
     encoded: list[EncodedText] = []
@@ -227,11 +239,9 @@ def _read(
         if None in labels:
             labels = {found_text.positions[0]: labels[None]}
         position = min(labels)
-        encoded.append(dataclasses.replace(found_text, positions=[position]))
+        beside = found_text.positions[1:] if found_text.averaged else []
+        encoded.append(dataclasses.replace(found_text, positions=[position, *beside]))
         end = found_text.ends[found_text.positions.index(position)]
         kept.append({**row, "label": labels[position], "read": row["text"][:end]})
     found = reader.read(encoded)
-    return kept, {
-        layer: torch.from_numpy(np.stack([array[0] for array in arrays]))
-        for layer, arrays in found.items()
-    }
+    return kept, {layer: torch.from_numpy(np.stack(arrays)) for layer, arrays in found.items()}
