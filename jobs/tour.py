@@ -4,13 +4,11 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from dataclasses import replace
-
     import torch
 
     from nla_ray.activation.capture import ActivationReader
-    from nla_ray.activation.positions import TextEncoder
-    from nla_ray.activation.stage import load_activations
+    from nla_ray.activation.positions import EncodedText
+    from nla_ray.activation.stage import captured_ids, load_activations
     from nla_ray.activation.vectors import norm
     from nla_ray.base.load import load_backbone, load_tokenizer
     from nla_ray.base.prompts import build_injection_prompt
@@ -19,17 +17,13 @@ def body(run) -> None:
     from nla_ray.reinforce.rewards import contrast
     from nla_ray.score.reconstructor import Reconstructor
     from nla_ray.score.scorer import compare
-    from nla_ray.text.stage import read_chunks
 
     base, captured = run.config.base, load_activations(run, "test")
     tokenizer, model = load_tokenizer(base), load_backbone(base)
     text_id, text = captured.text_ids[0], captured.texts[0]
     print(f" 1. text {text_id}, {len(text)} characters\n{text}\n")
-    chunks = read_chunks(run, ("text_id", "text", "messages")).to_pylist()
-    [chunk] = [chunk for chunk in chunks if chunk["text_id"] == text_id]
-    encoder = TextEncoder(tokenizer, base, run.config.capture)
-    encoded = encoder.encode(text_id, chunk["text"], chunk["messages"])
-    encoded = replace(encoded, positions=captured.positions[:1])
+    ids = captured_ids(run, [text_id])[text_id]
+    encoded = EncodedText(ids=ids, positions=captured.positions[:1])
     print(f" 2. chat prompt: {len(encoded.ids)} ids, wanted positions {encoded.positions}")
     reader = ActivationReader(model, [base.layer], run.config.capture.batch_tokens)
     v = torch.from_numpy(reader.read([encoded])[base.layer][0])

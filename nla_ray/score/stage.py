@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nla_ray.activation.capture import ActivationReader
 from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
+from nla_ray.activation.stage import read_answers
 from nla_ray.base.families import check_layer
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, find_marker
@@ -57,8 +58,14 @@ def inspect_base(run: Run) -> dict[str, Any]:
     layers = _inspected_layers(config, shape.num_hidden_layers)
     marker = _marker(tokenizer, config.base.marker)
     digest = tokenizer_digest(base_folder(config.base.model, weights=False))
-    require_labels_of(run, config.capture.positions, digest, config.base.template)
-    chunks = read_chunks(run, ("text_id", "doc_id", "text", "messages")).to_pylist()
+    answered = run.require("answers").fingerprint if config.capture.needs_answers else None
+    require_labels_of(run, config.capture.positions, digest, config.base.template, answered)
+    answers = read_answers(run, config.capture)
+    columns = ("text_id", "doc_id", "text", "messages")
+    chunks = [
+        {**row, "answer": answers.get(row["text_id"], ())}
+        for row in read_chunks(run, columns).to_pylist()
+    ]
     train = _labelled_texts(run, chunks, "train", MAX_TRAIN)
     validation = _labelled_texts(run, chunks, "validation", None)
     logger.info(
@@ -219,7 +226,7 @@ def _read(
     encoded: list[EncodedText] = []
     for row in texts:
         try:
-            found_text = encoder.encode(row["text_id"], row["text"], row["messages"])
+            found_text = encoder.encode(row["text_id"], row["text"], row["messages"], row["answer"])
         except Skipped as error:
             logger.warning("inspection: %s", error)
             continue
@@ -228,8 +235,8 @@ def _read(
             labels = {found_text.positions[0]: labels[None]}
         position = min(labels)
         encoded.append(dataclasses.replace(found_text, positions=[position]))
-        end = found_text.ends[found_text.positions.index(position)]
-        kept.append({**row, "label": labels[position], "read": row["text"][:end]})
+        read = found_text.read[found_text.positions.index(position)]
+        kept.append({**row, "label": labels[position], "read": read})
     found = reader.read(encoded)
     return kept, {
         layer: torch.from_numpy(np.stack([array[0] for array in arrays]))

@@ -122,8 +122,8 @@ def test_an_activation_of_another_prompt_is_left_out_and_counted(
     row = min(torch.randperm(len(test), generator=generator)[:ROWS].tolist())
     other = "A text that was never captured, and longer than any that was."
 
-    def read_otherwise(self, text_id: str, text: str, messages: str | None):
-        assert messages is None
+    def read_otherwise(self, text_id: str, text: str, messages: str | None, answer: tuple):
+        assert messages is None and answer == ()
         return encode(self, text_id, other if text_id == test.text_ids[row] else text)
 
     monkeypatch.setattr(TextEncoder, "encode", read_otherwise)
