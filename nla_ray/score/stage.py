@@ -60,12 +60,7 @@ def inspect_base(run: Run) -> dict[str, Any]:
     digest = tokenizer_digest(base_folder(config.base.model, weights=False))
     answered = run.require("answers").fingerprint if config.capture.needs_answers else None
     require_labels_of(run, config.capture.positions, digest, config.base.template, answered)
-    answers = read_answers(run, config.capture)
-    columns = ("text_id", "doc_id", "text", "messages")
-    chunks = [
-        {**row, "answer": answers.get(row["text_id"], ())}
-        for row in read_chunks(run, columns).to_pylist()
-    ]
+    chunks = _chunks(run)
     train = _labelled_texts(run, chunks, "train", MAX_TRAIN)
     validation = _labelled_texts(run, chunks, "validation", None)
     logger.info(
@@ -189,6 +184,13 @@ def _inspected(
         **inspect_layer(learned, held_out, features(labels), features(held_out_labels), family_ids),
         "probe": probe_words(learned, held_out, texts, held_out_texts, family_ids),
     }
+
+
+def _chunks(run: Run) -> list[dict[str, Any]]:
+    """The texts of the corpus; `answer` holds what the base answers, where positions are in it."""
+    answers = read_answers(run, run.config.capture)
+    chunks = read_chunks(run, ("text_id", "doc_id", "text", "messages")).to_pylist()
+    return [{**row, "answer": answers.get(row["text_id"], ())} for row in chunks]
 
 
 def _labelled_texts(

@@ -46,7 +46,7 @@ MOST = 20
 def prompts_of(base) -> list[list[int]]:
     """Prompts of many lengths."""
     encoder = TextEncoder(load_tokenizer(base), base, GENERATED)
-    texts = [*TEXTS, *(f"{text} And {number}." for number, text in enumerate(TEXTS * 3))]
+    texts = [*TEXTS, *(f"{text} And {number}." for number, text in enumerate(TEXTS))]
     return [encoder.prompt(text)[0] for text in texts]
 
 
