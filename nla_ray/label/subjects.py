@@ -28,7 +28,8 @@ class Subject:
     """What a teacher sees of it: the text up to the position, that token included; inside the
     base's answer the text, and the answer up to there."""
     position: int | None = None
-    """0-based index of the token in the chat-formatted prompt; None: the label is of the text."""
+    """0-based index of the token in the chat-formatted prompt, and in the base's answer after it;
+    None: the label is of the text."""
     n_raw_tokens: int | None = None
     """Tokens of the text up to the position, that token included; None as there."""
 

@@ -12,7 +12,7 @@ import torch
 
 from nla_ray.activation.patching import Patcher
 from nla_ray.activation.positions import TextEncoder
-from nla_ray.activation.stage import capture_activations, load_activations, load_stats
+from nla_ray.activation.stage import answer_texts, capture_activations, load_activations, load_stats
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.description.record import Description
 from nla_ray.label.stage import drawn_labels
@@ -133,12 +133,20 @@ def test_an_activation_of_another_prompt_is_left_out_and_counted(
     assert f"patch-back: 1 of {ROWS} activations are left out" in " ".join(report["notes"])
 
 
+@pytest.mark.parametrize("positions", ["random:3", "generated:3"])
 def test_activations_inside_texts_are_put_back_where_they_were_captured(
-    ray_cluster: None, tiny_run: Callable[..., Run], publish_corpus: Callable, tmp_path: Path
+    ray_cluster: None,
+    tiny_run: Callable[..., Run],
+    publish_corpus: Callable,
+    tmp_path: Path,
+    positions: str,
 ) -> None:
-    run = tiny_run(capture=CaptureConfig(positions="random:3"))
+    run = tiny_run(capture=CaptureConfig(positions=positions, answer_tokens=8))
     publish_corpus(run)
+    if run.config.capture.needs_answers:
+        answer_texts(run)
     capture_activations(run)
+    run = tiny_run()  # a later job, which was not told of the positions
     table = load_activations(run, "train")
     said = [Description.from_text("a licence", num_tokens=3)] * len(table)
     readings = Readings(["a licence"], dict.fromkeys(SCORERS, torch.ones(1, 32)))
