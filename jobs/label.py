@@ -14,4 +14,4 @@ def body(run) -> None:
 
 
 if __name__ == "__main__":
-    run_job(__doc__, body, ray=False)
+    run_job(__doc__, body, ray=lambda config: config.capture.needs_answers)

@@ -4,13 +4,8 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-    from dataclasses import replace
 
-    import torch
-
-    from nla_ray.activation.capture import ActivationReader
-    from nla_ray.activation.positions import TextEncoder
-    from nla_ray.activation.stage import load_activations
+    from nla_ray.activation.stage import captured_ids, load_activations
     from nla_ray.activation.vectors import norm
     from nla_ray.base.load import load_backbone, load_tokenizer
     from nla_ray.base.prompts import injection_prompt
@@ -19,21 +14,14 @@ def body(run) -> None:
     from nla_ray.reinforce.rewards import contrast
     from nla_ray.score.reconstructor import Reconstructor
     from nla_ray.score.scorer import compare
-    from nla_ray.text.stage import read_chunks
 
     base, captured = run.config.base, load_activations(run, "test")
     tokenizer, model = load_tokenizer(base), load_backbone(base)
     text_id, text = captured.text_ids[0], captured.texts[0]
     print(f" 1. text {text_id}, {len(text)} characters\n{text}\n")
-    chunks = read_chunks(run, ("text_id", "text", "messages")).to_pylist()
-    [chunk] = [chunk for chunk in chunks if chunk["text_id"] == text_id]
-    encoder = TextEncoder(tokenizer, base, run.config.capture)
-    encoded = encoder.encode(text_id, chunk["text"], chunk["messages"])
-    averaged = [] if run.config.capture.text_mean else encoded.averaged
-    encoded = replace(encoded, positions=captured.positions[:1], averaged=averaged)
-    print(f" 2. chat prompt: {len(encoded.ids)} ids, wanted positions {encoded.positions}")
-    reader = ActivationReader(model, [base.layer], run.config.capture.batch_tokens)
-    v = torch.from_numpy(reader.read([encoded])[base.layer][0])
+    ids, positions = captured_ids(run, [text_id])[text_id], captured.positions[:1]
+    print(f" 2. chat prompt: {len(ids)} ids, wanted positions {positions}")
+    v = captured.vectors[:1]
     print(f" 3. activation v at layer {base.layer}: {list(v.shape)}, norm {norm(v).item():.1f}")
     [subject] = activation_subjects(run, captured.select([0]))
     print(f" 4. label:\n{drawn_labels(run, 'test').get(subject, '(none)')}\n")
@@ -44,8 +32,9 @@ def body(run) -> None:
     print(f" 6. SFT, then GRPO: adapter {arm}")
     with run.local_copy(arm, run.require(arm), "adapter") as folder:
         verbalizer = Verbalizer.load(base, folder, model=model)
-    injected = captured.select([0]).injected
-    [said] = verbalizer.describe(injected, max_new_tokens=run.config.grpo.max_new_tokens)
+    [said] = verbalizer.describe(
+        captured.injected[:1], max_new_tokens=run.config.grpo.max_new_tokens
+    )
     print(f" 7. description, {said.num_sampled} tokens:\n{said.text}\n")
     with run.local_copy("judge_scorer", run.require("judge_scorer")) as folder:
         judge = Reconstructor.load(base, folder)

@@ -27,9 +27,11 @@ def activation_schema(d_model: int) -> pa.Schema:
     """One residual-stream vector a row, raw float32, never normalised.
 
     `activation_id` is `{text_id}@{layer}:{position}`; `position` is the 0-based index of the token
-    in the chat-formatted prompt, `token` its id. `text` is what the model has read there: the text
-    up to the position, the whole of it at the prompt's last token. A mean over tokens stands at
-    none: its id ends in `mean`, `position` and `token` are -1, and `text` ends with its last token.
+    in the chat-formatted prompt and the base's answer, `token` its id. `text` is what the model has
+    read there: the text up to the position, the whole of it at the prompt's last token; inside the
+    answer a conversation, as `join_turns` writes it, up to the position. A mean over tokens stands
+    at none: its id ends in `mean`, `position` and `token` are -1, and `text` ends with its last
+    token.
     """
     return pa.schema(
         [
@@ -84,7 +86,7 @@ class ActivationTable:
 
     @property
     def positions(self) -> list[int]:
-        """The token of each activation: its 0-based index in the chat-formatted prompt.
+        """The token of each activation: its 0-based index in the prompt, and its answer after it.
 
         -1 of a mean over tokens.
         """

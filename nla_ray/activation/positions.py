@@ -11,9 +11,10 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from nla_ray.base.conversation import Turn, as_conversation, content_starts
-from nla_ray.base.encoding import ChatEncoder, EncodedChat
+from nla_ray.base.conversation import Turn, as_conversation, content_starts, join_turns
+from nla_ray.base.encoding import ChatEncoder, EncodedChat, control_tokens, token_ends, written_text
 from nla_ray.base.prompts import RefusedTurns
 from nla_ray.run.identity import seed_of
 from nla_ray.settings.config import BaseConfig, CaptureConfig
@@ -30,8 +31,8 @@ MEAN_POSITION = -1
 class Skipped(ValueError):
     """A text that has no activation.
 
-    The message starts with the reason: `no_tokens`, `too_long`, `no_match`, `refused_by_template`
-    or `non_finite`.
+    The message starts with the reason: `no_tokens`, `too_long`, `no_match`, `no_answer`,
+    `answered`, `refused_by_template` or `non_finite`.
     """
 
     @property
@@ -46,7 +47,7 @@ class EncodedText:
 
     Example: EncodedText(ids=[1, 40, 8, 2, 3], positions=[1], ends=[5], n_raw_tokens=[1]) of the
     text "quick test", read up to its first token; its mean is EncodedText(ids=[1, 40, 8, 2, 3],
-    positions=[MEAN_POSITION], averaged=[1, 2], ends=[10], n_raw_tokens=[2]).
+    positions=[MEAN_POSITION], averaged=[1, 2], ends=[10], n_raw_tokens=[2]). `text` is said too.
     """
 
     ids: list[int]
@@ -59,6 +60,14 @@ class EncodedText:
     for a mean, up to the last token of it."""
     n_raw_tokens: list[int] = field(default_factory=list)
     """The same in tokens of the text: those of the template do not count."""
+    text: str = ""
+    """What `ends` count in: the text of the corpus or, where the base has answered, the
+    conversation that ends with its answer."""
+
+    @property
+    def read(self) -> list[str]:
+        """What the model has read of the text at each of `positions`."""
+        return [self.text[:end] for end in self.ends]
 
     @property
     def read_positions(self) -> list[int]:
@@ -76,29 +85,32 @@ class TextEncoder:
 
     def __init__(self, tokenizer, base: BaseConfig, capture: CaptureConfig) -> None:
         self._chat, self._max_tokens = ChatEncoder(tokenizer, base.model), base.max_tokens
+        self._tokenizer, self._answer_tokens = tokenizer, capture.answer_tokens
         self._rule, self._said = PositionRule.of(capture.positions), capture.positions
         self._text_mean = capture.text_mean
 
-    def encode(self, text_id: str, text: str, messages: str | None = None) -> EncodedText:
-        """The prompt's ids and the wanted positions in it.
+    def prompt(self, text: str, messages: str | None = None) -> tuple[list[int], int]:
+        """The ids that the base is to answer, and how many tokens its answer may have.
 
-        `messages`: of a conversation, as the corpus holds it; `text` is its plain text then. Raises
-        Skipped for a text without tokens or with more than base.max_tokens, template included; for
-        one in which no token is wanted, and for turns that the template does not take.
+        Raises Skipped as `encode` does.
         """
-        turns = as_conversation(text, messages)
-        try:
-            chat = self._chat.encode(text) if messages is None else self._chat.encode_turns(turns)
-        except RefusedTurns as error:
-            raise Skipped(f"refused_by_template: {error}") from None
+        ids = self._prompt(text, messages).ids
+        return ids, min(self._answer_tokens, self._max_tokens - len(ids))
+
+    def encode(
+        self, text_id: str, text: str, messages: str | None = None, answer: Sequence[int] = ()
+    ) -> EncodedText:
+        """The prompt's ids and the wanted positions in it; where the base has answered, in both.
+
+        `messages`: of a conversation, as the corpus holds it; `text` is its plain text then.
+        `answer`: ids of what the base answers, where positions are in it. Raises Skipped for a text
+        without tokens or with more than base.max_tokens, template included; for one in which no
+        token is wanted, and for turns that the template does not take.
+        """
+        chat, turns = self._prompt(text, messages), as_conversation(text, messages)
         ids, inside = chat.ids, list(chat.spans)
-        if not inside:
-            raise Skipped("no_tokens: the text became no token, expected at least one")
-        if len(ids) > self._max_tokens:
-            raise Skipped(
-                f"too_long: the prompt has {len(ids)} tokens, expected at most {self._max_tokens} "
-                "(--base.max-tokens)"
-            )
+        if self._rule.kind == "generated":
+            return self._inside_answer(text_id, chat, turns, answer)
         if self._rule.kind == "last":
             also = [MEAN_POSITION] if self._text_mean else []
             return EncodedText(
@@ -107,6 +119,7 @@ class TextEncoder:
                 averaged=inside if self._text_mean else [],
                 ends=[len(text)] * (1 + len(also)),
                 n_raw_tokens=[len(inside)] * (1 + len(also)),
+                text=text,
             )
         starts = [0] if messages is None else content_starts(turns)
         chosen = self._chosen(text_id, chat, turns, starts)
@@ -123,6 +136,53 @@ class TextEncoder:
                 for position in last_read
             ],
             n_raw_tokens=[counts[position] for position in last_read],
+            text=text,
+        )
+
+    def _prompt(self, text: str, messages: str | None) -> EncodedChat:
+        """What the base reads of a text. Raises Skipped."""
+        turns, is_answered = as_conversation(text, messages), self._rule.kind == "generated"
+        if is_answered and turns[-1].role == "assistant":
+            raise Skipped(
+                "answered: the last turn is the assistant's, expected one that the base can answer"
+            )
+        try:
+            chat = self._chat.encode(text) if messages is None else self._chat.encode_turns(turns)
+        except RefusedTurns as error:
+            raise Skipped(f"refused_by_template: {error}") from None
+        if not chat.spans:
+            raise Skipped("no_tokens: the text became no token, expected at least one")
+        most = self._max_tokens - is_answered  # an answer has a token at least
+        if len(chat.ids) > most:
+            raise Skipped(
+                f"too_long: the prompt has {len(chat.ids)} tokens, expected at most {most} "
+                "(--base.max-tokens)"
+            )
+        return chat
+
+    def _inside_answer(
+        self, text_id: str, chat: EncodedChat, turns: Sequence[Turn], answer: Sequence[int]
+    ) -> EncodedText:
+        """A prompt with the base's answer, and the wanted positions in the answer."""
+        control, vocabulary = control_tokens(self._tokenizer), len(self._tokenizer)
+        inside = [
+            number
+            for number, token in enumerate(answer)
+            if token < vocabulary and token not in control
+        ]
+        if not inside:
+            raise Skipped("no_answer: the base's answer has no token, expected at least one")
+        draw = random.Random(seed_of(0, "positions", text_id))
+        drawn = sorted(draw.sample(range(len(inside)), min(self._rule.count, len(inside))))
+        said = written_text(self._tokenizer, answer)
+        text = join_turns([*turns, Turn(role="assistant", content=said)])
+        ends = token_ends(answer, partial(written_text, self._tokenizer))
+        return EncodedText(
+            ids=[*chat.ids, *answer],
+            positions=[len(chat.ids) + inside[number] for number in drawn],
+            ends=[len(text) - len(said) + ends[inside[number] + 1] for number in drawn],
+            n_raw_tokens=[len(chat.spans) + number + 1 for number in drawn],
+            text=text,
         )
 
     def _chosen(

@@ -1,10 +1,11 @@
-"""One captured shard: its file, written whole, and the record beside it that says so."""
+"""One shard of activations or answers: its file, written whole, and the record that says so."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -105,18 +106,15 @@ class _ShardCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardRecord:
+class FinishedShard:
     """What is known of one finished shard; its presence means that the shard's file is whole."""
 
     shard: str
     base_digest: str
-    """Of weights and tokenizer: a shard captured from another base is captured again."""
+    """Of weights and tokenizer: a shard made with another base is made again."""
     file: FileRecord
     texts: int
-    activations: int
     tokens: int
-    padded_tokens: int
-    skipped: list[dict[str, str]]
 
     def save(self, target: Location) -> None:
         """Write it beside the shard's file, in the scratch folder."""
@@ -126,18 +124,75 @@ class ShardRecord:
     @classmethod
     def load(
         cls, target: Location, shard: str, base_digest: str, *, check_file: bool = True
-    ) -> ShardRecord | None:
+    ) -> Self | None:
         """The record of a shard that is complete, whole and of this base.
 
-        None: the shard must be captured (again). `check_file=False` trusts the record, for shards
+        None: the shard must be made (again). `check_file=False` trusts the record, for shards
         that this process has just seen written.
         """
         try:
             content = json.loads((target / _SCRATCH / f"{shard}.json").read_text())
             record = cls(**{**content, "file": FileRecord(**content["file"])})
         except (OSError, ValueError, TypeError, KeyError):
-            return None  # absent or torn: either way it is captured again
+            return None  # absent or torn: either way it is made again
         is_whole = not check_file or (
             (target / shard).exists() and (target / shard).record() == record.file
         )
         return record if is_whole and record.base_digest == base_digest else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord(FinishedShard):
+    """The record of a shard of activations."""
+
+    activations: int
+    padded_tokens: int
+    skipped: list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersRecord(FinishedShard):
+    """The record of a shard of answers; `tokens` are theirs."""
+
+    answers: int
+    """Texts that got one."""
+
+
+ANSWER_SCHEMA = pa.schema(
+    [
+        pa.field("text_id", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+"""What the plain base answers to a text, greedily, without the token that ends it; nothing where it
+ends at once, or where the text is no prompt for it. `answer` is for people to read."""
+
+
+def write_answers(
+    prompts: pa.Table,
+    answers: Sequence[tuple[str, list[int]]],
+    *,
+    target: Location,
+    base_digest: str,
+) -> pa.Table:
+    """Write the answers to the texts of a shard, as (text, ids), then the record; its counts.
+
+    `prompts`: columns `shard`, the same in every row, and `text_id`.
+    """
+    shard = prompts["shard"][0].as_py()
+    said, ids = zip(*answers, strict=True)
+    columns = [prompts["text_id"].combine_chunks(), pa.array(said), pa.array(ids)]
+    rows = pa.table(columns, names=ANSWER_SCHEMA.names).cast(ANSWER_SCHEMA)
+    with (target / shard).replacement() as file:
+        pq.write_table(rows, file, compression="zstd")
+    record = AnswersRecord(
+        shard=shard,
+        base_digest=base_digest,
+        file=(target / shard).record(),
+        texts=len(rows),
+        tokens=sum(map(len, ids)),
+        answers=sum(map(bool, ids)),
+    )
+    record.save(target)
+    return pa.table({"shard": [shard], "answers": [record.answers], "tokens": [record.tokens]})

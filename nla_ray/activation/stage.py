@@ -1,7 +1,8 @@
 """The second stage: activations of the corpus, captured with Ray Data into a file a corpus shard.
 
-One corpus shard is one block and one output file, written whole and recorded beside it, so that a
-run that died goes on with the shards it lacks. Protects the rule that what is captured depends on
+Before it, where positions are inside the base's own answers, these answers in the same way. One
+corpus shard is one block and one output file, written whole and recorded beside it, so that a run
+that died goes on with the shards it lacks. Protects the rule that what is captured depends on
 the text and the base alone: not on the number of actors, on the order of shards, or on what else
 was in the batch. Torch is imported by what runs the model only: the processes that read and write
 shards do without.
@@ -15,9 +16,9 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,14 @@ import pyarrow.parquet as pq
 from nla_ray.activation.bank import TEXT_COLUMNS, ActivationTable, activation_matrix, drawn_rows
 from nla_ray.activation.capture import Capture
 from nla_ray.activation.positions import MEAN_POSITION, EncodedText, Skipped, TextEncoder
-from nla_ray.activation.shards import ShardRecord, write_shard
+from nla_ray.activation.shards import (
+    AnswersRecord,
+    FinishedShard,
+    ShardRecord,
+    write_answers,
+    write_shard,
+)
+from nla_ray.base.encoding import written_text
 from nla_ray.base.identity import check_base
 from nla_ray.cluster.errors import user_message
 from nla_ray.cluster.resources import Demand, demand, require_resources, worker_options
@@ -39,7 +47,7 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
-from nla_ray.text.stage import families_of, read_chunk_table
+from nla_ray.text.stage import families_of, read_chunk_table, read_chunks
 
 if TYPE_CHECKING:
     import ray.data
@@ -74,26 +82,26 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
     """A table with the name of one `shard` -> its texts, verified by the manifest and tokenised.
 
     Adds the columns ids, positions, averaged, ends, num_tokens and skipped (null, or why there is
-    nothing to capture).
+    nothing to capture). Where the base has answered, `text` goes on with its answer.
     """
     [shard] = shards["shard"].to_pylist()
-    shard_bytes = run.verified("corpus", corpus, shard).read_bytes()
-    texts = read_chunk_table(io.BytesIO(shard_bytes), [*TEXT_COLUMNS, "messages"])
-    encoder = _encoder(run.config.base, run.config.capture)
+    texts, capture = _corpus_texts(run, corpus, shard), run.config.capture
+    encoder, answers = _encoder(run.config.base, capture), read_answers(run, capture, shard)
     found: list[EncodedText] = []
     skipped: list[str | None] = []
     for row in texts.select(["text_id", "text", "messages"]).to_pylist():
         try:
-            found.append(encoder.encode(row["text_id"], row["text"], row["messages"]))
+            found.append(encoder.encode(**row, answer=answers.get(row["text_id"], ())))
             skipped.append(None)
         except Skipped as error:
-            found.append(EncodedText(ids=[], positions=[]))
+            found.append(EncodedText(ids=[], positions=[], text=row["text"]))
             skipped.append(str(error))
     lists = ("ids", "positions", "averaged", "ends")
     return pa.table(
         {
             "shard": pa.array([shard] * len(texts), pa.string()),
             **{name: texts[name] for name in TEXT_COLUMNS},
+            "text": pa.array([text.text for text in found], pa.string()),
             **{
                 name: pa.array([getattr(text, name) for text in found], pa.list_(pa.int32()))
                 for name in lists
@@ -102,6 +110,12 @@ def read_texts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
             "skipped": pa.array(skipped, pa.string()),
         }
     )
+
+
+def _corpus_texts(run: Run, corpus: Manifest, shard: str) -> pa.Table:
+    """The texts of a shard, verified by the manifest."""
+    shard_bytes = run.verified("corpus", corpus, shard).read_bytes()
+    return read_chunk_table(io.BytesIO(shard_bytes), [*TEXT_COLUMNS, "messages"])
 
 
 class ShardCapture:
@@ -128,14 +142,101 @@ class ShardCapture:
         return write_shard(blocks, target=self._target, base_digest=self._base_digest)
 
 
-# The stage ----------------------------------------------------------------------------------------
+def read_prompts(shards: pa.Table, *, run: Run, corpus: Manifest) -> pa.Table:
+    """A table with the name of one `shard` -> what the base is to answer to each of its texts.
+
+    Columns shard, text_id, ids and most, the tokens that an answer may have: 0 where a text is no
+    prompt, which capture says why.
+    """
+    [shard] = shards["shard"].to_pylist()
+    encoder = _encoder(run.config.base, run.config.capture)
+    rows = []
+    for row in _corpus_texts(run, corpus, shard).to_pylist():
+        try:
+            ids, most = encoder.prompt(row["text"], row["messages"])
+        except Skipped:
+            ids, most = [], 0
+        rows.append({"shard": shard, "text_id": row["text_id"], "ids": ids, "most": most})
+    return pa.Table.from_pylist(rows)
+
+
+class ShardAnswers:
+    """The actor of the stage before: a table of prompts in, their answers written, counts out."""
+
+    def __init__(
+        self,
+        base: BaseConfig,
+        capture: CaptureConfig,
+        *,
+        threads: int,
+        target: Location,
+        base_digest: str,
+    ) -> None:
+        from nla_ray.activation.answers import Answerer
+        from nla_ray.base.load import load_tokenizer
+
+        self._answerer = Answerer.load(base, capture, threads)
+        self._tokenizer = load_tokenizer(base)
+        self._target, self._base_digest = target, base_digest
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        """Columns of `read_prompts` -> the row of `write_answers`."""
+        ids, most = (prompts[name].to_pylist() for name in ("ids", "most"))
+        asked = [row for row, longest in enumerate(most) if longest]
+        found = self._answerer.answer([ids[row] for row in asked], [most[row] for row in asked])
+        answers = dict(zip(asked, found, strict=True))
+        written = [answers.get(row, []) for row in range(len(prompts))]
+        return write_answers(
+            prompts,
+            [(written_text(self._tokenizer, answer), answer) for answer in written],
+            target=self._target,
+            base_digest=self._base_digest,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardWork:
+    """What reads a shard of the corpus, what makes a file of it, and the record of that."""
+
+    read: Callable[..., pa.Table]
+    actor: type[ShardCapture] | type[ShardAnswers]
+    record: type[FinishedShard]
+
+
+_WORK = {
+    "answers": _ShardWork(read=read_prompts, actor=ShardAnswers, record=AnswersRecord),
+    "activations": _ShardWork(read=read_texts, actor=ShardCapture, record=ShardRecord),
+}
+
+
+# The stages ---------------------------------------------------------------------------------------
+
+
+def answer_texts(run: Run) -> Manifest:
+    """What the plain base answers to every text of the corpus that this run has, ANSWER_SCHEMA.
+
+    Needs Ray. Raises ValueError when the corpus is missing or damaged.
+    """
+    from nla_ray.base.identity import base_info
+
+    corpus = run.require("corpus")
+    stage, info = run.open("answers"), base_info(run.config.base)
+    if stage.manifest is not None:
+        check_base(stage.manifest, info)
+        return stage.manifest
+    records = _make_shards(run, stage, corpus, info.reading_digest)
+    metrics = {
+        name: sum(getattr(record, name) for record in records)
+        for name in ("texts", "answers", "tokens")
+    }
+    return stage.publish(model=info.to_dict(), metrics=metrics)
 
 
 def capture_activations(run: Run) -> Manifest:
     """Capture every text of the corpus that this run has.
 
     Needs Ray. The manifest's metrics count what was left out, by reason. Raises ValueError when the
-    corpus is missing or damaged, or when no activation is left.
+    corpus is missing or damaged, for answers of another base, and when no activation is left.
     """
     from nla_ray.base.families import check_layer
     from nla_ray.base.identity import base_info
@@ -148,30 +249,46 @@ def capture_activations(run: Run) -> Manifest:
         return stage.manifest
     for layer in run.config.capture.layers:
         check_layer(layer, info.num_layers, "capture.layers")
-    digest = info.reading_digest
+    if run.config.capture.needs_answers:
+        check_base(run.require("answers"), info)
+    records = _make_shards(run, stage, corpus, info.reading_digest)
+    return _publish(stage, records, info, run.config.capture)
+
+
+def _make_shards(run: Run, stage: Artifact, corpus: Manifest, digest: str) -> list[Any]:
+    """Make of every shard of the corpus a shard of the stage; their records, in order."""
     shards = sorted(path for path in corpus.files if path.endswith(".parquet"))
-    _capture_shards(run, stage, corpus, shards, digest)
-    return _publish(stage, shards, digest, info, run.config.capture)
+    _make_missing(run, stage, corpus, shards, digest)
+    records = []
+    for shard in shards:
+        record = _WORK[stage.name].record.load(stage.location, shard, digest, check_file=False)
+        if record is None:
+            raise RuntimeError(
+                f"{stage.location}: shard {shard} is not complete after its stage, expected a whole"
+                " file."
+            )
+        records.append(record)
+    return records
 
 
-def _capture_shards(
+def _make_missing(
     run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
 ) -> None:
-    """Capture the shards that have no record yet.
+    """Make the shards that have no record yet.
 
     When an actor or node was lost, it goes on with those that are left.
     """
     from ray.exceptions import RayError, RayTaskError
 
+    load = _WORK[stage.name].record.load
     for attempts_left in reversed(range(_ATTEMPTS)):
-        todo = [
-            shard for shard in shards if ShardRecord.load(stage.location, shard, digest) is None
-        ]
+        todo = [shard for shard in shards if load(stage.location, shard, digest) is None]
         if not todo:
             return
         if len(todo) < len(shards):
             logger.info(
-                "activations: %d of %d shards are there already",
+                "%s: %d of %d shards are there already",
+                stage.name,
                 len(shards) - len(todo),
                 len(shards),
             )
@@ -183,7 +300,8 @@ def _capture_shards(
             if is_ours or not attempts_left:
                 raise
             logger.warning(
-                "activations: a process was lost (%s); going on with the shards that are left",
+                "%s: a process was lost (%s); going on with the shards that are left",
+                stage.name,
                 type(error).__name__,
             )
 
@@ -191,7 +309,7 @@ def _capture_shards(
 def _stream_shards(
     run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
 ) -> None:
-    """Capture shards as the stream gives them, once there is room for its processes."""
+    """Make shards as the stream gives them, once there is room for its processes."""
     config = run.config
     num_actors = min(config.capture.num_actors, len(shards))
     reader, _ = _stream_options(config.compute)
@@ -203,34 +321,34 @@ def _stream_shards(
             Demand(name="reader", count=1, resources={"CPU": reader["num_cpus"]}),
         ],
     )
-    with _quiet_ray_data(), stage_progress("activations", len(shards)) as advance:
-        for counts in capture_stream(run, stage, corpus, shards, digest).iter_rows():
-            captured = f"{counts['activations']} activations of {counts['tokens']} tokens"
-            advance(note=f"{captured} in {counts['shard']}")
+    with _quiet_ray_data(), stage_progress(stage.name, len(shards)) as advance:
+        for counts in shard_stream(run, stage, corpus, shards, digest).iter_rows():
+            made = f"{counts[stage.name]} {stage.name} of {counts['tokens']} tokens"
+            advance(note=f"{made} in {counts['shard']}")
 
 
-def capture_stream(
+def shard_stream(
     run: Run, stage: Artifact, corpus: Manifest, shards: list[str], digest: str
 ) -> ray.data.Dataset:
-    """Shards through read and tokenise -> capture and write, lazily: a row of counts a shard."""
+    """Shards through read and tokenise -> compute and write, lazily: a row of counts a shard."""
     import ray.data
 
-    config = run.config
+    config, work = run.config, _WORK[stage.name]
     reader, capture = _stream_options(config.compute)
     blocks = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
     )
     texts = blocks.map_batches(
-        read_texts,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
+        work.read,  # pyright: ignore[reportArgumentType]  (its names come as fn_kwargs)
         fn_kwargs={"run": run, "corpus": replace(corpus, documents={})},
         batch_size=None,
         batch_format="pyarrow",
         **reader,
     )
     # Not `map_batches`: that refuses a GPU to batches that are whole blocks, here shards, because
-    # a block may be too large for its memory. `Capture` cuts a shard into batches by itself.
+    # a block may be too large for its memory. Actors cut a shard into batches by themselves.
     return texts.map_batches_internal(
-        ShardCapture,
+        work.actor,
         fn_constructor_args=(config.base, config.capture),
         fn_constructor_kwargs={
             "threads": config.compute.threads,
@@ -281,24 +399,16 @@ def _quiet_ray_data() -> Iterator[None]:
 
 
 def _publish(
-    stage: Artifact, shards: list[str], digest: str, info: BaseInfo, capture: CaptureConfig
+    stage: Artifact, records: list[ShardRecord], info: BaseInfo, capture: CaptureConfig
 ) -> Manifest:
     """Gather the shards' records into stats.json and skipped.jsonl, and write the manifest."""
-    records: list[ShardRecord] = []
-    for shard in shards:
-        record = ShardRecord.load(stage.location, shard, digest, check_file=False)
-        if record is None:
-            raise RuntimeError(
-                f"{stage.location}: shard {shard} is not complete after capture, expected a whole"
-                " file."
-            )
-        records.append(record)
     counts = _counts(records)
     if not counts["activations"]:
         raise ValueError(
             f"activations: got none from {counts['texts']} texts ({counts['skipped']}), expected at"
             " least one. Check --base.max-tokens and the base model."
         )
+    shards = [record.shard for record in records]
     means = False if capture.text_mean else None
     layers, documents = _train_stats(stage.location, shards, info.d_model, means)
     skipped = [row for record in records for row in record.skipped]
@@ -368,6 +478,38 @@ def _train_stats(
             "count": len(every),
         }
     return stats, sorted(documents)
+
+
+def read_answers(
+    run: Run, capture: CaptureConfig, shard: str | None = None
+) -> dict[str, list[int]]:
+    """The ids of the base's answer to each text, of a shard of the corpus or of all, by text_id.
+
+    None where `capture` needs none. Raises ValueError where they are missing or damaged.
+    """
+    if not capture.needs_answers:
+        return {}
+    manifest = run.require("answers")
+    shards = sorted(manifest.files) if shard is None else [shard]
+    answers: dict[str, list[int]] = {}
+    for name in shards:
+        content = run.verified("answers", manifest, name).read_bytes()
+        table = pq.read_table(io.BytesIO(content), columns=["text_id", "token_ids"])
+        answers.update(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    return answers
+
+
+def captured_ids(run: Run, text_ids: Collection[str]) -> dict[str, list[int]]:
+    """The ids that the base has read of texts in capture: prompt and, where it gave one, answer."""
+    positions = run.require("activations").config["capture"]["positions"]
+    capture = replace(run.config.capture, positions=positions)
+    encoder, answers = _encoder(run.config.base, capture), read_answers(run, capture)
+    wanted, chunks = set(text_ids), read_chunks(run, ("text_id", "text", "messages")).to_pylist()
+    return {
+        row["text_id"]: encoder.encode(**row, answer=answers.get(row["text_id"], ())).ids
+        for row in chunks
+        if row["text_id"] in wanted
+    }
 
 
 def load_activations(run: Run, split: Split, layer: int | None = None) -> ActivationTable:

@@ -34,6 +34,13 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
     return {index: token.content for index, token in added if len(token.content.strip()) > 1}
 
 
+def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a text: the model's own list and the tokenizer's."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
 def encode_texts(
     tokenizer: Any,
     texts: Sequence[str],
@@ -249,6 +256,11 @@ def _plain(tokenizer: Any) -> Any:
                 " from your texts."
             )
     return plain
+
+
+def written_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """What a base wrote with these ids, as characters; special tokens have none."""
+    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def token_ends(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:

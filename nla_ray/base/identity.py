@@ -119,15 +119,17 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
 
     Weights, tokenizer, layer and the date in the prompt must be the same. An adapter is also bound
     to the marker and the injection norm that it learned with, a verbalizer to what is injected;
-    activations know of none of these.
+    activations know of none of these, and answers of no layer either.
     Manifests of earlier versions record no prompt: the tokenizer decides it unless it has a date.
     Another version of transformers is said, not refused: what is read and generated is checked by
     itself (`self_check`).
     """
-    compared = {"weights": "digest", "tokenizer": "tokenizer_digest", "layer": "layer"}
+    compared = {"weights": "digest", "tokenizer": "tokenizer_digest"}
+    if manifest.name != "answers":
+        compared |= {"layer": "layer"}
     if info.date or "prompt_digest" in manifest.model:
         compared |= {"date in the chat prompt": "date", "chat prompt": "prompt_digest"}
-    if manifest.name != "activations":
+    if manifest.name not in ("activations", "answers"):
         compared |= {"marker": "marker", "injection norm": "injection_norm"}
     if any(manifest.name.startswith(name) for name in artifacts_of_kind("verbalizer")):
         compared |= {"injected vectors": "injected"}

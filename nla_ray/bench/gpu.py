@@ -30,12 +30,12 @@ from nla_ray.activation.capture import ActivationReader
 from nla_ray.activation.injection import detach_activations
 from nla_ray.activation.positions import EncodedText
 from nla_ray.base.adapters import adapter_state, add_lora, save_adapter, set_adapter_state
+from nla_ray.base.encoding import end_ids_of
 from nla_ray.base.families import causal_model
 from nla_ray.bench.card import SHAPES, Scene, ShapeName
 from nla_ray.bench.step import engine_trainer
 from nla_ray.bench.timing import RESULTS, describe_machine, roofline_seconds
 from nla_ray.description.engines.compact import CompactDecoder
-from nla_ray.description.engines.requests import end_ids_of
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.record import Description
 from nla_ray.reinforce.grpo import float32_head, log_prob_gap

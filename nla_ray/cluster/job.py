@@ -53,16 +53,16 @@ def run_job(
     body: Callable[[Run], None],
     *,
     config_class: type[RunConfig] = RunConfig,
-    ray: bool = True,
+    ray: bool | Callable[[RunConfig], bool] = True,
     lock: bool = True,
     cleanup: Callable[[], None] | None = None,
 ) -> None:
     """Parse the command line and run `body` on the run it names; `--dry-run` prints a plan instead.
 
-    `ray=False` is for a job that computes in this process, `lock=False` for one that only reads the
-    run. `cleanup` is called in the end, interrupted or not, before Ray is left. Exit status: 0; 1
-    after one `error:` line for what a user can cause; 2 for a wrong command line; 130 when
-    interrupted.
+    `ray=False` is for a job that computes in this process, and a function of the configuration for
+    one that does so under some; `lock=False` for one that only reads the run. `cleanup` is called
+    in the end, interrupted or not, before Ray is left. Exit status: 0; 1 after one `error:` line
+    for what a user can cause; 2 for a wrong command line; 130 when interrupted.
     """
     from nla_ray.settings.command_line import parse_arguments
 
@@ -74,7 +74,8 @@ def run_job(
             print(describe_plan(config, Path(sys.argv[0]).stem))
         else:
             with _interruptible():
-                _run_connected(config, body, ray, lock, cleanup or _nothing)
+                uses_ray = ray if isinstance(ray, bool) else ray(config)
+                _run_connected(config, body, uses_ray, lock, cleanup or _nothing)
     except KeyboardInterrupt:
         _leave_interrupted()
     except Exception as error:

@@ -1,9 +1,10 @@
 """The stage `labels`: every teacher's label of every subject, cleaned, with one drawn for each.
 
-A subject is a text, or a text up to a position where activations are captured inside texts. The
-only file of the room that knows a run. It writes one file a corpus shard, so a run that was cut off
-continues with the missing shards. Protects the rules that labels of two contents of an imported
-file are never mixed, and that no label of a whole text is learned from an activation inside it.
+A subject is a text, or a text up to a position where activations are captured inside texts or
+inside the base's answers to them. The only file of the room that knows a run. It writes one file a
+corpus shard, so a run that was cut off continues with the missing shards. Protects the rules that
+labels of two contents of an imported file are never mixed, and that no label of a whole text is
+learned from an activation inside it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.positions import TextEncoder
+from nla_ray.activation.stage import read_answers
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.sources import base_folder, tokenizer_digest
 from nla_ray.label.cleaner import clean_label
@@ -129,7 +132,8 @@ def _label_shards(
         target = folder / name
         if not target.exists():
             temporary = target.with_suffix(".tmp")
-            rows = _label_table(table, raw_labels, encoder, run.config.label)
+            texts = _with_answers(run, name, table)
+            rows = _label_table(texts, raw_labels, encoder, run.config.label)
             _write_labels(rows, schema, temporary)
             os.replace(temporary, target)
         counts.texts += table.num_rows
@@ -157,10 +161,20 @@ def _row_bytes(row: LabelRow) -> int:
     return text_row_bytes(sum(len(row[name]) for name in strings))
 
 
-def _label_table(
-    table: pa.Table, raw_labels: RawLabels, encoder: TextEncoder | None, config: LabelConfig
-) -> Iterator[LabelRow]:
+def _with_answers(run: Run, shard: str, table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The texts of a shard as `subjects_of` takes them."""
+    answers = read_answers(run, run.config.capture, shard)
     for text in table.to_pylist():
+        yield {**text, "answer": answers.get(text["text_id"], ())}
+
+
+def _label_table(
+    texts: Iterable[dict[str, Any]],
+    raw_labels: RawLabels,
+    encoder: TextEncoder | None,
+    config: LabelConfig,
+) -> Iterator[LabelRow]:
+    for text in texts:
         for subject in subjects_of(text, encoder):
             yield from label_rows(subject, raw_labels(subject), config)
 
@@ -252,8 +266,8 @@ def _captured_positions(run: Run, corpus: Manifest) -> Positions:
     def by_hash() -> dict[str, dict[int, int]]:
         encoder = _encoder(run)
         found: dict[str, dict[int, int]] = {}
-        for _, table in read_shards(run, corpus):
-            for text in table.to_pylist():
+        for name, table in read_shards(run, corpus):
+            for text in _with_answers(run, name, table):
                 found[text_hash(text["text"])] = {
                     subject.position: subject.n_raw_tokens for subject in subjects_of(text, encoder)
                 }
@@ -345,6 +359,7 @@ def activation_subjects(run: Run, table: ActivationTable) -> list[str]:
         positions,
         manifest.model.get("tokenizer_digest", ""),
         manifest.model.get("template", "chat"),
+        manifest.parents.get("answers"),
     )
     if PositionRule.of(positions).of_whole_texts:
         return list(table.text_ids)
@@ -359,17 +374,22 @@ def activation_subjects(run: Run, table: ActivationTable) -> list[str]:
     return [subject_id(text_id, position) for text_id, position in pairs]
 
 
-def require_labels_of(run: Run, positions: str, tokenizer: str, template: str = "chat") -> None:
+def require_labels_of(
+    run: Run, positions: str, tokenizer: str, template: str = "chat", answers: str | None = None
+) -> None:
     """Raise ValueError unless the run's labels are of activations at these positions.
 
     `positions`: as `capture.positions` says it; `tokenizer`: the digest of the one that counts;
-    `template`: `base.template`, which decides where in a prompt a text stands.
+    `template`: `base.template`, which decides where in a prompt a text stands; `answers`: the
+    fingerprint of those that positions are in.
     """
-    inputs = run.require("labels").config.get("inputs", {})
+    manifest = run.require("labels")
+    inputs = manifest.config.get("inputs", {})
     labelled = inputs.get("positions", _WHOLE_TEXTS)
     positions = _WHOLE_TEXTS if PositionRule.of(positions).of_whole_texts else positions
     got = labelled, inputs.get("tokenizer"), inputs.get("template", "chat")
-    expected = positions, tokenizer, template
+    got = *got, manifest.parents.get("answers")
+    expected = positions, tokenizer, template, answers
     if _WHOLE_TEXTS in (labelled, positions):  # the end of a text is its end in any tokens
         got, expected = got[:1], expected[:1]
     if got != expected:
@@ -384,6 +404,10 @@ def require_labels_of(run: Run, positions: str, tokenizer: str, template: str = 
         )
 
 
-def _told(what: tuple[str, ...]) -> str:
-    """Positions, and where they are inside a text the tokenizer and the template."""
-    return what[0] if len(what) == 1 else f"{what[0]} of tokenizer {what[1]}, template {what[2]}"
+def _told(what: tuple[str | None, ...]) -> str:
+    """Positions, and where they are inside a text the tokenizer, template and answers."""
+    if len(what) == 1:
+        return str(what[0])
+    positions, tokenizer, template, answers = what
+    told = f"{positions} of tokenizer {tokenizer}, template {template}"
+    return told if answers is None else f"{told}, answers {answers}"

@@ -25,9 +25,11 @@ class Subject:
     text: Mapping[str, Any]
     """The row of CHUNK_SCHEMA or CONVERSATION_SCHEMA."""
     read: str
-    """What a teacher sees of it: the text up to the position, that token included."""
+    """What a teacher sees of it: the text up to the position, that token included; inside the
+    base's answer the text, and the answer up to there."""
     position: int | None = None
-    """0-based index of the token in the chat-formatted prompt; None: the label is of the text."""
+    """0-based index of the token in the chat-formatted prompt, and in the base's answer after it;
+    None: the label is of the text."""
     n_raw_tokens: int | None = None
     """Tokens of the text up to the position, that token included; None as there."""
 
@@ -44,17 +46,18 @@ def subject_id(text_id: str, position: int | None) -> str:
 def subjects_of(text: Mapping[str, Any], encoder: TextEncoder | None) -> Iterator[Subject]:
     """The text itself; with an encoder, the text up to each of its positions.
 
-    `text`: a row of CHUNK_SCHEMA or CONVERSATION_SCHEMA. A text that cannot be captured has no
-    position.
+    `text`: a row of CHUNK_SCHEMA or CONVERSATION_SCHEMA, with `answer`, ids, where positions are in
+    the base's answers. A text that cannot be captured has no position.
     """
     if encoder is None:
         yield Subject(text=text, read=text["text"])
         return
     try:
-        encoded = encoder.encode(text["text_id"], text["text"], text.get("messages"))
+        encoded = encoder.encode(
+            text["text_id"], text["text"], text.get("messages"), text.get("answer", ())
+        )
     except Skipped:
         return
-    found = zip(encoded.positions, encoded.ends, encoded.n_raw_tokens, strict=True)
-    for position, end, n_raw_tokens in found:
-        read = text["text"][:end]
+    found = zip(encoded.positions, encoded.read, encoded.n_raw_tokens, strict=True)
+    for position, read, n_raw_tokens in found:
         yield Subject(text=text, read=read, position=position, n_raw_tokens=n_raw_tokens)

@@ -132,6 +132,13 @@ class PlanFacts:
         return _text_tokens(self.config)
 
     @property
+    def read_tokens(self) -> float:
+        """Tokens that a base reads of a text in capture: with its answer, where it gives one."""
+        capture, longest = self.config.capture, self.config.base.max_tokens
+        answer = capture.answer_tokens if capture.needs_answers else 0
+        return min(longest, self.text_tokens + answer)
+
+    @property
     def num_shards(self) -> int:
         """Parquet shards of the corpus, and of the activations."""
         return -(-self.texts // self.config.corpus.shard_rows)
@@ -324,7 +331,7 @@ def _text_tokens(config: RunConfig) -> float:
 def _positions_per_text(config: RunConfig) -> float:
     """Expected from the setting; a text that is no conversation is the user's."""
     rule = PositionRule.of(config.capture.positions)
-    if rule.kind == "random":
+    if rule.kind in ("random", "generated"):
         return rule.count
     of_whole_text = rule.kind == "all" or (rule.kind == "role" and rule.role == "user")
     if of_whole_text and not rule.is_mean:

@@ -63,9 +63,28 @@ def _plan_corpus(facts: PlanFacts) -> StagePlan:
     )
 
 
+def _plan_answers(facts: PlanFacts) -> StagePlan:
+    capture, sizes = facts.config.capture, facts.sizes
+    length = facts.read_tokens
+    rows = max(1, capture.batch_tokens // length)
+    weights = facts.weights_bytes()
+    held = weights + facts.generation_bytes(rows, length)
+    tokens = 2 * facts.texts * length  # drafted, and read again in one pass
+    answers = facts.texts * (length - facts.text_tokens)
+    return StagePlan(
+        processes=(facts.process("capture", capture.num_actors, held, loaded=weights),),
+        tokens=tokens,
+        flops=2 * sizes.active_parameters * tokens,
+        files=(
+            f"{facts.num_shards} Parquet shards, {facts.texts:,} answers of at most"
+            f" {capture.answer_tokens} tokens, {answers:,.0f} in all"
+        ),
+    )
+
+
 def _plan_activations(facts: PlanFacts) -> StagePlan:
     capture, sizes = facts.config.capture, facts.sizes
-    tokens = facts.texts * facts.text_tokens
+    tokens = facts.texts * facts.read_tokens
     weights = facts.weights_bytes(facts.top_layer)
     work = capture.batch_tokens * (3 * sizes.active_ffn + 6 * sizes.d_model) * facts.item_bytes
     process = facts.process(
@@ -288,7 +307,7 @@ def _plan_report(facts: PlanFacts) -> StagePlan:
     described = descriptions * config.grpo.max_new_tokens
     # Labels, controls, what is cut or reworded, samples; and the texts, by three scorers each.
     scored = activations * 3 * ((10 + evaluation.samples) * LABEL_TOKENS + facts.text_tokens)
-    patched = min(evaluation.patch_rows, activations) * facts.text_tokens
+    patched = min(evaluation.patch_rows, activations) * facts.read_tokens
     blocks = config.base.layer + 1
     length = PROMPT_TOKENS + config.grpo.max_new_tokens
     return StagePlan(
@@ -307,7 +326,7 @@ def _plan_inspection(facts: PlanFacts) -> StagePlan:
     sizes = facts.sizes
     top = min(facts.top_layer, sizes.num_layers - 1)
     read_texts = facts.texts * (1 - facts.config.corpus.test_share)
-    tokens = read_texts * (facts.text_tokens + LABEL_TOKENS)
+    tokens = read_texts * (facts.read_tokens + LABEL_TOKENS)
     memory = CPU_PROCESS_BYTES + facts.weights_bytes(top)
     return StagePlan(
         processes=(dataclasses.replace(DRIVER, bytes=memory),),
@@ -338,6 +357,7 @@ def _plan_serve(facts: PlanFacts) -> StagePlan:
 FORMULAS: dict[str, Callable[[PlanFacts], StagePlan]] = {
     "base": _plan_base,
     "corpus": _plan_corpus,
+    "answers": _plan_answers,
     "activations": _plan_activations,
     "labels": _plan_labels,
     "reward_scorer": _plan_reward_scorer,

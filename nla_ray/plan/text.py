@@ -28,7 +28,7 @@ def describe_plan(config: RunConfig, job: str) -> str:
     Raises ValueError when a file that the configuration names is missing, when the sizes of the
     base cannot be known, and for a base, a layer, a marker or a batch that the job would refuse.
     """
-    run, stages = Run(config), stages_of_job(job)
+    run, stages = Run(config), [stage for stage in stages_of_job(job) if stage.is_wanted(config)]
     _require_files(run)
     facts = PlanFacts.of(run)
     lines = [

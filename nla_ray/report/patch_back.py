@@ -17,8 +17,9 @@ from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.patching import Drifted, Patched, Patcher, at_norm_of
-from nla_ray.activation.positions import MEAN_POSITION, TextEncoder
-from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.activation.positions import MEAN_POSITION
+from nla_ray.activation.stage import captured_ids
+from nla_ray.base.load import load_backbone
 from nla_ray.description.record import Description
 from nla_ray.report.controls import SCORERS
 from nla_ray.report.readings import Readings
@@ -26,8 +27,6 @@ from nla_ray.report.recovered import PatchBack
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.metrics import MetricsLog
-from nla_ray.settings.config import CaptureConfig
-from nla_ray.text.stage import read_chunks
 
 logger = get_logger(__name__)
 
@@ -117,27 +116,18 @@ def _patch_rows(
     records = log.read()
     if len(records) == len(chosen):
         return records
-    base = run.config.base
-    encoder, texts = TextEncoder(load_tokenizer(base), base, CaptureConfig()), _whole_texts(run)
+    base, ids = run.config.base, captured_ids(run, chosen.text_ids)
     patcher = Patcher(load_backbone(base), base.layer)
     with stage_progress("patch back", len(chosen)) as advance:
         advance(len(records))
         for row in range(len(records), len(chosen)):
-            text_id = chosen.text_ids[row]
-            encoded = encoder.encode(text_id, *texts[text_id])
-            before_and_at = encoded.ids[: chosen.positions[row] + 1]
+            before_and_at = ids[chosen.text_ids[row]][: chosen.positions[row] + 1]
             activation = chosen.vectors[row]
             replacements = at_norm_of(directions[row], activation)
             records.append(_record(patcher, before_and_at, activation, replacements))
             log.append(records[-1])
             advance(1)
     return records
-
-
-def _whole_texts(run: Run) -> dict[str, tuple[str, str | None]]:
-    """The texts of the corpus by id, with messages: an activation's text ends at its position."""
-    rows = read_chunks(run, ("text_id", "text", "messages")).to_pylist()
-    return {row["text_id"]: (row["text"], row["messages"]) for row in rows}
 
 
 def _record(

@@ -54,7 +54,25 @@ is what losses are normalised in: each process divides by the weights of its own
 
 NOT_OF_ARTIFACT: dict[str, tuple[str, ...]] = {
     # The base reads the text as it is, in base.dtype: nothing is injected, nothing trained.
-    "activations": ("base.injection_norm", "base.injected", "base.marker", TRAINING_DTYPE),
+    # How long answers are is said by the answers, a parent where there are any.
+    "activations": (
+        "base.injection_norm",
+        "base.injected",
+        "base.marker",
+        TRAINING_DTYPE,
+        "capture.answer_tokens",
+    ),
+    # The whole base answers; which tokens and layers are kept of it is said by the activations.
+    "answers": (
+        "base.layer",
+        "base.injection_norm",
+        "base.injected",
+        "base.marker",
+        TRAINING_DTYPE,
+        "capture.positions",
+        "capture.layers",
+        "capture.text_mean",
+    ),
     # They read descriptions and inject nothing.
     "reward_scorer": ("base.injected",),
     "judge_scorer": ("base.injected",),

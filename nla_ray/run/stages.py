@@ -123,10 +123,20 @@ STAGES = (
         function="nla_ray.text.stage:build_corpus",
     ),
     Stage(
+        name="answers",
+        job="capture",
+        kind="data",
+        parents=("corpus",),
+        sections=("base", "capture"),
+        function="nla_ray.activation.stage:answer_texts",
+    ),
+    Stage(
         name="activations",
         job="capture",
         kind="data",
         parents=("corpus",),
+        optional_parents=("answers",),
+        optional_when="capture.needs_answers",
         sections=("base", "capture"),
         function="nla_ray.activation.stage:capture_activations",
     ),
@@ -135,6 +145,8 @@ STAGES = (
         job="label",
         kind="data",
         parents=("corpus",),
+        optional_parents=("answers",),
+        optional_when="capture.needs_answers",
         sections=("label",),
         function="nla_ray.label.stage:label_texts",
     ),
@@ -264,7 +276,7 @@ def closure(names: Collection[str]) -> tuple[Stage, ...]:
     """The stages of these names and all their ancestors, parents first.
 
     >>> [stage.name for stage in closure(["labels"])]
-    ['corpus', 'labels']
+    ['corpus', 'answers', 'labels']
     """
     wanted = set(names)
     for stage in reversed(STAGES):
@@ -279,7 +291,7 @@ def stages_of_job(job: str) -> tuple[Stage, ...]:
     The pipeline makes the report; a job that no stage names makes nothing.
 
     >>> [stage.name for stage in stages_of_job("label")]
-    ['corpus', 'labels']
+    ['corpus', 'answers', 'labels']
     """
     return closure([stage.name for stage in STAGES if stage.is_target(job)])
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nla_ray.activation.capture import ActivationReader
 from nla_ray.activation.positions import EncodedText, Skipped, TextEncoder
+from nla_ray.activation.stage import read_answers
 from nla_ray.base.families import check_layer
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt, find_marker
@@ -57,8 +58,9 @@ def inspect_base(run: Run) -> dict[str, Any]:
     layers = _inspected_layers(config, shape.num_hidden_layers)
     marker = _marker(tokenizer, config.base.marker)
     digest = tokenizer_digest(base_folder(config.base.model, weights=False))
-    require_labels_of(run, config.capture.positions, digest, config.base.template)
-    chunks = read_chunks(run, ("text_id", "doc_id", "text", "messages")).to_pylist()
+    answered = run.require("answers").fingerprint if config.capture.needs_answers else None
+    require_labels_of(run, config.capture.positions, digest, config.base.template, answered)
+    chunks = _chunks(run)
     train = _labelled_texts(run, chunks, "train", MAX_TRAIN)
     validation = _labelled_texts(run, chunks, "validation", None)
     logger.info(
@@ -196,6 +198,13 @@ def _inspected(
     return {**of_layer, **probes}
 
 
+def _chunks(run: Run) -> list[dict[str, Any]]:
+    """The texts of the corpus; `answer` holds what the base answers, where positions are in it."""
+    answers = read_answers(run, run.config.capture)
+    chunks = read_chunks(run, ("text_id", "doc_id", "text", "messages")).to_pylist()
+    return [{**row, "answer": answers.get(row["text_id"], ())} for row in chunks]
+
+
 def _labelled_texts(
     run: Run, chunks: list[dict[str, Any]], split: Split, limit: int | None
 ) -> list[dict[str, Any]]:
@@ -231,7 +240,7 @@ def _read(
     encoded: list[EncodedText] = []
     for row in texts:
         try:
-            found_text = encoder.encode(row["text_id"], row["text"], row["messages"])
+            found_text = encoder.encode(row["text_id"], row["text"], row["messages"], row["answer"])
         except Skipped as error:
             logger.warning("inspection: %s", error)
             continue
@@ -241,7 +250,7 @@ def _read(
         position = min(labels)
         beside = found_text.positions[1:] if found_text.averaged else []
         encoded.append(dataclasses.replace(found_text, positions=[position, *beside]))
-        end = found_text.ends[found_text.positions.index(position)]
-        kept.append({**row, "label": labels[position], "read": row["text"][:end]})
+        read = found_text.read[found_text.positions.index(position)]
+        kept.append({**row, "label": labels[position], "read": read})
     found = reader.read(encoded)
     return kept, {layer: torch.from_numpy(np.stack(arrays)) for layer, arrays in found.items()}

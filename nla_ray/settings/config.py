@@ -187,8 +187,13 @@ class CaptureConfig:
     inside a turn (a text is a turn of the user's). `user`, `assistant`, `system`: every token of
     what that role says; `last:ROLE`: the last token of each of its turns. `mean`: the mean over all
     tokens of the text, one activation; `mean:` stands before a pattern, a string or a role too.
-    Inside a text labels are of what it says up to the token; a text without such a token is left
-    out and counted (`no_match`)."""
+    `generated:N`: the base answers first, greedily, and N tokens of its answer are drawn by the
+    text's id. Inside a text labels are of what it says up to the token; a text without such a token
+    is left out and counted (`no_match`, `no_answer`; `answered`: a conversation that ends with the
+    assistant)."""
+    answer_tokens: int = 64
+    """Longest answer that the base gives for `generated:N`, in tokens; with its prompt it has at
+    most `base.max_tokens`."""
     layers: tuple[int, ...] = ()
     """Further layers to keep in the same pass, beside `base.layer`."""
     text_mean: bool = False
@@ -198,6 +203,11 @@ class CaptureConfig:
     num_actors: int = 1
     """Processes that capture at the same time, each with a copy of the model."""
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether positions are in the base's own answers."""
+        return PositionRule.of(self.positions).kind == "generated"
+
     def __post_init__(self) -> None:
         PositionRule.of(self.positions)
         require(
@@ -206,6 +216,13 @@ class CaptureConfig:
             f"it beside capture.positions {self.positions}",
             "`last` beside it",
             "The mean of a whole text knows more than an activation inside it.",
+        )
+        require(
+            self.answer_tokens > 0,
+            "capture.answer_tokens",
+            self.answer_tokens,
+            "at least 1",
+            "Positions inside an answer need one.",
         )
 
 

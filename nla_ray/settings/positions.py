@@ -15,7 +15,8 @@ ROLES = ("system", "user", "assistant")
 """
 _FORMS = (
     "`last`, `random:N`, `all`, `regex:PATTERN`, `substring:STRING`, a role (`user`, `assistant`,"
-    " `system`), `last:ROLE`, `mean`, or `mean:` before a pattern, a string or a role"
+    " `system`), `last:ROLE`, `mean`, `mean:` before a pattern, a string or a role, or"
+    " `generated:N`"
 )
 
 
@@ -27,9 +28,9 @@ class PositionRule:
     is_mean=True), and `last:user` is PositionRule(kind="turn_end", role="user").
     """
 
-    kind: Literal["last", "random", "all", "match", "role", "turn_end"]
+    kind: Literal["last", "random", "all", "match", "role", "turn_end", "generated"]
     count: int = 0
-    """Tokens drawn by `random`."""
+    """Tokens drawn by `random`, of the text, and by `generated`, of the base's answer to it."""
     pattern: re.Pattern[str] | None = None
     """Of `match`."""
     role: str | None = None
@@ -44,8 +45,8 @@ class PositionRule:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the length of a text tells how many activations it has."""
-        return self.kind in ("last", "random", "all") or self.is_mean
+        """Whether the length of a text, or of its answer, tells how many activations it has."""
+        return self.kind in ("last", "random", "all", "generated") or self.is_mean
 
     @classmethod
     def of(cls, value: str) -> PositionRule:
@@ -61,8 +62,9 @@ class PositionRule:
             return cls(kind="all", is_mean=True)
         if value in ROLES:
             return cls(kind="role", role=value)
-        if head == "random" and rest.isascii() and rest.isdigit() and int(rest) > 0:
-            return cls(kind="random", count=int(rest))
+        is_number = rest.isascii() and rest.isdigit() and int(rest) > 0
+        if head in ("random", "generated") and is_number:
+            return cls(kind=head, count=int(rest))
         if head == "last" and rest in ROLES:
             return cls(kind="turn_end", role=rest)
         if head == "regex" and rest:

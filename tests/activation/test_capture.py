@@ -36,10 +36,10 @@ from nla_ray.activation.positions import (
 from nla_ray.activation.shards import ShardRecord, write_shard
 from nla_ray.activation.stage import (
     capture_activations,
-    capture_stream,
     load_activations,
     load_stats,
     read_texts,
+    shard_stream,
 )
 from nla_ray.base.adapters import adapter_active, add_lora
 from nla_ray.base.identity import base_info, check_base
@@ -291,7 +291,7 @@ def test_a_stream_for_gpus_is_laid_out_like_one_for_cpus(
     compute = ComputeConfig(capture_gpus=1.0)
     run = tiny_run(compute=compute)
     corpus = publish_corpus(run, [TEXTS, TEXTS[::-1]])
-    stream = capture_stream(run, run.open("activations"), corpus, ["a", "b"], "digest")
+    stream = shard_stream(run, run.open("activations"), corpus, ["a", "b"], "digest")
     assert "Capture" in repr(stream)
 
 

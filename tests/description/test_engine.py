@@ -14,6 +14,7 @@ from transformers import GPT2Config
 from nla_ray.activation import vectors
 from nla_ray.activation.injection import activations_attached
 from nla_ray.base.adapters import adapter_active, adapter_state, add_lora, set_adapter_state
+from nla_ray.base.encoding import end_ids_of
 from nla_ray.base.families import FAMILIES, decoder_shape
 from nla_ray.base.load import load_backbone, load_tokenizer, random_backbone
 from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
@@ -26,7 +27,7 @@ from nla_ray.description.engines.projection import (
     PlainProjection,
     make_projection,
 )
-from nla_ray.description.engines.requests import GenerationCancelled, end_ids_of
+from nla_ray.description.engines.requests import GenerationCancelled
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.record import Description
 from nla_ray.description.sampling import Sampler, rollout_keys

@@ -15,7 +15,7 @@ from conftest import TEXTS
 from nla_ray.activation.capture import Capture
 from nla_ray.activation.positions import TextEncoder
 from nla_ray.activation.shards import write_shard
-from nla_ray.activation.stage import load_activations, read_texts
+from nla_ray.activation.stage import ShardAnswers, load_activations, read_prompts, read_texts
 from nla_ray.base.identity import base_info
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.prompts import chat_prompt
@@ -232,6 +232,96 @@ def test_training_refuses_labels_inside_texts_for_activations_at_their_end(
     label_texts(Run(dataclasses.replace(run.config, capture=INSIDE)))
     with pytest.raises(ValueError, match=r"labels of capture.positions random:3, expected last, "):
         load_pairs(run, "train", limit=None, seed=0, first_row=0)
+
+
+# Inside answers -----------------------------------------------------------------------------------
+
+ANSWERED = CaptureConfig(positions="generated:2", answer_tokens=9)
+
+
+def publish_answers(run: Run) -> None:
+    """The artifact of the stage `answers`, without Ray."""
+    corpus, stage, capture = run.require("corpus"), run.open("answers"), run.config.capture
+    answer = ShardAnswers(
+        run.config.base, capture, threads=1, target=stage.location, base_digest=""
+    )
+    for shard in corpus.files:
+        answer(read_prompts(pa.table({"shard": [shard]}), run=run, corpus=corpus))
+    stage.publish(model=base_info(run.config.base).to_dict())
+
+
+@pytest.fixture
+def answered(tiny_run: Callable[..., Run], publish_corpus: PublishCorpus) -> Run:
+    """A run whose activations are at two tokens of the base's answer to every text."""
+    run = tiny_run(capture=ANSWERED)
+    publish_corpus(run, [SHARD[:30], SHARD[30:]])
+    publish_answers(run)
+    return run
+
+
+def test_a_teacher_sees_the_text_and_the_answer_up_to_the_position(answered: Run) -> None:
+    manifest = label_texts(answered)
+    assert set(manifest.parents) == {"corpus", "answers"}
+    assert manifest.metrics["texts"] == len(SHARD) and manifest.metrics["unlabelled_texts"] == 0
+    publish_activations(answered)
+    table, chunks = load_activations(answered, "train"), chunks_of(answered)
+    train = [chunk["text"] for chunk in chunks.values() if chunk["split"] == "train"]
+    statistics = WordStatistics.fit(train)
+    by_name = {
+        teacher.name: teacher for teacher in make_teachers(LabelConfig().teachers, statistics)
+    }
+    names = zip(table.text_ids, table.positions, strict=True)
+    read = dict(zip(names, table.texts, strict=True))
+    rows = load_labels(answered, "train")
+    assert {(row["text_id"], row["position"]) for row in rows} == set(read)
+    for row in rows:
+        text = read[row["text_id"], row["position"]]
+        assert text.startswith(f"user: {chunks[row['text_id']]['text']}\n\nassistant: ")
+        assert row["raw"] == by_name[row["teacher"]].describe(text, "prose")
+    pairs = load_pairs(answered, "train", limit=None, seed=0, first_row=0)
+    assert len(pairs.labels) == len(table)
+    examples = load_examples(answered, "train", ReconstructorConfig(document_half="even"))
+    assert len(examples.descriptions) > 5
+
+
+def test_labels_made_elsewhere_name_a_position_in_the_answer_or_its_tokens(answered: Run) -> None:
+    label_texts(answered)
+    first, *_, last = every_row(answered)
+    texts = {row["text_id"]: row["text"] for row in chunks_of(answered).values()}
+    tokenizer, text = load_tokenizer(answered.config.base), texts[first["text_id"]]
+    assert first["position"] >= len(tokenizer.encode(chat_prompt(tokenizer, text)))
+    (answered.root / "labels").delete()
+    run = import_labels(
+        answered,
+        [
+            {"text": text, "teacher": "a", "label": "- x", "position": first["position"]},
+            {
+                "text": texts[last["text_id"]],
+                "teacher": "b",
+                "label": "- y",
+                "n_raw_tokens": last["n_raw_tokens"],
+            },
+            {"text": text, "teacher": "c", "label": "- z", "position": 3},
+        ],
+    )
+    refused = label_texts(run).metrics["refused"]
+    assert refused == {"no activation is captured at its position": 1}
+    assert sorted((row["teacher"], row["position"]) for row in every_row(run)) == [
+        ("a", first["position"]),
+        ("b", last["position"]),
+    ]
+
+
+def test_training_refuses_labels_of_other_answers(answered: Run) -> None:
+    label_texts(answered)
+    for name in ("answers", "activations"):
+        (answered.root / name).delete()
+    capture = dataclasses.replace(ANSWERED, answer_tokens=8)
+    again = Run(dataclasses.replace(answered.config, capture=capture))
+    publish_answers(again)
+    publish_activations(again)
+    with pytest.raises(ValueError, match=r"labels of .* answers \w+, expected .* answers \w+, as"):
+        load_pairs(again, "train", limit=None, seed=0, first_row=0)
 
 
 def test_a_plan_counts_labels_of_every_position(inside: Run) -> None:

@@ -336,6 +336,7 @@ def test_a_plan_for_a_laptop_names_one_memory(tmp_path: Path) -> None:
         ("all", "65,500 activations x 256 float32 = 67.1 MB"),
         ("user", "not known before capture (further figures count 65,500)"),
         ("random:3", "1,500 activations"),
+        ("generated:3", "1,500 activations"),
         ("mean:regex:def", "500 activations"),
         ("regex:def", "for every token that `regex:def` finds, not known before capture"),
         ("last:assistant", "for every token that `last:assistant` finds, not known"),
@@ -347,6 +348,21 @@ def test_a_plan_says_how_many_activations_it_expects_or_that_it_cannot_know(
     config = override(nano(), capture={"positions": positions}, corpus={"max_chunks": 500})
     config = dataclasses.replace(config, run_dir=str(tmp_path))
     assert said in describe_plan(config, "capture")
+
+
+def test_a_plan_counts_the_tokens_of_answers_where_positions_are_in_them(tmp_path: Path) -> None:
+    config = override(nano(), capture={"positions": "generated:3"}, corpus={"max_chunks": 500})
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    # 420 / 3.2 + 30 = 161.25 tokens of a prompt and 64 of an answer: drafted, then read at once.
+    text = describe_plan(config, "capture")
+    _, answers, activations = re.split(r"^(?=answers|activations)", text, flags=re.MULTILINE)
+    assert "work       225,250 tokens" in answers
+    assert "500 answers of at most 64 tokens, 32,000 in all" in answers
+    assert "work       112,625 tokens" in activations
+    plain = describe_plan(override(config, capture={"positions": "random:3"}), "capture")
+    assert "work       80,625 tokens" in plain and "\nanswers" not in plain
+    short = override(config, base={"max_tokens": 180})
+    assert PlanFacts.of(Run(short)).read_tokens == 180
 
 
 def test_the_memory_of_a_shard_in_a_plan_is_that_of_some_blocks(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from nla_ray.activation.patching import Patcher
 from nla_ray.activation.positions import TextEncoder
-from nla_ray.activation.stage import capture_activations, load_activations, load_stats
+from nla_ray.activation.stage import answer_texts, capture_activations, load_activations, load_stats
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.description.record import Description
 from nla_ray.label.stage import drawn_labels
@@ -122,8 +122,8 @@ def test_an_activation_of_another_prompt_is_left_out_and_counted(
     row = min(torch.randperm(len(test), generator=generator)[:ROWS].tolist())
     other = "A text that was never captured, and longer than any that was."
 
-    def read_otherwise(self, text_id: str, text: str, messages: str | None):
-        assert messages is None
+    def read_otherwise(self, text_id: str, text: str, messages: str | None, answer: tuple):
+        assert messages is None and answer == ()
         return encode(self, text_id, other if text_id == test.text_ids[row] else text)
 
     monkeypatch.setattr(TextEncoder, "encode", read_otherwise)
@@ -133,12 +133,20 @@ def test_an_activation_of_another_prompt_is_left_out_and_counted(
     assert f"patch-back: 1 of {ROWS} activations are left out" in " ".join(report["notes"])
 
 
+@pytest.mark.parametrize("positions", ["random:3", "generated:3"])
 def test_activations_inside_texts_are_put_back_where_they_were_captured(
-    ray_cluster: None, tiny_run: Callable[..., Run], publish_corpus: Callable, tmp_path: Path
+    ray_cluster: None,
+    tiny_run: Callable[..., Run],
+    publish_corpus: Callable,
+    tmp_path: Path,
+    positions: str,
 ) -> None:
-    run = tiny_run(capture=CaptureConfig(positions="random:3"))
+    run = tiny_run(capture=CaptureConfig(positions=positions, answer_tokens=8))
     publish_corpus(run)
+    if run.config.capture.needs_answers:
+        answer_texts(run)
     capture_activations(run)
+    run = tiny_run()  # a later job, which was not told of the positions
     table = load_activations(run, "train")
     said = [Description.from_text("a licence", num_tokens=3)] * len(table)
     readings = Readings(["a licence"], dict.fromkeys(SCORERS, torch.ones(1, 32)))

@@ -34,9 +34,11 @@ from nla_ray.settings.presets import override
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 DATA = ("corpus", "activations", "labels")
+OPTIONAL = ("answers", "readable_labels")
+"""Stages that some settings ask for."""
 SCORERS = ("reward_scorer", "judge_scorer", "linear_scorer")
 LAST = ("reward_scorer_refreshed", "claim_confidence", "report")
-PIPELINE = (*DATA, "readable_labels", *SCORERS, "sft", "grpo", *LAST)
+PIPELINE = ("corpus", "answers", *DATA[1:], "readable_labels", *SCORERS, "sft", "grpo", *LAST)
 
 
 def names(rows: tuple[Stage, ...]) -> tuple[str, ...]:
@@ -66,13 +68,13 @@ def test_every_function_section_parent_job_and_plan_that_the_table_names_exists(
     [
         ("pretrain", ("base",)),
         ("corpus", ("corpus",)),
-        ("capture", ("corpus", "activations")),
-        ("label", ("corpus", "labels")),
-        ("sft", PIPELINE[:8]),
-        ("grpo", (*PIPELINE[:6], *PIPELINE[7:9])),
+        ("capture", ("corpus", "answers", "activations")),
+        ("label", ("corpus", "answers", "labels")),
+        ("sft", PIPELINE[:9]),
+        ("grpo", (*PIPELINE[:7], *PIPELINE[8:10])),
         ("evaluate", PIPELINE),
         ("pipeline", PIPELINE),
-        ("inspect_base", ("corpus", "labels", "inspection")),
+        ("inspect_base", ("corpus", "answers", "labels", "inspection")),
         ("benchmark", ("corpus", "benchmark")),
         ("serve", ("serve",)),
         ("tour", ()),
@@ -84,7 +86,7 @@ def test_a_job_makes_the_closure_of_its_stages_parents_first_and_plans_just_that
     assert names(stages_of_job(job)) == expected
     config = dataclasses.replace(plain_nano(), run_dir=str(tmp_path))
     lines = describe_plan(config, job).splitlines()
-    wanted = tuple(name for name in expected if name != "readable_labels")
+    wanted = tuple(name for name in expected if name not in OPTIONAL)
     assert tuple(line for line in lines[1:] if not line.startswith(" ")) == wanted
 
 
@@ -100,6 +102,27 @@ def test_readable_labels_are_made_where_sft_is_taught_them(tmp_path: Path) -> No
         taught.open_artifact(name).publish()
     assert set(plain.parents_of("sft")) == {"activations", "labels"}
     assert set(taught.parents_of("sft")) == {"activations", "labels", "readable_labels"}
+
+
+def test_answers_are_made_where_positions_are_in_them_and_labels_need_no_activations(
+    tmp_path: Path,
+) -> None:
+    asked = run_at(tmp_path, plain_nano(), capture={"positions": "generated:2"})
+    plain = run_at(tmp_path / "plain", plain_nano())
+    for run, is_made in ((plain, False), (asked, True)):
+        for job in ("capture", "label", "pipeline"):
+            steps = [stage.name for stage, _ in stages.steps_of_job(run, job)]
+            assert ("answers" in steps) == is_made
+    asked.open_artifact("corpus").publish()
+    with pytest.raises(ValueError, match=r"artifact 'answers': got none .* jobs/capture\.py"):
+        asked.open("labels")
+    asked.open("answers").publish()
+    for name in ("activations", "labels"):
+        assert set(asked.open(name).publish().parents) == {"corpus", "answers"}
+    # Later jobs take what is there, whatever they are told of positions.
+    unaware = run_at(tmp_path, plain_nano())
+    assert "answers" not in [stage.name for stage, _ in stages.steps_of_job(unaware, "sft")]
+    assert set(unaware.parents_of("sft")) == {"activations", "labels"}
 
 
 def test_each_stage_is_made_from_readable_labels_where_its_own_settings_ask(tmp_path: Path) -> None:
@@ -153,7 +176,7 @@ def test_sft_is_not_begun_without_the_labels_that_it_is_to_be_taught(tmp_path: P
 
 
 def test_a_closure_holds_every_ancestor_once_in_the_order_of_the_table() -> None:
-    assert names(closure(["labels", "reward_scorer"])) == PIPELINE[:5]
+    assert names(closure(["labels", "reward_scorer"])) == PIPELINE[:6]
     assert closure([]) == ()
 
 
@@ -427,7 +450,7 @@ def test_seeds_are_trained_one_after_another_from_the_same_parents(
     [
         ("sft", [*DATA, *SCORERS, "sft", "sft_seed1"]),
         ("grpo", [*DATA, *SCORERS[:2], "sft", "grpo", "grpo_seed1"]),
-        ("pipeline", [*DATA, *SCORERS, "sft", "grpo", "grpo_seed1", *PIPELINE[9:]]),
+        ("pipeline", [*DATA, *SCORERS, "sft", "grpo", "grpo_seed1", *LAST]),
         ("label", ["corpus", "labels"]),
     ],
 )

@@ -99,6 +99,8 @@ def test_an_override_changes_its_field_and_no_other() -> None:
             ["capture.positions: got 'regex:a(b', expected a regular expression", "`substring:"],
         ),
         (["--capture.positions", "random:0"], ["capture.positions: got 'random:0', expected"]),
+        (["--capture.positions", "generated:"], ["capture.positions: got 'generated:', expected"]),
+        (["--capture.answer-tokens", "0"], ["capture.answer_tokens: got 0, expected at least 1"]),
         (["--capture.positions", "mean:last"], ["capture.positions: got 'mean:last', expected"]),
         (["--capture.positions", "substring:"], ["capture.positions: got 'substring:', expected"]),
         (["--base.layer", "-1"], ["base.layer: got -1"]),

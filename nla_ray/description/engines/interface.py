@@ -13,11 +13,12 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from nla_ray.base.encoding import end_ids_of
 from nla_ray.base.families import beyond_parts, causal_model
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.plain import PlainDecoder
-from nla_ray.description.engines.requests import end_ids_of, never
+from nla_ray.description.engines.requests import never
 from nla_ray.description.engines.self_check import check_generation
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.engines.vllm import VllmEngine

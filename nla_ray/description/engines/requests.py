@@ -1,9 +1,8 @@
-"""What every engine asks of its arguments, requests and adapters; which ids end a description."""
+"""What every engine asks of its arguments, requests and adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -62,13 +61,6 @@ def check_request(
             f" expected at most {context} positions, the model's context. Lower it."
         )
     return injected
-
-
-def end_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: the model's own list and the tokenizer's."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
 
 
 def check_slots(max_slots: int) -> None:

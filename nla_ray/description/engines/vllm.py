@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.adapters import matrix_shape, plain_linear
+from nla_ray.base.encoding import end_ids_of
 from nla_ray.base.families import causal_model, family_of, longest_context
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.factors import Factors
@@ -40,7 +41,6 @@ from nla_ray.description.engines.requests import (
     check_log_probs,
     check_request,
     check_slots,
-    end_ids_of,
     never,
     scaling_of,
 )
