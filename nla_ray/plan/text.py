@@ -107,9 +107,13 @@ def _base_lines(facts: PlanFacts) -> list[str]:
     base, sizes = facts.config.base, facts.sizes
     depth = (base.layer + 1) / sizes.num_layers
     below = sizes.parameters_up_to(base.layer)
+    packed = ""
+    if sizes.quantisation is not None:
+        weights = format_bytes(facts.weights_bytes())
+        packed = f", matrices of {sizes.quantisation.bits} bits, {weights} in all"
     return [
         f"  base {base.model}: {sizes.parameters / 1e9:.3g} billion parameters,"
-        f" {sizes.num_layers} blocks, d_model {sizes.d_model}, {base.dtype}",
+        f" {sizes.num_layers} blocks, d_model {sizes.d_model}, {base.dtype}{packed}",
         f"  layer {base.layer} ({depth:.0%} depth), injection norm {base.injection_norm:g};"
         f" {below / 1e9:.3g} billion parameters up to there",
     ]
