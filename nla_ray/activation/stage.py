@@ -39,6 +39,7 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
+from nla_ray.settings.resources import gpus_of
 from nla_ray.text.stage import families_of, read_chunk_table
 
 if TYPE_CHECKING:
@@ -116,10 +117,11 @@ class ShardCapture:
         capture: CaptureConfig,
         *,
         threads: int,
+        num_gpus: int,
         target: Location,
         base_digest: str,
     ) -> None:
-        self._capture = Capture(base, capture, threads)
+        self._capture = Capture(base, capture, threads, num_gpus)
         self._target, self._base_digest = target, base_digest
 
     def __call__(self, texts: pa.Table) -> pa.Table:
@@ -138,7 +140,9 @@ def capture_activations(run: Run) -> Manifest:
     corpus is missing or damaged, or when no activation is left.
     """
     from nla_ray.base.families import check_layer
+    from nla_ray.base.gpus import check_gpus_of_base
     from nla_ray.base.identity import base_info
+    from nla_ray.base.load import load_model_config
 
     corpus = run.require("corpus")
     stage = run.open("activations")
@@ -148,6 +152,7 @@ def capture_activations(run: Run) -> Manifest:
         return stage.manifest
     for layer in run.config.capture.layers:
         check_layer(layer, info.num_layers, "capture.layers")
+    check_gpus_of_base(load_model_config(run.config.base), run.config.compute)
     digest = info.reading_digest
     shards = sorted(path for path in corpus.files if path.endswith(".parquet"))
     _capture_shards(run, stage, corpus, shards, digest)
@@ -234,6 +239,7 @@ def capture_stream(
         fn_constructor_args=(config.base, config.capture),
         fn_constructor_kwargs={
             "threads": config.compute.threads,
+            "num_gpus": gpus_of(config.compute, "capture"),
             "target": stage.location,
             "base_digest": digest,
         },

@@ -20,6 +20,7 @@ from nla_ray.base.families import check_layer, family_of, quantiser_of
 from nla_ray.base.layers import keep_blocks
 from nla_ray.base.prompts import RAW_TEMPLATE, fix_date
 from nla_ray.base.sources import base_folder, quiet_loading
+from nla_ray.base.spread import spread_blocks
 from nla_ray.settings.config import BaseConfig
 from nla_ray.settings.precision import cpu_dtype, processor_has_bf16
 
@@ -120,14 +121,19 @@ def weight_dtype(base: BaseConfig) -> torch.dtype:
 
 
 def load_backbone(
-    base: BaseConfig, *, num_blocks: int | None = None, attention: str | None = None
+    base: BaseConfig,
+    *,
+    num_blocks: int | None = None,
+    attention: str | None = None,
+    num_gpus: int = 1,
 ) -> Any:
     """The base as a frozen causal model in eval mode, on its device, in the type of `weight_dtype`.
 
     With `num_blocks` only the first blocks are read from disk, and neither final norm nor output
     head. Such a model has the causal model's parameter names (so adapters fit both) but yields the
     residual stream, to be read with `ResidualReader`. `attention`: an implementation by its name in
-    transformers.
+    transformers. `num_gpus`: of this process, over which these blocks are spread; on a CPU it means
+    nothing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +156,12 @@ def load_backbone(
     if weight_dtype(base) != model.dtype:
         # Rounded to the configured type before: every processor holds the same numbers.
         model = model.float()
-    return model.to(device).eval().requires_grad_(False)
+    if num_gpus > 1 and device.type == "cuda":
+        assert num_blocks is not None, "a whole base is spread by vLLM alone"
+        spread_blocks(model, [torch.device("cuda", number) for number in range(num_gpus)])
+    else:
+        model.to(device)
+    return model.eval().requires_grad_(False)
 
 
 def _turn_dropout_off(model: nn.Module) -> None:

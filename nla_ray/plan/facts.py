@@ -51,7 +51,7 @@ class Processes:
     count: int
     resources: dict[str, float]
     bytes: float
-    """Memory of one of them: accelerator memory where it has a GPU, else resident memory."""
+    """Memory of one of them: that of each of its GPUs where it has any, else resident memory."""
     changing_bytes: float = 0.0
     """What it holds beside that while an engine's weights change."""
     host_bytes: float = 0.0
@@ -60,7 +60,12 @@ class Processes:
     @property
     def on_gpu(self) -> bool:
         """Whether each of them books a GPU, or a part of it."""
-        return bool(self.resources.get("GPU"))
+        return self.gpus > 0
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that each of them books."""
+        return self.resources.get("GPU", 0.0)
 
 
 DRIVER = Processes(kind="driver", count=1, resources={}, bytes=0.4e9)
@@ -207,25 +212,27 @@ class PlanFacts:
     def engine_bytes(self, kind: Kind) -> tuple[float, float]:
         """What a generation engine holds beside the base, and again while its weights change.
 
-        The engine `plain` holds the adapter's factors alone and, on a CPU, the head in float32.
-        The engine `compact`, in float32, merges the adapter into a copy of blocks and head, and
-        builds the next copy of the blocks beside the last one. In bfloat16 the base's weights are
-        used as they are, except queries, keys and values, which are joined; a CPU packs all of them
-        and holds the head in float32. The adapter's factors stay beside them. Measured on an H200
-        (`bench/results`): base and engine of the 7B shape hold 16.6 GB, 16.8 while weights change;
-        16.3 and 16.5 by this.
+        The engine `vllm` holds a copy of the base and, in bfloat16, factors. The engine `plain`
+        holds the adapter's factors alone and, on a CPU, the head in float32. The engine `compact`,
+        in float32, merges the adapter into a copy of blocks and head, and builds the next copy of
+        the blocks beside the last one. In bfloat16 the base's weights are used as they are, except
+        queries, keys and values, which are joined; a CPU packs all of them and holds the head in
+        float32. The adapter's factors stay beside them. Measured on an H200 (`bench/results`): base
+        and engine of the 7B shape hold 16.6 GB, 16.8 while weights change; 16.3 and 16.5 by this.
         """
         sizes, item_bytes = self.sizes, self.item_bytes
         on_gpu = bool(resources_of(self.config.compute, kind).get("GPU"))
+        adapter = sizes.lora_parameters(self.config.sft.lora, sizes.num_layers)
+        if self.config.base.engine == "vllm":
+            return self.weights_bytes() + (0 if item_bytes == 4 else adapter * item_bytes), 0
         if self._generates_plainly:
-            plain_factors = 4 * sizes.lora_parameters(self.config.sft.lora, sizes.num_layers)
             of_head = 0 if on_gpu else sizes.vocab * sizes.d_model * 4
-            return of_head + plain_factors, plain_factors
+            return of_head + 4 * adapter, 4 * adapter
         blocks = sizes.num_layers * sizes.block_parameters * item_bytes
         head = sizes.vocab * sizes.d_model * 4
         if item_bytes == 4:
             return blocks + head, blocks
-        factors = sizes.lora_parameters(self.config.sft.lora, sizes.num_layers) * item_bytes
+        factors = adapter * item_bytes
         if not on_gpu:
             return blocks + head + factors, factors
         joined = sizes.d_model * (sizes.query_width + 2 * sizes.key_value_width)
@@ -255,9 +262,9 @@ class PlanFacts:
     ) -> Processes:
         """Processes of a kind, with what Python and CUDA take; all in bytes of each of them.
 
-        `held`: where it computes, weights included. `loaded`: weights that are read, into host
-        memory first; a quantised base's where they stay. `changing`: as in Processes. `data`:
-        arrays that stay in host memory.
+        `held`: where it computes, on each of its GPUs, weights included. `loaded`: weights that are
+        read, into host memory first; a quantised base's where they stay. `changing`: as in
+        Processes. `data`: arrays that stay in host memory.
         """
         resources = resources_of(self.config.compute, kind)
         if self.sizes.quantisation is not None:

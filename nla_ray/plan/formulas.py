@@ -23,7 +23,7 @@ from nla_ray.plan.units import format_bytes
 from nla_ray.run.identity import VALIDATION_SHARE
 from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME, PROPOSAL_NAME
 from nla_ray.settings.config import ReconstructorConfig
-from nla_ray.settings.resources import Kind
+from nla_ray.settings.resources import Kind, gpus_of
 
 _ROWS_AT_ONCE, _ROLLOUTS_AT_ONCE = 64, 128
 """Descriptions that a generation engine writes at the same time, in the report and in GRPO."""
@@ -66,7 +66,9 @@ def _plan_corpus(facts: PlanFacts) -> StagePlan:
 def _plan_activations(facts: PlanFacts) -> StagePlan:
     capture, sizes = facts.config.capture, facts.sizes
     tokens = facts.texts * facts.text_tokens
-    weights, read = facts.weights_bytes(facts.top_layer), facts.read_bytes(facts.top_layer)
+    num_gpus = gpus_of(facts.config.compute, "capture")
+    most_blocks = -(-(facts.top_layer + 1) // num_gpus)  # of a GPU; the first has the embedding too
+    weights, read = facts.weights_bytes(most_blocks - 1), facts.read_bytes(facts.top_layer)
     work = capture.batch_tokens * (3 * sizes.active_ffn + 6 * sizes.d_model) * facts.item_bytes
     process = facts.process(
         "capture", capture.num_actors, weights + work, loaded=read, data=facts.shard_bytes
@@ -248,7 +250,10 @@ def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
 def _generating(facts: PlanFacts, kind: Kind, count: int, rows: int, length: int) -> Processes:
     """Processes with a base, a generation engine, and rows of `length` tokens that it writes."""
     weights, (engine, changing) = facts.weights_bytes(), facts.engine_bytes(kind)
-    held = weights + engine + facts.generation_bytes(rows, length)
+    held = engine + facts.generation_bytes(rows, length)
+    num_gpus = gpus_of(facts.config.compute, kind)
+    # Several hold vLLM's copy in parts, and the base itself is in host memory.
+    held = weights + held if num_gpus == 1 else held / num_gpus
     return facts.process(kind, count, held, loaded=weights, changing=changing)
 
 

@@ -122,6 +122,8 @@ def _base_lines(facts: PlanFacts) -> list[str]:
 def _memory(process: Processes) -> str:
     """`29.4 GB GPU memory each (42.4 GB while weights change), 18.2 GB host memory each`."""
     name = "GPU memory" if process.on_gpu else "memory"
+    if process.gpus > 1:
+        name += f" on {process.gpus:g} GPUs"
     memory = f"{format_bytes(process.bytes)} {name} each"
     if process.changing_bytes:
         most = process.bytes + process.changing_bytes
@@ -129,6 +131,27 @@ def _memory(process: Processes) -> str:
     if process.on_gpu:
         memory += f", {format_bytes(process.host_bytes)} host memory each"
     return memory
+
+
+def _gpus(processes: Sequence[Processes]) -> str | None:
+    """How many GPUs of which memory are enough for processes at the same time; None: none is asked.
+
+    Processes with parts of a GPU may meet on any: each then needs no more than its part of it,
+    unless one GPU holds them all.
+    """
+    on_gpu = [process for process in processes if process.on_gpu]
+    if not on_gpu:
+        return None
+    booked = sum(process.count * process.gpus for process in on_gpu)
+    most = [(process, process.bytes + process.changing_bytes) for process in on_gpu]
+    if booked <= 1:
+        return f"1 with {format_bytes(sum(process.count * size for process, size in most))}"
+    number = 0
+    for process in on_gpu:
+        on_one = max(1, int(1 / process.gpus + 1e-9))
+        number += -(-process.count // on_one) * max(1, int(process.gpus))
+    size = max(size / min(1.0, process.gpus) for process, size in most)
+    return f"{number}, each with {format_bytes(size)}"
 
 
 def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
@@ -139,6 +162,9 @@ def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
             f"  processes  {process.count} x {process.kind}:"
             f" {', '.join(amounts) or 'no resources of Ray'}; about {_memory(process)}"
         )
+    gpus = _gpus(plan.processes)
+    if gpus is not None:
+        lines.append(f"  GPUs       {gpus} or more, as much as the processes above hold")
     if plan.tokens:
         workers = plan.processes[0]
         speed = facts.flops_per_second(workers)

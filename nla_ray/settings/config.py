@@ -545,23 +545,24 @@ class ComputeConfig:
     trainer_cpus: float = 1.0
     """CPUs of a trainer worker."""
     trainer_gpus: float = 0.0
-    """GPUs of a trainer worker."""
+    """GPUs of a trainer worker, at most 1: ZeRO stage 3 spreads a base over several workers."""
     rollout_cpus: float = 0.25
     """CPUs of a process that samples descriptions."""
     rollout_gpus: float = 0.0
-    """GPUs of a process that samples descriptions."""
+    """GPUs of a process that samples descriptions; more than 1 with `--base.engine vllm`, which
+    spreads the base over them."""
     scorer_cpus: float = 0.25
     """CPUs of a process that scores descriptions, or makes the report."""
     scorer_gpus: float = 0.0
-    """GPUs of a process that scores descriptions, or makes the report."""
+    """GPUs of a process that scores descriptions, or makes the report, at most 1."""
     capture_cpus: float = 0.5
     """CPUs of a process that captures activations."""
     capture_gpus: float = 0.0
-    """GPUs of a process that captures activations."""
+    """GPUs of a process that captures activations; several hold equal parts of the blocks."""
     serve_cpus: float = 0.25
     """CPUs of each of the three processes that serve."""
     serve_gpus: float = 0.0
-    """GPUs of each of the three processes that serve."""
+    """GPUs of each of the three processes that serve, at most 1."""
     trainer_resource: str | None = None
     """Custom resource that marks the trainers' nodes, 1 a worker; None: any."""
     rollout_resource: str | None = None

@@ -97,17 +97,19 @@ def make_engine(
     lora: LoraSettings | None = None,
     *,
     chosen: EngineChoice = "auto",
+    num_gpus: int = 1,
 ) -> GenerationEngine:
     """The engine for a frozen base, which may have adapters in it; the base is never changed.
 
     `max_slots`: descriptions decoded at once. `lora`: settings of the adapters that `load_weights`
-    will get. `chosen`: as `engine_name` takes it. Raises ValueError where the engine does not
-    generate what the base does.
+    will get. `chosen`: as `engine_name` takes it. `num_gpus`: of this process, for `vllm` alone; of
+    several the base is on none. Raises ValueError where the engine does not generate what the base
+    does.
     """
     causal = causal_model(model)
     if chosen == "vllm":
         engine: GenerationEngine = VllmEngine(
-            model, tokenizer, prompt, injection_norm, max_slots, lora
+            model, tokenizer, prompt, injection_norm, max_slots, lora, num_gpus=num_gpus
         )
         check_generation(engine, model, prompt, injection_norm)
         return engine
