@@ -62,9 +62,8 @@ class ActivationReader:
         ids = torch.zeros(len(texts), max(len(text.ids) for text in texts), dtype=torch.int64)
         for row, text in enumerate(texts):
             ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        counts = [len(text.read_positions) for text in texts]
-        rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts))
-        columns = torch.tensor([position for text in texts for position in text.read_positions])
+        wanted = [(row, at) for row, text in enumerate(texts) for at in text.read_positions]
+        rows, columns = torch.tensor(wanted).unbind(1)
         with torch.inference_mode():
             residual = self._residual.read(ids.to(self._device))
             return {

@@ -134,7 +134,9 @@ def _memory(process: Processes) -> str:
 
 
 def _gpus(processes: Sequence[Processes]) -> str | None:
-    """How many GPUs of which memory are enough for processes at the same time; None: none is asked.
+    """How many GPUs of which memory are enough for these processes, which run at the same time.
+
+    None: they ask for none.
 
     Processes with parts of a GPU may meet on any: each then needs no more than its part of it,
     unless one GPU holds them all.
@@ -145,13 +147,13 @@ def _gpus(processes: Sequence[Processes]) -> str | None:
     booked = sum(process.count * process.gpus for process in on_gpu)
     most = [(process, process.bytes + process.changing_bytes) for process in on_gpu]
     if booked <= 1:
-        return f"1 with {format_bytes(sum(process.count * size for process, size in most))}"
+        return f"1 with {format_bytes(sum(process.count * size for process, size in most))} is"
     number = 0
     for process in on_gpu:
         on_one = max(1, int(1 / process.gpus + 1e-9))
         number += -(-process.count // on_one) * max(1, int(process.gpus))
     size = max(size / min(1.0, process.gpus) for process, size in most)
-    return f"{number}, each with {format_bytes(size)}"
+    return f"{number} with {format_bytes(size)} each are"
 
 
 def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
@@ -164,7 +166,7 @@ def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
         )
     gpus = _gpus(plan.processes)
     if gpus is not None:
-        lines.append(f"  GPUs       {gpus} or more, as much as the processes above hold")
+        lines.append(f"  GPUs       {gpus} enough")
     if plan.tokens:
         workers = plan.processes[0]
         speed = facts.flops_per_second(workers)

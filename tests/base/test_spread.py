@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_families import IDS, random_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nla_ray.activation.capture import ActivationReader
@@ -94,15 +94,9 @@ def test_what_is_read_is_the_same_number_by_number(family: str) -> None:
 @pytest.mark.parametrize(
     ("compute", "message"),
     [
-        (
-            {"trainer_gpus": 2.0},
-            "compute.trainer_gpus: got 2.0, expected at most 1. .*zero-stage 3",
-        ),
+        ({"trainer_gpus": 2.0}, "trainer_gpus: got 2.0, expected at most 1. .*zero-stage 3"),
         ({"scorer_gpus": 2.0}, "compute.scorer_gpus: got 2.0, expected at most 1. Set --compute.s"),
-        (
-            {"serve_gpus": 4.0},
-            "compute.serve_gpus: got 4.0, expected at most 1. Set --compute.serve",
-        ),
+        ({"serve_gpus": 4.0}, "serve_gpus: got 4.0, expected at most 1. Set --compute.serve"),
         ({"rollout_gpus": 2.0}, "compute.rollout_gpus: got 2.0, .*'auto'.* --base.engine vllm"),
         ({"capture_gpus": 1.5}, "compute.capture_gpus: got 1.5, expected a part .* whole number"),
     ],
