@@ -551,6 +551,10 @@ class ComputeConfig:
     rollout_gpus: float = 0.0
     """GPUs of a process that samples descriptions; more than 1 with `--base.engine vllm`, which
     spreads the base over them."""
+    rollout_python: str | None = None
+    """Absolute path of the Python executable of processes that sample descriptions in GRPO, on
+    their nodes: an environment that has nla_ray and, of its own versions, vLLM; of Python and Ray
+    it has the same as here. None: that of all other processes."""
     scorer_cpus: float = 0.25
     """CPUs of a process that scores descriptions, or makes the report."""
     scorer_gpus: float = 0.0
@@ -580,6 +584,16 @@ class ComputeConfig:
     not counted; where a micro-batch has more, they are computed twice. 0: always."""
     zero_stage: Literal[0, 2, 3] = 2
     """DeepSpeed ZeRO stage of every training; 3 shards weights too, 0 trains without DeepSpeed."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.rollout_python is None or os.path.isabs(self.rollout_python),
+            "compute.rollout_python",
+            self.rollout_python,
+            "an absolute path",
+            "Processes start in other folders: name the file from the root, as `which python` does"
+            " in its environment.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

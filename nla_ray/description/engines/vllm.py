@@ -1,8 +1,10 @@
 """The generation engine by vLLM: it batches, pages and caches as vLLM does.
 
 The package is optional (`INSTALL`). It changes PyTorch and the environment of its process when it
-starts, so an engine lives in an actor that holds nothing else; that actor may run in a Python
-environment of its own. The life of one `generate` call:
+starts, so an engine lives in an actor that holds nothing else. Where vLLM asks for other versions
+than this package, GRPO's rollout actors run in a Python environment of their own, which has
+nla_ray, vLLM, and the same Python and Ray: `--compute.rollout-python FOLDER/bin/python`.
+The life of one `generate` call:
 
 1. Every prompt goes in as embeddings, the WHOLE of it: tokens looked up in the base's own table,
    the injected vector in the marker's place. vLLM's cache knows such prompts by their numbers; it
