@@ -52,14 +52,18 @@ _PLAIN_VALUES = {
 """Settings of which some values change nothing. Any other setting must be off."""
 
 
-def read_adapter(folder: Path | str) -> tuple[dict[str, Tensor], LoraSettings]:
+def read_adapter(
+    folder: Path | str, *, is_wrapped: bool = False
+) -> tuple[dict[str, Tensor], LoraSettings]:
     """A saved adapter without a model: its tensors as `adapter_state` names them, its settings.
+
+    `is_wrapped`: of a text model beside others, whose names it may have in the whole model.
 
     An adapter whose factors have several scales or ranks comes as the plain one that computes the
     same: one rank, and a scale of 1. Raises ValueError when the folder holds no adapter, and for
     what is no LoRA of weight matrices: DoRA, biases, whole modules, half a pair.
     """
-    state, config = read_lora(folder)
+    state, config = read_lora(folder, is_wrapped=is_wrapped)
     return state, lora_settings(config)
 
 
@@ -76,15 +80,18 @@ def lora_settings(config: LoraConfig) -> LoraSettings:
     return LoraSettings(rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout)
 
 
-def read_lora(folder: Path | str) -> tuple[dict[str, Tensor], LoraConfig]:
+def read_lora(
+    folder: Path | str, *, is_wrapped: bool = False
+) -> tuple[dict[str, Tensor], LoraConfig]:
     """Tensors and configuration of a saved adapter, as a plain LoRA of one rank and one scale."""
     config_file, _ = _files_of(Path(folder))
     _require_plain(config_file)
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-    saved = load_peft_weights(str(folder), device="cpu")
-    state = {_IN_WRAPPER.sub(f"{_PREFIX}model.", name): value for name, value in saved.items()}
+    state = load_peft_weights(str(folder), device="cpu")
+    if is_wrapped:
+        state = {_IN_WRAPPER.sub(f"{_PREFIX}model.", name): state[name] for name in state}
     modules = _modules_of(state, folder)
-    if state.keys() != saved.keys():  # names and patterns of the wrapper, which is never loaded
+    if is_wrapped:  # the settings may say where it is in the whole model
         config.target_modules = sorted({module.rpartition(".")[2] for module in modules})
         config.layers_to_transform = _blocks_of(modules)
     ranks = {module: len(state[module + _DOWN]) for module in modules}

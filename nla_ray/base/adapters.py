@@ -112,7 +112,8 @@ def load_adapter(
     left out. Raises ValueError for what `read_adapter` refuses, for a tensor that has no place in
     the base, and for a place of the adapter that gets none.
     """
-    state, config = read_lora(folder)
+    is_wrapped = wrapper_of(causal_model(model).config) is not None
+    state, config = read_lora(folder, is_wrapped=is_wrapped)
     state = tensors_of_blocks(state, model, folder)
     config.inference_mode = not trainable
     if isinstance(model, PeftModel):

@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 from nla_ray.activation.injection import activations_attached
 from nla_ray.base.adapter_files import read_adapter
-from nla_ray.base.adapters import adapter_state, add_lora, load_adapter, save_adapter
+from nla_ray.base.adapters import (
+    adapter_state,
+    add_lora,
+    load_adapter,
+    save_adapter,
+    set_adapter_state,
+)
 from nla_ray.base.config_files import as_config
 from nla_ray.base.families import family_of
 from nla_ray.base.identity import base_info
@@ -25,6 +31,7 @@ from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.base.self_check import check_reading
 from nla_ray.bench.families import small_sizes
 from nla_ray.description.engines.interface import engine_name, make_engine
+from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.plan.sizes import sizes_in
 from nla_ray.plan.text import describe_plan
 from nla_ray.settings.config import BaseConfig, LoraSettings
@@ -161,6 +168,20 @@ def test_the_engine_writes_what_the_librarys_generate_writes(base: BaseConfig) -
     assert [a.token_ids for a in adapted] != [w.token_ids for w in written]
 
 
+def test_a_saved_verbalizer_describes_as_its_model_does(base: BaseConfig, tmp_path: Path) -> None:
+    model, tokenizer = add_lora(load_backbone(base), LORA), load_tokenizer(base)
+    state = random_state(adapter_state(model))
+    set_adapter_state(model, state)
+    save_adapter(model, tmp_path)
+    activations = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    prompt = build_injection_prompt(tokenizer, MARKER)
+    engine = make_engine(model, tokenizer, prompt, base.injection_norm, 4, LORA)
+    engine.load_weights(state, 0)
+    written = engine.generate(activations, max_new_tokens=12)
+    found = Verbalizer.load(base, tmp_path).describe(activations, max_new_tokens=12)
+    assert [f.token_ids for f in found] == [w.token_ids for w in written]
+
+
 @pytest.mark.parametrize("num_blocks", [None, 2])
 def test_its_adapter_loads_in_peft_around_the_whole_model(
     base: BaseConfig, num_blocks: int | None, tmp_path: Path
@@ -182,7 +203,7 @@ def test_its_adapter_loads_in_peft_around_the_whole_model(
     # And here, with the names of a text model that stands alone.
     again = load_adapter(load_backbone(base), tmp_path)
     torch.testing.assert_close(again(input_ids=IDS).logits, expected)
-    state, settings = read_adapter(tmp_path)
+    state, settings = read_adapter(tmp_path, is_wrapped=True)
     assert state.keys() == adapter_state(model).keys() and settings == LORA
     assert family_of(again) is family_of(model)
     first = load_adapter(load_backbone(base, num_blocks=2), tmp_path)
