@@ -7,7 +7,9 @@ than its tokenizer has tokens, as real models have.
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,6 +188,21 @@ def make_tiny_base(
         device="cpu",
         training_dtype="float32",
     )
+
+
+def make_quantised_base(folder: Path, quantisation: object, **fields: object) -> BaseConfig:
+    """A tiny base whose matrices a package has packed; `quantisation`: in transformers' words."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = make_tiny_base(folder / "plain", **fields)
+    model = AutoModelForCausalLM.from_pretrained(
+        base.model, dtype=torch.float32, quantization_config=quantisation
+    )
+    model.save_pretrained(folder / "packed")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(base.model) / name, folder / "packed" / name)
+    return dataclasses.replace(base, model=str(folder / "packed"))
 
 
 def random_state(state: dict[str, Tensor], scale: float = 0.2, seed: int = 0) -> dict[str, Tensor]:

@@ -62,17 +62,15 @@ class ActivationReader:
         ids = torch.zeros(len(texts), max(len(text.ids) for text in texts), dtype=torch.int64)
         for row, text in enumerate(texts):
             ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        counts = [len(text.read_positions) for text in texts]
-        rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(
-            self._device
-        )
-        positions = [position for text in texts for position in text.read_positions]
-        columns = torch.tensor(positions, device=self._device)
+        wanted = [(row, at) for row, text in enumerate(texts) for at in text.read_positions]
+        rows, columns = torch.tensor(wanted).unbind(1)
         with torch.inference_mode():
             residual = self._residual.read(ids.to(self._device))
             return {
-                layer: self._wanted(values[rows, columns].float(), texts)
-                for layer, values in residual.items()
+                layer: self._wanted(
+                    values[rows.to(values.device), columns.to(values.device)].float(), texts
+                )
+                for layer, values in residual.items()  # on the device of their block
             }
 
     def _wanted(self, values: Tensor, texts: Sequence[EncodedText]) -> list[np.ndarray]:
@@ -113,7 +111,10 @@ class CapturedBlock:
 class Capture:
     """A table of encoded texts in, blocks of their activations out."""
 
-    def __init__(self, base: BaseConfig, capture: CaptureConfig, threads: int) -> None:
+    def __init__(
+        self, base: BaseConfig, capture: CaptureConfig, threads: int, num_gpus: int = 1
+    ) -> None:
+        """`num_gpus`: as `load_backbone` takes it."""
         import torch
 
         from nla_ray.base.load import load_backbone
@@ -122,7 +123,7 @@ class Capture:
         torch.set_num_threads(threads)
         layers = wanted_layers(base, capture)
         self._batch_tokens = capture.batch_tokens
-        model = load_backbone(base, num_blocks=layers[-1] + 1)
+        model = load_backbone(base, num_blocks=layers[-1] + 1, num_gpus=num_gpus)
         check_reading(model, layers)
         self._reader = ActivationReader(model, layers, capture.batch_tokens)
 

@@ -47,6 +47,7 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
+from nla_ray.settings.resources import gpus_of
 from nla_ray.text.stage import families_of, read_chunk_table, read_chunks
 
 if TYPE_CHECKING:
@@ -130,10 +131,11 @@ class ShardCapture:
         capture: CaptureConfig,
         *,
         threads: int,
+        num_gpus: int,
         target: Location,
         base_digest: str,
     ) -> None:
-        self._capture = Capture(base, capture, threads)
+        self._capture = Capture(base, capture, threads, num_gpus)
         self._target, self._base_digest = target, base_digest
 
     def __call__(self, texts: pa.Table) -> pa.Table:
@@ -239,7 +241,9 @@ def capture_activations(run: Run) -> Manifest:
     corpus is missing or damaged, for answers of another base, and when no activation is left.
     """
     from nla_ray.base.families import check_layer
+    from nla_ray.base.gpus import check_gpus_of_base
     from nla_ray.base.identity import base_info
+    from nla_ray.base.load import load_model_config
 
     corpus = run.require("corpus")
     stage = run.open("activations")
@@ -251,6 +255,7 @@ def capture_activations(run: Run) -> Manifest:
         check_layer(layer, info.num_layers, "capture.layers")
     if run.config.capture.needs_answers:
         check_base(run.require("answers"), info)
+    check_gpus_of_base(load_model_config(run.config.base), run.config.compute)
     records = _make_shards(run, stage, corpus, info.reading_digest)
     return _publish(stage, records, info, run.config.capture)
 
@@ -352,6 +357,7 @@ def shard_stream(
         fn_constructor_args=(config.base, config.capture),
         fn_constructor_kwargs={
             "threads": config.compute.threads,
+            "num_gpus": gpus_of(config.compute, "capture"),
             "target": stage.location,
             "base_digest": digest,
         },

@@ -6,11 +6,12 @@ or is refused by name: nothing of it is ever left out in silence.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +28,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _CONFIG_NAME, _OLD_WEIGHTS_NAME = "adapter_config.json", "adapter_model.bin"
 _PREFIX = "base_model.model."
 """Of every tensor in a saved adapter: peft's wrapper around the causal model."""
+_IN_WRAPPER = re.compile(rf"^{re.escape(_PREFIX)}(?:model\.language_model|language_model\.model)\.")
+"""Before a text model's names where its adapter was made on the whole model beside it."""
+_BLOCK = re.compile(r"\.layers\.(\d+)\.")
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _COMPUTED = frozenset(
     "r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules"
@@ -48,14 +52,18 @@ _PLAIN_VALUES = {
 """Settings of which some values change nothing. Any other setting must be off."""
 
 
-def read_adapter(folder: Path | str) -> tuple[dict[str, Tensor], LoraSettings]:
+def read_adapter(
+    folder: Path | str, *, is_wrapped: bool = False
+) -> tuple[dict[str, Tensor], LoraSettings]:
     """A saved adapter without a model: its tensors as `adapter_state` names them, its settings.
+
+    `is_wrapped`: of a text model beside others, whose names it may have in the whole model.
 
     An adapter whose factors have several scales or ranks comes as the plain one that computes the
     same: one rank, and a scale of 1. Raises ValueError when the folder holds no adapter, and for
     what is no LoRA of weight matrices: DoRA, biases, whole modules, half a pair.
     """
-    state, config = read_lora(folder)
+    state, config = read_lora(folder, is_wrapped=is_wrapped)
     return state, lora_settings(config)
 
 
@@ -72,13 +80,20 @@ def lora_settings(config: LoraConfig) -> LoraSettings:
     return LoraSettings(rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout)
 
 
-def read_lora(folder: Path | str) -> tuple[dict[str, Tensor], LoraConfig]:
+def read_lora(
+    folder: Path | str, *, is_wrapped: bool = False
+) -> tuple[dict[str, Tensor], LoraConfig]:
     """Tensors and configuration of a saved adapter, as a plain LoRA of one rank and one scale."""
     config_file, _ = _files_of(Path(folder))
     _require_plain(config_file)
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     state = load_peft_weights(str(folder), device="cpu")
+    if is_wrapped:
+        state = {_IN_WRAPPER.sub(f"{_PREFIX}model.", name): state[name] for name in state}
     modules = _modules_of(state, folder)
+    if is_wrapped:  # the settings may say where it is in the whole model
+        config.target_modules = sorted({module.rpartition(".")[2] for module in modules})
+        config.layers_to_transform = _blocks_of(modules)
     ranks = {module: len(state[module + _DOWN]) for module in modules}
     scales = {module: _scale(config, module, rank, folder) for module, rank in ranks.items()}
     if config.use_rslora or config.rank_pattern or config.alpha_pattern:
@@ -141,6 +156,32 @@ def _modules_of(state: Mapping[str, Tensor], folder: Path | str) -> list[str]:
             " save_pretrained."
         )
     return sorted(modules)
+
+
+def _blocks_of(modules: Sequence[str]) -> list[int]:
+    """Numbers of the blocks that hold these modules, ascending."""
+    return sorted({int(found[1]) for found in map(_BLOCK.search, modules) if found})
+
+
+def as_in_wrapper(
+    state: Mapping[str, Tensor], config: LoraConfig
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """A text model's adapter under the names that the whole model beside it gives its modules.
+
+    So it loads in peft around what `AutoModelForCausalLM` makes of the folder. A pattern keeps it
+    away from the matrices of images, whose names end alike.
+    """
+    modules = sorted({key.removesuffix(_DOWN).removesuffix(_UP) for key in state})
+    blocks = "|".join(map(str, _blocks_of(modules)))
+    paths = "|".join(sorted({re.escape(_BLOCK.split(module)[-1]) for module in modules}))
+    config = copy.copy(config)
+    config.target_modules = rf"model\.language_model\.layers\.(?:{blocks})\.(?:{paths})"
+    config.layers_to_transform = None
+    start = f"{_PREFIX}model."
+    renamed = {
+        f"{start}language_model.{key.removeprefix(start)}": value for key, value in state.items()
+    }
+    return renamed, config
 
 
 def _scale(config: LoraConfig, module: str, rank: int, folder: Path | str) -> float:

@@ -20,8 +20,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from nla_ray.base.adapter_files import WEIGHTS_NAME, lora_settings, read_lora, tensors_of_blocks
-from nla_ray.base.families import blocks_of, causal_model, family_of
+from nla_ray.base.adapter_files import (
+    WEIGHTS_NAME,
+    as_in_wrapper,
+    lora_settings,
+    read_lora,
+    tensors_of_blocks,
+)
+from nla_ray.base.families import blocks_of, causal_model, family_of, wrapper_of
 from nla_ray.settings.config import LoraSettings
 
 AdaptedModel = PeftModelForCausalLM
@@ -106,7 +112,8 @@ def load_adapter(
     left out. Raises ValueError for what `read_adapter` refuses, for a tensor that has no place in
     the base, and for a place of the adapter that gets none.
     """
-    state, config = read_lora(folder)
+    is_wrapped = wrapper_of(causal_model(model).config) is not None
+    state, config = read_lora(folder, is_wrapped=is_wrapped)
     state = tensors_of_blocks(state, model, folder)
     config.inference_mode = not trainable
     if isinstance(model, PeftModel):
@@ -124,14 +131,18 @@ def load_adapter(
 def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") -> None:
     """Write adapter_config.json and adapter_model.safetensors into `folder` itself.
 
-    The adapter's name is in neither, so that it loads under any other.
+    The adapter's name is in neither, so that it loads under any other. Of a text model beside
+    others its modules are named as in the whole model.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model, name), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    state = adapter_state(model, name)
     config: Any = copy.copy(_lora_config(model, name))
+    if wrapper_of(causal_model(model).config) is not None:
+        state, config = as_in_wrapper(state, config)
+    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config.inference_mode = True
     # A set, whose order differs from process to process, would make another file in each.
     if not isinstance(config.target_modules, str):

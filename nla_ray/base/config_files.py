@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from nla_ray.base.families import WRAPPERS
+
 EMBEDDED_DIR = Path(__file__).resolve().parents[1] / "nano" / "data"
 _SMOLLM2_135M = {
     "model_type": "llama",
@@ -125,8 +127,12 @@ _WINDOWS_ON_REQUEST = ("qwen2", "qwen3", "qwen3_moe")
 def as_config(values: Mapping[str, Any]) -> SimpleNamespace:
     """The content of a config.json with what transformers' class fills in where it says nothing.
 
-    Source: configuration classes of transformers. A test compares.
+    Of a text model beside others it is the text model's, with `wrapped_in`. Source: configuration
+    classes of transformers. A test compares. Raises ValueError for a text model of packed weights
+    beside others.
     """
+    if values.get("model_type") in WRAPPERS:
+        return as_config(_text_part(values))
     model_type = values.get("model_type")
     given = dict(values)
     if model_type == "gpt2":
@@ -150,6 +156,18 @@ def as_config(values: Mapping[str, Any]) -> SimpleNamespace:
     filled["rope_parameters"] = {"rope_type": rope.get("type", "default"), **rope}
     filled["layer_types"] = filled.get("layer_types") or _layer_types(filled)
     return SimpleNamespace(**filled)
+
+
+def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    wrapper = values["model_type"]
+    if "quantization_config" in values:
+        raise ValueError(
+            f"base.model: got quantised weights of model type {wrapper!r}, expected plain ones: a"
+            " text model beside others is read from plain files alone. Choose such a version of the"
+            " base."
+        )
+    [inner] = [name for name in _LIBRARY_VALUES if name.startswith(wrapper)]
+    return {"model_type": inner, **values["text_config"], "wrapped_in": wrapper}
 
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -137,6 +137,20 @@ FAMILIES = {
 """Model type of a transformers configuration -> its family. Source: transformers' model files."""
 
 
+WRAPPERS = ("gemma3",)
+"""Model types that hold a text model of the table beside models of images, as `text_config`."""
+INNER_NAMES = {
+    r"^(?:model\.language_model|language_model\.model)\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""Names of its weights in a wrapper's files, newer or older -> in the causal model."""
+
+
+def wrapper_of(config: Any) -> str | None:
+    """The model type around a text model, whose configuration this is; None: it stands alone."""
+    return getattr(config, "wrapped_in", None)
+
+
 def family_of(model_or_config: Any) -> Family:
     """The family of a model (wrapped by adapters or not) or of a transformers configuration.
 
@@ -146,7 +160,7 @@ def family_of(model_or_config: Any) -> Family:
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"base.model: got model type {config.model_type!r}, expected one of"
-            f" {', '.join(FAMILIES)}. Choose such a base, or add a row to"
+            f" {', '.join((*FAMILIES, *WRAPPERS))}. Choose such a base, or add a row to"
             " nla_ray/base/families.py: where its blocks, norms, head and matrices are."
         )
     return FAMILIES[config.model_type]

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from nla_ray.base.config_files import PUBLISHED_CONFIGS, as_config
-from nla_ray.base.families import check_layer, family_of, quantiser_of
+from nla_ray.base.families import INNER_NAMES, check_layer, family_of, quantiser_of, wrapper_of
 from nla_ray.base.layers import keep_blocks
 from nla_ray.base.prompts import RAW_TEMPLATE, fix_date
 from nla_ray.base.sources import base_folder, quiet_loading
+from nla_ray.base.spread import spread_blocks
 from nla_ray.settings.config import BaseConfig
 from nla_ray.settings.precision import cpu_dtype, processor_has_bf16
 
@@ -27,8 +28,8 @@ from nla_ray.settings.precision import cpu_dtype, processor_has_bf16
 def load_model_config(base: BaseConfig) -> Any:
     """The base's transformers configuration: from its folder or hub, else from PUBLISHED_CONFIGS.
 
-    No weights are read. Raises ValueError for a base that cannot be found, and for one of an
-    unsupported family.
+    Of a text model beside others it is the text model's, with `wrapped_in`. No weights are read.
+    Raises ValueError for a base that cannot be found, and for one of an unsupported family.
     """
     from transformers import AutoConfig
 
@@ -42,7 +43,12 @@ def load_model_config(base: BaseConfig) -> Any:
     known = as_config(json.loads((folder / "config.json").read_text()))
     family_of(known)
     _require_quantiser(known, base)
-    return AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if (wrapper := wrapper_of(known)) is None:
+        return config
+    inner = config.get_text_config()
+    inner.wrapped_in = wrapper
+    return inner
 
 
 def _require_quantiser(config: Any, base: BaseConfig) -> None:
@@ -120,14 +126,19 @@ def weight_dtype(base: BaseConfig) -> torch.dtype:
 
 
 def load_backbone(
-    base: BaseConfig, *, num_blocks: int | None = None, attention: str | None = None
+    base: BaseConfig,
+    *,
+    num_blocks: int | None = None,
+    attention: str | None = None,
+    num_gpus: int = 1,
 ) -> Any:
     """The base as a frozen causal model in eval mode, on its device, in the type of `weight_dtype`.
 
     With `num_blocks` only the first blocks are read from disk, and neither final norm nor output
     head. Such a model has the causal model's parameter names (so adapters fit both) but yields the
     residual stream, to be read with `ResidualReader`. `attention`: an implementation by its name in
-    transformers.
+    transformers. `num_gpus`: of this process, over which these blocks are spread; on a CPU it means
+    nothing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -138,9 +149,11 @@ def load_backbone(
     is_quantised = quantiser_of(config) is not None
     if is_quantised:  # such weights are made where they stay
         options["device_map"] = {"": str(device)}
+    if wrapper_of(config) is not None:
+        options["key_mapping"] = INNER_NAMES
     with quiet_loading():
         if num_blocks is None:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
         else:
             check_layer(num_blocks - 1, config.num_hidden_layers)
             model = _load_first_blocks(folder, config, range(num_blocks), options)
@@ -150,7 +163,12 @@ def load_backbone(
     if weight_dtype(base) != model.dtype:
         # Rounded to the configured type before: every processor holds the same numbers.
         model = model.float()
-    return model.to(device).eval().requires_grad_(False)
+    if num_gpus > 1 and device.type == "cuda":
+        assert num_blocks is not None, "a whole base is spread by vLLM alone"
+        spread_blocks(model, [torch.device("cuda", number) for number in range(num_gpus)])
+    else:
+        model.to(device)
+    return model.eval().requires_grad_(False)
 
 
 def _turn_dropout_off(model: nn.Module) -> None:

@@ -78,6 +78,22 @@ def connect(compute: ComputeConfig, *, offline: bool = True) -> Iterator[None]:
         _shutdown(before)
 
 
+def check_rollout_python(compute: ComputeConfig) -> None:
+    """Raise ValueError for a Python executable that is not there, where this machine is asked.
+
+    Of a cluster that RAY_ADDRESS names its nodes have it, or Ray says that they do not.
+    """
+    path = compute.rollout_python
+    if path is None or _cluster_address() is not None or os.access(path, os.X_OK):
+        return
+    raise ValueError(
+        f"compute.rollout_python: got {path!r}, where no file is that can be run, expected the"
+        " Python executable of an environment with nla_ray on this machine. Make it with: python -m"
+        " venv FOLDER, install nla_ray and vLLM there, and set --compute.rollout-python"
+        " FOLDER/bin/python."
+    )
+
+
 def _cluster_address() -> str | None:
     """The cluster that RAY_ADDRESS names; None: an embedded one.
 

@@ -23,7 +23,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nla_ray.cluster.connect import connect
+from nla_ray.base.gpus import check_gpus
+from nla_ray.cluster.connect import check_rollout_python, connect
 from nla_ray.cluster.environment import job_environment, needs_hub
 from nla_ray.cluster.errors import user_message
 from nla_ray.cluster.processes import child_processes, kill_processes
@@ -68,6 +69,8 @@ def run_job(
 
     config = _with_lasting_run_dir(parse_arguments(description, config_class=config_class))
     try:
+        check_gpus(config)
+        check_rollout_python(config.compute)
         if config.dry_run:
             from nla_ray.plan.text import describe_plan
 

@@ -35,9 +35,12 @@ def worker_options(compute: ComputeConfig, kind: Kind) -> dict[str, Any]:
         "num_gpus": resources.pop("GPU", 0.0),
         "resources": resources,
     }
+    runtime: dict[str, Any] = {}
     if environment := kind_environment(compute, kind):
-        options["runtime_env"] = {"env_vars": environment}
-    return options
+        runtime["env_vars"] = environment
+    if kind == "rollout" and compute.rollout_python is not None:
+        runtime["py_executable"] = compute.rollout_python
+    return options | ({"runtime_env": runtime} if runtime else {})
 
 
 @dataclass(frozen=True, kw_only=True)

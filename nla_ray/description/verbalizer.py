@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from nla_ray.base.adapter_files import read_adapter
-from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.families import wrapper_of
+from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import injection_prompt, parse_description
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
 from nla_ray.description.protocol import GenerationProtocol
@@ -42,7 +43,10 @@ class Verbalizer:
         """
         tokenizer = load_tokenizer(base)
         prompt = injection_prompt(tokenizer, base, neighbours)
-        state, lora = (None, None) if folder is None else read_adapter(folder)
+        state, lora = None, None
+        if folder is not None:
+            is_wrapped = wrapper_of(load_model_config(base)) is not None
+            state, lora = read_adapter(folder, is_wrapped=is_wrapped)
         engine = make_engine(
             load_backbone(base) if model is None else model,
             tokenizer,

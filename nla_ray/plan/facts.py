@@ -51,7 +51,7 @@ class Processes:
     count: int
     resources: dict[str, float]
     bytes: float
-    """Memory of one of them: accelerator memory where it has a GPU, else resident memory."""
+    """Memory of one of them: that of each of its GPUs where it has any, else resident memory."""
     changing_bytes: float = 0.0
     """What it holds beside that while an engine's weights change."""
     host_bytes: float = 0.0
@@ -60,7 +60,12 @@ class Processes:
     @property
     def on_gpu(self) -> bool:
         """Whether each of them books a GPU, or a part of it."""
-        return bool(self.resources.get("GPU"))
+        return self.gpus > 0
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that each of them books."""
+        return self.resources.get("GPU", 0.0)
 
 
 DRIVER = Processes(kind="driver", count=1, resources={}, bytes=0.4e9)
@@ -113,8 +118,8 @@ class PlanFacts:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one weight of the base, in the type that its processes compute in."""
-        return _item_bytes(self.config)
+        """Bytes of one plain weight of the base, in the type that its processes compute in."""
+        return _item_bytes(self.config, self.sizes)
 
     @property
     def train_texts(self) -> float:
@@ -166,16 +171,15 @@ class PlanFacts:
         """The highest layer that is kept."""
         return max(self.config.base.layer, *self.config.capture.layers, 0)
 
-    def trainer_bytes(self, parameters: int, trainable: int) -> float:
-        """Weights, float32 adapter, gradients and two Adam moments of one worker.
+    def trainer_bytes(self, weights: float, trainable: int) -> float:
+        """Weights of so many bytes, float32 adapter, gradients and two Adam moments of one worker.
 
         ZeRO 2 shards gradients and moments over the workers, ZeRO 3 the weights too.
         """
         compute = self.config.compute
         weights_shards = compute.trainer_workers if compute.zero_stage == 3 else 1
         moments_shards = compute.trainer_workers if compute.zero_stage else 1
-        weights = parameters * self.item_bytes / weights_shards
-        return weights + trainable * 4 + trainable * 12 / moments_shards
+        return weights / weights_shards + trainable * 4 + trainable * 12 / moments_shards
 
     def backward_bytes(self, blocks: int, tokens: float, *, with_head: bool = False) -> float:
         """What a micro-batch of so many tokens keeps for the backward pass.
@@ -192,8 +196,11 @@ class PlanFacts:
 
     def weights_bytes(self, layer: int | None = None) -> float:
         """Weights of the base, of blocks 0..layer and the embedding where `layer` is given."""
-        whole = self.sizes.parameters
-        return (whole if layer is None else self.sizes.parameters_up_to(layer)) * self.item_bytes
+        return self.sizes.weights_bytes(self.item_bytes, layer)
+
+    def read_bytes(self, layer: int) -> float:
+        """Weights that a process reads that keeps blocks 0..layer: of a quantised base all."""
+        return self.weights_bytes(None if self.sizes.quantisation else layer)
 
     def activations_bytes(self, texts: float) -> float:
         """Activations of texts at one position and layer, float32, as banks hold them."""
@@ -212,22 +219,38 @@ class PlanFacts:
     def engine_bytes(self, kind: Kind) -> tuple[float, float]:
         """What a generation engine holds beside the base, and again while its weights change.
 
-        In float32 it merges the adapter into a copy of blocks and head, and builds the next copy of
+        The engine `vllm` holds a copy of the base and, in bfloat16, factors. The engine `plain`
+        holds the adapter's factors alone and, on a CPU, the head in float32. The engine `compact`,
+        in float32, merges the adapter into a copy of blocks and head, and builds the next copy of
         the blocks beside the last one. In bfloat16 the base's weights are used as they are, except
         queries, keys and values, which are joined; a CPU packs all of them and holds the head in
         float32. The adapter's factors stay beside them. Measured on an H200 (`bench/results`): base
         and engine of the 7B shape hold 16.6 GB, 16.8 while weights change; 16.3 and 16.5 by this.
         """
         sizes, item_bytes = self.sizes, self.item_bytes
+        on_gpu = bool(resources_of(self.config.compute, kind).get("GPU"))
+        adapter = sizes.lora_parameters(self.config.sft.lora, sizes.num_layers)
+        if self.config.base.engine == "vllm":
+            return self.weights_bytes() + (0 if item_bytes == 4 else adapter * item_bytes), 0
+        if self._generates_plainly:
+            of_head = 0 if on_gpu else sizes.vocab * sizes.d_model * 4
+            return of_head + 4 * adapter, 4 * adapter
         blocks = sizes.num_layers * sizes.block_parameters * item_bytes
         head = sizes.vocab * sizes.d_model * 4
         if item_bytes == 4:
             return blocks + head, blocks
-        factors = sizes.lora_parameters(self.config.sft.lora, sizes.num_layers) * item_bytes
-        if not resources_of(self.config.compute, kind).get("GPU"):
+        factors = adapter * item_bytes
+        if not on_gpu:
             return blocks + head + factors, factors
         joined = sizes.d_model * (sizes.query_width + 2 * sizes.key_value_width)
         return sizes.num_layers * joined * item_bytes + factors, factors
+
+    @property
+    def _generates_plainly(self) -> bool:
+        """Whether the engine `plain` generates, by choice or for what `compact` does not know."""
+        sizes = self.sizes
+        beyond = sizes.family.parts is None or sizes.quantisation is not None
+        return self.config.base.engine == "plain" or beyond
 
     def generation_bytes(self, rows: int, length: int) -> float:
         """Keys and values of rows of `length` tokens, and their logits twice in float32."""
@@ -246,10 +269,13 @@ class PlanFacts:
     ) -> Processes:
         """Processes of a kind, with what Python and CUDA take; all in bytes of each of them.
 
-        `held`: where it computes, weights included. `loaded`: weights that are read into host
-        memory first. `changing`: as in Processes. `data`: arrays that stay in host memory.
+        `held`: where it computes, on each of its GPUs, weights included. `loaded`: weights that are
+        read, into host memory first; a quantised base's where they stay. `changing`: as in
+        Processes. `data`: arrays that stay in host memory.
         """
         resources = resources_of(self.config.compute, kind)
+        if self.sizes.quantisation is not None:
+            held = max(held, loaded)
         if resources.get("GPU"):
             return Processes(
                 kind=kind,
@@ -291,11 +317,14 @@ def kept_bytes(config: RunConfig, sizes: BaseSizes, blocks: int, tokens: float) 
     About 20 d_model + 4 ffn items a block and token: 8.3 MB a token of the 7B shape, as measured on
     an H200 (`bench/results`); .88 MB of 25 blocks of SmolLM2-135M's, .79 measured on an H100.
     """
-    return tokens * blocks * (20 * sizes.d_model + 4 * sizes.active_ffn) * _item_bytes(config)
+    items = tokens * blocks * (20 * sizes.d_model + 4 * sizes.active_ffn)
+    return items * _item_bytes(config, sizes)
 
 
-def _item_bytes(config: RunConfig) -> int:
+def _item_bytes(config: RunConfig, sizes: BaseSizes) -> int:
     dtype = config.base.dtype
+    if sizes.quantisation is not None:  # what is not packed is never converted for a CPU
+        return sizes.quantisation.item_bytes or (2 if dtype == "bfloat16" else 4)
     if not any(resources_of(config.compute, kind).get("GPU") for kind in get_args(Kind)):
         dtype = cpu_dtype(dtype)
     return 2 if dtype == "bfloat16" else 4

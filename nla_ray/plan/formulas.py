@@ -23,7 +23,7 @@ from nla_ray.plan.units import format_bytes
 from nla_ray.run.identity import VALIDATION_SHARE
 from nla_ray.run.stages import BENCHMARK_NAME, INSPECTION_NAME, PROPOSAL_NAME
 from nla_ray.settings.config import ReconstructorConfig
-from nla_ray.settings.resources import Kind
+from nla_ray.settings.resources import Kind, gpus_of
 
 _ROWS_AT_ONCE, _ROLLOUTS_AT_ONCE = 64, 128
 """Descriptions that a generation engine writes at the same time, in the report and in GRPO."""
@@ -85,10 +85,12 @@ def _plan_answers(facts: PlanFacts) -> StagePlan:
 def _plan_activations(facts: PlanFacts) -> StagePlan:
     capture, sizes = facts.config.capture, facts.sizes
     tokens = facts.texts * facts.read_tokens
-    weights = facts.weights_bytes(facts.top_layer)
+    num_gpus = gpus_of(facts.config.compute, "capture")
+    most_blocks = -(-(facts.top_layer + 1) // num_gpus)  # of a GPU; the first has the embedding too
+    weights, read = facts.weights_bytes(most_blocks - 1), facts.read_bytes(facts.top_layer)
     work = capture.batch_tokens * (3 * sizes.active_ffn + 6 * sizes.d_model) * facts.item_bytes
     process = facts.process(
-        "capture", capture.num_actors, weights + work, loaded=weights, data=facts.shard_bytes
+        "capture", capture.num_actors, weights + work, loaded=read, data=facts.shard_bytes
     )
     rows = facts.texts * facts.activations_per_text
     return StagePlan(
@@ -142,14 +144,14 @@ def _plan_reconstructor(
     workers, blocks = facts.config.compute.trainer_workers, layer + 1
     tokens = examples * settings.epochs * min(settings.max_tokens, LABEL_TOKENS + 8)
     trainable = sizes.lora_parameters(settings.lora, blocks) + sizes.d_model**2
-    state = facts.trainer_bytes(sizes.parameters_up_to(layer), trainable)
+    state = facts.trainer_bytes(facts.weights_bytes(layer), trainable)
     batch_tokens = settings.batch_size / workers * settings.max_tokens
     memory = state + facts.backward_bytes(blocks, batch_tokens)
     process = facts.process(
         "trainer",
         workers,
         memory,
-        loaded=facts.weights_bytes(layer),
+        loaded=facts.read_bytes(layer),
         data=facts.activations_bytes(facts.train_texts / 2),
     )
     return StagePlan(
@@ -184,7 +186,7 @@ def _plan_linear_scorer(facts: PlanFacts) -> StagePlan:
     # Features and activations, and the equations of a ridge regression in float64.
     data = 2 * facts.activations_bytes(examples) + 2 * sizes.d_model**2 * 8
     return StagePlan(
-        processes=(facts.process("scorer", 1, weights, loaded=weights, data=data),),
+        processes=(facts.process("scorer", 1, weights, loaded=facts.read_bytes(layer), data=data),),
         tokens=tokens,
         flops=2 * (layer + 1) * sizes.active_block_parameters * tokens,
         files=f"matrix of {format_bytes(sizes.d_model**2 * 4)}",
@@ -197,7 +199,7 @@ def _plan_sft(facts: PlanFacts) -> StagePlan:
     length = PROMPT_TOKENS + LABEL_TOKENS
     tokens = examples * sft.epochs * length
     trainable = sizes.lora_parameters(sft.lora, sizes.num_layers)
-    state = facts.trainer_bytes(sizes.parameters, trainable)
+    state = facts.trainer_bytes(facts.weights_bytes(), trainable)
     batch_tokens = sft.batch_size / workers * length
     memory = state + facts.backward_bytes(sizes.num_layers, batch_tokens, with_head=True)
     process = facts.process(
@@ -240,13 +242,13 @@ def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
     config, grpo, sizes = facts.config, facts.config.grpo, facts.sizes
     length = PROMPT_TOKENS + grpo.max_new_tokens
     # Beside the adapter in training: the frozen SFT adapter.
-    state = facts.trainer_bytes(sizes.parameters, trainable) + trainable * 4
+    state = facts.trainer_bytes(facts.weights_bytes(), trainable) + trainable * 4
     batch_tokens = grpo.micro_batch_size * length
     training = state + facts.backward_bytes(sizes.num_layers, batch_tokens, with_head=True)
-    scoring = facts.weights_bytes(config.base.layer)
+    layer, adapters = config.base.layer, 0
     for scorer in (config.reward_scorer, config.judge_scorer):
-        adapter = sizes.lora_parameters(scorer.lora, config.base.layer + 1)
-        scoring += 4 * (adapter + sizes.d_model**2)
+        adapter = sizes.lora_parameters(scorer.lora, layer + 1)
+        adapters += 4 * (adapter + sizes.d_model**2)
     # As it reads them, and in the object store, where all processes of a node read them in place.
     data = 2 * facts.activations_bytes(facts.texts * (1 - config.corpus.test_share))
     return (
@@ -254,7 +256,12 @@ def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
             "trainer", config.compute.trainer_workers, training, loaded=facts.weights_bytes()
         ),
         _generating(facts, "rollout", grpo.num_rollout_actors, _ROLLOUTS_AT_ONCE, length),
-        facts.process("scorer", grpo.num_scorer_actors, scoring, loaded=scoring),
+        facts.process(
+            "scorer",
+            grpo.num_scorer_actors,
+            facts.weights_bytes(layer) + adapters,
+            loaded=facts.read_bytes(layer) + adapters,
+        ),
         dataclasses.replace(DRIVER, bytes=DRIVER.bytes + data),
     )
 
@@ -262,7 +269,10 @@ def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
 def _generating(facts: PlanFacts, kind: Kind, count: int, rows: int, length: int) -> Processes:
     """Processes with a base, a generation engine, and rows of `length` tokens that it writes."""
     weights, (engine, changing) = facts.weights_bytes(), facts.engine_bytes(kind)
-    held = weights + engine + facts.generation_bytes(rows, length)
+    held = engine + facts.generation_bytes(rows, length)
+    num_gpus = gpus_of(facts.config.compute, kind)
+    # Several hold vLLM's copy in parts, and the base itself is in host memory.
+    held = weights + held if num_gpus == 1 else held / num_gpus
     return facts.process(kind, count, held, loaded=weights, changing=changing)
 
 
@@ -327,7 +337,7 @@ def _plan_inspection(facts: PlanFacts) -> StagePlan:
     top = min(facts.top_layer, sizes.num_layers - 1)
     read_texts = facts.texts * (1 - facts.config.corpus.test_share)
     tokens = read_texts * (facts.read_tokens + LABEL_TOKENS)
-    memory = CPU_PROCESS_BYTES + facts.weights_bytes(top)
+    memory = CPU_PROCESS_BYTES + facts.read_bytes(top)
     return StagePlan(
         processes=(dataclasses.replace(DRIVER, bytes=memory),),
         tokens=tokens,
@@ -346,10 +356,11 @@ def _plan_benchmark(facts: PlanFacts) -> StagePlan:
 def _plan_serve(facts: PlanFacts) -> StagePlan:
     serve, length = facts.config.serve, PROMPT_TOKENS + facts.config.grpo.max_new_tokens
     verbalizer = _generating(facts, "serve", 1, serve.max_batch, length)
-    below = facts.weights_bytes(facts.config.base.layer)
+    layer = facts.config.base.layer
+    below, read = facts.weights_bytes(layer), facts.read_bytes(layer)
     return StagePlan(
         # The scorer and the reader of activations hold the same blocks.
-        processes=(verbalizer, facts.process("serve", 2, below, loaded=below)),
+        processes=(verbalizer, facts.process("serve", 2, below, loaded=read)),
         files=f"none; http://{serve.host}:{serve.port}",
     )
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from nla_ray.base.config_files import known_config
 from nla_ray.base.families import FAMILIES, Family, check_context, decoder_shape, family_of
+from nla_ray.plan.quantised import Quantisation, quantisation_of
 from nla_ray.settings.config import LoraSettings, PretrainConfig, PretrainRunConfig, RunConfig
 
 
@@ -41,6 +42,8 @@ class BaseSizes:
     """Blocks without experts in a base of experts."""
     dense_ffn: int = 0
     """Width of their feed-forward layer."""
+    quantisation: Quantisation | None = None
+    """How matrices are packed; None: weights are plain numbers."""
 
     @property
     def query_width(self) -> int:
@@ -119,20 +122,46 @@ class BaseSizes:
         tables = (self.vocab + self.positions) * self.d_model
         return round((layer + 1) * self.block_parameters) + tables
 
+    @property
+    def _matrices(self) -> list[tuple[int, int]]:
+        """[out, in] of the matrices of a block that get adapters, in the order of `Family.paths`.
+
+        Some families hold several as one.
+        """
+        width, inner, keys = self.d_model, self.query_width, self.key_value_width
+        output, down = (width, inner), (width, self.ffn)
+        if len(self.family.paths) == 4 and not self.experts:
+            ups = (self.family.mlp_matrices - 1) * self.ffn
+            return [(inner + 2 * keys, width), output, (ups, width), down]
+        attention = [(inner, width), (keys, width), (keys, width), output]
+        return attention if self.experts else [*attention, *2 * [(self.ffn, width)], down]
+
     def lora_parameters(self, lora: LoraSettings, num_layers: int) -> int:
         """rank x (in + out) of the matrices of a block that get adapters, in `num_layers` blocks.
 
         Matrices that a family holds as one get one adapter.
         """
-        is_fused = len(self.family.paths) == 4 and not self.experts
-        inner, keys = self.query_width, self.key_value_width
-        sums = 2 * (self.d_model + inner)  # queries, output
-        sums += 2 * keys if is_fused else 2 * (self.d_model + keys)
-        if not self.experts:
-            gated = self.family.mlp_matrices == 3
-            ins = 2 if is_fused or not gated else 3
-            sums += ins * self.d_model + self.family.mlp_matrices * self.ffn
-        return num_layers * lora.rank * sums
+        return num_layers * lora.rank * sum(map(sum, self._matrices))
+
+    def weights_bytes(self, item_bytes: int, layer: int | None = None) -> float:
+        """The base's weights; of blocks 0..layer and the embedding where `layer` is given.
+
+        `item_bytes`: of a plain weight. Packed matrices count as they lie in memory.
+        """
+        blocks = self.num_layers if layer is None else layer + 1
+        plain = self.parameters if layer is None else self.parameters_up_to(layer)
+        packed, quantisation = 0.0, self.quantisation
+        if quantisation is not None:
+            shapes = blocks * self._matrices
+            matrices = dict(zip(self.family.matrices(blocks), shapes, strict=True))
+            names = [name for name in matrices if quantisation.packs(name)]
+            head = self.family.head
+            if layer is None and not self.tied and quantisation.packs(head, is_head=True):
+                matrices[head] = self.vocab, self.d_model
+                names.append(head)
+            packed = sum(quantisation.matrix_bytes(*matrices[name]) for name in names)
+            plain -= sum(rows * columns for rows, columns in map(matrices.__getitem__, names))
+        return plain * item_bytes + packed
 
     def kv_bytes(self, tokens: int, item_bytes: int) -> int:
         """Key and value cache of `tokens` tokens."""
@@ -205,6 +234,7 @@ def sizes_in(config: Any) -> BaseSizes:
         active_experts=config.num_experts_per_tok if experts else 0,
         dense_layers=len(dense) if experts else 0,
         dense_ffn=width,
+        quantisation=quantisation_of(config),
     )
 
 

@@ -107,9 +107,13 @@ def _base_lines(facts: PlanFacts) -> list[str]:
     base, sizes = facts.config.base, facts.sizes
     depth = (base.layer + 1) / sizes.num_layers
     below = sizes.parameters_up_to(base.layer)
+    packed = ""
+    if sizes.quantisation is not None:
+        weights = format_bytes(facts.weights_bytes())
+        packed = f", matrices of {sizes.quantisation.bits} bits, {weights} in all"
     return [
         f"  base {base.model}: {sizes.parameters / 1e9:.3g} billion parameters,"
-        f" {sizes.num_layers} blocks, d_model {sizes.d_model}, {base.dtype}",
+        f" {sizes.num_layers} blocks, d_model {sizes.d_model}, {base.dtype}{packed}",
         f"  layer {base.layer} ({depth:.0%} depth), injection norm {base.injection_norm:g};"
         f" {below / 1e9:.3g} billion parameters up to there",
     ]
@@ -118,6 +122,8 @@ def _base_lines(facts: PlanFacts) -> list[str]:
 def _memory(process: Processes) -> str:
     """`29.4 GB GPU memory each (42.4 GB while weights change), 18.2 GB host memory each`."""
     name = "GPU memory" if process.on_gpu else "memory"
+    if process.gpus > 1:
+        name += f" on {process.gpus:g} GPUs"
     memory = f"{format_bytes(process.bytes)} {name} each"
     if process.changing_bytes:
         most = process.bytes + process.changing_bytes
@@ -125,6 +131,29 @@ def _memory(process: Processes) -> str:
     if process.on_gpu:
         memory += f", {format_bytes(process.host_bytes)} host memory each"
     return memory
+
+
+def _gpus(processes: Sequence[Processes]) -> str | None:
+    """How many GPUs of which memory are enough for these processes, which run at the same time.
+
+    None: they ask for none.
+
+    Processes with parts of a GPU may meet on any: each then needs no more than its part of it,
+    unless one GPU holds them all.
+    """
+    on_gpu = [process for process in processes if process.on_gpu]
+    if not on_gpu:
+        return None
+    booked = sum(process.count * process.gpus for process in on_gpu)
+    most = [(process, process.bytes + process.changing_bytes) for process in on_gpu]
+    if booked <= 1:
+        return f"1 with {format_bytes(sum(process.count * size for process, size in most))} is"
+    number = 0
+    for process in on_gpu:
+        on_one = max(1, int(1 / process.gpus + 1e-9))
+        number += -(-process.count // on_one) * max(1, int(process.gpus))
+    size = max(size / min(1.0, process.gpus) for process, size in most)
+    return f"{number} with {format_bytes(size)} each are"
 
 
 def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
@@ -135,6 +164,9 @@ def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
             f"  processes  {process.count} x {process.kind}:"
             f" {', '.join(amounts) or 'no resources of Ray'}; about {_memory(process)}"
         )
+    gpus = _gpus(plan.processes)
+    if gpus is not None:
+        lines.append(f"  GPUs       {gpus} enough")
     if plan.tokens:
         workers = plan.processes[0]
         speed = facts.flops_per_second(workers)

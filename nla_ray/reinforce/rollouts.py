@@ -90,21 +90,24 @@ class RolloutWorker:
         threads: int,
         train: SharedArray | np.ndarray,
         validation: SharedArray | np.ndarray,
+        num_gpus: int = 1,
     ) -> None:
         """`train`, `validation`: what is injected, float32, only ever read.
 
-        Activations [rows, d_model], or [rows, vectors, d_model].
+        Activations [rows, d_model], or [rows, vectors, d_model]. `num_gpus`: as `make_engine` takes
+        it.
         """
         torch.set_num_threads(threads)
         tokenizer = load_tokenizer(base)
         self.engine = make_engine(
-            load_backbone(base),
+            _load_base(base, num_gpus),
             tokenizer,
             injection_prompt(tokenizer, base),
             base.injection_norm,
             max_slots=MAX_SLOTS,
             lora=lora,
             chosen=base.engine,
+            num_gpus=num_gpus,
         )
         self._banks = {"train": shared_tensor(train), "validation": shared_tensor(validation)}
         self._held: tuple[str, int] | None = None
@@ -140,6 +143,18 @@ class RolloutWorker:
             seed=request.seed,
             rows=request.rows,
         )
+
+
+def _load_base(base: BaseConfig, num_gpus: int) -> nn.Module:
+    """The base in its place; in host memory where no single GPU is there to hold it.
+
+    There it has the type that vLLM computes in on the GPUs: it fills prompts and checks a few
+    tokens.
+    """
+    if num_gpus == 1:
+        return load_backbone(base)
+    on_host = load_backbone(dataclasses.replace(base, device="cpu"))
+    return on_host.to(getattr(torch, base.dtype))
 
 
 class WeightPublisher:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.base.gpus import check_gpus_of_base
 from nla_ray.base.identity import base_info, check_base
+from nla_ray.base.load import load_model_config
 from nla_ray.cluster.actors import ActorPool, SharedArray
 from nla_ray.cluster.resources import demand, require_resources
 from nla_ray.reinforce.grpo import grpo_worker
@@ -38,6 +40,7 @@ from nla_ray.run.metrics import METRICS_NAME
 from nla_ray.score.comparisons import Comparisons, hard_rows
 from nla_ray.settings.config import GRPOSettings, RunConfig
 from nla_ray.settings.fit import check_stage
+from nla_ray.settings.resources import gpus_of
 from nla_ray.training.workers import run_training
 
 logger = get_logger(__name__)
@@ -71,6 +74,7 @@ def train_grpo(run: Run) -> Manifest:
     if stage.manifest is not None:
         logger.info("%s: complete, skipped", name)
         return stage.manifest
+    check_gpus_of_base(load_model_config(run.config.base), run.config.compute)
     require_room(run.config)
     train, validation = load_activations(run, "train"), load_activations(run, "validation")
     with actor_pools(run, train, validation) as (injected, rollouts, scorers):
@@ -126,7 +130,14 @@ def actor_pools(
             ActorPool(
                 "rollout",
                 RolloutWorker,
-                (config.base, config.sft.lora, compute.threads, injected, validation_bank),
+                (
+                    config.base,
+                    config.sft.lora,
+                    compute.threads,
+                    injected,
+                    validation_bank,
+                    gpus_of(compute, "rollout"),
+                ),
                 count=settings.num_rollout_actors,
                 compute=compute,
             )

