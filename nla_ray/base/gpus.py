@@ -30,6 +30,11 @@ def check_gpus(config: RunConfig) -> None:
             f"The engine {engine!r} generates on one: set --base.engine vllm, which spreads a base"
             " over several, or --compute.rollout-gpus 1."
         )
+    if config.capture.needs_answers:
+        for_one["capture"] = (
+            "The whole base answers first, on one GPU: set --compute.capture-gpus 1, or positions"
+            " that need no answer."
+        )
     for kind, remedy in for_one.items():
         setting, gpus = f"compute.{kind}_gpus", getattr(compute, f"{kind}_gpus")
         require(gpus <= 1, setting, gpus, "at most 1", remedy)

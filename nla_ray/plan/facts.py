@@ -150,8 +150,14 @@ class PlanFacts:
 
     @property
     def activations_per_text(self) -> float:
-        """Kept positions of a text, in all kept layers."""
-        return self.positions_per_text * len({self.config.base.layer, *self.config.capture.layers})
+        """Kept positions of a text, and the mean of it, in all kept layers."""
+        kept = self.positions_per_text + self.config.capture.text_mean
+        return kept * len({self.config.base.layer, *self.config.capture.layers})
+
+    @property
+    def injected_bytes(self) -> float:
+        """What is injected for one train activation."""
+        return len(self.config.base.injected) * self.activations_bytes(1)
 
     @property
     def positions_per_text(self) -> float:

@@ -196,6 +196,7 @@ def _plan_linear_scorer(facts: PlanFacts) -> StagePlan:
 def _plan_sft(facts: PlanFacts) -> StagePlan:
     sft, sizes, workers = facts.config.sft, facts.sizes, facts.config.compute.trainer_workers
     examples = min(facts.labels_of(sft), sft.max_examples or _UNLIMITED)
+    examples *= 1 + sft.difference_share
     length = PROMPT_TOKENS + LABEL_TOKENS
     tokens = examples * sft.epochs * length
     trainable = sizes.lora_parameters(sft.lora, sizes.num_layers)
@@ -207,7 +208,7 @@ def _plan_sft(facts: PlanFacts) -> StagePlan:
         workers,
         memory,
         loaded=facts.weights_bytes(),
-        data=facts.activations_bytes(facts.train_texts),
+        data=facts.injected_bytes * facts.train_texts * (1 + sft.difference_share),
     )
     return StagePlan(
         processes=(process,),
@@ -250,7 +251,7 @@ def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
         adapter = sizes.lora_parameters(scorer.lora, layer + 1)
         adapters += 4 * (adapter + sizes.d_model**2)
     # As it reads them, and in the object store, where all processes of a node read them in place.
-    data = 2 * facts.activations_bytes(facts.texts * (1 - config.corpus.test_share))
+    data = 2 * facts.injected_bytes * facts.texts * (1 - config.corpus.test_share)
     return (
         facts.process(
             "trainer", config.compute.trainer_workers, training, loaded=facts.weights_bytes()

@@ -111,6 +111,8 @@ def test_several_gpus_are_taken_where_they_are_used() -> None:
     check_gpus(override(used, base={"engine": "vllm"}))
     check_gpus(preset("qwen2.5-7b"))
     check_gpus(override(nano(), base={"model": "nobody/knows"}, compute={"capture_gpus": 2.0}))
+    with pytest.raises(ValueError, match="The whole base answers first, on one GPU"):
+        check_gpus(override(used, base={"engine": "vllm"}, capture={"positions": "generated:2"}))
     for engine in ("compact", "plain"):
         with pytest.raises(ValueError, match=f"The engine '{engine}' generates on one"):
             check_gpus(override(used, base={"engine": engine}))

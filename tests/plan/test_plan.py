@@ -365,6 +365,24 @@ def test_a_plan_counts_the_tokens_of_answers_where_positions_are_in_them(tmp_pat
     assert PlanFacts.of(Run(short)).read_tokens == 180
 
 
+def test_a_plan_counts_every_vector_that_stands_for_an_activation(tmp_path: Path) -> None:
+    config = dataclasses.replace(PRESETS["nano"](), run_dir=str(tmp_path))
+    three = override(config, base={"injected": ("activation", "centred", "text_mean")})
+    three = override(three, capture={"text_mean": True}, sft={"difference_share": 0.5})
+    one, many = (PlanFacts.of(Run(each)) for each in (config, three))
+    assert many.injected_bytes == 3 * one.injected_bytes == 3 * one.activations_bytes(1)
+    assert many.activations_per_text == 2 * one.activations_per_text
+    tokens = [
+        float(
+            re.search(r"\nsft\n.*?work +([\d,]+) tokens", describe_plan(each, "sft"), re.DOTALL)[
+                1
+            ].replace(",", "")
+        )
+        for each in (config, three)
+    ]
+    assert tokens[1] == pytest.approx(1.5 * tokens[0], rel=1e-3)
+
+
 def test_the_memory_of_a_shard_in_a_plan_is_that_of_some_blocks(tmp_path: Path) -> None:
     config = override(PRESETS["qwen2.5-7b"](), capture={"positions": "all", "layers": (5, 10)})
     facts = PlanFacts.of(Run(dataclasses.replace(config, run_dir=str(tmp_path))))
