@@ -9,8 +9,8 @@ experts share a pass, but for ties in the last bits. In float32 it is what trans
 gives for the prompt alone. In bfloat16 the likeliest tokens are often equal, and passes with and
 without a cache round them apart: `generate` may go on otherwise there.
 
-Generating prompt by prompt would be as sure, and as many times slower as a batch has rows: a step
-of one row takes about as long as one of forty. Knows token ids; no text and no run directory.
+Generating prompt by prompt would be as sure and slower: `nano` on one core takes .22 s a prompt in
+that way, .10 s in this one, of which checking is .04. Knows token ids; no text and no run directory.
 """
 
 from __future__ import annotations
