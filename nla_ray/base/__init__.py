@@ -2,8 +2,8 @@
 
 Nouns: a base (model and tokenizer), an adapter (LoRA weights over it), a prompt.
 
-Read: sources, config_files, families, load, layers, self_check, adapters, adapter_files,
-conversation, prompts, encoding, identity, pretrained.
+Read: sources, config_files, families, gpus, load, spread, layers, self_check, adapters,
+adapter_files, conversation, prompts, encoding, identity, pretrained.
 
 It trains nothing and knows no activation.
 """
