@@ -76,13 +76,13 @@ class ActivationTable:
     """What the model has read of each text at the position."""
     vectors: Tensor
     """[rows, d_model] float32, as captured."""
-    others: Tensor | None = None
+    views: Tensor | None = None
     """[rows, vectors, d_model]: what is injected, where it is not the activation alone."""
 
     @property
     def injected(self) -> Tensor:
         """What stands in a verbalizer's prompt for each: [rows, vectors, d_model]."""
-        return self.vectors[:, None] if self.others is None else self.others
+        return self.vectors[:, None] if self.views is None else self.views
 
     @property
     def positions(self) -> list[int]:
@@ -106,8 +106,8 @@ class ActivationTable:
             for name in ("ids", "text_ids", "doc_ids", "family_ids", "domains", "texts")
         }
         rows = torch.tensor(chosen, dtype=torch.int64)
-        others = None if self.others is None else self.others[rows]
-        return ActivationTable(**lists, vectors=self.vectors[rows], others=others)
+        views = None if self.views is None else self.views[rows]
+        return ActivationTable(**lists, vectors=self.vectors[rows], views=views)
 
 
 def activation_matrix(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -68,8 +69,16 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
         loaded = np.load(path, allow_pickle=False)
         arrays = loaded if isinstance(loaded, Mapping) else {path.stem: loaded}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return _flat(torch.load(path, map_location="cpu", weights_only=True), path.stem)
+        numeric = {name: array for name, array in arrays.items() if array.dtype.kind in "fiu"}
+        return {name: torch.from_numpy(array) for name, array in numeric.items()}
+    try:
+        return _flat(torch.load(path, map_location="cpu", weights_only=True), path.stem)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path}: got objects that only running code can read"
+            f" ({str(error).splitlines()[0]}), expected tensors in dictionaries and lists. Save the"
+            " tensors alone, as .safetensors."
+        ) from None
 
 
 def _flat(value: Any, name: str, above: str = "") -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -46,7 +46,7 @@ from nla_ray.run.identity import Split
 from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
-from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig
+from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig, require
 from nla_ray.settings.resources import gpus_of
 from nla_ray.text.stage import families_of, read_chunk_table, read_chunks
 
@@ -203,11 +203,18 @@ class _ShardWork:
     read: Callable[..., pa.Table]
     actor: type[ShardCapture] | type[ShardAnswers]
     record: type[FinishedShard]
+    options: Callable[[ComputeConfig], dict[str, Any]] = lambda compute: {}
+    """What the actor is made with, beside what every actor is."""
 
 
 _WORK = {
     "answers": _ShardWork(read=read_prompts, actor=ShardAnswers, record=AnswersRecord),
-    "activations": _ShardWork(read=read_texts, actor=ShardCapture, record=ShardRecord),
+    "activations": _ShardWork(
+        read=read_texts,
+        actor=ShardCapture,
+        record=ShardRecord,
+        options=lambda compute: {"num_gpus": gpus_of(compute, "capture")},
+    ),
 }
 
 
@@ -357,7 +364,7 @@ def shard_stream(
         fn_constructor_args=(config.base, config.capture),
         fn_constructor_kwargs={
             "threads": config.compute.threads,
-            "num_gpus": gpus_of(config.compute, "capture"),
+            **work.options(config.compute),
             "target": stage.location,
             "base_digest": digest,
         },
@@ -491,7 +498,7 @@ def read_answers(
 ) -> dict[str, list[int]]:
     """The ids of the base's answer to each text, of a shard of the corpus or of all, by text_id.
 
-    None where `capture` needs none. Raises ValueError where they are missing or damaged.
+    Empty where `capture` needs none. Raises ValueError where they are missing or damaged.
     """
     if not capture.needs_answers:
         return {}
@@ -529,7 +536,7 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
     table, views = _load_table(run, split, run.config.base.layer), run.config.base.views
     if [view.kind for view in views] == ["activation"]:
         return table
-    return replace(table, others=_view_table(run, split, table))
+    return replace(table, views=_view_table(run, split, table))
 
 
 def view_mean(run: Run) -> Tensor | None:
@@ -545,26 +552,52 @@ def _view_table(run: Run, split: Split, table: ActivationTable) -> Tensor:
     """What `base.injected` asks for of each activation: [rows, vectors, d_model]."""
     from nla_ray.activation.views import view_activations
 
-    base = run.config.base
+    base, stored = run.config.base, run.require("activations").config["capture"]
     wanted = {view.layer for view in base.views if view.layer is not None}
-    layers = {layer: _load_table(run, split, layer) for layer in wanted}
-    if any(other.text_ids != table.text_ids for other in layers.values()):
-        raise ValueError(
-            f"activations of layers {sorted(wanted)}: got other rows than of layer {base.layer},"
-            " expected the same ones. Capture them in one pass (--capture.layers)."
-        )
+    layers = {layer: _load_table(run, split, layer) for layer in sorted(wanted)}
+    keys = list(zip(table.text_ids, table.positions, strict=True))
     means = None
     if any(view.kind == "text_mean" for view in base.views):
-        of_text = _load_table(run, split, base.layer, text_means=True)
-        row_of = {text_id: row for row, text_id in enumerate(of_text.text_ids)}
-        means = of_text.vectors[[row_of[text_id] for text_id in table.text_ids]]
+        require(
+            bool(stored.get("text_mean")),
+            "base.injected",
+            "text_mean of activations without means of texts",
+            "them beside the activations",
+            f"Capture them (--capture.text-mean) into another --run-dir than {run.root}.",
+        )
+        of_texts = _load_table(run, split, base.layer, text_means=True)
+        means = _rows_by_key(of_texts, of_texts.text_ids, table.text_ids, "the means of texts")
     return view_activations(
         base.views,
         table.vectors,
         mean=view_mean(run),
         text_means=means,
-        layers={layer: other.vectors for layer, other in layers.items()},
+        layers={
+            layer: _rows_by_key(
+                other, zip(other.text_ids, other.positions, strict=True), keys, f"layer {layer}"
+            )
+            for layer, other in layers.items()
+        },
     )
+
+
+def _rows_by_key(
+    table: ActivationTable, keys: Iterable[Any], wanted: Sequence[Any], what: str
+) -> Tensor:
+    """The vectors [wanted, d_model] of a table's rows with these keys.
+
+    Raises ValueError for a key that it lacks.
+    """
+    row_of = {key: row for row, key in enumerate(keys)}
+    missing = [key for key in wanted if key not in row_of]
+    if missing:
+        raise ValueError(
+            f"activations to inject beside others: got none of {what} for {len(missing)} of"
+            f" {len(wanted)} activations ({missing[0]} first), expected one for each. One of them"
+            f" was left out at capture ({SKIPPED_NAME}: non_finite); leave those texts out of the"
+            " corpus."
+        )
+    return table.vectors[[row_of[key] for key in wanted]]
 
 
 def _load_table(run: Run, split: Split, layer: int, *, text_means: bool = False) -> ActivationTable:

@@ -1,8 +1,8 @@
 """The vectors that stand in a verbalizer's prompt for one activation, a token each.
 
 By default that is the activation itself. Beside it may stand its direction without the mean of all,
-the mean over its text, or the same position at another layer. Pure: it is given vectors and knows
-no run. What is scored is always the activation alone.
+the mean over its text, or the same position at another layer. It is given vectors or
+a reader, and knows no run. What is scored is always the activation alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nla_ray.activation import vectors
+from nla_ray.base.encoding import EncodedChat
+from nla_ray.base.layers import ResidualReader
 from nla_ray.settings.config import BaseConfig
 from nla_ray.settings.views import View
 
@@ -54,6 +56,24 @@ def view_activations(
 def read_layers(base: BaseConfig) -> list[int]:
     """The layers that a text is read at to be described: the base's, and those of its views."""
     return sorted({base.layer, *(view.layer for view in base.views if view.layer is not None)})
+
+
+def read_prompt(
+    base: BaseConfig,
+    reader: ResidualReader,
+    encoded: EncodedChat,
+    positions: Sequence[int],
+    mean: Float[Tensor, " d_model"] | None,
+) -> tuple[Float[Tensor, "rows d_model"], Float[Tensor, "rows tokens d_model"]]:
+    """The activations at positions of one prompt, and what is injected for them, on CPU.
+
+    `reader`: of `read_layers`. `mean`: as `view_activations` takes it. What stands behind the last
+    of the positions is not read: attention is causal.
+    """
+    ids = torch.tensor([encoded.ids[: max(positions) + 1]], device=reader.device)
+    stream = {layer: values[0].cpu() for layer, values in reader.read(ids).items()}
+    injected = view_positions(base, stream, positions, list(encoded.spans), mean)
+    return stream[base.layer][list(positions)].float(), injected
 
 
 def view_positions(

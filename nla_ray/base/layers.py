@@ -50,6 +50,8 @@ class ResidualReader:
             check_layer(layer, num_blocks)
         self.layers = tuple(sorted(set(layers)))
         self._decoder, self._blocks = _first_blocks(model, self.layers[-1] + 1)
+        self.device = next(decoder_of(model).parameters()).device
+        """Where ids are read."""
 
     def read(
         self,

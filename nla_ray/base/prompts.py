@@ -197,7 +197,7 @@ class InjectionPrompt:
 
     Where two vectors stand for an activation, the bank has two rows for it:
 
-    >>> dataclasses.replace(prompt, vectors=2).encode(5, vocab_size=100)
+    >>> dataclasses.replace(prompt, num_vectors=2).encode(5, vocab_size=100)
     [1, 40, 8, 110, 111, 2, 3, 1]
     """
 
@@ -206,7 +206,7 @@ class InjectionPrompt:
     marker_id: int
     suffix_ids: tuple[int, ...]
     """After the marker: end of turn, generation prompt, opening tag."""
-    vectors: int = 1
+    num_vectors: int = 1
     """Vectors of one activation, which stand in the marker's place one behind the other."""
 
     @property
@@ -219,13 +219,13 @@ class InjectionPrompt:
 
     def encode(self, row: int, vocab_size: int) -> list[int]:
         """The prompt with the marker replaced by the virtual ids of activation `row`."""
-        first = vocab_size + row * self.vectors
-        return [*self.prefix_ids, *range(first, first + self.vectors), *self.suffix_ids]
+        first = vocab_size + row * self.num_vectors
+        return [*self.prefix_ids, *range(first, first + self.num_vectors), *self.suffix_ids]
 
     @property
     def marked_ids(self) -> list[int]:
         """The prompt with the marker where vectors stand."""
-        return [*self.prefix_ids, *[self.marker_id] * self.vectors, *self.suffix_ids]
+        return [*self.prefix_ids, *[self.marker_id] * self.num_vectors, *self.suffix_ids]
 
     def __len__(self) -> int:
         return len(self.marked_ids)
@@ -236,7 +236,7 @@ def injection_prompt(
 ) -> InjectionPrompt:
     """The prompt of a configured base, as `build_injection_prompt` makes it."""
     prompt = build_injection_prompt(tokenizer, base.marker, neighbours)
-    return dataclasses.replace(prompt, vectors=len(base.injected))
+    return dataclasses.replace(prompt, num_vectors=len(base.injected))
 
 
 def build_injection_prompt(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_ray.base.load import PUBLISHED_CONFIGS, load_tokenizer, random_backbone, torch_device
-from nla_ray.base.prompts import InjectionPrompt, injection_prompt
+from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.base.sources import base_folder
 from nla_ray.bench.models import read_parameters
 from nla_ray.settings.config import BaseConfig, RunConfig
@@ -96,7 +96,7 @@ class Scene:
         )
         transformers_config.save_pretrained(self.base.model)
         self.tokenizer = load_tokenizer(self.base)
-        self.prompt: InjectionPrompt = injection_prompt(self.tokenizer, self.base)
+        self.prompt: InjectionPrompt = build_injection_prompt(self.tokenizer, self.base.marker)
         self.device = torch_device(self.base)
         self.model: nn.Module = random_backbone(
             transformers_config, device=device, dtype=torch.bfloat16

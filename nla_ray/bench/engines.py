@@ -24,7 +24,7 @@ from torch import Tensor
 from nla_ray.base.adapters import adapter_settings, adapter_state
 from nla_ray.base.families import beyond_parts
 from nla_ray.base.load import load_backbone, load_tokenizer
-from nla_ray.base.prompts import InjectionPrompt, injection_prompt
+from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.bench.generate import library_generate
 from nla_ray.bench.models import with_random_adapter
 from nla_ray.bench.timing import Timing, describe_machine, taking_turns
@@ -98,7 +98,7 @@ def compare_engines(settings: EngineBenchmark) -> dict[str, Any]:
     config = override(preset(settings.preset), base={"dtype": settings.dtype})
     torch.set_num_threads(config.compute.threads)
     backbone, tokenizer = load_backbone(config.base), load_tokenizer(config.base)
-    prompt = injection_prompt(tokenizer, config.base)
+    prompt = build_injection_prompt(tokenizer, config.base.marker)
     scene = _Scene(config, with_random_adapter(backbone, config).eval(), tokenizer, prompt)
     draw = torch.Generator().manual_seed(0)
     activations = torch.randn(max(settings.rows), backbone.config.hidden_size, generator=draw)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nla_ray.activation.injection import activations_attached
 from nla_ray.base.adapters import adapter_settings, adapter_state, load_adapter
 from nla_ray.base.load import load_backbone, load_tokenizer
-from nla_ray.base.prompts import InjectionPrompt, injection_prompt
+from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.bench.models import predicting_parameters, with_random_adapter
 from nla_ray.bench.timing import REPETITIONS, side_by_side, timed_ratio
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
@@ -33,7 +33,7 @@ def benchmark_generate(
     """
     base, limit = config.base, config.grpo.max_new_tokens
     backbone, tokenizer = load_backbone(base), load_tokenizer(base)
-    prompt = injection_prompt(tokenizer, base)
+    prompt = build_injection_prompt(tokenizer, base.marker)
     if adapter_folder is None:
         model = with_random_adapter(backbone, config)
     else:

@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 from nla_ray.base.adapters import adapter_settings, adapter_state, load_adapter
 from nla_ray.base.load import computes_in_bf16, load_backbone, load_tokenizer, torch_device
-from nla_ray.base.prompts import InjectionPrompt, injection_prompt
+from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
 from nla_ray.bench.models import predicting_parameters, save_random_adapter
 from nla_ray.bench.timing import STEP_REPETITIONS, side_by_side, timed_ratio
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
@@ -52,7 +52,7 @@ def benchmark_step(
         trainer_gpus=float(torch_device(config.base).type == "cuda"),
     )
     config = dataclasses.replace(config, grpo=settings, compute=compute)
-    prompt = injection_prompt(load_tokenizer(config.base), config.base)
+    prompt = build_injection_prompt(load_tokenizer(config.base), config.base.marker)
     adapter = adapter_folder or save_random_adapter(config, folder / "adapter")
     rows = [number % len(activations) for number in range(settings.prompts_per_step)]
     policy = TrainableVerbalizer.load(

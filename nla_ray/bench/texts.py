@@ -35,7 +35,7 @@ def test_texts(run: Run) -> list[str]:
 
 def encode_shuffled(config: RunConfig, texts: Sequence[str], seed: int) -> Iterator[EncodedText]:
     """Texts in random order as token ids, last position; texts that do not fit are left out."""
-    capture = dataclasses.replace(config.capture, positions="last")
+    capture = dataclasses.replace(config.capture, positions="last", text_mean=False)
     encoder = TextEncoder(load_tokenizer(config.base), config.base, capture)
     for number, text in enumerate(random.Random(seed).sample(list(texts), len(texts))):
         try:

@@ -28,8 +28,10 @@ from nla_ray.cluster.connect import check_rollout_python, connect
 from nla_ray.cluster.environment import job_environment, needs_hub
 from nla_ray.cluster.errors import user_message
 from nla_ray.cluster.processes import child_processes, kill_processes
+from nla_ray.run.artifact import Run
 from nla_ray.run.log import configure_logging, get_logger, release_terminal
 from nla_ray.settings.config import RunConfig
+from nla_ray.settings.views import check_views
 
 if TYPE_CHECKING:
     import psutil
@@ -70,6 +72,7 @@ def run_job(
     config = _with_lasting_run_dir(parse_arguments(description, config_class=config_class))
     try:
         check_gpus(config)
+        _check_views(config)
         check_rollout_python(config.compute)
         if config.dry_run:
             from nla_ray.plan.text import describe_plan
@@ -88,6 +91,14 @@ def run_job(
         logger.debug("stopped by an error", exc_info=error)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _check_views(config: RunConfig) -> None:
+    """Raise ValueError for vectors to inject that a capture still to be made would not keep."""
+    of_activation = all(view.is_of_activation for view in config.base.views)
+    if not of_activation and Run(config).find("activations") is None:
+        layers = {config.base.layer, *config.capture.layers}
+        check_views(config.base.views, layers, text_mean=config.capture.text_mean)
 
 
 def _with_lasting_run_dir(config: RunConfig) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nla_ray.base.families import wrapper_of
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import injection_prompt, parse_description
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
+from nla_ray.description.engines.requests import never
 from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.description.record import Description
 from nla_ray.score.claim_confidence import claim_log_probs
@@ -70,13 +71,14 @@ class Verbalizer:
         rows: Sequence[int] | None = None,
         group_size: int = 1,
         with_claims: bool = False,
+        is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each of n activations, by (activation, sample).
 
         `activations` [n, d_model], or [n, vectors, d_model] where several vectors stand for one.
         `rows` seed the samples, as in the engine. A sample does not depend on how many are drawn.
         `with_claims`: the log-probability of each claim is kept, to four digits: its last bits
-        depend on the batch.
+        depend on the batch. `is_cancelled`: as the engine takes it.
         """
         written = self.engine.generate(
             activations,
@@ -85,6 +87,7 @@ class Verbalizer:
             max_new_tokens=max_new_tokens,
             seed=seed,
             rows=rows,
+            is_cancelled=is_cancelled,
         )
         return [self._with_claims(new) for new in written] if with_claims else written
 

@@ -354,8 +354,10 @@ def _counted_positions(run: Run) -> float | None:
     activations = run.find("activations")
     if activations is None or not activations.metrics.get("texts"):
         return None
-    layers = {run.config.base.layer, *run.config.capture.layers}
-    return activations.metrics["activations"] / activations.metrics["texts"] / len(layers)
+    captured = activations.config["capture"]
+    layers = {run.config.base.layer, *captured.get("layers", ())}
+    rows = activations.metrics["activations"] / activations.metrics["texts"] / len(layers)
+    return rows - bool(captured.get("text_mean"))
 
 
 def _text_tokens(config: RunConfig) -> float:

@@ -122,7 +122,7 @@ def actor_pools(
     config = dataclasses.replace(run.config, run_dir=run_dir)
     settings, compute = config.grpo, config.compute
     bank = SharedArray(train.vectors.numpy())
-    injected = bank if train.others is None else SharedArray(train.others.numpy())
+    injected = bank if train.views is None else SharedArray(train.views.numpy())
     validation_bank = SharedArray(validation.injected.numpy())
     pools: list[ActorPool] = []
     try:

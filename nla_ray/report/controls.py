@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nla_ray.activation import vectors
+from nla_ray.activation.bank import ActivationTable
 from nla_ray.base.prompts import GENERIC_DESCRIPTION
 from nla_ray.run.identity import seed_of
 from nla_ray.run.stages import artifacts_of_kind
@@ -155,20 +156,25 @@ def nearest_train_labels(
     return [labels[train_subjects[labelled[row]]] for row in nearest]
 
 
-def injected_vectors(
-    name: str, activation_ids: Sequence[str], train: Tensor, mean: Tensor, seed: int
-) -> Tensor:
+def injected_vectors(name: str, activation_ids: Sequence[str], means: Tensor, seed: int) -> Tensor:
     """What is injected instead of the activations: [rows, vectors, d_model].
 
-    `train` [rows, vectors, d_model]: what is injected for train activations. For `mean_activation`
-    it is one row, the same for all activations: the train mean direction `mean`, or that of each of
-    several vectors. Injection gives it the norm that every injected vector has.
+    `means` [vectors, d_model]: the train mean directions of what stands for an activation. For
+    `mean_activation` these are one row, the same for all activations. Injection gives every vector
+    the norm that all injected ones have.
     """
     if name == "mean_activation":
-        is_alone = train.shape[1] == 1
-        return mean.float()[None, None] if is_alone else vectors.direction(train).mean(0)[None]
+        return means.float()[None]
     drawn = []
     for activation_id in activation_ids:
         generator = torch.Generator().manual_seed(seed_of(seed, name, activation_id))
-        drawn.append(torch.randn(train.shape[1:], generator=generator))
+        drawn.append(torch.randn(means.shape, generator=generator))
     return torch.stack(drawn)
+
+
+def injected_means(train: ActivationTable, mean: Tensor) -> Tensor:
+    """The train mean directions of what stands for an activation: [vectors, d_model].
+
+    `mean`: that of the activations.
+    """
+    return mean[None] if train.views is None else vectors.direction(train.views).mean(0)

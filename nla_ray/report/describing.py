@@ -34,6 +34,7 @@ from nla_ray.label.stage import activation_subjects, drawn_labels
 from nla_ray.report.compared import Compared, read_descriptions
 from nla_ray.report.controls import (
     INJECTED,
+    injected_means,
     injected_vectors,
     label_descriptions,
     nearest_train_labels,
@@ -97,7 +98,7 @@ def describe_all(
         if artifact == "sft":
             injected |= {
                 name: injected_vectors(
-                    name, test.ids, train.injected, mean, run.config.evaluation.seed
+                    name, test.ids, injected_means(train, mean), run.config.evaluation.seed
                 )
                 for name in INJECTED
             }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_ray.activation.stage import view_mean
-from nla_ray.activation.views import read_layers, view_positions
+from nla_ray.activation.views import read_layers, read_prompt
 from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_tokenizer
@@ -61,21 +61,9 @@ def explain_examples(run: Run) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _read_ends(run: Run, model: nn.Module) -> tuple[Tensor, Tensor]:
     """The texts' activations [n, d_model], and what is injected for them [n, vectors, d_model]."""
-    base = run.config.base
-    chat, reader = (
-        ChatEncoder(load_tokenizer(base), base.model),
-        ResidualReader(model, read_layers(base)),
-    )
-    rows: list[Tensor] = []
-    injected: list[Tensor] = []
-    for text in TEXTS:
-        encoded = chat.encode(text)
-        read = reader.read(torch.tensor([encoded.ids], device=model.device))
-        stream, end = (
-            {layer: values[0].cpu() for layer, values in read.items()},
-            len(encoded.ids) - 1,
-        )
-        rows.append(stream[base.layer][end].float())
-        spans = list(encoded.spans)
-        injected.append(view_positions(base, stream, [end], spans, view_mean(run)))
-    return torch.stack(rows), torch.cat(injected)
+    base, mean = run.config.base, view_mean(run)
+    chat = ChatEncoder(load_tokenizer(base), base.model)
+    reader = ResidualReader(model, read_layers(base))
+    encoded = [chat.encode(text) for text in TEXTS]
+    read = [read_prompt(base, reader, each, [len(each.ids) - 1], mean) for each in encoded]
+    return torch.cat([rows for rows, _ in read]), torch.cat([injected for _, injected in read])

@@ -98,7 +98,7 @@ def recipe_of(artifact: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
     >>> recipe = recipe_of("activations", {"capture": {"positions": "last", "num_actors": 9}})
     >>> recipe["capture"]
-    {'positions': 'last', 'layers': []}
+    {'positions': 'last', 'layers': [], 'text_mean': False}
     """
     dropped = {*NOT_IN_RECIPE, *NOT_OF_ARTIFACT.get(artifact, ())}
     return _without(with_defaults(config), dropped)

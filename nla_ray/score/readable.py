@@ -138,7 +138,7 @@ def rewrite(
     return Rewritten(
         readable=_written(lines, items, dict.fromkeys(dropped, "") | kept),
         replaced=_written(lines, items, dict.fromkeys(dropped, "") | replaced, spare, offers),
-        thinned=_written(lines, items, dict.fromkeys(thinned, "")),
+        thinned=_written(lines, items, dict.fromkeys(thinned, "") | _last_prose(items, thinned)),
         items=len(claiming),
         unreadable=len(dropped),
     )
@@ -179,16 +179,22 @@ def leave_out(description: str, unwanted: Collection[str]) -> str:
 def label_difference(first: str, second: str) -> str:
     """What the first label says and the second does not, item by item and line by line.
 
-    A heading stays for its list; a forecast that both make is left out.
+    A line of prose stays where it stands in the first label alone, unless the second says all of
+    its specifics. A heading stays for its list; a forecast that both make is left out.
 
     >>> label_difference("- tokens: frame, index\\n- next: more", "- tokens: index\\n- next: more")
     '- tokens: frame'
     """
-    shared = set(claims.bullets(second))
+    shared, said = set(claims.bullets(second)), claims.claimed_words(second)
     lines = [line for line in claims.bullets(first) if line not in shared]
-    said = claims.claimed_words(second)
-    kept = leave_out("\n".join(f"- {line}" for line in lines), said)
-    return kept if kept.strip() else f"- {claims.TOKENS_HEADING}: {claims.PLACEHOLDERS[0]}"
+    items = _all_items(lines)
+    dropped = [number for number, item in enumerate(items) if _is_said(item, said)]
+    return _written(lines, items, dict.fromkeys(dropped, ""))
+
+
+def _is_said(item: _Item, said: Collection[str]) -> bool:
+    """Whether a label that says these words says the item, or the specifics of a line of prose."""
+    return bool(item.judged) and item.judged <= set(said)
 
 
 def _all_items(lines: Sequence[str]) -> list[_Item]:

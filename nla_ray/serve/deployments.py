@@ -24,11 +24,11 @@ import nla_ray
 from nla_ray.activation import vectors
 from nla_ray.activation.stage import load_train_activations, view_mean
 from nla_ray.activation.typical import TrainActivations
-from nla_ray.activation.views import read_layers, view_activations, view_positions
+from nla_ray.activation.views import read_layers, read_prompt, view_activations
 from nla_ray.base.adapters import adapter_active
 from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.layers import ResidualReader
-from nla_ray.base.load import load_backbone, load_tokenizer, torch_device
+from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.self_check import check_reading
 from nla_ray.description.record import Description
 from nla_ray.description.verbalizer import Verbalizer
@@ -341,10 +341,8 @@ class CaptureService:
         torch.set_num_threads(config.compute.threads)
         self._base, self._lock = config.base, threading.Lock()
         self._tokenizer = load_tokenizer(config.base)
-        self._chat, layers = (
-            ChatEncoder(self._tokenizer, config.base.model),
-            read_layers(config.base),
-        )
+        self._chat = ChatEncoder(self._tokenizer, config.base.model)
+        layers = read_layers(config.base)
         blocks = layers[-1] + 1
         self._model = load_backbone(config.base, num_blocks=blocks) if model is None else model
         with adapter_active(self._model, None):
@@ -369,18 +367,16 @@ class CaptureService:
                 activations=np.zeros((0, 0), np.float32),
                 injected=np.zeros((0, 0, 0), np.float32),
             )
-        # Attention is causal: what comes after the last position changes nothing.
-        needed = torch.tensor([ids[: max(chosen) + 1]], device=torch_device(self._base))
         with self._lock, adapter_active(self._model, None):
-            read = self._reader.read(needed)
-        stream = {layer: values[0].cpu() for layer, values in read.items()}
-        injected = view_positions(self._base, stream, chosen, list(encoded.spans), self._mean)
+            activations, injected = read_prompt(
+                self._base, self._reader, encoded, chosen, self._mean
+            )
         tokens = [self._tokenizer.decode([ids[position]]) for position in chosen]
         return Captured(
             num_tokens=len(ids),
             positions=chosen,
             tokens=tokens,
-            activations=stream[self._base.layer][chosen].float().numpy(),
+            activations=activations.numpy(),
             injected=injected.numpy(),
         )
 
@@ -423,7 +419,7 @@ class Endpoint:
         self._check_sampling(name, request)
         schema.check_inputs(request)
         if request.activations is not None:
-            schema.check_views("activations", self._base.injected)
+            schema.check_injected("activations", self._base.injected)
             activations, injected = self._array("activations", request.activations), None
         elif request.vectors is not None:
             return await self._describe_vectors(name, request.vectors, request)
@@ -455,6 +451,7 @@ class Endpoint:
         Prompts of as many vectors are written together.
         """
         schema.check_batch("vectors", len(prompts), self._settings.max_batch)
+        schema.check_vectors(prompts, request.max_new_tokens, self._base)
         rows = [self._array(f"vectors[{number}]", prompt) for number, prompt in enumerate(prompts)]
         by_count: dict[int, list[int]] = {}
         for number, prompt in enumerate(rows):

@@ -99,16 +99,16 @@ class LoadedRun:
 
     def describe(
         self,
-        inputs: Sequence[str] | Tensor | np.ndarray,
+        inputs: Sequence[str] | Sequence[Tensor] | Tensor | np.ndarray,
         *,
         verbalizer: str | None = None,
         **sampling: Any,
     ) -> list[DescriptionBody]:
         """Descriptions of texts (of the activation that ends each one's prompt) or of activations.
 
-        `inputs`: texts, raw activations [n, d_model], or [n, vectors, d_model] for several vectors
-        in each prompt. `sampling`: fields of `schema.Sampling`
-        (temperature, max_new_tokens, seed, samples, min_confidence, min_claim_confidence); greedy
+        `inputs`: texts, raw activations [n, d_model] or a list of them, or [n, vectors, d_model]
+        for several vectors in each prompt. `sampling`: fields of `schema.Sampling` (temperature,
+        max_new_tokens, seed, samples, min_confidence, min_claim_confidence); greedy
         without any. Raises ValueError for what the endpoint refuses.
         """
         _require_list("inputs", inputs)
@@ -228,8 +228,10 @@ def _rows(activations: Tensor | np.ndarray) -> list[list[float]]:
     return rows.tolist()
 
 
-def _vectors(inputs: Tensor | np.ndarray) -> dict[str, list]:
+def _vectors(inputs: Sequence[Tensor] | Tensor | np.ndarray) -> dict[str, list]:
     """The field of a request that holds them."""
+    if isinstance(inputs, list | tuple) and isinstance(inputs[0], torch.Tensor):
+        inputs = torch.stack(list(inputs))
     rows = torch.as_tensor(inputs, dtype=torch.float32)
     return {"vectors": rows.tolist()} if rows.ndim == 3 else {"activations": _rows(rows)}
 

@@ -24,6 +24,8 @@ MAX_SAMPLES = 16
 """Most descriptions drawn of one activation: a CPU writes a full batch of them in seconds."""
 CHOOSER = "reward"
 """The scorer that chooses among samples. The judge never does: it stays independent."""
+MAX_VECTORS = 16
+"""Most vectors in one prompt: a description of any usual length has room behind them."""
 _SHOWN_CHARS = 120
 
 Activation = Annotated[
@@ -484,12 +486,19 @@ def check_inputs(request: DescribeRequest) -> None:
         raise Refusal(
             what, getattr(request, what), "none of it beside vectors, which are no activation"
         )
-    for number, prompt in enumerate(request.vectors):
-        if not prompt:
-            raise Refusal(f"vectors[{number}]", "no vector", "at least one")
 
 
-def check_views(what: str, injected: Sequence[str]) -> None:
+def check_vectors(
+    prompts: Sequence[Sequence[Activation]], max_new_tokens: int | None, base: BaseBody
+) -> None:
+    """Refuse prompts of no vector, of too many, and descriptions too long for what is left."""
+    for number, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= MAX_VECTORS:
+            raise Refusal(f"vectors[{number}]", f"{len(prompt)} vectors", f"1 to {MAX_VECTORS}")
+        check_length(max_new_tokens, base.max_new_tokens + len(base.injected) - len(prompt))
+
+
+def check_injected(what: str, injected: Sequence[str]) -> None:
     """Refuse activations where the verbalizer is given more than follows from them."""
     others = [value for value in injected if not View.of(value).is_of_activation]
     if others:

@@ -3,7 +3,7 @@
 Nouns: a configuration (frozen dataclasses, one section a stage), a preset (a complete configuration
 with a name, or in a file that starts from one).
 
-Read: config, positions, presets, preset_file, command_line, fit, resources, precision.
+Read: config, positions, views, presets, preset_file, command_line, fit, resources, precision.
 
 It imports neither torch nor Ray: `--help` and `--dry-run` answer at once.
 """

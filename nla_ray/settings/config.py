@@ -212,17 +212,17 @@ class CaptureConfig:
         PositionRule.of(self.positions)
         require(
             not self.text_mean or self.positions == "last",
-            "capture.text_mean",
-            f"it beside capture.positions {self.positions}",
-            "`last` beside it",
-            "The mean of a whole text knows more than an activation inside it.",
+            "capture.text_mean, capture.positions",
+            (self.text_mean, self.positions),
+            "means of texts beside `last` alone",
+            "Leave out --capture.text-mean, or set --capture.positions last.",
         )
         require(
             self.answer_tokens > 0,
             "capture.answer_tokens",
             self.answer_tokens,
             "at least 1",
-            "Positions inside an answer need one.",
+            "Positions stand inside an answer: set --capture.answer-tokens 64.",
         )
 
 

@@ -6,10 +6,29 @@ it is said, in words.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 _LAYER = "layer"
+
+
+def check_views(views: Sequence[View], layers: Collection[int], *, text_mean: bool) -> None:
+    """Raise ValueError for a view that a capture of these layers does not keep.
+
+    `text_mean`: whether it keeps means of texts.
+    """
+    for view in views:
+        if view.layer is not None and view.layer not in layers:
+            raise ValueError(
+                f"base.injected: got `layer:{view.layer}`, expected a layer that is captured:"
+                f" {sorted(layers)}. Set --capture.layers {view.layer} as well."
+            )
+        if view.kind == "text_mean" and not text_mean:
+            raise ValueError(
+                "base.injected: got `text_mean`, expected means of texts to be captured. Set"
+                " --capture.text-mean as well."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,9 @@ from nla_ray.settings.config import RunConfig, require
 READABLE_LABELS = "readable_labels"
 _FILE = "labels.parquet"
 _SPLITS = ("train", "validation")
+_ALGORITHM = "2"
+"""Version of what settings do not tell, part of the identity. Since 2 a line of prose is judged by
+its specifics. What was made before has none."""
 _UNLIKELY = 0.02
 """A less likely word is not looked at."""
 
@@ -47,7 +50,9 @@ def make_readable_labels(run: Run) -> Manifest:
 
 def _open_stage(run: Run) -> Artifact:
     check_base(run.require("activations"), base_info(run.config.base))
-    return run.open(READABLE_LABELS)
+    complete = run.find(READABLE_LABELS)
+    made_by = complete.config.get("inputs") if complete else {"algorithm": _ALGORITHM}
+    return run.open(READABLE_LABELS, inputs=made_by)
 
 
 def write_readable_labels(config: RunConfig) -> None:

@@ -19,7 +19,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "sae.safetensors": lambda path: save_file(
         {"W_dec": DECODER, "b_enc": torch.zeros(3), "steer": STEERING.half()}, path
     ),
-    "sae.npz": lambda path: np.savez(path, W_dec=DECODER.numpy(), steer=STEERING.double().numpy()),
+    "sae.npz": lambda path: np.savez(
+        path, W_dec=DECODER.numpy(), steer=STEERING.double().numpy(), by=np.array("me")
+    ),
     "sae.pt": lambda path: torch.save(
         {"W_dec": DECODER, "steer": STEERING.bfloat16(), "step": 7}, path
     ),
@@ -56,5 +58,8 @@ def test_what_holds_no_such_vector_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "sae.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"got a file \.csv, expected one of \.safetensors"):
         read_directions(tmp_path / "sae.csv", 4)
+    torch.save({"W_dec": DECODER, "made_by": Path("x")}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match=r"code\.pt: got objects that only running code can read"):
+        read_directions(tmp_path / "code.pt", 4)
     with pytest.raises(FileNotFoundError):
         read_directions(tmp_path / "none.npy", 4)

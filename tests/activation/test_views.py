@@ -12,7 +12,12 @@ from tiny_artifacts import make_artifacts
 from torch import Tensor
 
 import nla_ray
-from nla_ray.activation.stage import load_activations, load_stats, load_train_activations
+from nla_ray.activation.stage import (
+    _rows_by_key,
+    load_activations,
+    load_stats,
+    load_train_activations,
+)
 from nla_ray.activation.vectors import centre, mean_direction
 from nla_ray.activation.views import read_layers, view_activations, view_positions
 from nla_ray.base.encoding import ChatEncoder
@@ -23,7 +28,7 @@ from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.run.artifact import Run
 from nla_ray.serve.schema import Refusal
 from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig, RunConfig
-from nla_ray.settings.views import View
+from nla_ray.settings.views import View, check_views
 
 ALL = ("activation", "centred", "text_mean", "layer:0", "activation")
 
@@ -63,7 +68,7 @@ def test_a_setting_that_says_nothing_known_is_refused_when_it_is_said(value: str
 
 
 def test_means_of_texts_are_kept_beside_the_ends_of_texts_alone() -> None:
-    with pytest.raises(ValueError, match=r"capture.text_mean: got 'it beside .* mean'"):
+    with pytest.raises(ValueError, match=r"capture.text_mean, .*: got \(True, 'mean'\), expected"):
         CaptureConfig(positions="mean", text_mean=True)
 
 
@@ -101,7 +106,7 @@ def test_means_beside_activations_are_no_activations_themselves(captured: RunCon
         load_activations(with_injected(captured, "text_mean"), "train").injected[:1, 0]
     )
     assert place.nearest[0][0] in table.ids and place.nearest[0][1] < 1
-    assert table.others is None and torch.equal(table.injected, table.vectors[:, None])
+    assert table.views is None and torch.equal(table.injected, table.vectors[:, None])
 
 
 def test_captured_views_belong_to_their_activations_also_after_a_choice(
@@ -169,3 +174,28 @@ def test_a_loaded_run_describes_texts_by_all_views_and_refuses_activations_alone
         loaded.describe(table.vectors[:3])
     explained = loaded.explain(table.texts[0], [-1, 5], **sampled).explanations
     assert explained[0].description == said[0] and set(explained[1].scores) >= {"judge"}
+
+
+def test_means_that_a_capture_does_not_keep_are_never_replaced_by_activations(
+    published_run: RunConfig,
+) -> None:
+    with pytest.raises(ValueError, match=r"base.injected: got 'text_mean of activations without"):
+        load_activations(with_injected(published_run, "activation", "text_mean"), "train")
+
+
+def test_a_row_that_one_layer_lacks_is_named_and_never_shifted(captured: RunConfig) -> None:
+    table = load_activations(with_injected(captured, "activation"), "train")
+    keys = list(zip(table.text_ids, table.positions, strict=True))
+    turned = table.select(list(reversed(range(len(table)))))
+    found = _rows_by_key(turned, reversed(keys), keys, "layer 0")
+    assert torch.equal(found, table.vectors)
+    with pytest.raises(ValueError, match=r"got none of layer 0 for 1 of .*non_finite"):
+        _rows_by_key(table.select(range(1, len(table))), keys[1:], keys, "layer 0")
+
+
+def test_what_a_capture_will_not_keep_is_refused_before_it_begins() -> None:
+    check_views(views(*ALL), {0, 2}, text_mean=True)
+    with pytest.raises(ValueError, match=r"got `layer:0`, expected .* captured: \[2\]"):
+        check_views(views(*ALL), {2}, text_mean=True)
+    with pytest.raises(ValueError, match="got `text_mean`, expected means of texts"):
+        check_views(views(*ALL), {0}, text_mean=False)

@@ -165,7 +165,7 @@ def library_greedy(scene: Scene, max_new_tokens: int) -> list[list[int]]:
     with activations_attached(
         scene.model.get_base_model(), scene.activations, scene.base.injection_norm
     ) as wrapper:
-        count = len(scene.activations) // scene.prompt.vectors
+        count = len(scene.activations) // scene.prompt.num_vectors
         ids = torch.tensor([scene.prompt.encode(row, wrapper.vocab_size) for row in range(count)])
         output = scene.model.generate(
             input_ids=ids,
@@ -246,7 +246,7 @@ def test_log_probs_of_sampled_tokens_equal_the_trainers_within_1e_4(
 
 
 def test_several_vectors_in_one_prompt_are_as_many_tokens_in_it(scene: Scene) -> None:
-    several = scene._replace(prompt=dataclasses.replace(scene.prompt, vectors=3))
+    several = scene._replace(prompt=dataclasses.replace(scene.prompt, num_vectors=3))
     expected = library_greedy(several, NEW_TOKENS)
     engine = scene.engine()
     alone = engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)
@@ -264,11 +264,13 @@ def test_a_cancelled_call_ends_between_two_tokens_and_leaves_nothing_behind(scen
     engine = scene.engine()
     expected = tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS))
     asked = iter([False, False, True, True])
-    with pytest.raises(GenerationCancelled, match="descriptions were not finished"):
+    with pytest.raises(GenerationCancelled, match="9 of 9 were not finished"):
         engine.generate(
             scene.activations, max_new_tokens=NEW_TOKENS, is_cancelled=lambda: next(asked)
         )
-    assert list(asked) == [True], "three steps were asked about, two were made"
+    assert list(asked) == [True], "asked three times, it went on twice"
+    with pytest.raises(GenerationCancelled):
+        engine.generate(scene.activations, max_new_tokens=1, is_cancelled=lambda: True)
     assert tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)) == expected
 
 

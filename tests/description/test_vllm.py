@@ -94,7 +94,7 @@ def test_greedy_output_equals_the_librarys_generate_token_for_token(
 def test_several_vectors_in_one_prompt_are_as_many_tokens_in_it(
     scene: Scene, engine: Asked
 ) -> None:
-    several = scene._replace(prompt=dataclasses.replace(scene.prompt, vectors=3))
+    several = scene._replace(prompt=dataclasses.replace(scene.prompt, num_vectors=3))
     rollouts = engine.generate(scene.activations.view(3, 3, -1), max_new_tokens=NEW_TOKENS)
     assert tokens(rollouts) == library_greedy(several, NEW_TOKENS)
 
@@ -105,7 +105,7 @@ def test_a_cancelled_call_ends_between_two_tokens_and_leaves_nothing_behind(
 ) -> None:
     expected = tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS))
     asked = iter([False, False, True])
-    with pytest.raises(GenerationCancelled, match="9 were not finished"):
+    with pytest.raises(GenerationCancelled, match="9 of 9 were not finished"):
         engine.generate(
             scene.activations, max_new_tokens=NEW_TOKENS, is_cancelled=lambda: next(asked)
         )

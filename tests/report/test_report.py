@@ -14,6 +14,7 @@ import torch
 from sample_report import minimal_report
 from tiny_artifacts import join_families
 
+from nla_ray.activation.bank import ActivationTable
 from nla_ray.activation.stage import load_activations
 from nla_ray.base.pretrained import digest
 from nla_ray.base.prompts import GENERIC_DESCRIPTION
@@ -165,21 +166,30 @@ def test_the_nearest_train_label_is_that_of_the_highest_centred_cosine() -> None
 
 
 def test_a_random_vector_depends_on_the_id_alone_and_the_mean_is_one_row_for_all() -> None:
-    train = torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]])
-    vectors = controls.injected_vectors("random_vector", ["a", "b"], train, torch.zeros(2), seed=0)
-    swapped = controls.injected_vectors(
-        "random_vector", ["b", "a"], train.flip(0), torch.zeros(2), seed=0
+    means = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    drawn = controls.injected_vectors("random_vector", ["a", "b"], means, seed=0)
+    swapped = controls.injected_vectors("random_vector", ["b", "a"], means, seed=0)
+    assert drawn.shape == (2, 2, 2) and torch.equal(swapped.flip(0), drawn)
+    assert drawn[0].tolist() != drawn[1].tolist()
+    mean = controls.injected_vectors("mean_activation", ["a", "b"], means, seed=0)
+    assert mean.tolist() == [means.tolist()]
+
+
+def test_the_mean_that_is_injected_is_that_of_what_stands_for_an_activation() -> None:
+    mean, rows = torch.tensor([0.6, 0.7]), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    names = ["a", "b"]
+    table = ActivationTable(
+        ids=names,
+        text_ids=names,
+        doc_ids=names,
+        family_ids=names,
+        domains=names,
+        texts=names,
+        vectors=rows,
     )
-    torch.testing.assert_close(swapped.flip(0), vectors)
-    assert vectors[0].tolist() != vectors[1].tolist()
-    mean = controls.injected_vectors(
-        "mean_activation", ["a", "b"], train, torch.tensor([0.5, 0.5]), seed=0
-    )
-    assert mean.tolist() == [[[0.5, 0.5]]]
-    two = torch.cat([train, train.flip(0)], dim=1)
-    mean = controls.injected_vectors("mean_activation", ["a"], two, torch.zeros(2), seed=0)
-    torch.testing.assert_close(mean, torch.tensor([[[0.3, 0.9], [0.3, 0.9]]]))
-    assert controls.injected_vectors("random_vector", ["a"], two, mean, seed=0).shape == (1, 2, 2)
+    assert torch.equal(controls.injected_means(table, mean), mean[None])
+    other = dataclasses.replace(table, views=torch.tensor([[[0.0, 9.0]], [[0.0, 1.0]]]))
+    assert controls.injected_means(other, mean).tolist() == [[0.0, 1.0]]
 
 
 # Figures ------------------------------------------------------------------------------------------

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from nla_ray.score import claims
-from nla_ray.score.readable import Rewritten, leave_out, offered_words, places_of, rewrite
+from nla_ray.score.readable import (
+    Rewritten,
+    label_difference,
+    leave_out,
+    offered_words,
+    places_of,
+    rewrite,
+)
 
 LABEL = "- tokens: frame, licence\n- unit test: index\n- next: another check"
 LABELS = [
@@ -141,6 +148,22 @@ def test_words_take_the_place_of_specifics_behind_the_prose() -> None:
     assert rewritten(plain, words, words, fill_to=2).replaced == (
         "- discusses a frame and an index in a licence\n- tokens: frame, dtype\n- next: a list"
     )
+
+
+def test_a_difference_is_what_the_first_label_alone_says() -> None:
+    first = "- tokens: frame, index\n- unit test: dtype\n- next: another check"
+    second = "- tokens: index, licence\n- unit test: dtype\n- next: a list"
+    assert label_difference(first, second) == "- tokens: frame\n- next: another check"
+    assert label_difference(first, first) == "- tokens: no word stands out"
+    rust = "- explains how Rust ownership moves values\n- asks of Alice and 1984"
+    bread = "- explains how to bake bread\n- greets Alice\n- in 1984"
+    assert label_difference(rust, bread) == "- explains how Rust ownership moves values"
+    assert label_difference(rust, "- explains how to bake bread") == rust
+
+
+def test_the_control_takes_specifics_out_of_the_last_line_of_prose_as_well() -> None:
+    made = rewritten("- explains ownership in 3 steps")
+    assert made.thinned == made.readable == "- explains ownership in steps"
 
 
 def test_a_label_never_becomes_nothing() -> None:

@@ -66,7 +66,9 @@ def test_it_reads_texts_for_arithmetic_and_describes_several_vectors_in_a_prompt
     whole = loaded.describe(rows[0] - rows[1][None], max_new_tokens=8)
     assert whole[0].typicality is not None
     torch.save({"steer": rows[0] - rows[1]}, tmp_path / "steer.pt")
-    assert torch.equal(loaded.directions(tmp_path / "steer.pt")["steer"], rows[0] - rows[1])
+    steering = loaded.directions(tmp_path / "steer.pt")
+    assert torch.equal(steering["steer"], rows[0] - rows[1])
+    assert loaded.describe(list(steering.values()), max_new_tokens=8) == whole
     mixed = DescribeRequest(vectors=[rows[:2].tolist(), [rows[2].tolist()], rows[2:].tolist()])
     answers = loaded._answer(loaded._endpoint.describe(mixed)).descriptions
     assert [answer.description for answer in answers] == [
@@ -76,8 +78,11 @@ def test_it_reads_texts_for_arithmetic_and_describes_several_vectors_in_a_prompt
     ], "prompts of different numbers keep their order"
     with pytest.raises(Refusal, match="samples: got 2, expected none of it beside vectors"):
         loaded.describe(pairs, samples=2)
-    with pytest.raises(Refusal, match=r"vectors\[0\]: got no vector, expected at least one"):
+    with pytest.raises(Refusal, match=r"vectors\[0\]: got 0 vectors, expected 1 to 16"):
         loaded.describe(pairs[:, :0])
+    longest = loaded.models.base.max_new_tokens
+    with pytest.raises(Refusal, match=f"max_new_tokens: got {longest}, expected .*{longest - 1}"):
+        loaded.describe(pairs, max_new_tokens=longest)
 
 
 def test_it_scores_as_the_judge_does_whatever_was_asked_before(

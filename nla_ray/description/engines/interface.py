@@ -69,7 +69,7 @@ class GenerationEngine(Protocol):
         prompt, one behind the other; it may be another number in every call.
         `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the
         activations' rows in their bank, which name them in the descriptions and seed their
-        samples; default 0 to n - 1. `is_cancelled` is asked before every token of the batch; once
+        samples; default 0 to n - 1. `is_cancelled` is asked before every pass of the base; once
         it says so nothing more is written, GenerationCancelled is raised, and the engine is as it
         was before the call. Raises ValueError for activations of another width or with
         non-finite values, and for more tokens than the model's context holds.

@@ -38,13 +38,13 @@ def check_generation(
     """
     causal: Any = causal_model(model)
     draw = torch.Generator().manual_seed(0)
-    vectors = torch.randn(1, prompt.vectors, causal.config.hidden_size, generator=draw)
+    vectors = torch.randn(1, prompt.num_vectors, causal.config.hidden_size, generator=draw)
     [written] = engine.generate(vectors, max_new_tokens=_NEW_TOKENS)
     ids = [*prompt.marked_ids, *written.token_ids]
     # Embeddings, not virtual ids: the base may have a trainer's activations attached.
     embedded = causal.get_input_embeddings()(torch.tensor([ids], device=causal.device)).clone()
     start = len(prompt.prefix_ids)
-    embedded[0, start : start + prompt.vectors] = as_embeddings(
+    embedded[0, start : start + prompt.num_vectors] = as_embeddings(
         vectors[0], injection_norm, like=embedded
     )
     with adapter_active(model, None):

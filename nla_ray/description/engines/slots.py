@@ -148,8 +148,11 @@ class SlotEngine:
         slots = self._idle.pop(size, None) or _Slots(self.decoder, self.prompt, *size)
         if self._records:
             slots.record(self.prefix, self._sampler)
+        generation = _Generation(
+            self, injected, drafts, group_size, max_new_tokens, slots, is_cancelled
+        )
         try:
-            _Generation(self, injected, drafts, group_size, max_new_tokens, slots).run(is_cancelled)
+            generation.run()
         finally:
             slots.clear()
             self._idle = {size: slots}
@@ -324,7 +327,9 @@ class _Generation:
         group_size: int,
         max_new_tokens: int,
         slots: _Slots,
+        is_cancelled: Callable[[], bool],
     ) -> None:
+        self._drafts, self._is_cancelled = drafts, is_cancelled
         self._engine, self._sampler, self._max = engine, engine._sampler, max_new_tokens
         self._activations, self._group_size = activations, group_size
         self._unseen, self._waiting = deque(drafts), deque()
@@ -332,16 +337,21 @@ class _Generation:
         self._active: list[_Draft] = []
         self._slots = slots
 
-    def run(self, is_cancelled: Callable[[], bool]) -> None:
-        """Until every rollout has ended. Raises GenerationCancelled before a step."""
+    def run(self) -> None:
+        """Until every rollout has ended. Raises GenerationCancelled before a forward pass."""
         self._admit(range(self._slots.count))
         while self._active:
-            if is_cancelled():
-                raise GenerationCancelled(f"{len(self._active)} descriptions were not finished")
+            self._stop_if_cancelled()
             self._step()
+
+    def _stop_if_cancelled(self) -> None:
+        if self._is_cancelled():
+            missing = sum(not self._has_ended(draft) for draft in self._drafts)
+            raise GenerationCancelled(f"{missing} of {len(self._drafts)} were not finished")
 
     def _prefill_chunk(self) -> None:
         """Prefill activations that fill the slots once; draw the first token of their rollouts."""
+        self._stop_if_cancelled()
         size = max(1, self._slots.count // self._group_size) * self._group_size
         drafts = [self._unseen.popleft() for _ in range(min(size, len(self._unseen)))]
         first = drafts[0].index // self._group_size

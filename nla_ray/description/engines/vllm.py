@@ -268,7 +268,8 @@ class VllmEngine:
         while engine.has_unfinished_requests():
             if is_cancelled():
                 engine.abort_request(list(names), internal=True)
-                raise GenerationCancelled(f"{len(names) - len(finished)} were not finished")
+                missing = len(names) - len(finished)
+                raise GenerationCancelled(f"{missing} of {len(names)} were not finished")
             finished |= {
                 int(output.request_id): output.outputs[0]
                 for output in engine.step()
