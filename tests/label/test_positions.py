@@ -123,7 +123,7 @@ def test_an_activation_goes_with_the_text_up_to_it_and_with_the_labels_of_its_po
         for teacher in "ab"
     ]
     assert pairs.labels == expected
-    assert torch.equal(pairs.vectors, table.vectors.repeat_interleave(2, 0))
+    assert torch.equal(pairs.vectors, table.injected.repeat_interleave(2, 0))
     drawn = load_pairs(run, "train", limit=None, seed=0, first_row=0).labels
     assert [label[4:] for label in drawn] == [label[4:] for label in expected[::2]]
     settings = ReconstructorConfig(document_half="even")
