@@ -364,7 +364,14 @@ ONES = [1.0] * D_MODEL
         ("describe", {"activations": []}, "activations", "0 items", "1 to 3 items"),
         ("describe", {"activations": [ONES] * 4}, "activations", "4 items", "1 to 3 items"),
         ("describe", {}, "body", "none", "exactly one of activations, texts, vectors"),
-        ("describe", {"activations": [ONES], "texts": ["a"]}, "body", "activations and texts", "exactly one"),
+        ("describe", {"vectors": [[]]}, "vectors[0]", "0 vectors", "1 to 16"),
+        (
+            "describe",
+            {"activations": [ONES], "texts": ["a"]},
+            "body",
+            "activations and texts",
+            "exactly one",
+        ),
         ("describe", {"activations": [ONES], "layer": 2}, "layer", "2", "1, the layer"),
         (
             "describe",
