@@ -4,7 +4,6 @@ from nla_ray.cluster.job import run_job
 
 
 def body(run) -> None:
-
     from nla_ray.activation.stage import captured_ids, load_activations
     from nla_ray.activation.vectors import norm
     from nla_ray.base.load import load_backbone, load_tokenizer

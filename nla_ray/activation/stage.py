@@ -16,7 +16,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -47,7 +47,9 @@ from nla_ray.run.location import Location
 from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import BaseConfig, CaptureConfig, ComputeConfig, require
+from nla_ray.settings.positions import PositionRule
 from nla_ray.settings.resources import gpus_of
+from nla_ray.settings.views import is_activation_alone
 from nla_ray.text.stage import families_of, read_chunk_table, read_chunks
 
 if TYPE_CHECKING:
@@ -422,8 +424,8 @@ def _publish(
             " least one. Check --base.max-tokens and the base model."
         )
     shards = [record.shard for record in records]
-    means = False if capture.text_mean else None
-    layers, documents = _train_stats(stage.location, shards, info.d_model, means)
+    means = PositionRule.of(capture.positions).is_mean
+    layers, documents = _train_stats(stage.location, shards, info.d_model, means=means)
     skipped = [row for record in records for row in record.skipped]
     (stage.location / SKIPPED_NAME).write_text("".join(json.dumps(row) + "\n" for row in skipped))
     (stage.location / STATS_NAME).write_text(json.dumps({"layers": layers, **counts}, indent=1))
@@ -455,7 +457,7 @@ def _counts(records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _train_stats(
-    location: Location, shards: list[str], d_model: int, text_means: bool | None
+    location: Location, shards: list[str], d_model: int, *, means: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Mean direction and norm quantiles of every layer over the train rows; the train doc_ids.
 
@@ -470,9 +472,7 @@ def _train_stats(
     sums: dict[int, Tensor] = {}
     norms: dict[int, list[np.ndarray]] = {}
     documents: set[str] = set()
-    blocks = (
-        _read_rows(location / shard, columns, "train", text_means=text_means) for shard in shards
-    )
+    blocks = (_read_rows(location / shard, columns, "train", means=means) for shard in shards)
     for train in chain.from_iterable(blocks):
         documents.update(train["doc_id"].to_pylist())
         for layer in train["layer"].unique().to_pylist():
@@ -534,7 +534,7 @@ def load_activations(run: Run, split: Split, layer: int | None = None) -> Activa
     if layer is not None:
         return _load_table(run, split, layer)
     table, views = _load_table(run, split, run.config.base.layer), run.config.base.views
-    if [view.kind for view in views] == ["activation"]:
+    if is_activation_alone(views):
         return table
     return replace(table, views=_view_table(run, split, table))
 
@@ -616,7 +616,7 @@ def _load_table(run: Run, split: Split, layer: int, *, text_means: bool = False)
             columns,
             split,
             layer=layer,
-            text_means=text_means if _keeps_means(manifest.config) else None,
+            means=text_means or _captures_means(manifest),
         )
     ]
     if not any(len(part) for part in parts):
@@ -654,6 +654,7 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
     from nla_ray.activation import typical
 
     manifest, layer = run.require("activations"), run.config.base.layer
+    means = _captures_means(manifest)
     shards = sorted(path for path in manifest.files if path.endswith(".parquet"))
     shards = [shards[number] for number in drawn_rows(len(shards), _SAMPLED_SHARDS, 0)]
     ids: list[str] = []
@@ -662,8 +663,7 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
         location = run.verified("activations", manifest, shard)
         columns = ["activation_id", "split", "layer", "activation"]
         left = (most - len(ids)) // (len(shards) - number)
-        means = False if _keeps_means(manifest.config) else None
-        blocks = _read_rows(location, columns, "train", layer=layer, text_means=means)
+        blocks = _read_rows(location, columns, "train", layer=layer, means=means)
         drawn = [_drawn(block, left, number) for block in blocks]
         if not drawn:  # nothing of its texts was kept
             continue
@@ -675,9 +675,9 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
     return typical.TrainActivations(ids, torch.from_numpy(np.concatenate(rows or [none])), mean)
 
 
-def _keeps_means(config: Mapping[str, Any]) -> bool:
-    """Whether a manifest's configuration keeps means of texts beside the activations."""
-    return bool(config["capture"].get("text_mean"))
+def _captures_means(manifest: Manifest) -> bool:
+    """Whether the activations of a run are means over tokens, and stand at none."""
+    return PositionRule.of(manifest.config["capture"]["positions"]).is_mean
 
 
 def _drawn(table: pa.Table, most: int, seed: int) -> pa.Table:
@@ -696,31 +696,29 @@ def load_stats(run: Run, layer: int | None = None) -> dict[str, Any]:
 
 
 def _read_rows(
-    location: Location,
-    columns: list[str],
-    split: str,
-    *,
-    layer: int | None = None,
-    text_means: bool | None = None,
+    location: Location, columns: list[str], split: str, *, means: bool, layer: int | None = None
 ) -> Iterator[pa.Table]:
     """The rows of a split, and of a layer, in each block of a shard.
 
-    `columns` hold `split`, and `layer` where one is wanted. `text_means`: those alone that
-    `capture.text_mean` keeps beside the activations, or those without them; None: it keeps none.
+    `means`: those of means over tokens, or those at tokens: a shard may hold both.
     """
-    if text_means is not None:
-        columns = [*columns, "position"]
+    read = list(dict.fromkeys([*columns, "split", "layer", "position"]))
     with location.filesystem.open_input_file(location.path) as opened:
         file = pq.ParquetFile(opened)
         for number in range(file.num_row_groups):
-            table = file.read_row_group(number, columns=columns)
-            table = table.filter(_equal(table["split"], split))
-            if text_means is not None:
-                is_mean = _equal(table["position"], MEAN_POSITION)
-                table = table.filter(is_mean if text_means else pc.invert(is_mean))  # pyright: ignore[reportAttributeAccessIssue]
-            yield table if layer is None else table.filter(_equal(table["layer"], layer))
+            table = file.read_row_group(number, columns=read)
+            is_mean = _equal(table["position"], MEAN_POSITION)
+            wanted = [_equal(table["split"], split), _equal(is_mean, means)]
+            if layer is not None:
+                wanted.append(_equal(table["layer"], layer))
+            yield table.select(columns).filter(functools.reduce(_both, wanted))
 
 
-def _equal(column: pa.ChunkedArray, value: str | int) -> pa.ChunkedArray:
+def _both(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where both are true."""
+    return pc.and_(first, second)  # pyright: ignore[reportAttributeAccessIssue]  (made at import)
+
+
+def _equal(column: pa.ChunkedArray, value: str | int | bool) -> pa.ChunkedArray:
     """Which values equal `value`."""
     return pc.equal(column, value)  # pyright: ignore[reportAttributeAccessIssue]  (made at import)

@@ -1,8 +1,8 @@
 """The vectors that stand in a verbalizer's prompt for one activation, a token each.
 
 By default that is the activation itself. Beside it may stand its direction without the mean of all,
-the mean over its text, or the same position at another layer. It is given vectors or
-a reader, and knows no run. What is scored is always the activation alone.
+the mean over its text, or the same position at another layer. It is given vectors or a reader, and
+knows no run. What is scored is always the activation alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nla_ray.activation import vectors
 from nla_ray.base.encoding import EncodedChat
 from nla_ray.base.layers import ResidualReader
 from nla_ray.settings.config import BaseConfig
-from nla_ray.settings.views import View
+from nla_ray.settings.views import View, is_activation_alone
 
 
 def view_activations(
@@ -34,7 +34,7 @@ def view_activations(
     `layers`: the same positions at other layers. Raises ValueError for a view whose vectors are not
     given.
     """
-    if [view.kind for view in views] == ["activation"]:
+    if is_activation_alone(views):
         return activations[:, None]
     found: dict[View, Tensor | None] = {
         View(kind="activation"): activations,

@@ -228,7 +228,7 @@ class InjectionPrompt:
         return [*self.prefix_ids, *[self.marker_id] * self.num_vectors, *self.suffix_ids]
 
     def __len__(self) -> int:
-        return len(self.marked_ids)
+        return len(self.prefix_ids) + self.num_vectors + len(self.suffix_ids)
 
 
 def injection_prompt(

@@ -23,6 +23,7 @@ from nla_ray.base.prompts import injection_prompt
 from nla_ray.description.engines.interface import engine_name
 from nla_ray.run.recipe import config_differences
 from nla_ray.settings.config import BaseConfig, config_hash, require
+from nla_ray.settings.views import is_activation_alone
 
 _WEIGHTS = "weights"
 """The section that no comparison asks for."""
@@ -136,8 +137,7 @@ def generation_protocol(
 
 def _other_vectors(base: BaseConfig) -> dict[str, list[str]]:
     """What is injected, where it is not the activation alone; protocols knew of nothing else."""
-    injected = list(base.injected)
-    return {} if injected == list(BaseConfig().injected) else {"injected": injected}
+    return {} if is_activation_alone(base.views) else {"injected": list(base.injected)}
 
 
 def require_same_protocol(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nla_ray.base.adapter_files import read_adapter
+from nla_ray.base.encoding import written_text
 from nla_ray.base.families import wrapper_of
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import injection_prompt, parse_description
@@ -122,7 +123,4 @@ class Verbalizer:
 
     def _text_of(self, token_ids: Sequence[int]) -> str:
         """What ids say, without tags."""
-        written = self._tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return parse_description(written)[0]
+        return parse_description(written_text(self._tokenizer, token_ids))[0]

@@ -387,8 +387,8 @@ def require_labels_of(
     inputs = manifest.config.get("inputs", {})
     labelled = inputs.get("positions", _WHOLE_TEXTS)
     positions = _WHOLE_TEXTS if PositionRule.of(positions).of_whole_texts else positions
-    got = labelled, inputs.get("tokenizer"), inputs.get("template", "chat")
-    got = *got, manifest.parents.get("answers")
+    template_of = inputs.get("template", "chat")
+    got = labelled, inputs.get("tokenizer"), template_of, manifest.parents.get("answers")
     expected = positions, tokenizer, template, answers
     if _WHOLE_TEXTS in (labelled, positions):  # the end of a text is its end in any tokens
         got, expected = got[:1], expected[:1]

@@ -96,12 +96,8 @@ def describe_all(
     for artifact in trained_in(manifests):
         injected = {artifact: test.injected}
         if artifact == "sft":
-            injected |= {
-                name: injected_vectors(
-                    name, test.ids, injected_means(train, mean), run.config.evaluation.seed
-                )
-                for name in INJECTED
-            }
+            means, seed = injected_means(train, mean), run.config.evaluation.seed
+            injected |= {name: injected_vectors(name, test.ids, means, seed) for name in INJECTED}
         neighbours = manifests[artifact].model["neighbours"]
         with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
             describer.describe(adapter, neighbours, injected, with_claims=artifact == arm)

@@ -149,9 +149,9 @@ def _last_prose(items: Sequence[_Item], dropped: Collection[int]) -> dict[int, s
     prose = [number for number, item in enumerate(items) if item.place == _PROSE]
     if not prose or not set(prose) <= set(dropped):
         return {}
-    left = {number: claims.strip_specifics(items[number].text) for number in prose}
     number = min(prose, key=lambda number: len(items[number].judged))
-    return {number: left[number]} if len(left[number].split()) > 1 else {}
+    left = claims.strip_specifics(items[number].text)
+    return {number: left} if len(left.split()) > 1 else {}
 
 
 def _fitting(item: _Item, readable: Sequence[str], places: Mapping[str, str]) -> list[str]:
@@ -192,9 +192,9 @@ def label_difference(first: str, second: str) -> str:
     return _written(lines, items, dict.fromkeys(dropped, ""))
 
 
-def _is_said(item: _Item, said: Collection[str]) -> bool:
+def _is_said(item: _Item, said: frozenset[str]) -> bool:
     """Whether a label that says these words says the item, or the specifics of a line of prose."""
-    return bool(item.judged) and item.judged <= set(said)
+    return bool(item.judged) and item.judged <= said
 
 
 def _all_items(lines: Sequence[str]) -> list[_Item]:

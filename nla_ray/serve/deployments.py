@@ -418,15 +418,15 @@ class Endpoint:
         schema.require_served_layer(request.layer, self._base.layer)
         self._check_sampling(name, request)
         schema.check_inputs(request)
-        if request.activations is not None:
+        if request.vectors is not None:
+            descriptions = await self._describe_vectors(name, request.vectors, request)
+        elif request.activations is not None:
             schema.check_injected("activations", self._base.injected)
-            activations, injected = self._array("activations", request.activations), None
-        elif request.vectors is not None:
-            return await self._describe_vectors(name, request.vectors, request)
+            activations = self._array("activations", request.activations)
+            descriptions = await self._describe_rows(name, activations, None, request)
         else:
-            captured = await self.capture_ends(request.texts or [])
-            activations, injected = captured.activations, captured.injected
-        descriptions = await self._describe_rows(name, activations, injected, request)
+            ends = await self.capture_ends(request.texts or [])
+            descriptions = await self._describe_rows(name, ends.activations, ends.injected, request)
         return DescribeResponse(verbalizer=name, layer=self._base.layer, descriptions=descriptions)
 
     async def capture_ends(self, texts: Sequence[str]) -> CapturedEnds:
@@ -445,7 +445,7 @@ class Endpoint:
 
     async def _describe_vectors(
         self, name: str, prompts: Sequence[Sequence[Activation]], request: DescribeRequest
-    ) -> DescribeResponse:
+    ) -> list[DescriptionBody]:
         """Describe what the caller puts into the prompts, vector by vector.
 
         Prompts of as many vectors are written together.
@@ -461,11 +461,7 @@ class Endpoint:
             injected = np.stack([rows[number] for number in numbers])
             bodies = await self._describe_rows(name, injected[:, 0], injected, request)
             described |= zip(numbers, bodies, strict=True)
-        return DescribeResponse(
-            verbalizer=name,
-            layer=self._base.layer,
-            descriptions=[described[number] for number in range(len(rows))],
-        )
+        return [described[number] for number in range(len(rows))]
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         """Reconstruct each description once and compare it with its activation."""

@@ -96,13 +96,12 @@ class BaseConfig:
             "Use the measured mean activation norm, rounded up.",
         )
         require(
-            len(self.injected) > 0,
+            len(self.views) > 0,
             "base.injected",
             self.injected,
             "at least one vector",
             "Set --base.injected activation.",
         )
-        tuple(self.views)
         require(
             _is_date(self.date),
             "base.date",

@@ -13,6 +13,11 @@ from typing import Literal
 _LAYER = "layer"
 
 
+def is_activation_alone(views: Sequence[View]) -> bool:
+    """Whether nothing but the activation stands in the prompt, once."""
+    return [view.kind for view in views] == ["activation"]
+
+
 def check_views(views: Sequence[View], layers: Collection[int], *, text_mean: bool) -> None:
     """Raise ValueError for a view that a capture of these layers does not keep.
 

@@ -124,10 +124,9 @@ def make_engine(
         engine: GenerationEngine = VllmEngine(
             model, tokenizer, prompt, injection_norm, max_slots, lora, num_gpus=num_gpus
         )
-        check_generation(engine, model, prompt, injection_norm)
-        return engine
-    kind = CompactDecoder if name == "compact" else PlainDecoder
-    decoder, end_ids = kind(model, rows=max_slots), end_ids_of(causal, tokenizer)
-    engine = SlotEngine(decoder, end_ids, tokenizer, prompt, injection_norm, max_slots, lora)
+    else:
+        kind = CompactDecoder if name == "compact" else PlainDecoder
+        decoder, end_ids = kind(model, rows=max_slots), end_ids_of(causal, tokenizer)
+        engine = SlotEngine(decoder, end_ids, tokenizer, prompt, injection_norm, max_slots, lora)
     check_generation(engine, model, prompt, injection_norm)
     return engine
