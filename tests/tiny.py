@@ -179,6 +179,11 @@ def make_tiny_base(
         seed=seed,
         **small_sizes(architecture, blocks, width, heads, key_value_heads),
     )
+    return tiny_config(folder)
+
+
+def tiny_config(folder: Path | str) -> BaseConfig:
+    """The configuration of a tiny base in a folder."""
     return BaseConfig(
         model=str(folder),
         layer=1,

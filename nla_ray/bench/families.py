@@ -99,10 +99,9 @@ def small_sizes(
 def write_random_base(
     folder: Path, family: str, tokenizer: Any, *, seed: int = 0, **fields: Any
 ) -> None:
-    """A random model of a model type with a tokenizer, as transformers saves them.
+    """A random model of a model type with a tokenizer, by `write_model`.
 
-    Norms and biases are not what the library starts with, which would hide them. `fields`: of the
-    configuration, over `small_sizes`.
+    `fields`: of the configuration, over `small_sizes`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -122,10 +121,19 @@ def write_random_base(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.1 * torch.randn_like(parameter)
+        write_model(folder, AutoModelForCausalLM.from_config(config), tokenizer)
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """A new model with a tokenizer, as transformers saves them.
+
+    Norms and biases are not what the library starts with, which would hide them.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)

@@ -68,9 +68,7 @@ def train_grpo(run: Run) -> Manifest:
     for parent in parents.values():
         check_base(parent, info)
     check_stage(run.config, "grpo")
-    complete = run.find(name)
-    algorithm = complete.config.get("inputs") if complete else {"algorithm": ALGORITHM}
-    stage = run.open("grpo", parents=parents, inputs=algorithm)
+    stage = run.open("grpo", parents=parents, algorithm=ALGORITHM)
     if stage.manifest is not None:
         logger.info("%s: complete, skipped", name)
         return stage.manifest

@@ -208,15 +208,22 @@ class Run:
         *,
         parents: Mapping[str, Manifest] | None = None,
         inputs: Mapping[str, str] | None = None,
+        algorithm: str | None = None,
     ) -> Artifact:
         """Open the artifact of a stage, with sections and parents as the table of stages says.
 
-        `parents` replaces the table's. Raises ValueError that names the job of a missing parent, or
-        the difference to the artifact in the folder.
+        `parents` replaces the table's. `algorithm`: version of what settings do not tell, part of
+        the identity in place of `inputs`; a complete artifact is taken by whichever. Raises
+        ValueError that names the job of a missing parent, or the difference to the artifact in the
+        folder.
         """
         row = stage_named(stage)
+        name = row.artifact(self.config)
+        if algorithm is not None:
+            complete = self.find(name)
+            inputs = complete.config.get("inputs") if complete else {"algorithm": algorithm}
         return self.open_artifact(
-            row.artifact(self.config),
+            name,
             *row.sections,
             parents=self.parents_of(stage) if parents is None else parents,
             inputs=inputs,

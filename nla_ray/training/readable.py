@@ -50,9 +50,7 @@ def make_readable_labels(run: Run) -> Manifest:
 
 def _open_stage(run: Run) -> Artifact:
     check_base(run.require("activations"), base_info(run.config.base))
-    complete = run.find(READABLE_LABELS)
-    made_by = complete.config.get("inputs") if complete else {"algorithm": _ALGORITHM}
-    return run.open(READABLE_LABELS, inputs=made_by)
+    return run.open(READABLE_LABELS, algorithm=_ALGORITHM)
 
 
 def write_readable_labels(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import MARKER, build_tokenizer, random_state
+from tiny import MARKER, build_tokenizer, random_state, tiny_config
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from nla_ray.activation.injection import activations_attached
@@ -29,7 +29,7 @@ from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
 from nla_ray.base.prompts import build_injection_prompt
 from nla_ray.base.self_check import check_reading
-from nla_ray.bench.families import small_sizes
+from nla_ray.bench.families import small_sizes, write_model
 from nla_ray.description.engines.interface import engine_name, make_engine
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.plan.sizes import sizes_in
@@ -76,22 +76,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
         **images,
     )
     torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return BaseConfig(
-        model=str(folder),
-        layer=1,
-        injection_norm=4.0,
-        max_tokens=256,
-        device="cpu",
-        training_dtype="float32",
-    )
+    write_model(folder, Gemma3ForConditionalGeneration(config), tokenizer)
+    return tiny_config(folder)
 
 
 def whole_model(base: BaseConfig) -> Any:

@@ -13,7 +13,12 @@ from nla_ray.label.stage import activation_subjects, all_labels, drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.score import claims
 from nla_ray.settings.config import ReconstructorConfig, RunConfig
-from nla_ray.training.readable import READABLE_LABELS, readable_labels, write_readable_labels
+from nla_ray.training.readable import (
+    READABLE_LABELS,
+    make_readable_labels,
+    readable_labels,
+    write_readable_labels,
+)
 from nla_ray.training.reconstruction import partly_replaced, scorer_labels
 from nla_ray.training.sft import load_pairs
 
@@ -67,6 +72,20 @@ def test_the_probes_learned_from_train_documents_alone(made: RunConfig) -> None:
     assert set(manifest.parents) == {"activations", "labels"}
     assert 0.0 <= manifest.metrics["unreadable_share"] <= 1.0
     assert manifest.metrics["items"] > 0
+
+
+def test_labels_say_which_rule_made_them_and_those_of_an_earlier_one_are_taken(
+    made: RunConfig, tmp_path: Path
+) -> None:
+    assert Run(made).require(READABLE_LABELS).config["inputs"] == {"algorithm": "2"}
+    shutil.copytree(made.run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / READABLE_LABELS)
+    run = Run(dataclasses.replace(made, run_dir=str(tmp_path / "run")))
+    earlier = run.open(READABLE_LABELS)
+    with pytest.raises(ValueError, match=r"inputs: there nothing, here {'algorithm': '2'}"):
+        make_readable_labels(run)
+    completed = earlier.publish()
+    assert make_readable_labels(run) == completed
 
 
 def test_at_a_probability_of_nothing_every_word_of_a_label_is_readable(
