@@ -196,7 +196,7 @@ def _plan_linear_scorer(facts: PlanFacts) -> StagePlan:
 def _plan_sft(facts: PlanFacts) -> StagePlan:
     sft, sizes, workers = facts.config.sft, facts.sizes, facts.config.compute.trainer_workers
     examples = min(facts.labels_of(sft), sft.max_examples or _UNLIMITED)
-    examples *= 1 + sft.difference_share
+    examples *= (1 + sft.difference_share) * (1 + sft.unlikelihood_share)
     length = PROMPT_TOKENS + LABEL_TOKENS
     tokens = examples * sft.epochs * length
     trainable = sizes.lora_parameters(sft.lora, sizes.num_layers)

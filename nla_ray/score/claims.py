@@ -131,6 +131,26 @@ def items(description: str) -> list[str]:
     return [part for part in parts if part]
 
 
+def item_starts(description: str) -> list[int]:
+    """Where the items of every list begin, in characters; what `next:` forecasts is none.
+
+    >>> description = "- tokens: frame, index\\n- next: more"
+    >>> [description[start:].split(",")[0].split()[0] for start in item_starts(description)]
+    ['frame', 'index']
+    """
+    starts: list[int] = []
+    offset = 0
+    for line in description.splitlines(keepends=True):
+        heading, body = split_heading(_BULLET.sub("", line).strip())
+        if heading and heading.casefold() != NEXT_HEADING:
+            at = offset + line.index(body, line.index(":"))
+            for part in list_parts(body):
+                starts += [at + len(part) - len(part.lstrip())] if part.strip() else []
+                at += len(part) + 1
+        offset += len(line)
+    return starts
+
+
 def repeats_item(description: str) -> bool:
     """Whether it lists an item twice, or says a word twice in a row in one ("assert assert")."""
     listed = items(description)

@@ -374,6 +374,9 @@ class SFTConfig:
     """Examples of differences for each example of an activation: the direction of one less that of
     another of another family, with what the first one's label says and the second one's does not.
     """
+    unlikelihood_share: float = 0.0
+    """Labels read a second time for each label, where only what an earlier item of a list began
+    with is made unlikely to begin a further one: so that no list says a word twice."""
     epochs: int = 2
     """Passes over the examples; the best epoch on validation is kept."""
     batch_size: int = 32
@@ -408,6 +411,13 @@ class SFTConfig:
             self.difference_share,
             "a number between 0 and 10",
             "At 1 there are as many differences as activations.",
+        )
+        require(
+            0.0 <= self.unlikelihood_share <= 10.0,
+            "sft.unlikelihood_share",
+            self.unlikelihood_share,
+            "a number between 0 and 10",
+            "At 1 every label is read a second time.",
         )
 
 

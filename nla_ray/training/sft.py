@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from nla_ray.activation.stage import load_activations
 from nla_ray.activation.vectors import direction
 from nla_ray.base.adapters import save_adapter
-from nla_ray.base.encoding import encode_texts
+from nla_ray.base.encoding import encode_texts, written_text
 from nla_ray.base.identity import base_info
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.prompts import CLOSING_TAG, InjectionPrompt, injection_prompt
@@ -41,11 +42,10 @@ from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
 from nla_ray.training.readable import readable_labels
 from nla_ray.training.resuming import ResumableTrainer
+from nla_ray.training.unlikelihood import IGNORED, refuse_repeats, token_labels, unlikelihood
 from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
 
-IGNORED = -100
-"""Label of a token without loss."""
 MAX_VALIDATION = 512
 """Most validation activations, chosen by seed: enough to choose an epoch."""
 _WARMUP_SHARE = 0.05
@@ -205,19 +205,21 @@ def blanks(examples: Sequence[Mapping[str, list[int]]], count: int) -> list[dict
 
 
 def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of the labelled tokens, and their number.
+    """Summed cross entropy of the labelled tokens, or unlikelihood of those refused; their number.
 
     `model`: one that knows `fused_lm_head`. `inputs`: input_ids, attention_mask and labels, all
-    [batch, seq], labels -100 where there is no loss.
+    [batch, seq], labels -100 where there is no loss, lower where a token is refused.
     """
-    labels = inputs["labels"]
+    labels, is_refused = token_labels(inputs["labels"])
     log_probs = model(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         labels=labels,
         fused_lm_head=True,
     ).log_probs
-    return -log_probs.sum(), (labels[:, 1:] != IGNORED).sum()
+    is_refused = is_refused[:, 1:]
+    summed = unlikelihood(log_probs[is_refused]).sum() - log_probs[~is_refused].sum()
+    return summed, (labels[:, 1:] != IGNORED).sum()
 
 
 @torch.no_grad()
@@ -358,6 +360,8 @@ def make_sft_trainer(
     wrong = derangement(validation.family_ids, settings.seed).tolist()
     shuffled = [validation.rows[number] for number in wrong]
     examples = encode_pairs(train, tokenizer, prompt, vocab_size)
+    decode = partial(written_text, tokenizer)
+    examples += refuse_repeats(examples, settings.unlikelihood_share, decode, settings.seed)
     lengths = [len(example["input_ids"]) for example in examples]
     batches = LengthBatches(lengths, settings.batch_size, settings.seed)
     held_out = {
