@@ -131,24 +131,27 @@ def items(description: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def item_starts(description: str) -> list[int]:
-    """Where the items of every list begin, in characters; what `next:` forecasts is none.
+def item_spans(description: str) -> list[list[tuple[int, int]]]:
+    """First character and end of the items of every list; what `next:` forecasts is none.
 
     >>> description = "- tokens: frame, index\\n- next: more"
-    >>> [description[start:].split(",")[0].split()[0] for start in item_starts(description)]
-    ['frame', 'index']
+    >>> [[description[begin:end] for begin, end in spans] for spans in item_spans(description)]
+    [['frame', 'index']]
     """
-    starts: list[int] = []
+    lists: list[list[tuple[int, int]]] = []
     offset = 0
     for line in description.splitlines(keepends=True):
         heading, body = split_heading(_BULLET.sub("", line).strip())
-        if heading and heading.casefold() != NEXT_HEADING:
+        if heading and heading.casefold() != NEXT_HEADING and body not in PLACEHOLDERS:
+            lists.append([])
             at = offset + line.index(body, line.index(":"))
             for part in list_parts(body):
-                starts += [at + len(part) - len(part.lstrip())] if part.strip() else []
+                begin = at + len(part) - len(part.lstrip())
+                if part.strip():
+                    lists[-1].append((begin, begin + len(part.strip())))
                 at += len(part) + 1
         offset += len(line)
-    return starts
+    return lists
 
 
 def repeats_item(description: str) -> bool:

@@ -104,8 +104,8 @@ def rewrite(
 
     `probability`: of words to be in the text; of others it is 0. `offers`: words of the text, best
     first. `places`: of words, see `places_of`. `least`: the probability from which a word is
-    readable. `fill_to`: claims up to which readable words are added. Where nothing is readable the
-    best word of the text is taken all the same: silence teaches nothing.
+    readable. `fill_to`: claims up to which readable words are added. Where nothing is readable, and
+    no prose is left, the best word of the text is taken all the same: silence teaches nothing.
 
     >>> read = {"frame": 0.9, "index": 0.8}
     >>> made = rewrite("- tokens: frame, licence", read, ["frame", "index"], {}, least=0.5, seed=0)
@@ -122,11 +122,15 @@ def rewrite(
     said = {word for number in claiming if number not in dropped for word in items[number].judged}
     taken = said | {item.text.casefold() for item in items if not item.claimed}
     left = [word for word in offers if word not in taken]
+    has_prose = any(
+        item.place == _PROSE and (number in kept or number not in dropped)
+        for number, item in enumerate(items)
+    )
     replaced: dict[int, str] = dict(kept)
     spare: list[str] = []
     for number in dropped:
         chosen = _fitting(items[number], [word for word in left if word in likely], places)
-        if not chosen and not said and not kept and number == dropped[-1]:
+        if not chosen and not said and not has_prose and number == dropped[-1]:
             chosen = left[:1]
         if items[number].place == _PROSE:
             spare += chosen

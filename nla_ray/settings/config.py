@@ -375,8 +375,8 @@ class SFTConfig:
     another of another family, with what the first one's label says and the second one's does not.
     """
     unlikelihood_share: float = 0.0
-    """Labels read a second time for each label, where only what an earlier item of a list began
-    with is made unlikely to begin a further one: so that no list says a word twice."""
+    """Beginnings of labels for each label that are read to unlearn repeats: where a list goes on,
+    what an earlier item began with is made unlikely."""
     epochs: int = 2
     """Passes over the examples; the best epoch on validation is kept."""
     batch_size: int = 32
@@ -417,7 +417,7 @@ class SFTConfig:
             "sft.unlikelihood_share",
             self.unlikelihood_share,
             "a number between 0 and 10",
-            "At 1 every label is read a second time.",
+            "At 1 there are as many as labels.",
         )
 
 

@@ -42,7 +42,14 @@ from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
 from nla_ray.training.readable import readable_labels
 from nla_ray.training.resuming import ResumableTrainer
-from nla_ray.training.unlikelihood import IGNORED, refuse_repeats, token_labels, unlikelihood
+from nla_ray.training.unlikelihood import (
+    IGNORED,
+    Repeat,
+    draw_repeats,
+    refusal_loss,
+    refuse,
+    token_labels,
+)
 from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
 
@@ -194,6 +201,20 @@ def encode_pairs(
     return examples
 
 
+def encode_repeats(
+    pairs: Pairs, repeats: Sequence[Repeat], tokenizer, prompt: InjectionPrompt, vocab_size: int
+) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of beginnings of the pairs' labels that must not be repeated."""
+    encode, decode = partial(encode_texts, tokenizer), partial(written_text, tokenizer)
+    return [
+        {
+            "input_ids": prompt.encode(pairs.rows[number], vocab_size) + ids,
+            "labels": [IGNORED] * len(prompt) + labels,
+        }
+        for number, ids, labels in refuse(repeats, encode, decode)
+    ]
+
+
 def blanks(examples: Sequence[Mapping[str, list[int]]], count: int) -> list[dict[str, list[int]]]:
     """`count` copies of the shortest example that carry no loss: they fill up the last batch."""
     shortest = min(examples, key=lambda example: len(example["input_ids"]))
@@ -205,7 +226,7 @@ def blanks(examples: Sequence[Mapping[str, list[int]]], count: int) -> list[dict
 
 
 def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of the labelled tokens, or unlikelihood of those refused; their number.
+    """Summed loss of the labelled tokens, cross entropy or `refusal_loss`, and their number.
 
     `model`: one that knows `fused_lm_head`. `inputs`: input_ids, attention_mask and labels, all
     [batch, seq], labels -100 where there is no loss, lower where a token is refused.
@@ -218,7 +239,7 @@ def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
         fused_lm_head=True,
     ).log_probs
     is_refused = is_refused[:, 1:]
-    summed = unlikelihood(log_probs[is_refused]).sum() - log_probs[~is_refused].sum()
+    summed = refusal_loss(log_probs[is_refused]).sum() - log_probs[~is_refused].sum()
     return summed, (labels[:, 1:] != IGNORED).sum()
 
 
@@ -360,8 +381,9 @@ def make_sft_trainer(
     wrong = derangement(validation.family_ids, settings.seed).tolist()
     shuffled = [validation.rows[number] for number in wrong]
     examples = encode_pairs(train, tokenizer, prompt, vocab_size)
-    decode = partial(written_text, tokenizer)
-    examples += refuse_repeats(examples, settings.unlikelihood_share, decode, settings.seed)
+    labels = [label.strip() for label in train.labels]
+    repeats = draw_repeats(labels, settings.unlikelihood_share, settings.seed)
+    examples += encode_repeats(train, repeats, tokenizer, prompt, vocab_size)
     lengths = [len(example["input_ids"]) for example in examples]
     batches = LengthBatches(lengths, settings.batch_size, settings.seed)
     held_out = {

@@ -1,28 +1,32 @@
 """What a verbalizer is taught not to write: an item of a list that it has said before.
 
 A list is written word after word, and the likeliest word stays the likeliest once it is said. No
-label says an item twice, but that alone teaches little against it. So labels are read a second time
-where each further item begins, with a token by which an earlier one began: its probability is to
-fall. Source: unlikelihood training, Welleck et al., "Neural text generation with unlikelihood
-training", 2020; there the tokens are all that stood before.
+label says an item twice, but that alone teaches little against it. So the beginnings of labels are
+read a second time, up to where a further item stands or a further one might have been added: the
+token by which an earlier item began is to become unlikely there. Source: unlikelihood training,
+Welleck et al., "Neural text generation with unlikelihood training", 2020; there it is taught
+wherever a label goes on, against all tokens that stood before.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nla_ray.base.encoding import token_ends
-from nla_ray.base.prompts import CLOSING_TAG
-from nla_ray.score.claims import item_starts
+from nla_ray.score.claims import item_spans
 
 IGNORED = -100
 """Label of a token without loss. A lower one, `refused(token)`, says: any token but this one."""
 _HIGHEST_LOG_PROB = -1e-6
 """A token that is certain is refused as one that is nearly so: the loss stays finite."""
+_WEIGHT = 10.0
+"""A refused token counts as ten that are to be written: a label has many, a refusal is one."""
+_SEPARATOR = ", "
 
 
 def refused(token_id: int) -> int:
@@ -44,51 +48,70 @@ def token_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_refused, IGNORED - 1 - labels, labels), is_refused
 
 
-def unlikelihood(log_probs: Tensor) -> Tensor:
-    """-log(1 - p), in nats, of tokens that are not to be written."""
-    return -torch.log1p(-log_probs.clamp(max=_HIGHEST_LOG_PROB).exp())
+def refusal_loss(log_probs: Tensor) -> Tensor:
+    """-log(1 - p) of every refused token, in nats, by its weight. Shapes stay."""
+    return -_WEIGHT * torch.log1p(-log_probs.clamp(max=_HIGHEST_LOG_PROB).exp())
 
 
-def refuse_repeats(
-    examples: Sequence[Mapping[str, list[int]]],
-    share: float,
-    decode: Callable[[Sequence[int]], str],
-    seed: int,
-) -> list[dict[str, list[int]]]:
-    """`share` as many examples as there are, drawn by seed, with labels that refuse repeats alone.
+@dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """A label up to a place where an item could stand, and an earlier one that is to stay away.
 
-    Labels without a second item are not drawn from; where all are, none is made.
+    Example: Repeat(number=4, written="- tokens: frame, ", item="frame", expected="index")
+    """
+
+    number: int
+    """Of the label."""
+    written: str
+    item: str
+    expected: str
+    """The item that stands there; empty where the list has ended."""
+
+
+def draw_repeats(labels: Sequence[str], share: float, seed: int) -> list[Repeat]:
+    """Repeats of `share` as many labels as there are, drawn by seed; none of labels without a list.
+
+    >>> [repeat] = draw_repeats(["- tokens: frame"], 1.0, seed=0)
+    >>> repeat.written, repeat.item, repeat.expected
+    ('- tokens: frame, ', 'frame', '')
     """
     draw = random.Random(seed)
-    made: list[dict[str, list[int]]] = []
-    wanted = round(share * len(examples))
-    while len(made) < wanted:
-        found = []
-        for number in draw.sample(range(len(examples)), len(examples)):
-            if len(made) + len(found) == wanted:
-                break
-            labels = _refusals(examples[number]["labels"], decode, draw)
-            if labels is not None:
-                found.append({**examples[number], "labels": labels})
-        if not found:
-            break
-        made += found
-    return made
+    wanted = round(share * len(labels))
+    possible = [list(_repeats(number, label)) for number, label in enumerate(labels)]
+    numbers = [number for number, repeats in enumerate(possible) if repeats]
+    drawn: list[int] = []
+    while numbers and len(drawn) < wanted:  # each pass draws every label once
+        drawn += draw.sample(numbers, min(len(numbers), wanted - len(drawn)))
+    return [draw.choice(possible[number]) for number in drawn]
 
 
-def _refusals(
-    labels: Sequence[int], decode: Callable[[Sequence[int]], str], draw: random.Random
-) -> list[int] | None:
-    """Labels that refuse, where an item begins, the first token of an earlier one; None if none."""
-    start = next(number for number, label in enumerate(labels) if label != IGNORED)
-    written = decode(labels[start:]).partition(CLOSING_TAG)[0]
-    ends = token_ends(labels[start:], decode)
-    begins: list[int] = []
-    refusals = [IGNORED] * len(labels)
-    for character in item_starts(written):
-        position = start + next(number for number, end in enumerate(ends[1:]) if end > character)
-        earlier = {labels[begin] for begin in begins} - {labels[position]}
-        if earlier:
-            refusals[position] = refused(draw.choice(sorted(earlier)))
-        begins.append(position)
-    return refusals if any(label != IGNORED for label in refusals) else None
+def _repeats(number: int, label: str) -> Iterator[Repeat]:
+    """One for every place of an item and every different item before it."""
+    earlier: list[str] = []
+    for spans in item_spans(label):
+        end = spans[-1][1]
+        places = [(label[:begin], label[begin:last]) for begin, last in spans]
+        for written, expected in [*places, (label[:end] + _SEPARATOR, "")]:
+            for item in dict.fromkeys(earlier):
+                if item != expected:
+                    yield Repeat(number=number, written=written, item=item, expected=expected)
+            earlier += [expected] if expected else []
+
+
+def refuse(
+    repeats: Sequence[Repeat],
+    encode: Callable[[Sequence[str]], list[list[int]]],
+    decode: Callable[[Sequence[int]], str],
+) -> Iterator[tuple[int, list[int], list[int]]]:
+    """(number of the label, ids, labels) of every repeat; its last token alone has a label.
+
+    None of a repeat that begins with the same token as what is to stand there.
+    """
+    ids_of_items = encode([repeat.written + repeat.item for repeat in repeats])
+    ids_expected = encode([repeat.written + repeat.expected for repeat in repeats])
+    for repeat, ids, expected in zip(repeats, ids_of_items, ids_expected, strict=True):
+        ends = token_ends(ids, decode)[1:]
+        first = next(place for place, end in enumerate(ends) if end > len(repeat.written))
+        if repeat.expected and ids[: first + 1] == expected[: first + 1]:
+            continue
+        yield repeat.number, ids[: first + 1], [*[IGNORED] * first, refused(ids[first])]

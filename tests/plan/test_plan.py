@@ -368,7 +368,9 @@ def test_a_plan_counts_the_tokens_of_answers_where_positions_are_in_them(tmp_pat
 def test_a_plan_counts_every_vector_that_stands_for_an_activation(tmp_path: Path) -> None:
     config = dataclasses.replace(PRESETS["nano"](), run_dir=str(tmp_path))
     three = override(config, base={"injected": ("activation", "centred", "text_mean")})
-    three = override(three, capture={"text_mean": True}, sft={"difference_share": 0.5})
+    three = override(
+        three, capture={"text_mean": True}, sft={"difference_share": 0.5, "unlikelihood_share": 0.2}
+    )
     one, many = (PlanFacts.of(Run(each)) for each in (config, three))
     assert many.injected_bytes == 3 * one.injected_bytes == 3 * one.activations_bytes(1)
     assert many.activations_per_text == 2 * one.activations_per_text
@@ -380,7 +382,7 @@ def test_a_plan_counts_every_vector_that_stands_for_an_activation(tmp_path: Path
         )
         for each in (config, three)
     ]
-    assert tokens[1] == pytest.approx(1.5 * tokens[0], rel=1e-3)
+    assert tokens[1] == pytest.approx(1.5 * 1.2 * tokens[0], rel=1e-3)
 
 
 def test_the_memory_of_a_shard_in_a_plan_is_that_of_some_blocks(tmp_path: Path) -> None:

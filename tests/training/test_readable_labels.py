@@ -77,12 +77,12 @@ def test_the_probes_learned_from_train_documents_alone(made: RunConfig) -> None:
 def test_labels_say_which_rule_made_them_and_those_of_an_earlier_one_are_taken(
     made: RunConfig, tmp_path: Path
 ) -> None:
-    assert Run(made).require(READABLE_LABELS).config["inputs"] == {"algorithm": "2"}
+    assert Run(made).require(READABLE_LABELS).config["inputs"] == {"algorithm": "3"}
     shutil.copytree(made.run_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / READABLE_LABELS)
     run = Run(dataclasses.replace(made, run_dir=str(tmp_path / "run")))
     earlier = run.open(READABLE_LABELS)
-    with pytest.raises(ValueError, match=r"inputs: there nothing, here {'algorithm': '2'}"):
+    with pytest.raises(ValueError, match=r"inputs: there nothing, here {'algorithm': '3'}"):
         make_readable_labels(run)
     completed = earlier.publish()
     assert make_readable_labels(run) == completed

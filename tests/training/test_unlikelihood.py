@@ -1,4 +1,4 @@
-"""Refused tokens: which they are, what they cost, and that a verbalizer unlearns a repeat."""
+"""Repeats that are refused: where, which token, what it costs, and that it is unlearned."""
 
 from __future__ import annotations
 
@@ -12,57 +12,92 @@ from nla_ray.cpu.log_probs import TokenLogProbs
 from nla_ray.training.sft import completion_loss
 from nla_ray.training.unlikelihood import (
     IGNORED,
-    refuse_repeats,
+    Repeat,
+    draw_repeats,
+    refusal_loss,
+    refuse,
     refused,
     token_labels,
-    unlikelihood,
 )
 
-SPELLED = ("- tokens:", " frame", ",", " index", " assert", "\n- test:", "\n- next:", "</x>")
-FRAME, COMMA, INDEX, ASSERT, TEST, NEXT = 1, 2, 3, 4, 5, 6
+LABEL = "- tokens: frame, index\n- unit test: frame, equal\n- next: more, frame"
+
+
+def test_an_item_is_refused_wherever_a_later_one_could_stand() -> None:
+    drawn = {
+        (repeat.written.rsplit("\n", 1)[-1], repeat.item, repeat.expected)
+        for seed in range(200)
+        for repeat in draw_repeats([LABEL], 1.0, seed)
+    }
+    assert drawn == {
+        ("- tokens: frame, ", "frame", "index"),
+        ("- tokens: frame, index, ", "frame", ""),
+        ("- tokens: frame, index, ", "index", ""),
+        ("- unit test: ", "index", "frame"),  # never what is to be written: frame, frame
+        ("- unit test: frame, ", "frame", "equal"),
+        ("- unit test: frame, ", "index", "equal"),
+        ("- unit test: frame, equal, ", "frame", ""),
+        ("- unit test: frame, equal, ", "index", ""),
+        ("- unit test: frame, equal, ", "equal", ""),
+    }
+
+
+def test_prose_placeholders_and_forecasts_refuse_nothing() -> None:
+    label = "- It explains ownership, borrowing, and lifetimes to a learner\n- next: a, b"
+    assert draw_repeats([label, "- tokens: no word stands out"], 1.0, 0) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 2.5])
+def test_the_share_counts_labels_and_draws_each_before_any_twice(share: float) -> None:
+    labels = ["- prose", "- tokens: a", "- tokens: b", "- next: more"]
+    repeats = draw_repeats(labels, share, 3)
+    numbers = [repeat.number for repeat in repeats]
+    assert len(repeats) == round(share * 4) and set(numbers) <= {1, 2}
+    assert numbers.count(1) - numbers.count(2) in (-1, 0, 1)
+    assert draw_repeats(labels, share, 3) == repeats
+
+
+SPELLED = ["- tokens:", " frame", ",", " ", "in", "dex", "put"]
+
+
+def encode(texts) -> list[list[int]]:
+    """The longest piece first, as a tokenizer would."""
+    found = []
+    for text in texts:
+        ids = []
+        while text:
+            best = max((piece for piece in SPELLED if text.startswith(piece)), key=len)
+            ids.append(SPELLED.index(best))
+            text = text[len(best) :]
+        found.append(ids)
+    return found
 
 
 def decode(ids) -> str:
     return "".join(SPELLED[index] for index in ids)
 
 
-def example(*completion: int) -> dict[str, list[int]]:
-    return {"input_ids": [9, 9, *completion], "labels": [IGNORED, IGNORED, *completion]}
+def test_the_label_stands_at_the_token_with_the_item_s_first_character() -> None:
+    repeat = Repeat(number=4, written="- tokens: frame, ", item="frame", expected="index")
+    [(number, ids, labels)] = refuse([repeat], encode, decode)
+    assert (number, decode(ids)) == (4, "- tokens: frame, frame")
+    assert labels == [IGNORED] * 3 + [refused(1)]
+    apart = Repeat(number=0, written="- tokens: index, ", item="index", expected="frame")
+    [(_, ids, labels)] = refuse([apart], encode, decode)
+    assert decode(ids) == "- tokens: index, in" and labels == [IGNORED] * 6 + [refused(4)]
 
 
-def test_an_item_refuses_how_an_earlier_one_of_any_list_began() -> None:
-    listed = example(0, FRAME, COMMA, INDEX, TEST, ASSERT, NEXT, FRAME)
-    drawn = set()
-    for seed in range(20):
-        [made] = refuse_repeats([listed], 1.0, decode, seed)
-        assert made["input_ids"] == listed["input_ids"]
-        labels = made["labels"]
-        where = [number for number, label in enumerate(labels) if label != IGNORED]
-        assert where == [5, 7]  # " index" and " assert"; " frame" after `next:` is a forecast
-        assert labels[5] == refused(FRAME)
-        drawn.add(labels[7])
-    assert drawn == {refused(FRAME), refused(INDEX)}
+def test_an_item_that_begins_as_the_expected_one_is_not_refused() -> None:
+    same = Repeat(number=0, written="- tokens: index, ", item="index", expected="input")
+    ended = Repeat(number=1, written="- tokens: index, ", item="index", expected="")
+    assert [number for number, *_ in refuse([same, ended], encode, decode)] == [1]
 
 
-def test_what_is_to_be_written_is_never_refused() -> None:
-    twice = example(0, FRAME, COMMA, FRAME)
-    assert refuse_repeats([twice], 1.0, decode, 0) == []
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 2.5])
-def test_the_share_counts_labels_and_passes_over_those_without_a_second_item(share: float) -> None:
-    short = example(0, FRAME, NEXT, INDEX)
-    lists = [example(0, FRAME, COMMA, INDEX), example(0, INDEX, COMMA, ASSERT)]
-    made = refuse_repeats([short, *lists, short], share, decode, 3)
-    assert len(made) == round(share * 4)
-    assert all(row["input_ids"] != short["input_ids"] for row in made)
-    assert refuse_repeats([short], share, decode, 0) == []
-
-
-def test_unlikelihood_is_the_paper_s_and_stays_finite() -> None:
+def test_the_loss_is_the_paper_s_and_stays_finite() -> None:
     log_probs = torch.tensor([math.log(0.25), math.log(1e-4), 0.0], requires_grad=True)
-    loss = unlikelihood(log_probs)
-    assert loss[:2].tolist() == pytest.approx([-math.log(0.75), -math.log(1 - 1e-4)], rel=1e-5)
+    loss = refusal_loss(log_probs)
+    expected = [-10 * math.log(0.75), -10 * math.log(1 - 1e-4)]
+    assert loss[:2].tolist() == pytest.approx(expected, rel=1e-5)
     assert math.isfinite(loss[2].item())
     loss.sum().backward()
     assert torch.isfinite(log_probs.grad).all() and (log_probs.grad[:2] > 0).all()
@@ -85,12 +120,13 @@ def test_a_batch_of_both_kinds_costs_the_sum_of_both_and_unlearns_what_is_refuse
     model = Unigram()
     labels = torch.tensor([[IGNORED, 1, IGNORED], [IGNORED, refused(0), IGNORED]])
     batch = {"input_ids": labels.clamp(min=0), "attention_mask": labels * 0 + 1, "labels": labels}
-    likely = model.logits.softmax(-1)
+    likely = model.logits.softmax(-1).detach()
     summed, count = completion_loss(model, batch)
     assert count == 2
-    assert summed.item() == pytest.approx((-likely[1].log() - (1 - likely[0]).log()).item())
+    expected = -likely[1].log() - 10 * (1 - likely[0]).log()
+    assert summed.item() == pytest.approx(expected.item())
     only = {**batch, "labels": torch.where(labels < IGNORED, labels, IGNORED)}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(20):
         optimizer.zero_grad()
         completion_loss(model, only)[0].backward()
