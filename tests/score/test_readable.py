@@ -150,6 +150,12 @@ def test_words_take_the_place_of_specifics_behind_the_prose() -> None:
     )
 
 
+def test_prose_that_is_left_is_not_followed_by_a_word_that_cannot_be_read() -> None:
+    prose = "- explains a rule to a beginner"
+    made = rewrite(f'{prose}\n- then quotes "a line of it"', {}, ["frame"], {}, least=0.5, seed=0)
+    assert made.replaced == prose
+
+
 def test_a_difference_is_what_the_first_label_alone_says() -> None:
     first = "- tokens: frame, index\n- unit test: dtype\n- next: another check"
     second = "- tokens: index, licence\n- unit test: dtype\n- next: a list"
