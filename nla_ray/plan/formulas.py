@@ -314,10 +314,13 @@ def _plan_report(facts: PlanFacts) -> StagePlan:
     config, sizes, evaluation = facts.config, facts.sizes, facts.config.evaluation
     most = evaluation.max_activations or _UNLIMITED
     activations = min(facts.texts * config.corpus.test_share, most)
-    descriptions = activations * (3 + evaluation.samples)  # SFT, SFT on random vectors, GRPO
+    pairs = min(evaluation.differences, activations)
+    # SFT, SFT on random vectors, GRPO; differences by SFT and GRPO.
+    descriptions = activations * (3 + evaluation.samples) + 2 * pairs
     described = descriptions * config.grpo.max_new_tokens
     # Labels, controls, what is cut or reworded, samples; and the texts, by three scorers each.
     scored = activations * 3 * ((10 + evaluation.samples) * LABEL_TOKENS + facts.text_tokens)
+    scored += pairs * 3 * 4 * LABEL_TOKENS  # labels, theirs of another pair, SFT, GRPO
     patched = min(evaluation.patch_rows, activations) * facts.read_tokens
     blocks = config.base.layer + 1
     length = PROMPT_TOKENS + config.grpo.max_new_tokens

@@ -27,6 +27,7 @@ from nla_ray.report.claim_confidence import (
 from nla_ray.report.compared import Compared
 from nla_ray.report.controls import CONFIDENT, REFRESHED, VERBALIZERS, artifact_of, trained_in
 from nla_ray.report.describing import Described, describe_all
+from nla_ray.report.differences import texts_of_differences
 from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts
 from nla_ray.report.matched import train_words
@@ -81,6 +82,7 @@ def gather_evaluated(
     reworded_rows = prefix_rows[:: PREFIX_ROWS // REWORDED_ROWS]
     reworded = reword_descriptions(descriptions, read_in_part, reworded_rows)
     wanted = texts_to_read(descriptions, samples, prefixes, cut.values(), reworded.values())
+    wanted |= texts_of_differences(written.differences)
     scratch = folder / "scratch"
     readings = reconstruct_texts(run, manifests, wanted, scratch)
     return Evaluated(
@@ -96,6 +98,7 @@ def gather_evaluated(
         protocols=protocols,
         from_elsewhere=from_elsewhere,
         samples=samples,
+        differences=written.differences,
         sampled=config.grpo.artifact,
         prefix_rows=prefix_rows,
         prefixes=prefixes,

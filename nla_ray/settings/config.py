@@ -568,13 +568,25 @@ class EvaluationConfig:
     no such row. Needs as many `samples` as `claim_confidence.samples`."""
     patch_rows: int = 256
     """Activations, drawn by seed, whose reconstructions are put back into the base; 0: none."""
+    differences: int = 0
+    """Pairs of activations, drawn by seed, whose difference is described: how often a scorer finds
+    it among ten by what is said of it. At least 20; as many as activations at most; 0: none."""
     examples: int = 3
     """Texts that are shown with all their descriptions, each of another domain."""
     gates: tuple[Gate, ...] = ()
     """FIGURE RELATION THRESHOLD ..., such as `grpo.judge.top1 >= 0.93`. A bound of the 95%
     interval must satisfy the relation: the lower one of >= and >, the upper one of <= and <."""
     seed: int = 0
-    """Draws controls, samples, resamples and examples."""
+    """Draws controls, samples, resamples, differences and examples."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.differences == 0 or self.differences >= 20,
+            "evaluation.differences",
+            self.differences,
+            "0, or at least 20",
+            "A difference is told from nine others of other families.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
