@@ -18,13 +18,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nla_ray.activation.vectors import beside_mean, direction_difference
+from nla_ray.report.readings import Readings
 from nla_ray.score.bootstrap import FamilyBootstrap
 from nla_ray.score.comparisons import NUM_OTHERS, Comparisons, family_pairs, rows_of_neither
 from nla_ray.score.metrics import Figure, figures
@@ -65,6 +65,8 @@ class Differences:
     """Differences as `beside_mean` places them. The hard others have the same first."""
     said: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By verbalizer, `gold` and `shuffled` too: what is said of every difference."""
+    readings: Readings = field(default_factory=lambda: Readings([], {}))
+    """Of all that is said: apart from those of the report, whose figures it must not touch."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,15 +116,14 @@ def difference_section(evaluated: Evaluated, resamples: int, seed: int) -> dict[
     differences = evaluated.differences
     if differences is None:
         return {}
-    said = _said(evaluated, differences)
+    named: dict[str, dict[str, dict[str, Figure]]] = {}
+    for name, texts in differences.said.items():
+        named[name] = _figures(differences.readings, texts, differences.comparisons)
+        if name != _NOT_OF_FIRST:
+            of_rows = evaluated.texts_of(name)
+            alone = [of_rows[row] for row in differences.firsts]
+            named[f"{name}_of_first"] = _figures(evaluated.readings, alone, differences.comparisons)
     bootstrap = FamilyBootstrap(differences.family_ids, resamples, seed)
-    named = {
-        name: {
-            scorer: _figures(evaluated.read(scorer, texts), differences.comparisons)
-            for scorer in evaluated.readings.scorers
-        }
-        for name, texts in said.items()
-    }
     return {
         "pairs": len(differences),
         "chance": dict.fromkeys(("right_pair", "right_second"), 1 / (1 + NUM_OTHERS)),
@@ -141,26 +142,15 @@ def difference_section(evaluated: Evaluated, resamples: int, seed: int) -> dict[
     }
 
 
-def texts_of_differences(differences: Differences | None) -> set[str]:
-    """What the readings must hold beside what is said of activations."""
-    return set() if differences is None else set(chain.from_iterable(differences.said.values()))
-
-
-def _said(evaluated: Evaluated, differences: Differences) -> dict[str, list[str]]:
-    """By verbalizer what it says of every difference and, behind it, of the first one alone."""
-    said: dict[str, list[str]] = {}
-    for name, texts in differences.said.items():
-        said[name] = list(texts)
-        if name != _NOT_OF_FIRST:
-            of_rows = evaluated.texts_of(name)
-            said[f"{name}_of_first"] = [of_rows[row] for row in differences.firsts]
-    return said
-
-
-def _figures(read: Tensor, comparisons: Comparisons) -> dict[str, Figure]:
-    """`read`: reconstructions [pairs, d_model] of what was said."""
-    found = figures(read, comparisons)
-    return {name: found[metric] for name, metric in DIFFERENCE_FIGURES.items()}
+def _figures(
+    readings: Readings, texts: Sequence[str], comparisons: Comparisons
+) -> dict[str, dict[str, Figure]]:
+    """scorer -> figure of DIFFERENCE_FIGURES, of a text a pair."""
+    by_scorer = {}
+    for scorer in readings.scorers:
+        found = figures(readings.of(scorer, texts), comparisons)
+        by_scorer[scorer] = {name: found[metric] for name, metric in DIFFERENCE_FIGURES.items()}
+    return by_scorer
 
 
 def _compared_pairs(evaluated: Evaluated, named: Mapping[str, Any]) -> list[tuple[str, str]]:
