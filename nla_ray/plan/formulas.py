@@ -251,7 +251,10 @@ def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
         adapter = sizes.lora_parameters(scorer.lora, layer + 1)
         adapters += 4 * (adapter + sizes.d_model**2)
     # As it reads them, and in the object store, where all processes of a node read them in place.
-    data = 2 * facts.injected_bytes * facts.texts * (1 - config.corpus.test_share)
+    texts = facts.texts * (1 - config.corpus.test_share)
+    data = 2 * facts.injected_bytes * texts
+    if grpo.difference_share:  # what is compared of differences is not what is injected
+        data += 2 * facts.activations_bytes(texts)
     return (
         facts.process(
             "trainer", config.compute.trainer_workers, training, loaded=facts.weights_bytes()

@@ -119,16 +119,7 @@ def describe_all(
                 samples = describer.sample(
                     adapter, neighbours, f"{artifact}_samples", test.injected
                 )
-    for verbalizer in compared:
-        name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
-        if verbalizer.is_adapter:
-            neighbours = manifest.model["neighbours"] if manifest else None
-            describer.describe(path, neighbours, {name: test.injected})
-            if differences is not None:
-                of_two[name] = describer.describe_differences(path, neighbours, name, differences)
-        else:
-            texts, _ = read_descriptions(path, test.ids)
-            describer.keep(name, texts, verbalizer.protocol)
+    of_two |= _describe_compared(describer, compared, test, differences)
     as_long = describer.described[arm]
     matched = matched_descriptions(words, describer.tokenizer, test.texts, as_long)
     for name, texts in matched.items():
@@ -142,6 +133,27 @@ def describe_all(
         samples=samples,
         differences=differences,
     )
+
+
+def _describe_compared(
+    describer: Describer,
+    compared: Sequence[Compared],
+    test: ActivationTable,
+    differences: Differences | None,
+) -> dict[str, list[str]]:
+    """Describe by what is named on the command line; what its adapters say of differences."""
+    of_two: dict[str, list[str]] = {}
+    for verbalizer in compared:
+        name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
+        if not verbalizer.is_adapter:
+            texts, _ = read_descriptions(path, test.ids)
+            describer.keep(name, texts, verbalizer.protocol)
+            continue
+        neighbours = manifest.model["neighbours"] if manifest else None
+        describer.describe(path, neighbours, {name: test.injected})
+        if differences is not None:
+            of_two[name] = describer.describe_differences(path, neighbours, name, differences)
+    return of_two
 
 
 def decoding(run: Run) -> Mapping[str, Any]:

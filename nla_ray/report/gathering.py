@@ -63,7 +63,7 @@ def gather_evaluated(
 
     `folder`: the report's, where they are kept as they come. `own_report`: may have some already.
     """
-    config, seed = run.config, run.config.evaluation.seed
+    config, seed, scratch = run.config, run.config.evaluation.seed, folder / "scratch"
     mean, train = torch.tensor(load_stats(run)["mean_direction"]), load_activations(run, "train")
     words = train_words(run, train, test, mean)
     written = describe_all(
@@ -83,7 +83,6 @@ def gather_evaluated(
     reworded_rows = prefix_rows[:: PREFIX_ROWS // REWORDED_ROWS]
     reworded = reword_descriptions(descriptions, read_in_part, reworded_rows)
     wanted = texts_to_read(descriptions, samples, prefixes, cut.values(), reworded.values())
-    scratch = folder / "scratch"
     readings = reconstruct_texts(run, manifests, wanted, scratch)
     return Evaluated(
         doc_ids=test.doc_ids,

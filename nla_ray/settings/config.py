@@ -427,6 +427,11 @@ class GRPOSettings:
     """Optimizer steps."""
     prompts_per_step: int = 16
     """Activations described in one step, over all workers."""
+    difference_share: float = 0.0
+    """Share of a step's prompts that are differences of two activations of two families: described
+    as `sft.difference_share` has taught it, and contrasted with other differences, half of which
+    have the same first activation. A claim counts as found where only the first one's text has it.
+    """
     group_size: int = 8
     """Rollouts sampled for one activation, at least 2."""
     iterations: int = 1
@@ -486,6 +491,16 @@ class GRPOSettings:
         arm = "grpo" if self.contrast == "wrong" else "grpo_no_contrast"
         return arm if self.name is None else f"{arm}_{self.name}"
 
+    @property
+    def num_batches(self) -> int:
+        """Batches of rollouts."""
+        return -(-self.steps // self.iterations)
+
+    @property
+    def differences_per_step(self) -> int:
+        """Prompts of a step that are differences."""
+        return round(self.difference_share * self.prompts_per_step)
+
     def __post_init__(self) -> None:
         _require_name("grpo.name", self.name)
         require(
@@ -494,6 +509,14 @@ class GRPOSettings:
             self.group_size,
             "at least 2",
             "An advantage needs a group.",
+        )
+        is_some = 1 <= self.differences_per_step < self.prompts_per_step
+        require(
+            self.difference_share == 0.0 or is_some,
+            "grpo.difference_share",
+            self.difference_share,
+            f"0, or a share of {self.prompts_per_step} prompts that leaves some of either kind",
+            "The checkpoint is chosen by activations.",
         )
         require(
             0.0 <= self.claim_precision <= 1.0 and self.claim_weight >= 0.0,
