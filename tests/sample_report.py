@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from nla_ray.report.claim_figures import CLAIM_FIGURES
+from nla_ray.report.differences import DIFFERENCE_FIGURES
 from nla_ray.report.matched import PROBE_FIGURES
 from nla_ray.report.recovered import PATCH_FIGURES
 from nla_ray.score.metrics import METRICS
@@ -201,6 +202,28 @@ def full_report() -> dict[str, Any]:
                 for scorer in ("reward", "refreshed", "difference")
             }
             for name in ("sft", "grpo", "grpo-sft")
+        },
+        "differences": {
+            "pairs": 60,
+            "chance": {"right_pair": 0.1, "right_second": 0.1},
+            **{
+                part: {
+                    name: by_scorer(lambda: {name: figure(random) for name in DIFFERENCE_FIGURES})
+                    for name in names
+                }
+                for part, names in (
+                    ("results", ("gold", "sft", "sft_of_first", "shuffled")),
+                    ("paired", ("sft-gold", "sft-sft_of_first")),
+                )
+            },
+            "examples": [
+                {
+                    "activation_id": "doc7@4:7 - doc8@4:9",
+                    "domain": "licence - type_stub",
+                    "text": HOSTILE,
+                    "descriptions": {"gold": "", "sft": HOSTILE},
+                }
+            ],
         },
         "seeds": {
             "grpo": {

@@ -43,6 +43,26 @@ def centre(
     return direction(x) - mean.float()
 
 
+def direction_difference(
+    first: Float[Tensor, "*batch d_model"], second: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """n(first) - n(second): what a verbalizer is given of two activations, of any length."""
+    return direction(first) - direction(second)
+
+
+def beside_mean(
+    difference: Float[Tensor, "*batch d_model"], mean: Float[Tensor, " d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """The unit vector u = mu + t n(difference), t > 0: an activation whose c(u) is t n(difference).
+
+    So whatever compares activations without their mean compares differences, which have none.
+    """
+    towards, mean = direction(difference), mean.float()
+    along = (towards * mean).sum(-1, keepdim=True)
+    length = (along.square() + 1.0 - mean.square().sum()).clamp(min=0.0).sqrt() - along
+    return mean + length * towards
+
+
 def cosine(
     a: Float[Tensor, "*#batch d_model"], b: Float[Tensor, "*#batch d_model"]
 ) -> Float[Tensor, "*batch"]:

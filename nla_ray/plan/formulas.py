@@ -251,7 +251,10 @@ def _grpo_processes(facts: PlanFacts, trainable: int) -> tuple[Processes, ...]:
         adapter = sizes.lora_parameters(scorer.lora, layer + 1)
         adapters += 4 * (adapter + sizes.d_model**2)
     # As it reads them, and in the object store, where all processes of a node read them in place.
-    data = 2 * facts.injected_bytes * facts.texts * (1 - config.corpus.test_share)
+    texts = facts.texts * (1 - config.corpus.test_share)
+    data = 2 * facts.injected_bytes * texts
+    if grpo.difference_share:  # what is compared of differences is not what is injected
+        data += 2 * facts.activations_bytes(texts)
     return (
         facts.process(
             "trainer", config.compute.trainer_workers, training, loaded=facts.weights_bytes()
@@ -314,10 +317,13 @@ def _plan_report(facts: PlanFacts) -> StagePlan:
     config, sizes, evaluation = facts.config, facts.sizes, facts.config.evaluation
     most = evaluation.max_activations or _UNLIMITED
     activations = min(facts.texts * config.corpus.test_share, most)
-    descriptions = activations * (3 + evaluation.samples)  # SFT, SFT on random vectors, GRPO
+    pairs = min(evaluation.differences, activations)
+    # SFT, SFT on random vectors, GRPO; differences by SFT and GRPO.
+    descriptions = activations * (3 + evaluation.samples) + 2 * pairs
     described = descriptions * config.grpo.max_new_tokens
     # Labels, controls, what is cut or reworded, samples; and the texts, by three scorers each.
     scored = activations * 3 * ((10 + evaluation.samples) * LABEL_TOKENS + facts.text_tokens)
+    scored += pairs * 3 * 4 * LABEL_TOKENS  # labels, theirs of another pair, SFT, GRPO
     patched = min(evaluation.patch_rows, activations) * facts.read_tokens
     blocks = config.base.layer + 1
     length = PROMPT_TOKENS + config.grpo.max_new_tokens

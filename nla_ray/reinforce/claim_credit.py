@@ -70,8 +70,12 @@ def claim_values(
     decode: Callable[[Sequence[int]], str],
     source: str,
     prices: ClaimPrices,
+    without: str = "",
 ) -> list[float]:
     """The value of the claim that every sampled token belongs to; 0 for tokens of none.
+
+    `without`: of a difference the text of its second activation. A word that this has as well is
+    none that tells the two apart, and counts as not found.
 
     >>> spelled = ["- tokens:", " frame", ",", " index"]
     >>> prices = ClaimPrices.of(["frame", "index"], precision=0.5)
@@ -81,7 +85,8 @@ def claim_values(
     written = decode(token_ids)
     ends = token_ends(token_ids, decode)
     values = [0.0] * len(token_ids)
-    for begin, end, value in _valued_spans(written.partition(CLOSING_TAG)[0], source, prices):
+    text = written.partition(CLOSING_TAG)[0]
+    for begin, end, value in _valued_spans(text, source, without, prices):
         for number, (first, last) in enumerate(pairwise(ends)):
             if first < end and last > begin:
                 values[number] += value
@@ -94,11 +99,13 @@ def _words_in(claim: str) -> frozenset[str]:
     return (claims.found_words(claim) if is_phrase else frozenset()) or frozenset([claim])
 
 
-def _valued_spans(text: str, source: str, prices: ClaimPrices) -> Iterator[tuple[int, int, float]]:
+def _valued_spans(
+    text: str, source: str, without: str, prices: ClaimPrices
+) -> Iterator[tuple[int, int, float]]:
     """(begin, end, value) of every claim, in characters; it begins where the one before ends."""
     said: set[str] = set()
     offset, reached = 0, None
-    for piece, mark in claims.marked(text, source):
+    for piece, mark in claims.marked(text, source, without):
         end = offset + len(piece)
         if mark:
             word = claims.claim_of(piece)

@@ -73,13 +73,14 @@ def reward_weights(settings: GRPOSettings) -> dict[str, float]:
 
 
 def text_terms(
-    written: str, num_tokens: int, source: str, soft_max_tokens: int
+    written: str, num_tokens: int, source: str, soft_max_tokens: int, without: str = ""
 ) -> dict[str, float]:
     """The terms that the description's text alone decides, unweighted, by the names in TEXT_TERMS.
 
     `written`: as sampled, closing tag included when it came. `source`: the train text behind the
     activation. `over_length` is in tokens, `evidence` is the share of the claims that `source`
-    bears out, the others are 0 or 1.
+    bears out, the others are 0 or 1. `without`: of a difference the text of its second activation,
+    which bears nothing out.
 
     >>> text_terms("- Python test: frame, frame", 9, "the frame", soft_max_tokens=8)
     {'unclosed': 1.0, 'empty': 0.0, 'over_length': 1.0, 'repeated': 1.0, 'evidence': 1.0}
@@ -90,19 +91,19 @@ def text_terms(
         "empty": float(not text),
         "over_length": float(max(0, num_tokens - soft_max_tokens)),
         "repeated": float(repeats_item(text)),
-        "evidence": claim_precision(text, source),
+        "evidence": claim_precision(text, source, without),
     }
 
 
-def beginning_worth(text: str, source: str, settings: GRPOSettings) -> float:
+def beginning_worth(text: str, source: str, settings: GRPOSettings, without: str = "") -> float:
     """What a description's beginning earns beside its score: its evidence, less its repeats.
 
-    Half of these claims are in the source:
+    `without`: as in `text_terms`. Half of these claims are in the source:
 
     >>> beginning_worth("- tokens: frame, index", "x = index", GRPOSettings(evidence_weight=0.1))
     0.05
     """
-    evidence = settings.evidence_weight * claim_precision(text, source)
+    evidence = settings.evidence_weight * claim_precision(text, source, without)
     return evidence - settings.repeat_penalty * repeats_item(text)
 
 

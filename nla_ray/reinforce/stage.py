@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.load import load_model_config
 from nla_ray.cluster.actors import ActorPool, SharedArray
 from nla_ray.cluster.resources import demand, require_resources
+from nla_ray.reinforce.differences import TrainDifferences, WrongRows, draw_train_differences
 from nla_ray.reinforce.grpo import grpo_worker
 from nla_ray.reinforce.live import live_view
 from nla_ray.reinforce.monitor import JUDGE_COSINE, WARNED, MonitorData
@@ -75,8 +77,10 @@ def train_grpo(run: Run) -> Manifest:
     check_gpus_of_base(load_model_config(run.config.base), run.config.compute)
     require_room(run.config)
     train, validation = load_activations(run, "train"), load_activations(run, "validation")
-    with actor_pools(run, train, validation) as (injected, rollouts, scorers):
-        data = training_data(run, train, validation, injected)
+    differences = draw_train_differences(train, run.config.grpo, mean_direction_of(run))
+    pools = actor_pools(run, train, validation, differences)
+    with pools as (injected, rollouts, scorers):
+        data = training_data(run, train, validation, injected, differences)
         records = run.root / name / "scratch" / METRICS_NAME
         with live_view(records, name, run.config.grpo.steps) as is_drawn:
             arguments = {
@@ -109,18 +113,26 @@ def require_room(config: RunConfig) -> None:
 
 @contextmanager
 def actor_pools(
-    run: Run, train: ActivationTable, validation: ActivationTable
+    run: Run,
+    train: ActivationTable,
+    validation: ActivationTable,
+    differences: TrainDifferences | None = None,
 ) -> Iterator[tuple[SharedArray, ActorPool, ActorPool]]:
     """What is injected of train in the object store, rollout and scorer actors, for a with-block.
 
-    [rows, vectors, d_model], or the activations [rows, d_model] where it is nothing else.
+    [rows, vectors, d_model], or the activations [rows, d_model] where it is nothing else. Rows of
+    differences stand behind those of activations.
     """
     # Actors run in other folders: a local run directory must be absolute.
     run_dir = str(run.root) if run.root.is_local else run.config.run_dir
     config = dataclasses.replace(run.config, run_dir=run_dir)
     settings, compute = config.grpo, config.compute
-    bank = SharedArray(train.vectors.numpy())
-    injected = bank if train.views is None else SharedArray(train.views.numpy())
+    if differences is None:
+        bank = SharedArray(train.vectors.numpy())
+        injected = bank if train.views is None else SharedArray(train.views.numpy())
+    else:
+        bank = SharedArray(torch.cat([train.vectors, differences.compared]).numpy())
+        injected = SharedArray(torch.cat([train.injected, differences.injected]).numpy())
     validation_bank = SharedArray(validation.injected.numpy())
     pools: list[ActorPool] = []
     try:
@@ -156,24 +168,43 @@ def actor_pools(
 
 
 def training_data(
-    run: Run, train: ActivationTable, validation: ActivationTable, injected: SharedArray
+    run: Run,
+    train: ActivationTable,
+    validation: ActivationTable,
+    injected: SharedArray,
+    differences: TrainDifferences | None = None,
 ) -> TrainingData:
     """Schedule, source texts, wrong rows, and what the monitor watches.
 
     Raises ValueError when there are too few activations or documents for any of them.
     """
-    settings = run.config.grpo
-    num_batches = -(-settings.steps // settings.iterations)
-    schedule = schedule_rows(len(train.ids), settings.prompts_per_step, num_batches, settings.seed)
-    scheduled = sorted({row for batch in schedule for row in batch})
-    mean = torch.tensor(load_stats(run)["mean_direction"])
+    settings, mean = run.config.grpo, mean_direction_of(run)
+    of_activations = settings.prompts_per_step - settings.differences_per_step
+    schedule = schedule_rows(len(train.ids), of_activations, settings.num_batches, settings.seed)
+    contrasted = settings.contrast == "wrong"
+    of_activation = wrong_activations(train, settings, mean) if contrasted else None
+    wrong: WrongActivations | WrongRows | None = of_activation
+    sources = {row: train.texts[row] for row in sorted(set(chain.from_iterable(schedule)))}
+    without: dict[int, str] = {}
+    if differences is not None:
+        schedule = differences.schedule(schedule, settings.differences_per_step)
+        firsts, without = differences.texts_of([*chain.from_iterable(schedule)], train.texts)
+        sources |= firsts
+        if of_activation is not None:
+            wrong = WrongRows(of_activation, differences, settings)
     return TrainingData(
         schedule=schedule,
-        sources={row: train.texts[row] for row in scheduled},
+        sources=sources,
+        without=without,
         bank=injected,
-        wrong=wrong_activations(train, settings, mean) if settings.contrast == "wrong" else None,
+        wrong=wrong,
         monitor=watched_activations(validation, settings, mean),
     )
+
+
+def mean_direction_of(run: Run) -> Tensor:
+    """The train mean direction [d_model]."""
+    return torch.tensor(load_stats(run)["mean_direction"])
 
 
 def wrong_activations(

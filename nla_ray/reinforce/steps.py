@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from nla_ray.cluster.actors import ActorPool, SharedArray
 from nla_ray.description.record import Description
 from nla_ray.reinforce.claim_credit import ClaimPrices, claim_values
 from nla_ray.reinforce.credit import Lines, cut_lines, line_values
+from nla_ray.reinforce.differences import WrongRows
 from nla_ray.reinforce.monitor import MonitorData
 from nla_ray.reinforce.rewards import (
     SCORE,
@@ -50,8 +51,10 @@ class TrainingData:
     schedule: list[list[int]]
     """Rows of the train bank, one list for each batch of rollouts."""
     sources: dict[int, str]
-    """Source text of every scheduled row."""
-    wrong: WrongActivations | None
+    """Source text of every scheduled row; of a difference that of its first activation."""
+    without: dict[int, str] = field(default_factory=dict)
+    """Of every scheduled difference the text of its second activation."""
+    wrong: WrongActivations | WrongRows | None
     """Draws what the descriptions of a row must not fit; None in the arm without contrast."""
     bank: SharedArray
     """What is injected for each train activation, float32: the activations [rows, d_model], or
@@ -131,7 +134,11 @@ class StepSampler:
         if self.settings.claim_weight:  # while the scorers work
             self._claims = [
                 claim_values(
-                    rollout.token_ids, decode, self.data.sources[rollout.row], self._prices
+                    rollout.token_ids,
+                    decode,
+                    self.data.sources[rollout.row],
+                    self._prices,
+                    self.data.without.get(rollout.row, ""),
                 )
                 for rollout in batch.rollouts
             ]
@@ -145,7 +152,10 @@ class StepSampler:
         weights, worths = reward_weights(self.settings), []
         for index, (rollout, lines) in enumerate(zip(rollouts, self._lines, strict=True)):
             source = self.data.sources[rollout.row]
-            begun = [beginning_worth(text, source, self.settings) for text in lines.beginnings]
+            without = self.data.without.get(rollout.row, "")
+            begun = [
+                beginning_worth(text, source, self.settings, without) for text in lines.beginnings
+            ]
             whole = sum(weights[name] * columns[name][index] for name in TEXT_TERMS)
             worths.append([*begun, whole])
         return worths
@@ -177,6 +187,7 @@ class StepSampler:
                 rollout.num_sampled,
                 self.data.sources[rollout.row],
                 self.settings.soft_max_tokens,
+                self.data.without.get(rollout.row, ""),
             )
             for rollout in rollouts
         ]

@@ -40,11 +40,13 @@ from nla_ray.report.controls import (
     nearest_train_labels,
     trained_in,
 )
+from nla_ray.report.differences import Differences, draw_differences
 from nla_ray.report.matched import TrainWords, matched_descriptions
 from nla_ray.report.reuse import OwnReport
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.manifest import Manifest
+from nla_ray.score.readable import label_difference
 from nla_ray.settings.config import to_dict
 
 _CHUNK_BATCHES = 8
@@ -69,6 +71,8 @@ class Described:
     """How they were generated, by verbalizer; None: that is not recorded."""
     samples: list[list[Description]]
     """Of each activation, by the arm of GRPO; empty when none were drawn."""
+    differences: Differences | None
+    """What is said of differences of two; None: none were asked for."""
 
 
 def describe_all(
@@ -84,42 +88,72 @@ def describe_all(
 ) -> Described:
     """What labels, controls and verbalizers say of every test activation.
 
-    Samples are drawn by the arm of GRPO, `evaluation.samples` of each activation. All descriptions
-    are written to `folder` as they come, or taken over from the run's own report.
+    Samples are drawn by the arm of GRPO, `evaluation.samples` of each activation. Adapters describe
+    differences too, where some are asked for. All descriptions are written to `folder` as they
+    come, or taken over from the run's own report.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    settings = run.config.evaluation
+    differences = draw_differences(test, mean, settings.differences, settings.seed)
     arm, base_digest = run.config.grpo.artifact, manifests["activations"].model["digest"]
     describer = Describer(run, base_digest, test, folder, own_report)
     for name, texts in _label_controls(run, train, test, mean).items():
         describer.keep(name, texts, NOT_GENERATED)
     samples: list[list[Description]] = []
+    of_two: dict[str, list[str]] = {}
     for artifact in trained_in(manifests):
         injected = {artifact: test.injected}
         if artifact == "sft":
-            means, seed = injected_means(train, mean), run.config.evaluation.seed
-            injected |= {name: injected_vectors(name, test.ids, means, seed) for name in INJECTED}
+            means = injected_means(train, mean)
+            injected |= {
+                name: injected_vectors(name, test.ids, means, settings.seed) for name in INJECTED
+            }
         neighbours = manifests[artifact].model["neighbours"]
         with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
             describer.describe(adapter, neighbours, injected, with_claims=artifact == arm)
-            if artifact == arm and run.config.evaluation.samples:
+            if differences is not None:
+                of_two[artifact] = describer.describe_differences(
+                    adapter, neighbours, artifact, differences
+                )
+            if artifact == arm and settings.samples:
                 samples = describer.sample(
                     adapter, neighbours, f"{artifact}_samples", test.injected
                 )
-    for verbalizer in compared:
-        name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
-        if verbalizer.is_adapter:
-            neighbours = manifest.model["neighbours"] if manifest else None
-            describer.describe(path, neighbours, {name: test.injected})
-        else:
-            texts, _ = read_descriptions(path, test.ids)
-            describer.keep(name, texts, verbalizer.protocol)
+    of_two |= _describe_compared(describer, compared, test, differences)
     as_long = describer.described[arm]
     matched = matched_descriptions(words, describer.tokenizer, test.texts, as_long)
     for name, texts in matched.items():
         describer.keep(name, texts, NOT_GENERATED)
+    if differences is not None:
+        gold = describer.described["gold"]
+        differences = _with_said(differences, of_two, gold, settings.seed)
     return Described(
-        by_verbalizer=describer.described, protocols=describer.protocols, samples=samples
+        by_verbalizer=describer.described,
+        protocols=describer.protocols,
+        samples=samples,
+        differences=differences,
     )
+
+
+def _describe_compared(
+    describer: Describer,
+    compared: Sequence[Compared],
+    test: ActivationTable,
+    differences: Differences | None,
+) -> dict[str, list[str]]:
+    """Describe by what is named on the command line; what its adapters say of differences."""
+    of_two: dict[str, list[str]] = {}
+    for verbalizer in compared:
+        name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
+        if not verbalizer.is_adapter:
+            texts, _ = read_descriptions(path, test.ids)
+            describer.keep(name, texts, verbalizer.protocol)
+            continue
+        neighbours = manifest.model["neighbours"] if manifest else None
+        describer.describe(path, neighbours, {name: test.injected})
+        if differences is not None:
+            of_two[name] = describer.describe_differences(path, neighbours, name, differences)
+    return of_two
 
 
 def decoding(run: Run) -> Mapping[str, Any]:
@@ -160,6 +194,27 @@ def _label_controls(
     learned_from = activation_subjects(run, train)
     nearest = nearest_train_labels(test.vectors, train.vectors, learned_from, train_labels, mean)
     return {**texts, "nearest_train_label": nearest}
+
+
+def _with_said(
+    differences: Differences,
+    by_adapter: Mapping[str, list[str]],
+    gold: Sequence[Description],
+    seed: int,
+) -> Differences:
+    """With what adapters say of them, what only the first label does, and that of another pair."""
+    labels = {
+        pair_id: label_difference(gold[first].text, gold[second].text)
+        for pair_id, first, second in zip(
+            differences.ids, differences.firsts, differences.seconds, strict=True
+        )
+    }
+    own, another = (
+        label_descriptions(name, differences.ids, differences.family_ids, labels, seed)
+        for name in ("gold", "shuffled")
+    )
+    said = {"gold": own, **by_adapter, "shuffled": another}
+    return dataclasses.replace(differences, said=said)
 
 
 class Describer:
@@ -217,6 +272,20 @@ class Describer:
         flat, _ = self._complete(adapter, neighbours, name, injected, protocol)
         return [flat[start : start + count] for start in range(0, len(flat), count)]
 
+    def describe_differences(
+        self, adapter: Path, neighbours: Sequence[int] | None, name: str, differences: Differences
+    ) -> list[str]:
+        """What an adapter says, greedily, of differences: files of their own, by their number."""
+        described, _ = self._complete(
+            adapter,
+            neighbours,
+            f"differences-{len(differences)}/{name}",
+            differences.injected,
+            self._protocol(adapter),
+            ids=differences.ids,
+        )
+        return [description.text for description in described]
+
     def _protocol(self, adapter: Path, **decoded: Any) -> GenerationProtocol:
         return generation_protocol(
             self._config.base,
@@ -235,14 +304,17 @@ class Describer:
         protocol: GenerationProtocol,
         *,
         with_claims: bool = False,
+        ids: Sequence[str] | None = None,
     ) -> tuple[list[Description], GenerationProtocol | None]:
         """All descriptions of a file, and how they were generated.
 
-        What is missing is made and appended, chunk by chunk.
+        What is missing is made and appended, chunk by chunk. `ids`: of what is described, where it
+        is not the activations.
         """
         path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            self._own_report.take_over(f"descriptions/{path.name}", protocol, path)
+            self._own_report.take_over(f"descriptions/{name}.jsonl", protocol, path)
         verbalizer: Verbalizer | None = None
 
         def describe(start: int, stop: int) -> list[Description]:
@@ -261,7 +333,7 @@ class Describer:
 
         samples = protocol.decoding["samples"]
         chunk = max(1, self._config.evaluation.batch_size * _CHUNK_BATCHES // samples)
-        file = DescriptionFile(path, self._ids, protocol)
+        file = DescriptionFile(path, self._ids if ids is None else ids, protocol)
         return file.complete(describe, chunk), file.protocol
 
     def _path(self, name: str) -> Path:

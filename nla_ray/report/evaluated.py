@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nla_ray.description.protocol import GenerationProtocol
     from nla_ray.description.record import Description
     from nla_ray.report.claim_confidence import JudgedClaims
+    from nla_ray.report.differences import Differences
     from nla_ray.report.readings import Readings
     from nla_ray.report.recovered import PatchBack
 
@@ -72,6 +73,8 @@ class Evaluated:
     """Words that a linear probe reads in each activation, best first."""
     patched: PatchBack | None = None
     """What the base said with reconstructions put back; None: that was not measured."""
+    differences: Differences | None = None
+    """What is said of differences of two rows; None: none were asked for."""
     sampled: str
     """The verbalizer that the samples are of."""
     judged_claims: JudgedClaims | None = None

@@ -6,6 +6,7 @@ every verbalizer has one description a row, in the rows' order.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nla_ray.report.claim_confidence import (
 from nla_ray.report.compared import Compared
 from nla_ray.report.controls import CONFIDENT, REFRESHED, VERBALIZERS, artifact_of, trained_in
 from nla_ray.report.describing import Described, describe_all
+from nla_ray.report.differences import Differences
 from nla_ray.report.evaluated import Evaluated, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts
 from nla_ray.report.matched import train_words
@@ -61,7 +63,7 @@ def gather_evaluated(
 
     `folder`: the report's, where they are kept as they come. `own_report`: may have some already.
     """
-    config, seed = run.config, run.config.evaluation.seed
+    config, seed, scratch = run.config, run.config.evaluation.seed, folder / "scratch"
     mean, train = torch.tensor(load_stats(run)["mean_direction"]), load_activations(run, "train")
     words = train_words(run, train, test, mean)
     written = describe_all(
@@ -81,7 +83,6 @@ def gather_evaluated(
     reworded_rows = prefix_rows[:: PREFIX_ROWS // REWORDED_ROWS]
     reworded = reword_descriptions(descriptions, read_in_part, reworded_rows)
     wanted = texts_to_read(descriptions, samples, prefixes, cut.values(), reworded.values())
-    scratch = folder / "scratch"
     readings = reconstruct_texts(run, manifests, wanted, scratch)
     return Evaluated(
         doc_ids=test.doc_ids,
@@ -96,6 +97,7 @@ def gather_evaluated(
         protocols=protocols,
         from_elsewhere=from_elsewhere,
         samples=samples,
+        differences=_read_differences(run, manifests, written.differences, scratch),
         sampled=config.grpo.artifact,
         prefix_rows=prefix_rows,
         prefixes=prefixes,
@@ -123,6 +125,17 @@ def _read_refreshed(
         return None
     texts = {description.text for name in names for description in descriptions[name]}
     return reconstruct_texts(run, manifests, texts, scratch, [REFRESHED])
+
+
+def _read_differences(
+    run: Run, manifests: Mapping[str, Manifest], differences: Differences | None, scratch: Path
+) -> Differences | None:
+    """With what every scorer reads in what is said of them."""
+    if differences is None:
+        return None
+    texts = {text for said in differences.said.values() for text in said}
+    readings = reconstruct_texts(run, manifests, texts, scratch)
+    return dataclasses.replace(differences, readings=readings)
 
 
 def _judge_claims(

@@ -89,6 +89,8 @@ def _changed_since(run: Run, manifest: Manifest) -> list[str]:
         changed.append("other gates")
     if made.get("min_claim_confidence") != wanted["min_claim_confidence"]:
         changed.append("another confidence of claims")
+    if made.get("differences", 0) != wanted["differences"]:
+        changed.append("another number of differences")
     return changed
 
 

@@ -19,6 +19,7 @@ import torch
 
 from nla_ray.report.claim_confidence import claim_confidence_section
 from nla_ray.report.controls import CONTROLS, SCORERS, SOURCE
+from nla_ray.report.differences import difference_section
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
 from nla_ray.report.lengths import length_section
@@ -70,6 +71,7 @@ def summarise(
             "claim_confidence": claim_confidence_section(bootstrap, evaluated.judged_claims),
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),
+            **_differences(evaluated, resamples, seed),
             "domains": _by_domain(evaluated, resamples, seed),
             "confusion": _confusion(evaluated),
         }
@@ -138,6 +140,12 @@ def _ratios(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
         if by_scorer:
             ratios[f"{first}/{second}"] = by_scorer
     return ratios
+
+
+def _differences(evaluated: Evaluated, resamples: int, seed: int) -> dict[str, Any]:
+    """`differences`, in a report that has some."""
+    section = difference_section(evaluated, resamples, seed)
+    return {"differences": section} if section else {}
 
 
 def _agreement(evaluated: Evaluated) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -40,6 +40,7 @@ NOT_IN_RECIPE: dict[str, str] = {
     "evaluation.batch_size": "every description is written and read by itself",
     "evaluation.min_documents": "it refuses a report, and shapes none",
     "evaluation.gates": "verdicts on figures; under other gates a report is made anew",
+    "evaluation.differences": "a further section, and files of its own; as with the gates",
     "evaluation.min_claim_confidence": "a further row of the same descriptions; as with the gates",
     "pretrain.compile": "the same sums in another order",
     "pretrain.checkpoint_seconds": "a run that goes on meets the state that it would have met",

@@ -301,17 +301,17 @@ def non_ascii_share(description: str) -> float:
     return sum(not character.isascii() for character in description) / len(description)
 
 
-def marked(description: str, text: str) -> list[tuple[str, Mark]]:
+def marked(description: str, text: str, without: str = "") -> list[tuple[str, Mark]]:
     """The description cut into pieces, each claim marked by whether the text bears it out.
 
-    Joined, the pieces are the description.
+    Joined, the pieces are the description. `without`: as in `found_claims`.
 
     >>> marked("- Python test: frame, qux", "def frame")
     [('- Python test: ', ''), ('frame', 'found'), (', ', ''), ('qux', 'missing')]
     """
     marks: dict[str, Mark] = {
         claim: "found" if is_found else "missing"
-        for claim, is_found in found_claims(description, text).items()
+        for claim, is_found in found_claims(description, text, without).items()
     }
     pieces: list[tuple[str, Mark]] = []
     for line in re.split(r"(\n)", description):
@@ -382,24 +382,35 @@ def content_words(text: str, listed: bool) -> Iterable[str]:
     )
 
 
-def claim_counts(description: str, text: str) -> tuple[int, int]:
+def claim_counts(description: str, text: str, without: str = "") -> tuple[int, int]:
     """(claims found in the text, claims made), each distinct claim once.
 
-    A quoted string is found as a whole.
+    A quoted string is found as a whole. `without`: as in `found_claims`.
     """
-    found = found_claims(description, text)
+    found = found_claims(description, text, without)
     return sum(found.values()), len(found)
 
 
-def found_claims(description: str, text: str) -> dict[str, bool]:
+def found_claims(description: str, text: str, without: str = "") -> dict[str, bool]:
     """Every claim of a description, and whether the text bears it out.
+
+    `without`: of a difference of two texts the second; what it has as well is not borne out.
 
     >>> found_claims("- tokens: frame", "the frame")
     {'frame': True}
+    >>> found_claims("- tokens: frame", "the frame", without="a frame")
+    {'frame': False}
     """
-    found, flat = found_words(text), " ".join(text.casefold().split())
     claimed = claimed_words(description)
-    return {claim: claim in found or _stands_in(claim, flat) for claim in claimed}
+    found = _borne_out(claimed, text)
+    if without:
+        found -= _borne_out(found, without)
+    return {claim: claim in found for claim in claimed}
+
+
+def _borne_out(claimed: Collection[str], text: str) -> set[str]:
+    found, flat = found_words(text), " ".join(text.casefold().split())
+    return {claim for claim in claimed if claim in found or _stands_in(claim, flat)}
 
 
 def claim_outcomes(description: str, text: str) -> dict[str, bool]:
@@ -422,9 +433,12 @@ def _stands_in(claim: str, flat_text: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(claim)}(?!\w)", flat_text) is not None
 
 
-def claim_precision(description: str, text: str) -> float:
-    """Share of the claimed words that occur in the text; 0 for a description without claims."""
-    found, claimed = claim_counts(description, text)
+def claim_precision(description: str, text: str, without: str = "") -> float:
+    """Share of the claimed words that occur in the text; 0 for a description without claims.
+
+    `without`: as in `found_claims`.
+    """
+    found, claimed = claim_counts(description, text, without)
     return found / claimed if claimed else 0.0
 
 

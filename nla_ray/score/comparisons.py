@@ -10,6 +10,7 @@ that a constant reconstruction earns nothing.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nla_ray.activation import vectors
+from nla_ray.run.identity import seed_of
 
 NUM_OTHERS = 9
 """Wrong rows beside the right one in the 10-way choice."""
@@ -128,6 +130,23 @@ def derangement(family_ids: Sequence[str], seed: int) -> Int[Tensor, " rows"]:
     return result
 
 
+def family_pairs(family_ids: Sequence[str], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """`count` seeded pairs of rows of two families each: all first rows, and all second ones.
+
+    Each pass over the rows pairs every row once, as the first and as the second. Raises ValueError
+    when one family has more than half of the rows.
+    """
+    firsts: list[int] = []
+    seconds: list[int] = []
+    while len(firsts) < count:
+        partners = derangement(family_ids, seed + len(firsts)).tolist()
+        draw = random.Random(seed_of(seed, "differences", str(len(firsts))))
+        chosen = draw.sample(range(len(partners)), min(len(partners), count - len(firsts)))
+        firsts += chosen
+        seconds += [partners[number] for number in chosen]
+    return firsts, seconds
+
+
 def other_rows(
     family_ids: Sequence[str], num_others: int, seed: int
 ) -> Int[Tensor, "rows {num_others}"]:
@@ -148,6 +167,30 @@ def other_rows(
         keys = torch.rand(len(block), rows, generator=generator)
         keys[block[:, None] == families[None, :]] = -1.0
         chosen.append(keys.topk(num_others, dim=1).indices)
+    return torch.cat(chosen)
+
+
+def rows_of_neither(
+    family_ids: Sequence[str], firsts: Sequence[int], seconds: Sequence[int], num: int, seed: int
+) -> Int[Tensor, "pairs {num}"]:
+    """For every pair of rows distinct rows of neither one's family, uniformly at random.
+
+    Raises ValueError when a pair has fewer of them.
+    """
+    families = _numbered(family_ids)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for block in torch.tensor([firsts, seconds]).split(_BLOCK_ROWS, dim=1):
+        keys = torch.rand(block.shape[1], len(families), generator=generator)
+        for ends in block:
+            keys[families[ends, None] == families[None, :]] = -1.0
+        fewest = int((keys >= 0).sum(1).min())
+        if fewest < num:
+            raise ValueError(
+                f"other rows of a pair: got {fewest} outside its two families, expected at least"
+                f" {num}. Use more documents; those that share text are one family."
+            )
+        chosen.append(keys.topk(num, dim=1).indices)
     return torch.cat(chosen)
 
 

@@ -437,6 +437,11 @@ class GRPOSettings:
     """Optimizer steps."""
     prompts_per_step: int = 16
     """Activations described in one step, over all workers."""
+    difference_share: float = 0.0
+    """Share of a step's prompts that are differences of two activations of two families: described
+    as `sft.difference_share` has taught it, and contrasted with other differences, half of which
+    have the same first activation. A claim counts as found where only the first one's text has it.
+    """
     group_size: int = 8
     """Rollouts sampled for one activation, at least 2."""
     iterations: int = 1
@@ -496,6 +501,16 @@ class GRPOSettings:
         arm = "grpo" if self.contrast == "wrong" else "grpo_no_contrast"
         return arm if self.name is None else f"{arm}_{self.name}"
 
+    @property
+    def num_batches(self) -> int:
+        """Batches of rollouts."""
+        return -(-self.steps // self.iterations)
+
+    @property
+    def differences_per_step(self) -> int:
+        """Prompts of a step that are differences."""
+        return round(self.difference_share * self.prompts_per_step)
+
     def __post_init__(self) -> None:
         _require_name("grpo.name", self.name)
         require(
@@ -504,6 +519,14 @@ class GRPOSettings:
             self.group_size,
             "at least 2",
             "An advantage needs a group.",
+        )
+        is_some = 1 <= self.differences_per_step < self.prompts_per_step
+        require(
+            self.difference_share == 0.0 or is_some,
+            "grpo.difference_share",
+            self.difference_share,
+            f"0, or a share of {self.prompts_per_step} prompts that leaves some of either kind",
+            "The checkpoint is chosen by activations.",
         )
         require(
             0.0 <= self.claim_precision <= 1.0 and self.claim_weight >= 0.0,
@@ -578,13 +601,25 @@ class EvaluationConfig:
     no such row. Needs as many `samples` as `claim_confidence.samples`."""
     patch_rows: int = 256
     """Activations, drawn by seed, whose reconstructions are put back into the base; 0: none."""
+    differences: int = 0
+    """Pairs of activations, drawn by seed, whose difference is described: how often a scorer finds
+    it among ten by what is said of it. At least 20; as many as activations at most; 0: none."""
     examples: int = 3
     """Texts that are shown with all their descriptions, each of another domain."""
     gates: tuple[Gate, ...] = ()
     """FIGURE RELATION THRESHOLD ..., such as `grpo.judge.top1 >= 0.93`. A bound of the 95%
     interval must satisfy the relation: the lower one of >= and >, the upper one of <= and <."""
     seed: int = 0
-    """Draws controls, samples, resamples and examples."""
+    """Draws controls, samples, resamples, differences and examples."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.differences == 0 or self.differences >= 20,
+            "evaluation.differences",
+            self.differences,
+            "0, or at least 20",
+            "A difference is told from nine others of other families.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ gap is the information the verbalizer takes from its activation.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from nla_ray.activation.stage import load_activations
-from nla_ray.activation.vectors import direction
+from nla_ray.activation.vectors import direction_difference
 from nla_ray.base.adapters import save_adapter
 from nla_ray.base.encoding import encode_texts, written_text
 from nla_ray.base.identity import base_info
@@ -33,7 +32,7 @@ from nla_ray.run.artifact import Run
 from nla_ray.run.identity import seed_of
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
-from nla_ray.score.comparisons import derangement
+from nla_ray.score.comparisons import derangement, family_pairs
 from nla_ray.score.readable import label_difference
 from nla_ray.settings.config import RunConfig
 from nla_ray.settings.fit import worker_batch
@@ -135,15 +134,8 @@ def with_differences(pairs: Pairs, share: float, seed: int) -> Pairs:
     count = round(share * len(pairs.rows))
     if not count:
         return pairs
-    firsts: list[int] = []
-    seconds: list[int] = []
-    while len(firsts) < count:  # each pass pairs every activation once
-        partners = derangement(pairs.family_ids, seed + len(firsts)).tolist()
-        draw = random.Random(seed_of(seed, "differences", str(len(firsts))))
-        chosen = draw.sample(range(len(partners)), min(len(partners), count - len(firsts)))
-        firsts += chosen
-        seconds += [partners[number] for number in chosen]
-    differences = direction(pairs.vectors[firsts]) - direction(pairs.vectors[seconds])
+    firsts, seconds = family_pairs(pairs.family_ids, count, seed)
+    differences = direction_difference(pairs.vectors[firsts], pairs.vectors[seconds])
     start = pairs.rows[-1] + 1
     return Pairs(
         rows=[*pairs.rows, *range(start, start + count)],

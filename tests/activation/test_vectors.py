@@ -91,6 +91,21 @@ def test_mean_pairwise_cosine_is_that_of_a_loop_over_pairs_and_a_zero_row_agrees
     torch.testing.assert_close(vectors.mean_pairwise_cosine(many), slow)
 
 
+def test_a_difference_is_of_directions_and_beside_the_mean_lies_its_way() -> None:
+    difference = vectors.direction_difference(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 7.0]))
+    torch.testing.assert_close(difference, torch.tensor([1.0, -1.0]))
+    # |(0.6, 0) + t (0, 1)| = 1 at t = 0.8
+    placed = vectors.beside_mean(torch.tensor([0.0, 5.0]), torch.tensor([0.6, 0.0]))
+    torch.testing.assert_close(placed, torch.tensor([0.6, 0.8]))
+    generator = torch.Generator().manual_seed(0)
+    mean = vectors.mean_direction(torch.randn(50, 8, generator=generator) + 2.0)
+    differences = torch.randn(20, 8, generator=generator)
+    placed = vectors.beside_mean(differences, mean)
+    torch.testing.assert_close(vectors.norm(placed)[:, 0], torch.ones(20))
+    cosines = vectors.cosine(vectors.centre(placed, mean), differences)
+    torch.testing.assert_close(cosines, torch.ones(20))
+
+
 def test_squared_error_is_twice_one_minus_cosine_and_at_most_four() -> None:
     assert vectors.squared_error(
         torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])

@@ -385,6 +385,20 @@ def test_a_plan_counts_every_vector_that_stands_for_an_activation(tmp_path: Path
     assert tokens[1] == pytest.approx(1.5 * 1.2 * tokens[0], rel=1e-3)
 
 
+def test_a_plan_counts_what_is_said_and_read_of_differences(tmp_path: Path) -> None:
+    config = dataclasses.replace(PRESETS["nano"](), run_dir=str(tmp_path))
+    plans = [
+        describe_plan(override(config, evaluation={"differences": count}), "evaluate")
+        for count in (0, 100)
+    ]
+    tokens = [
+        int(re.search(r"\nreport\n.*?work +([\d,]+) tokens", plan, re.DOTALL)[1].replace(",", ""))
+        for plan in plans
+    ]
+    # Two descriptions of each; labels, theirs of another pair and those two by three scorers.
+    assert tokens[1] - tokens[0] == 100 * (2 * 64 + 3 * 4 * 60)
+
+
 def test_the_memory_of_a_shard_in_a_plan_is_that_of_some_blocks(tmp_path: Path) -> None:
     config = override(PRESETS["qwen2.5-7b"](), capture={"positions": "all", "layers": (5, 10)})
     facts = PlanFacts.of(Run(dataclasses.replace(config, run_dir=str(tmp_path))))

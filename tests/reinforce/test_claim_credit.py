@@ -13,11 +13,13 @@ TEXTS = ["the frame and index", "a frame", "dtype", "frame dtype", "series", "x"
 PRICES = ClaimPrices.of(TEXTS, precision=0.75)
 
 
-def values(pieces: list[str], source: str, prices: ClaimPrices = PRICES) -> list[float]:
+def values(
+    pieces: list[str], source: str, prices: ClaimPrices = PRICES, without: str = ""
+) -> list[float]:
     """Of tokens that are spelled like this."""
     numbers = list(range(len(pieces)))
     return claim_values(
-        numbers, lambda ids: "".join(pieces[number] for number in ids), source, prices
+        numbers, lambda ids: "".join(pieces[number] for number in ids), source, prices, without
     )
 
 
@@ -42,6 +44,13 @@ def test_the_tokens_of_a_claim_and_those_that_lead_to_it_are_paid_and_others_are
     found, missing = PRICES.value("index", found=True), PRICES.value("dtype", found=False)
     expected = [0, 0, 0, found, found, missing, missing, 0, 0, 0, 0, 0]
     assert paid == pytest.approx(expected)
+
+
+def test_of_a_difference_a_word_that_both_texts_have_counts_as_not_found() -> None:
+    pieces = ["-", " tokens", ":", " index", ",", " dtype"]
+    found, missing = PRICES.value("index", found=True), PRICES.value("dtype", found=False)
+    paid = values(pieces, "an index, dtype", without="a frame of dtype")
+    assert paid == pytest.approx([0, 0, 0, found, missing, missing])
 
 
 def test_what_stands_after_the_closing_tag_and_in_a_heading_is_not_paid() -> None:

@@ -34,6 +34,14 @@ def test_a_good_description_has_no_penalty_and_its_share_of_evidence() -> None:
     }
 
 
+def test_of_a_difference_what_the_second_text_has_too_is_no_evidence() -> None:
+    written, first, second = f"- tokens: frame, index{CLOSING_TAG}", "frame[index]", "an index"
+    terms = rewards.text_terms(written, 9, first, soft_max_tokens=56, without=second)
+    assert terms["evidence"] == 0.5
+    settings = GRPOSettings(evidence_weight=0.1)
+    assert rewards.beginning_worth("- tokens: frame, index", first, settings, second) == 0.05
+
+
 def test_an_unclosed_repeating_over_long_description_has_all_three_penalties() -> None:
     terms = rewards.text_terms(
         "- tokens: assert, dtype, assert", 60, "nothing of it", soft_max_tokens=56

@@ -147,7 +147,7 @@ def test_every_figure_of_the_report_has_a_definition(page: str, name: str) -> No
     [
         *("results", "claims", "paired", "domains", "prefix", "retrieval", "quotes", "best_of"),
         *("calibration", "growth", "experiments", "lengths", "refreshed", "seeds", "probe"),
-        *("wording", "claim_confidence"),
+        *("wording", "claim_confidence", "differences"),
     ],
 )
 def test_every_figure_of_the_report_stands_in_a_table_without_a_script(

@@ -12,9 +12,11 @@ from nla_ray.score.comparisons import (
     Comparisons,
     derangement,
     document_rows,
+    family_pairs,
     hard_rows,
     nearest_rows,
     other_rows,
+    rows_of_neither,
 )
 from nla_ray.score.metrics import METRICS, RETRIEVAL_SIZES, Figure, chances, figures, retrieval
 
@@ -168,6 +170,25 @@ def test_other_rows_are_distinct_and_from_other_documents() -> None:
         assert len(set(chosen)) == 9 and all(doc_ids[other] != doc_ids[row] for other in chosen)
     with pytest.raises(ValueError, match="expected at least 9"):
         other_rows(["a", "b", "c"], 9, seed=0)
+
+
+def test_pairs_are_of_two_families_and_a_pass_has_every_row_once_on_either_side() -> None:
+    families = [f"f{row // 3}" for row in range(12)]
+    firsts, seconds = family_pairs(families, 30, seed=0)
+    assert all(families[a] != families[b] for a, b in zip(firsts, seconds, strict=True))
+    for rows in (firsts[:12], seconds[:12], firsts[12:24], seconds[12:24]):
+        assert sorted(rows) == list(range(12))
+    assert len(set(firsts[24:])) == 6 and (firsts, seconds) == family_pairs(families, 30, seed=0)
+    assert (firsts, seconds) != family_pairs(families, 30, seed=1)
+
+
+def test_rows_of_neither_are_distinct_and_of_a_third_family() -> None:
+    families = [f"f{row // 3}" for row in range(12)]
+    others = rows_of_neither(families, [0, 5], [11, 7], 6, seed=0)
+    assert sorted(others[0].tolist()) == [3, 4, 5, 6, 7, 8]
+    assert sorted(others[1].tolist()) == [0, 1, 2, 9, 10, 11]
+    with pytest.raises(ValueError, match="got 6 outside its two families, expected at least 7"):
+        rows_of_neither(families, [0], [11], 7, seed=0)
 
 
 def test_hard_rows_are_the_nearest_of_the_domain_then_of_the_others_and_never_of_the_document() -> (

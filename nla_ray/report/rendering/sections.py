@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.rendering import checks, curves, domains, lengths, protocols, refreshed, seeds
+from nla_ray.report.rendering import (
+    checks,
+    curves,
+    differences,
+    domains,
+    lengths,
+    protocols,
+    refreshed,
+    seeds,
+)
 from nla_ray.report.rendering.content import (
     Bullets,
     Cell,
@@ -90,6 +99,7 @@ def sections(
         checks.patch_back_section(report),
         _agreement_section(report),
         refreshed.refreshed_section(report),
+        differences.differences_section(report),
         curves.training_section(training or {}),
         curves.growth_section(report),
         domains.domains_section(report),
