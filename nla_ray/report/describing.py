@@ -69,6 +69,8 @@ class Described:
     """How they were generated, by verbalizer; None: that is not recorded."""
     samples: list[list[Description]]
     """Of each activation, by the arm of GRPO; empty when none were drawn."""
+    by_layer: dict[int, dict[str, list[Description]]]
+    """Further layer -> what SFT and the arm say of the same tokens there."""
 
 
 def describe_all(
@@ -81,9 +83,11 @@ def describe_all(
     compared: Sequence[Compared],
     own_report: OwnReport,
     words: TrainWords,
+    layers: Mapping[int, Tensor],
 ) -> Described:
     """What labels, controls and verbalizers say of every test activation.
 
+    `layers`: the activations [rows, d_model] of the same tokens at each further layer.
     Samples are drawn by the arm of GRPO, `evaluation.samples` of each activation. All descriptions
     are written to `folder` as they come, or taken over from the run's own report.
     """
@@ -105,6 +109,8 @@ def describe_all(
                 samples = describer.sample(
                     adapter, neighbours, f"{artifact}_samples", test.injected
                 )
+            if artifact in ("sft", arm):
+                describer.describe_layers(adapter, neighbours, artifact, layers)
     for verbalizer in compared:
         name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
         if verbalizer.is_adapter:
@@ -118,7 +124,10 @@ def describe_all(
     for name, texts in matched.items():
         describer.keep(name, texts, NOT_GENERATED)
     return Described(
-        by_verbalizer=describer.described, protocols=describer.protocols, samples=samples
+        by_verbalizer=describer.described,
+        protocols=describer.protocols,
+        samples=samples,
+        by_layer=describer.by_layer,
     )
 
 
@@ -162,6 +171,15 @@ def _label_controls(
     return {**texts, "nearest_train_label": nearest}
 
 
+def at_layer(verbalizer: str, layer: int) -> str:
+    """The name of what a verbalizer says of a further layer's activations.
+
+    >>> at_layer("sft", 2)
+    'sft_layer2'
+    """
+    return f"{verbalizer}_layer{layer}"
+
+
 class Describer:
     """Keeps files of descriptions, and makes what they lack with adapters over one loaded base."""
 
@@ -176,6 +194,8 @@ class Describer:
         """What is said of every activation, by verbalizer."""
         self.protocols: dict[str, GenerationProtocol | None] = {}
         """Of each of them."""
+        self.by_layer: dict[int, dict[str, list[Description]]] = {}
+        """Further layer -> what is said of every activation there, by verbalizer."""
 
     def keep(self, name: str, texts: Sequence[str], protocol: GenerationProtocol | None) -> None:
         """Write descriptions that cost nothing to make, one for each activation."""
@@ -202,6 +222,25 @@ class Describer:
                 adapter, neighbours, name, vectors, protocol, with_claims=with_claims
             )
             self.described[name], self.protocols[name] = described
+
+    def describe_layers(
+        self,
+        adapter: Path,
+        neighbours: Sequence[int] | None,
+        name: str,
+        layers: Mapping[int, Tensor],
+    ) -> None:
+        """What an adapter says, greedily, of activations [rows, d_model] of further layers."""
+        for layer, vectors in layers.items():
+            described, _ = self._complete(
+                adapter,
+                neighbours,
+                at_layer(name, layer),
+                vectors,
+                self._protocol(adapter, layer=layer),
+                layer=layer,
+            )
+            self.by_layer.setdefault(layer, {})[name] = described
 
     def sample(
         self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor
@@ -235,6 +274,7 @@ class Describer:
         protocol: GenerationProtocol,
         *,
         with_claims: bool = False,
+        layer: int | None = None,
     ) -> tuple[list[Description], GenerationProtocol | None]:
         """All descriptions of a file, and how they were generated.
 
@@ -250,7 +290,9 @@ class Describer:
             verbalizer = verbalizer or self._load(adapter, neighbours)
             is_same = len(injected) == 1
             rows = injected if is_same else injected[start:stop]
-            written = verbalizer.describe_under(protocol, rows, start, with_claims=with_claims)
+            written = verbalizer.describe_under(
+                protocol, rows, start, with_claims=with_claims, layer=layer
+            )
             fresh = [
                 dataclasses.replace(
                     self._described(new.text, new.closed), claim_log_probs=new.claim_log_probs

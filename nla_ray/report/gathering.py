@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable, drawn_rows
-from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.activation.stage import activations_at, load_activations, load_stats
 from nla_ray.base.load import load_tokenizer
 from nla_ray.description.files import DescriptionFile
 from nla_ray.description.protocol import NOT_GENERATED
@@ -27,7 +28,7 @@ from nla_ray.report.claim_confidence import (
 from nla_ray.report.compared import Compared
 from nla_ray.report.controls import CONFIDENT, REFRESHED, VERBALIZERS, artifact_of, trained_in
 from nla_ray.report.describing import Described, describe_all
-from nla_ray.report.evaluated import Evaluated, texts_to_read
+from nla_ray.report.evaluated import Evaluated, LayerRows, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts
 from nla_ray.report.matched import train_words
 from nla_ray.report.pairing import comparable_pairs
@@ -39,6 +40,7 @@ from nla_ray.report.wording import reword_descriptions
 from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import Comparisons
+from nla_ray.score.linear import LinearReconstructor, further_file
 from nla_ray.settings.config import require
 from nla_ray.text.domains import DOMAIN_NAMES
 from nla_ray.training.claim_confidence import load_claim_confidence
@@ -64,10 +66,15 @@ def gather_evaluated(
     config, seed = run.config, run.config.evaluation.seed
     mean, train = torch.tensor(load_stats(run)["mean_direction"]), load_activations(run, "train")
     words = train_words(run, train, test, mean)
+    layers = {
+        layer: activations_at(run, config.evaluation.split, test, layer)
+        for layer in config.base.further_layers
+    }
+    described = folder / "descriptions"
     written = describe_all(
-        run, manifests, train, test, mean, folder / "descriptions", compared, own_report, words
+        run, manifests, train, test, mean, described, compared, own_report, words, layers
     )
-    judged = _judge_claims(run, manifests, test, written, folder / "descriptions")
+    judged = _judge_claims(run, manifests, test, written, described)
     said, samples = written.by_verbalizer, written.samples
     # In the order of the tables; what was named on the command line comes last.
     names = [name for name in dict.fromkeys([*VERBALIZERS, *said]) if name in said]
@@ -108,7 +115,44 @@ def gather_evaluated(
         patched=patch_reconstructions(run, test, descriptions, readings, mean, scratch),
         domain_names=_domain_names(test.domains),
         judged_claims=judged,
+        layers=_layers(run, manifests, test, written, layers),
+        layer=config.base.layer,
     )
+
+
+def _layers(
+    run: Run,
+    manifests: Mapping[str, Manifest],
+    test: ActivationTable,
+    written: Described,
+    layers: Mapping[int, Tensor],
+) -> dict[int, LayerRows]:
+    """What is said of the further layers, and what the linear scorer fitted to each reads in it."""
+    config, manifest = run.config, manifests[artifact_of("linear")]
+    found: dict[int, LayerRows] = {}
+    model = None
+    for layer, rows in layers.items():
+        said = {"gold": written.by_verbalizer["gold"], **written.by_layer[layer]}
+        read: dict[str, Tensor] = {}
+        if further_file(layer) in manifest.files:
+            with run.local_copy(manifest.name, manifest) as folder:
+                scorer = LinearReconstructor.load(
+                    config.base, folder, model=model, name=further_file(layer)
+                )
+            model, size = scorer.model, config.evaluation.batch_size
+            for name, descriptions in said.items():
+                texts = [description.text for description in descriptions]
+                read[name] = scorer.reconstruct(texts, size)
+        comparisons = Comparisons.draw(
+            rows,
+            test.doc_ids,
+            torch.tensor(load_stats(run, layer)["mean_direction"]),
+            config.evaluation.seed,
+            test.domains,
+            test.family_ids,
+        )
+        found[layer] = LayerRows(comparisons=comparisons, descriptions=said, read=read)
+    return found
 
 
 def _read_refreshed(

@@ -21,6 +21,7 @@ from nla_ray.report.claim_confidence import claim_confidence_section
 from nla_ray.report.controls import CONTROLS, SCORERS, SOURCE
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
+from nla_ray.report.layers import layer_section
 from nla_ray.report.lengths import length_section
 from nla_ray.report.matched import probe_section, word_curve
 from nla_ray.report.refreshed import two_by_two
@@ -70,6 +71,7 @@ def summarise(
             "claim_confidence": claim_confidence_section(bootstrap, evaluated.judged_claims),
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),
+            **({"layers": layer_section(bootstrap, evaluated)} if evaluated.layers else {}),
             "domains": _by_domain(evaluated, resamples, seed),
             "confusion": _confusion(evaluated),
         }

@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_ray.report.rendering import checks, curves, domains, lengths, protocols, refreshed, seeds
+from nla_ray.report.rendering import (
+    checks,
+    curves,
+    domains,
+    layers,
+    lengths,
+    protocols,
+    refreshed,
+    seeds,
+)
 from nla_ray.report.rendering.content import (
     Bullets,
     Cell,
@@ -84,6 +93,7 @@ def sections(
         _paired_section(report),
         seeds.seeds_section(report),
         _claims_section(report),
+        layers.layers_section(report),
         checks.probe_section_of(report),
         curves.word_curve_section(report),
         curves.claim_confidence_section_of(report),
