@@ -3,8 +3,8 @@
 Nouns: a verbalizer's row, a control, a gate, a figure with its interval.
 
 Read: stage (the steps), lineage, controls, describing, matched, readings, patch_back, gathering,
-evaluated, pairing, claim_figures, claim_confidence, recovered, samples, lengths, refreshed,
-wording, summary, gates,
+evaluated, pairing, claim_figures, claim_confidence, recovered, samples, lengths, layers,
+refreshed, wording, summary, gates,
 then what stands beside the figures (gallery, growth, seeds, notes, compared, reuse), rendering, and
 cards with their example.
 
