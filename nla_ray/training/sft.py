@@ -8,8 +8,9 @@ gap is the information the verbalizer takes from its activation.
 
 Where one verbalizer learns several layers (`base.further_layers`), every example comes once a
 layer: the activation of the same token there, under the prompt that tells the layer, with the same
-label. The losses are then means over the layers, and stand beside those of each. Differences are of
-`base.layer` alone, as is all that GRPO does afterwards.
+label. The losses are then means over the layers, and stand beside those of each. What can be read
+of a label (`sft.claims`) is what a probe of `base.layer` reads; differences are of that layer
+alone, as is all that GRPO does afterwards.
 """
 
 from __future__ import annotations
