@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.stage import activations_at
 from nla_ray.base.adapter_files import adapter_digest
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_backbone, load_tokenizer
@@ -69,8 +70,10 @@ class Described:
     """How they were generated, by verbalizer; None: that is not recorded."""
     samples: list[list[Description]]
     """Of each activation, by the arm of GRPO; empty when none were drawn."""
+    layers: Mapping[int, Tensor]
+    """Further layer -> the activations [rows, d_model] of the same tokens there."""
     by_layer: dict[int, dict[str, list[Description]]]
-    """Further layer -> what SFT and the arm say of the same tokens there."""
+    """Further layer -> what SFT and the arm say of them."""
 
 
 def describe_all(
@@ -83,11 +86,9 @@ def describe_all(
     compared: Sequence[Compared],
     own_report: OwnReport,
     words: TrainWords,
-    layers: Mapping[int, Tensor],
 ) -> Described:
     """What labels, controls and verbalizers say of every test activation.
 
-    `layers`: the activations [rows, d_model] of the same tokens at each further layer.
     Samples are drawn by the arm of GRPO, `evaluation.samples` of each activation. All descriptions
     are written to `folder` as they come, or taken over from the run's own report.
     """
@@ -97,6 +98,10 @@ def describe_all(
     for name, texts in _label_controls(run, train, test, mean).items():
         describer.keep(name, texts, NOT_GENERATED)
     samples: list[list[Description]] = []
+    layers = {
+        layer: activations_at(run, run.config.evaluation.split, test, layer)
+        for layer in run.config.base.further_layers
+    }
     for artifact in trained_in(manifests):
         injected = {artifact: test.injected}
         if artifact == "sft":
@@ -127,6 +132,7 @@ def describe_all(
         by_verbalizer=describer.described,
         protocols=describer.protocols,
         samples=samples,
+        layers=layers,
         by_layer=describer.by_layer,
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable, drawn_rows
-from nla_ray.activation.stage import activations_at, load_activations, load_stats
+from nla_ray.activation.stage import load_activations, load_stats
 from nla_ray.base.load import load_tokenizer
 from nla_ray.description.files import DescriptionFile
 from nla_ray.description.protocol import NOT_GENERATED
@@ -66,15 +66,10 @@ def gather_evaluated(
     config, seed = run.config, run.config.evaluation.seed
     mean, train = torch.tensor(load_stats(run)["mean_direction"]), load_activations(run, "train")
     words = train_words(run, train, test, mean)
-    layers = {
-        layer: activations_at(run, config.evaluation.split, test, layer)
-        for layer in config.base.further_layers
-    }
-    described = folder / "descriptions"
     written = describe_all(
-        run, manifests, train, test, mean, described, compared, own_report, words, layers
+        run, manifests, train, test, mean, folder / "descriptions", compared, own_report, words
     )
-    judged = _judge_claims(run, manifests, test, written, described)
+    judged = _judge_claims(run, manifests, test, written, folder / "descriptions")
     said, samples = written.by_verbalizer, written.samples
     # In the order of the tables; what was named on the command line comes last.
     names = [name for name in dict.fromkeys([*VERBALIZERS, *said]) if name in said]
@@ -96,9 +91,7 @@ def gather_evaluated(
         domains=test.domains,
         texts=test.texts,
         salient=words.salient(test.texts),
-        comparisons=Comparisons.draw(
-            test.vectors, test.doc_ids, mean, seed, test.domains, test.family_ids
-        ),
+        comparisons=_comparisons(test, test.vectors, mean, seed),
         descriptions=descriptions,
         protocols=protocols,
         from_elsewhere=from_elsewhere,
@@ -115,23 +108,19 @@ def gather_evaluated(
         patched=patch_reconstructions(run, test, descriptions, readings, mean, scratch),
         domain_names=_domain_names(test.domains),
         judged_claims=judged,
-        layers=_layers(run, manifests, test, written, layers),
+        layers=_layers(run, manifests, test, written),
         layer=config.base.layer,
     )
 
 
 def _layers(
-    run: Run,
-    manifests: Mapping[str, Manifest],
-    test: ActivationTable,
-    written: Described,
-    layers: Mapping[int, Tensor],
+    run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, written: Described
 ) -> dict[int, LayerRows]:
     """What is said of the further layers, and what the linear scorer fitted to each reads in it."""
     config, manifest = run.config, manifests[artifact_of("linear")]
     found: dict[int, LayerRows] = {}
     model = None
-    for layer, rows in layers.items():
+    for layer, rows in written.layers.items():
         said = {"gold": written.by_verbalizer["gold"], **written.by_layer[layer]}
         read: dict[str, Tensor] = {}
         if further_file(layer) in manifest.files:
@@ -143,16 +132,18 @@ def _layers(
             for name, descriptions in said.items():
                 texts = [description.text for description in descriptions]
                 read[name] = scorer.reconstruct(texts, size)
-        comparisons = Comparisons.draw(
-            rows,
-            test.doc_ids,
-            torch.tensor(load_stats(run, layer)["mean_direction"]),
-            config.evaluation.seed,
-            test.domains,
-            test.family_ids,
+        mean = torch.tensor(load_stats(run, layer)["mean_direction"])
+        found[layer] = LayerRows(
+            comparisons=_comparisons(test, rows, mean, config.evaluation.seed),
+            descriptions=said,
+            read=read,
         )
-        found[layer] = LayerRows(comparisons=comparisons, descriptions=said, read=read)
     return found
+
+
+def _comparisons(test: ActivationTable, rows: Tensor, mean: Tensor, seed: int) -> Comparisons:
+    """The same of every layer's activations [rows, d_model] of the test tokens."""
+    return Comparisons.draw(rows, test.doc_ids, mean, seed, test.domains, test.family_ids)
 
 
 def _read_refreshed(

@@ -160,6 +160,11 @@ class SlotEngine:
         finally:
             slots.clear()
             self._idle = {size: slots}
+        return self._descriptions(drafts, rows, group_size)
+
+    def _descriptions(
+        self, drafts: Sequence[_Draft], rows: Sequence[int], group_size: int
+    ) -> list[Description]:
         texts = self.tokenizer.batch_decode(
             [draft.token_ids for draft in drafts],
             skip_special_tokens=True,
