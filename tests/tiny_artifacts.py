@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nla_ray.activation.stage import capture_activations, load_stats
+from nla_ray.activation.stage import ShardCapture, capture_activations, load_stats, read_texts
 from nla_ray.base.adapters import adapter_state, add_lora, save_adapter, set_adapter_state
 from nla_ray.base.identity import base_info
 from nla_ray.base.load import load_backbone
@@ -27,6 +27,7 @@ from nla_ray.training.linear import make_linear_scorer
 DOCUMENTS = {"train": 24, "validation": 8, "test": 14}
 """Documents of two chunks each, by split."""
 LORA = LoraSettings(rank=4, alpha=8)
+SHARD = "part-00000.parquet"
 WORDS = (
     "frame",
     "index",
@@ -43,11 +44,15 @@ WORDS = (
 )
 
 
-def make_artifacts(run: Run, *, verbalizers: tuple[str, ...] = ("sft", "grpo")) -> None:
+def make_artifacts(
+    run: Run, *, verbalizers: tuple[str, ...] = ("sft", "grpo"), with_ray: bool = True
+) -> None:
     """Publish corpus, activations, labels, the three scorers and the named verbalizers. Needs Ray,
-    for the capture."""
+    for the capture, unless that is to be done in this process."""
     rows = _chunks()
     _publish_table(run, "corpus", ("corpus",), [], pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA))
+    if not with_ray:
+        _capture_shard(run)
     capture_activations(run)
     labels = [
         {
@@ -112,6 +117,21 @@ def _chunks() -> list[dict]:
     return sorted(rows, key=lambda row: row["text_id"])
 
 
+def _capture_shard(run: Run) -> None:
+    """The one shard, as a process of the stage makes it: what is complete the stage takes."""
+    base, corpus = run.config.base, run.require("corpus")
+    texts = read_texts(pa.table({"shard": [SHARD]}), run=run, corpus=corpus)
+    capture = ShardCapture(
+        base,
+        run.config.capture,
+        threads=1,
+        num_gpus=1,
+        target=run.open("activations").location,
+        base_digest=base_info(base).reading_digest,
+    )
+    capture(texts)
+
+
 def _label(row: dict) -> str:
     words = [word for word in WORDS if word in row["text"].lower()]
     kind = "unit test" if row["domain"] == "python_test" else "licence"
@@ -128,7 +148,7 @@ def _publish_table(
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    (stage.location / "part-00000.parquet").write_bytes(buffer.getvalue())
+    (stage.location / SHARD).write_bytes(buffer.getvalue())
     rows = table.select(["split", "doc_id"]).to_pylist()
     stage.publish(
         documents={

@@ -26,7 +26,10 @@ class ActivationEmbedding(nn.Module):
     the model.
     """
 
-    def __init__(self, embedding: nn.Embedding, bank: Tensor, injection_norm: float) -> None:
+    def __init__(
+        self, embedding: nn.Embedding, bank: Tensor, injection_norm: float | Tensor
+    ) -> None:
+        """`injection_norm`: of all rows, or [rows], where they are of several layers."""
         super().__init__()
         self.embedding = embedding
         self.vocab_size = embedding.num_embeddings
@@ -79,14 +82,17 @@ class ActivationEmbedding(nn.Module):
                 " size of the activation bank. The prompts were encoded against another bank;"
                 " encode them again."
             )
-        injected = as_embeddings(self.bank[rows], self.injection_norm, like=embedded)
+        norms = self.injection_norm
+        norms = norms[rows].unsqueeze(-1) if isinstance(norms, Tensor) else norms
+        injected = as_embeddings(self.bank[rows], norms, like=embedded)
         return embedded.masked_scatter(virtual.unsqueeze(-1), injected)
 
 
-def as_embeddings(activations: Tensor, injection_norm: float, *, like: Tensor) -> Tensor:
+def as_embeddings(activations: Tensor, injection_norm: float | Tensor, *, like: Tensor) -> Tensor:
     """What a model is fed in place of a token's embedding: THE injection, [..., d_model].
 
-    Each activation's L2 norm is made equal to the injection norm in float32, before it gets the
+    Each activation's L2 norm is made equal to the injection norm, one of all or [..., 1], in
+    float32, before it gets the
     type and the device of `like`. Training feeds it through ActivationEmbedding, the generation
     engine at the start of a description.
     """
@@ -94,7 +100,7 @@ def as_embeddings(activations: Tensor, injection_norm: float, *, like: Tensor) -
     return injected.to(device=like.device, dtype=like.dtype)
 
 
-def attach_activations(model, bank: Tensor, injection_norm: float) -> ActivationEmbedding:
+def attach_activations(model, bank: Tensor, injection_norm: float | Tensor) -> ActivationEmbedding:
     """Wrap the model's input embedding so that it takes virtual ids of `bank`; the wrapper.
 
     A model that is already wrapped keeps its wrapper and gets the new bank.

@@ -553,9 +553,7 @@ def _view_table(run: Run, split: Split, table: ActivationTable) -> Tensor:
     from nla_ray.activation.views import view_activations
 
     base, stored = run.config.base, run.require("activations").config["capture"]
-    wanted = {view.layer for view in base.views if view.layer is not None}
-    layers = {layer: _load_table(run, split, layer) for layer in sorted(wanted)}
-    keys = list(zip(table.text_ids, table.positions, strict=True))
+    wanted = sorted({view.layer for view in base.views if view.layer is not None})
     means = None
     if any(view.kind == "text_mean" for view in base.views):
         require(
@@ -572,13 +570,18 @@ def _view_table(run: Run, split: Split, table: ActivationTable) -> Tensor:
         table.vectors,
         mean=view_mean(run),
         text_means=means,
-        layers={
-            layer: _rows_by_key(
-                other, zip(other.text_ids, other.positions, strict=True), keys, f"layer {layer}"
-            )
-            for layer, other in layers.items()
-        },
+        layers={layer: activations_at(run, split, table, layer) for layer in wanted},
     )
+
+
+def activations_at(run: Run, split: Split, table: ActivationTable, layer: int) -> Tensor:
+    """The activations [rows, d_model] of another layer at the positions of a table's rows.
+
+    Raises ValueError for a layer that was not captured, or not at one of them.
+    """
+    other = _load_table(run, split, layer)
+    keys, wanted = (zip(each.text_ids, each.positions, strict=True) for each in (other, table))
+    return _rows_by_key(other, keys, list(wanted), f"layer {layer}")
 
 
 def _rows_by_key(
@@ -644,8 +647,10 @@ def _load_table(run: Run, split: Split, layer: int, *, text_means: bool = False)
     return loaded if order == list(range(len(ids))) else loaded.select(order)
 
 
-def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
-    """A sample of the train activations of the base's layer, from some of the shards, by seed.
+def load_train_activations(
+    run: Run, most: int = 2_048, layer: int | None = None
+) -> TrainActivations:
+    """A sample of the train activations of a layer (None: the base's), from some shards, by seed.
 
     Their blocks are read one by one. Raises ValueError when there are no activations.
     """
@@ -653,7 +658,8 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
 
     from nla_ray.activation import typical
 
-    manifest, layer = run.require("activations"), run.config.base.layer
+    manifest = run.require("activations")
+    layer = run.config.base.layer if layer is None else layer
     means = _captures_means(manifest)
     shards = sorted(path for path in manifest.files if path.endswith(".parquet"))
     shards = [shards[number] for number in drawn_rows(len(shards), _SAMPLED_SHARDS, 0)]
@@ -670,7 +676,7 @@ def load_train_activations(run: Run, most: int = 2_048) -> TrainActivations:
         table = _drawn(pa.concat_tables(drawn), left, 0)
         ids += table["activation_id"].to_pylist()
         rows.append(activation_matrix(table["activation"], manifest.model["d_model"]))
-    mean = torch.tensor(load_stats(run)["mean_direction"])
+    mean = torch.tensor(load_stats(run, layer)["mean_direction"])
     none = np.zeros((0, len(mean)), np.float32)
     return typical.TrainActivations(ids, torch.from_numpy(np.concatenate(rows or [none])), mean)
 

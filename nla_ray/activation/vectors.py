@@ -20,7 +20,7 @@ def norm(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
 
 
 def rescale(
-    x: Float[Tensor, "*batch d_model"], target_norm: float
+    x: Float[Tensor, "*batch d_model"], target_norm: float | Float[Tensor, "*batch 1"]
 ) -> Float[Tensor, "*batch d_model"]:
     """x with its L2 norm made EQUAL to `target_norm` (not multiplied by it), float32."""
     return x.float() * (target_norm / norm(x))

@@ -54,8 +54,9 @@ def view_activations(
 
 
 def read_layers(base: BaseConfig) -> list[int]:
-    """The layers that a text is read at to be described: the base's, and those of its views."""
-    return sorted({base.layer, *(view.layer for view in base.views if view.layer is not None)})
+    """The layers that a text is read at to be described: the base's, its views', further ones."""
+    of_views = {view.layer for view in base.views if view.layer is not None}
+    return sorted({*base.described_layers, *of_views})
 
 
 def read_prompt(
@@ -64,14 +65,19 @@ def read_prompt(
     encoded: EncodedChat,
     positions: Sequence[int],
     mean: Float[Tensor, " d_model"] | None,
+    layer: int | None = None,
 ) -> tuple[Float[Tensor, "rows d_model"], Float[Tensor, "rows tokens d_model"]]:
     """The activations at positions of one prompt, and what is injected for them, on CPU.
 
-    `reader`: of `read_layers`. `mean`: as `view_activations` takes it. What stands behind the last
-    of the positions is not read: attention is causal.
+    `reader`: of `read_layers`. `mean`: as `view_activations` takes it. `layer`: one of
+    `base.further_layers`, or the base's. What stands behind the last of the positions is not read:
+    attention is causal.
     """
     ids = torch.tensor([encoded.ids[: max(positions) + 1]], device=reader.device)
     stream = {layer: values[0].cpu() for layer, values in reader.read(ids).items()}
+    if layer in base.further_layers:
+        activations = stream[layer][list(positions)].float()
+        return activations, activations[:, None]
     injected = view_positions(base, stream, positions, list(encoded.spans), mean)
     return stream[base.layer][list(positions)].float(), injected
 

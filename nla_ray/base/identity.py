@@ -14,14 +14,14 @@ from typing import Any
 
 from nla_ray.base.families import check_context, check_layer
 from nla_ray.base.load import load_model_config, load_tokenizer
-from nla_ray.base.prompts import build_injection_prompt, chat_prompt, fixed_date
+from nla_ray.base.prompts import chat_prompt, fixed_date, injection_prompt
 from nla_ray.base.sources import base_folder, origin_of, tokenizer_digest, weights_digest
 from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.run.stages import artifacts_of_kind
 from nla_ray.settings.config import BaseConfig
 
-_BEFORE = {"injected": list(BaseConfig().injected)}
+_BEFORE = {"injected": list(BaseConfig().injected), "further_layers": [], "further_norms": []}
 """What manifests that do not record it were made with."""
 
 logger = get_logger(__name__)
@@ -32,8 +32,9 @@ class BaseInfo:
     """Identity and shape of a base, as manifests record it.
 
     Example: name="embedded:nano", model_type="qwen2", d_model=256, num_layers=6, vocab_size=4096,
-    layer=4, injection_norm=50.0, injected=("activation",), marker_id=4095, neighbours=(223, 2),
-    origin=None, template="chat", date=None, transformers="5.23.0", and three digests.
+    layer=4, injection_norm=50.0, injected=("activation",), further_layers=(), further_norms=(),
+    marker_id=4095, neighbours=(223, 2), origin=None, template="chat", date=None,
+    transformers="5.23.0", and three digests.
     """
 
     name: str
@@ -50,6 +51,10 @@ class BaseInfo:
     injection_norm: float
     injected: tuple[str, ...]
     """Vectors that stand for an activation in the verbalizer's prompt: `base.injected`."""
+    further_layers: tuple[int, ...]
+    """Layers beside `layer` that the verbalizer describes: `base.further_layers`."""
+    further_norms: tuple[float, ...]
+    """Their injection norms; none: that of `layer`."""
     marker: str
     marker_id: int
     neighbours: tuple[int, int]
@@ -76,8 +81,11 @@ class BaseInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        lists = {"neighbours": list(self.neighbours), "injected": list(self.injected)}
-        return {**dataclasses.asdict(self), **lists}
+        fields = dataclasses.asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+        }
 
 
 def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
@@ -88,10 +96,12 @@ def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
     """
     config = load_model_config(base)
     check_layer(base.layer, config.num_hidden_layers)
+    for layer in base.further_layers:
+        check_layer(layer, config.num_hidden_layers, "base.further-layers")
     check_context(config, base.max_tokens)
     folder = base_folder(base.model, weights=False)
     tokenizer = tokenizer or load_tokenizer(base)
-    prompt = build_injection_prompt(tokenizer, base.marker)
+    prompt = injection_prompt(tokenizer, base)
     return BaseInfo(
         name=base.model,
         digest=weights_digest(folder),
@@ -103,6 +113,8 @@ def base_info(base: BaseConfig, tokenizer: Any = None) -> BaseInfo:
         layer=base.layer,
         injection_norm=base.injection_norm,
         injected=base.injected,
+        further_layers=base.further_layers,
+        further_norms=base.further_norms,
         marker=base.marker,
         marker_id=prompt.marker_id,
         neighbours=prompt.neighbours,
@@ -118,8 +130,8 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
     """Raise ValueError when an artifact was made with another base than this one.
 
     Weights, tokenizer, layer and the date in the prompt must be the same. An adapter is also bound
-    to the marker and the injection norm that it learned with, a verbalizer to what is injected;
-    activations know of none of these, and answers of no layer either.
+    to the marker and the injection norm that it learned with, a verbalizer to what is injected and
+    to its layers; activations know of none of these, and answers of no layer either.
     Manifests of earlier versions record no prompt: the tokenizer decides it unless it has a date.
     Another version of transformers is said, not refused: what is read and generated is checked by
     itself (`self_check`).
@@ -133,6 +145,7 @@ def check_base(manifest: Manifest, info: BaseInfo) -> None:
         compared |= {"marker": "marker", "injection norm": "injection_norm"}
     if any(manifest.name.startswith(name) for name in artifacts_of_kind("verbalizer")):
         compared |= {"injected vectors": "injected"}
+        compared |= {"further layers": "further_layers", "norms of these": "further_norms"}
     recorded = manifest.model.get("transformers", info.transformers)
     if recorded != info.transformers:
         logger.info(

@@ -3,6 +3,12 @@
 The verbalizer's instruction stands BEFORE the marker, so that nearly the whole prompt is a prefix
 common to all activations and its keys and values are computed once. The opening tag ends the
 prompt: a verbalizer writes only `{description}{closing tag}`.
+
+One verbalizer may describe activations of several layers (`base.further_layers`). Its prompt then
+tells the layer in words, right BEHIND the marker. What stands before it is the same for all
+layers, so that training and engines still share one prefix. A layer's own are how the prompt ends
+and the norm to which its activations are rescaled (`LayerEnding`). The prompt of a verbalizer that
+knows one layer tells none.
 """
 
 from __future__ import annotations
@@ -15,11 +21,13 @@ from datetime import datetime
 from typing import Any
 
 from nla_ray.base.conversation import Turn
-from nla_ray.settings.config import BaseConfig
+from nla_ray.settings.config import BaseConfig, require
 
 OPENING_TAG = "<description>"
 CLOSING_TAG = "</description>"
 VERBALIZER_TEMPLATE = "Describe the text behind this activation in two or three bullets: {marker}"
+_LAYER_TOLD = " (layer {layer})"
+"""Behind the marker, where a verbalizer knows several layers."""
 RECONSTRUCTOR_TEMPLATE = "{description}\nActivation: {marker}"
 """Filled raw, without chat template; it ends in the marker, at which the reconstruction is read."""
 GENERIC_DESCRIPTION = (
@@ -136,9 +144,14 @@ def fixed_date(template: str) -> str | None:
     return found[1] if found else None
 
 
-def verbalizer_prompt(tokenizer: Any, marker: str) -> str:
-    """The verbalizer's prompt as text: instruction, marker, generation prompt, opening tag."""
-    return chat_prompt(tokenizer, VERBALIZER_TEMPLATE.format(marker=marker)) + OPENING_TAG
+def verbalizer_prompt(tokenizer: Any, marker: str, layer: int | None = None) -> str:
+    """The verbalizer's prompt as text: instruction, marker, generation prompt, opening tag.
+
+    `layer`: what it tells; None: it tells none.
+    """
+    told = "" if layer is None else _LAYER_TOLD.format(layer=layer)
+    instruction = VERBALIZER_TEMPLATE.format(marker=marker) + told
+    return chat_prompt(tokenizer, instruction) + OPENING_TAG
 
 
 _WORD_BEGIN = "\u2581"
@@ -231,24 +244,69 @@ class InjectionPrompt:
         return len(self.prefix_ids) + self.num_vectors + len(self.suffix_ids)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerEnding:
+    """What of a verbalizer's prompt is a layer's own; all before the marker is common to them.
+
+    Example, of layer 2: LayerEnding(suffix_ids=(318, 21, 13, 2, 3, 1), injection_norm=35.0)
+    """
+
+    suffix_ids: tuple[int, ...]
+    """After the marker: the layer, end of turn, generation prompt, opening tag."""
+    injection_norm: float
+    """L2 norm to which the layer's activations are rescaled."""
+
+    def of(self, prompt: InjectionPrompt) -> InjectionPrompt:
+        """The prompt that ends so."""
+        return dataclasses.replace(prompt, suffix_ids=self.suffix_ids)
+
+
+def layer_endings(tokenizer: Any, base: BaseConfig) -> dict[int, LayerEnding]:
+    """How the prompt of each of `base.further_layers` ends.
+
+    Raises ValueError where the prompts of two layers differ before the marker.
+    """
+    common, endings = injection_prompt(tokenizer, base).prefix_ids, {}
+    for layer in base.further_layers:
+        prompt = injection_prompt(tokenizer, base, layer=layer)
+        require(
+            prompt.prefix_ids == common,
+            f"verbalizer prompt of layer {layer}",
+            prompt.prefix_ids,
+            f"{common} before the marker, as at layer {base.layer}",
+            "The tokenizer joins what stands on both sides of it: choose another --base.marker.",
+        )
+        endings[layer] = LayerEnding(
+            suffix_ids=prompt.suffix_ids, injection_norm=base.norm_of(layer)
+        )
+    return endings
+
+
 def injection_prompt(
-    tokenizer: Any, base: BaseConfig, neighbours: Sequence[int] | None = None
+    tokenizer: Any,
+    base: BaseConfig,
+    neighbours: Sequence[int] | None = None,
+    layer: int | None = None,
 ) -> InjectionPrompt:
-    """The prompt of a configured base, as `build_injection_prompt` makes it."""
-    prompt = build_injection_prompt(tokenizer, base.marker, neighbours)
+    """The prompt of a configured base, as `build_injection_prompt` makes it.
+
+    `layer`: whose activations it is for, None: the base's. It tells that where there are several.
+    """
+    told = (base.layer if layer is None else layer) if base.further_layers else None
+    prompt = build_injection_prompt(tokenizer, base.marker, neighbours, told)
     return dataclasses.replace(prompt, num_vectors=len(base.injected))
 
 
 def build_injection_prompt(
-    tokenizer: Any, marker: str, neighbours: Sequence[int] | None = None
+    tokenizer: Any, marker: str, neighbours: Sequence[int] | None = None, layer: int | None = None
 ) -> InjectionPrompt:
     """Tokenise the verbalizer's prompt and check the marker, which one vector replaces.
 
-    Raises ValueError when the marker does not occur exactly once, or when its neighbours differ
-    from the recorded ones.
+    `layer`: as in `verbalizer_prompt`. Raises ValueError when the marker does not occur exactly
+    once, or when its neighbours differ from the recorded ones.
     """
     marker_id = marker_token(tokenizer, marker)
-    ids = tokenizer.encode(verbalizer_prompt(tokenizer, marker), add_special_tokens=False)
+    ids = tokenizer.encode(verbalizer_prompt(tokenizer, marker, layer), add_special_tokens=False)
     count = ids.count(marker_id)
     if count != 1:
         raise ValueError(

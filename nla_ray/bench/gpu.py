@@ -114,7 +114,10 @@ def sft_step(scene: Scene) -> Figures:
     )
     with unloaded(scene, model):
         checkpoints = Checkpoints(scene.config, "sft")
-        trainer = make_sft_trainer(model, scene.tokenizer, pairs, pairs, scene.config, checkpoints)
+        by_layer = {scene.config.base.layer: pairs}
+        trainer = make_sft_trainer(
+            model, scene.tokenizer, by_layer, by_layer, scene.config, checkpoints
+        )
         return trained(scene, trainer, count)
 
 

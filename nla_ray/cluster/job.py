@@ -30,7 +30,7 @@ from nla_ray.cluster.errors import user_message
 from nla_ray.cluster.processes import child_processes, kill_processes
 from nla_ray.run.artifact import Run
 from nla_ray.run.log import configure_logging, get_logger, release_terminal
-from nla_ray.settings.config import RunConfig
+from nla_ray.settings.config import RunConfig, require
 from nla_ray.settings.views import check_views
 
 if TYPE_CHECKING:
@@ -94,11 +94,18 @@ def run_job(
 
 
 def _check_views(config: RunConfig) -> None:
-    """Raise ValueError for vectors to inject that a capture still to be made would not keep."""
-    of_activation = all(view.is_of_activation for view in config.base.views)
-    if not of_activation and Run(config).find("activations") is None:
-        layers = {config.base.layer, *config.capture.layers}
-        check_views(config.base.views, layers, text_mean=config.capture.text_mean)
+    """Raise ValueError for what is to be injected that a capture still to be made won't keep."""
+    base, layers = config.base, {config.base.layer, *config.capture.layers}
+    asks_more = bool(base.further_layers) or not all(view.is_of_activation for view in base.views)
+    if asks_more and Run(config).find("activations") is None:
+        check_views(base.views, layers, text_mean=config.capture.text_mean)
+        require(
+            layers >= {*base.further_layers},
+            "base.further_layers",
+            base.further_layers,
+            f"layers that are captured: {sorted(layers)}",
+            "Set --capture.layers to them as well.",
+        )
 
 
 def _with_lasting_run_dir(config: RunConfig) -> RunConfig:

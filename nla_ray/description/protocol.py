@@ -118,14 +118,19 @@ def generation_protocol(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int | None = None,
+    layer: int | None = None,
 ) -> GenerationProtocol:
-    """The protocol of what a verbalizer on this base generates. `weights`: digests by name."""
-    prompt = injection_prompt(tokenizer, base)
+    """The protocol of what a verbalizer on this base generates. `weights`: digests by name.
+
+    `layer`: of the activations, None: the base's.
+    """
+    layer = base.layer if layer is None else layer
+    prompt = injection_prompt(tokenizer, base, layer=layer)
     return GenerationProtocol(
         prompt={
             "ids": config_hash(prompt.marked_ids),
-            "layer": base.layer,
-            "injection_norm": base.injection_norm,
+            "layer": layer,
+            "injection_norm": base.norm_of(layer),
             **_other_vectors(base),
         },
         decoding={"temperature": temperature, "samples": samples, "seed": seed},

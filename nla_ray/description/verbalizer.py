@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,29 @@ from nla_ray.base.adapter_files import read_adapter
 from nla_ray.base.encoding import written_text
 from nla_ray.base.families import wrapper_of
 from nla_ray.base.load import load_backbone, load_model_config, load_tokenizer
-from nla_ray.base.prompts import injection_prompt, parse_description
+from nla_ray.base.prompts import LayerEnding, injection_prompt, layer_endings, parse_description
 from nla_ray.description.engines.interface import GenerationEngine, make_engine
 from nla_ray.description.engines.requests import never
 from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.description.record import Description
 from nla_ray.score.claim_confidence import claim_log_probs
-from nla_ray.settings.config import BaseConfig
+from nla_ray.settings.config import BaseConfig, require
 
 
 class Verbalizer:
     """Describes activations with one adapter."""
 
-    def __init__(self, engine: GenerationEngine, tokenizer: Any) -> None:
-        self.engine, self._tokenizer = engine, tokenizer
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        tokenizer: Any,
+        endings: Mapping[int, LayerEnding | None] | None = None,
+    ) -> None:
+        """`endings`: how the prompt of each layer ends that it describes; None: as the engine's.
+
+        Without them it knows the layer alone that the engine was made for, by no number.
+        """
+        self.engine, self._tokenizer, self._endings = engine, tokenizer, dict(endings or {})
 
     @classmethod
     def load(
@@ -60,7 +69,7 @@ class Verbalizer:
         )
         if state is not None:
             engine.load_weights(state, 0)
-        return cls(engine, tokenizer)
+        return cls(engine, tokenizer, {base.layer: None, **layer_endings(tokenizer, base)})
 
     def describe(
         self,
@@ -72,11 +81,13 @@ class Verbalizer:
         rows: Sequence[int] | None = None,
         group_size: int = 1,
         with_claims: bool = False,
+        layer: int | None = None,
         is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each of n activations, by (activation, sample).
 
         `activations` [n, d_model], or [n, vectors, d_model] where several vectors stand for one.
+        `layer`: which they are of, None: the base's; ValueError for one that was not learned.
         `rows` seed the samples, as in the engine. A sample does not depend on how many are drawn.
         `with_claims`: the log-probability of each claim is kept, to four digits: its last bits
         depend on the batch. `is_cancelled`: as the engine takes it.
@@ -88,6 +99,7 @@ class Verbalizer:
             max_new_tokens=max_new_tokens,
             seed=seed,
             rows=rows,
+            ending=None if layer is None else self._ending_of(layer),
             is_cancelled=is_cancelled,
         )
         return [self._with_claims(new) for new in written] if with_claims else written
@@ -99,11 +111,12 @@ class Verbalizer:
         start: int = 0,
         *,
         with_claims: bool = False,
+        layer: int | None = None,
     ) -> list[Description]:
         """What a protocol asks for of activations, as `describe` takes them.
 
         `start`: the number of the first of them among all that are described: it seeds samples.
-        `with_claims`: as in `describe`.
+        `with_claims`, `layer`: as in `describe`.
         """
         decoding = protocol.decoding
         return self.describe(
@@ -114,7 +127,18 @@ class Verbalizer:
             rows=range(start, start + len(activations)),
             group_size=decoding["samples"],
             with_claims=with_claims,
+            layer=layer,
         )
+
+    def _ending_of(self, layer: int) -> LayerEnding | None:
+        require(
+            layer in self._endings,
+            "layer",
+            layer,
+            f"one that the verbalizer has learned to describe: {sorted(self._endings)}",
+            "Train it on further ones: --base.further-layers.",
+        )
+        return self._endings[layer]
 
     def _with_claims(self, new: Description) -> Description:
         log_probs = claim_log_probs(new.token_ids, new.log_probs, self._text_of)

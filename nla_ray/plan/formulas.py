@@ -184,19 +184,21 @@ def _plan_linear_scorer(facts: PlanFacts) -> StagePlan:
     tokens = examples * LABEL_TOKENS
     weights = facts.weights_bytes(layer)
     # Features and activations, and the equations of a ridge regression in float64.
-    data = 2 * facts.activations_bytes(examples) + 2 * sizes.d_model**2 * 8
+    layers = len(config.base.described_layers)
+    data = (1 + layers) * facts.activations_bytes(examples) + 2 * sizes.d_model**2 * 8
     return StagePlan(
         processes=(facts.process("scorer", 1, weights, loaded=facts.read_bytes(layer), data=data),),
         tokens=tokens,
         flops=2 * (layer + 1) * sizes.active_block_parameters * tokens,
-        files=f"matrix of {format_bytes(sizes.d_model**2 * 4)}",
+        files=f"matrix of {format_bytes(sizes.d_model**2 * 4 * layers)}",
     )
 
 
 def _plan_sft(facts: PlanFacts) -> StagePlan:
     sft, sizes, workers = facts.config.sft, facts.sizes, facts.config.compute.trainer_workers
     examples = min(facts.labels_of(sft), sft.max_examples or _UNLIMITED)
-    examples *= (1 + sft.difference_share) * (1 + sft.unlikelihood_share)
+    share = len(facts.config.base.described_layers) + sft.difference_share
+    examples *= share * (1 + sft.unlikelihood_share)
     length = PROMPT_TOKENS + LABEL_TOKENS
     tokens = examples * sft.epochs * length
     trainable = sizes.lora_parameters(sft.lora, sizes.num_layers)
@@ -208,7 +210,7 @@ def _plan_sft(facts: PlanFacts) -> StagePlan:
         workers,
         memory,
         loaded=facts.weights_bytes(),
-        data=facts.injected_bytes * facts.train_texts * (1 + sft.difference_share),
+        data=facts.injected_bytes * facts.train_texts * share,
     )
     return StagePlan(
         processes=(process,),
@@ -317,12 +319,13 @@ def _plan_report(facts: PlanFacts) -> StagePlan:
     config, sizes, evaluation = facts.config, facts.sizes, facts.config.evaluation
     most = evaluation.max_activations or _UNLIMITED
     activations = min(facts.texts * config.corpus.test_share, most)
-    pairs = min(evaluation.differences, activations)
-    # SFT, SFT on random vectors, GRPO; differences by SFT and GRPO.
-    descriptions = activations * (3 + evaluation.samples) + 2 * pairs
+    further, pairs = len(config.base.further_layers), min(evaluation.differences, activations)
+    # SFT, SFT on random vectors, GRPO; at further layers and of differences both verbalizers.
+    descriptions = activations * (3 + evaluation.samples + 2 * further) + 2 * pairs
     described = descriptions * config.grpo.max_new_tokens
     # Labels, controls, what is cut or reworded, samples; and the texts, by three scorers each.
     scored = activations * 3 * ((10 + evaluation.samples) * LABEL_TOKENS + facts.text_tokens)
+    scored += activations * 3 * further * LABEL_TOKENS  # and the labels, by the linear scorer alone
     scored += pairs * 3 * 4 * LABEL_TOKENS  # labels, theirs of another pair, SFT, GRPO
     patched = min(evaluation.patch_rows, activations) * facts.read_tokens
     blocks = config.base.layer + 1
@@ -363,7 +366,7 @@ def _plan_benchmark(facts: PlanFacts) -> StagePlan:
 def _plan_serve(facts: PlanFacts) -> StagePlan:
     serve, length = facts.config.serve, PROMPT_TOKENS + facts.config.grpo.max_new_tokens
     verbalizer = _generating(facts, "serve", 1, serve.max_batch, length)
-    layer = facts.config.base.layer
+    layer = max(facts.config.base.described_layers)
     below, read = facts.weights_bytes(layer), facts.read_bytes(layer)
     return StagePlan(
         # The scorer and the reader of activations hold the same blocks.

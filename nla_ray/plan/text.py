@@ -116,6 +116,10 @@ def _base_lines(facts: PlanFacts) -> list[str]:
         f" {sizes.num_layers} blocks, d_model {sizes.d_model}, {base.dtype}{packed}",
         f"  layer {base.layer} ({depth:.0%} depth), injection norm {base.injection_norm:g};"
         f" {below / 1e9:.3g} billion parameters up to there",
+        *(
+            f"  further layer {layer}, injection norm {base.norm_of(layer):g}"
+            for layer in base.further_layers
+        ),
     ]
 
 

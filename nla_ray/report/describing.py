@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable
+from nla_ray.activation.stage import activations_at
 from nla_ray.base.adapter_files import adapter_digest
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_backbone, load_tokenizer
@@ -73,6 +74,10 @@ class Described:
     """Of each activation, by the arm of GRPO; empty when none were drawn."""
     differences: Differences | None
     """What is said of differences of two; None: none were asked for."""
+    layers: Mapping[int, Tensor]
+    """Further layer -> the activations [rows, d_model] of the same tokens there."""
+    by_layer: dict[int, dict[str, list[Description]]]
+    """Further layer -> what SFT and the arm say of them."""
 
 
 def describe_all(
@@ -101,6 +106,10 @@ def describe_all(
         describer.keep(name, texts, NOT_GENERATED)
     samples: list[list[Description]] = []
     of_two: dict[str, list[str]] = {}
+    layers = {
+        layer: activations_at(run, run.config.evaluation.split, test, layer)
+        for layer in run.config.base.further_layers
+    }
     for artifact in trained_in(manifests):
         injected = {artifact: test.injected}
         if artifact == "sft":
@@ -119,6 +128,8 @@ def describe_all(
                 samples = describer.sample(
                     adapter, neighbours, f"{artifact}_samples", test.injected
                 )
+            if artifact in ("sft", arm):
+                describer.describe_layers(adapter, neighbours, artifact, layers)
     of_two |= _describe_compared(describer, compared, test, differences)
     as_long = describer.described[arm]
     matched = matched_descriptions(words, describer.tokenizer, test.texts, as_long)
@@ -132,6 +143,8 @@ def describe_all(
         protocols=describer.protocols,
         samples=samples,
         differences=differences,
+        layers=layers,
+        by_layer=describer.by_layer,
     )
 
 
@@ -217,6 +230,15 @@ def _with_said(
     return dataclasses.replace(differences, said=said)
 
 
+def at_layer(verbalizer: str, layer: int) -> str:
+    """The name of what a verbalizer says of a further layer's activations.
+
+    >>> at_layer("sft", 2)
+    'sft_layer2'
+    """
+    return f"{verbalizer}_layer{layer}"
+
+
 class Describer:
     """Keeps files of descriptions, and makes what they lack with adapters over one loaded base."""
 
@@ -231,6 +253,8 @@ class Describer:
         """What is said of every activation, by verbalizer."""
         self.protocols: dict[str, GenerationProtocol | None] = {}
         """Of each of them."""
+        self.by_layer: dict[int, dict[str, list[Description]]] = {}
+        """Further layer -> what is said of every activation there, by verbalizer."""
 
     def keep(self, name: str, texts: Sequence[str], protocol: GenerationProtocol | None) -> None:
         """Write descriptions that cost nothing to make, one for each activation."""
@@ -257,6 +281,25 @@ class Describer:
                 adapter, neighbours, name, vectors, protocol, with_claims=with_claims
             )
             self.described[name], self.protocols[name] = described
+
+    def describe_layers(
+        self,
+        adapter: Path,
+        neighbours: Sequence[int] | None,
+        name: str,
+        layers: Mapping[int, Tensor],
+    ) -> None:
+        """What an adapter says, greedily, of activations [rows, d_model] of further layers."""
+        for layer, vectors in layers.items():
+            described, _ = self._complete(
+                adapter,
+                neighbours,
+                at_layer(name, layer),
+                vectors,
+                self._protocol(adapter, layer=layer),
+                layer=layer,
+            )
+            self.by_layer.setdefault(layer, {})[name] = described
 
     def sample(
         self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor
@@ -305,6 +348,7 @@ class Describer:
         *,
         with_claims: bool = False,
         ids: Sequence[str] | None = None,
+        layer: int | None = None,
     ) -> tuple[list[Description], GenerationProtocol | None]:
         """All descriptions of a file, and how they were generated.
 
@@ -322,7 +366,9 @@ class Describer:
             verbalizer = verbalizer or self._load(adapter, neighbours)
             is_same = len(injected) == 1
             rows = injected if is_same else injected[start:stop]
-            written = verbalizer.describe_under(protocol, rows, start, with_claims=with_claims)
+            written = verbalizer.describe_under(
+                protocol, rows, start, with_claims=with_claims, layer=layer
+            )
             fresh = [
                 dataclasses.replace(
                     self._described(new.text, new.closed), claim_log_probs=new.claim_log_probs

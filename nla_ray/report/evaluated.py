@@ -31,6 +31,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerRows:
+    """The same test rows at a further layer, and what was said of them there."""
+
+    comparisons: Comparisons
+    """Of the layer's activations."""
+    descriptions: Mapping[str, Sequence[Description]]
+    """By verbalizer, `gold` among them."""
+    read: Mapping[str, Tensor]
+    """What the linear scorer fitted to the layer reads in them: [rows, d_model], by verbalizer;
+    none where it was not fitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """The test rows and everything that was said of them; every list has one entry a row."""
 
@@ -79,6 +92,10 @@ class Evaluated:
     """The verbalizer that the samples are of."""
     judged_claims: JudgedClaims | None = None
     """The claims of its greedy descriptions, how likely each is; None: nobody has said."""
+    layer: int | None = None
+    """The layer that all of this is about; None: not told."""
+    layers: Mapping[int, LayerRows] = field(default_factory=dict)
+    """Further layers that the verbalizers have learned to describe."""
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nla_ray.activation.bank import ActivationTable, drawn_rows
 from nla_ray.activation.stage import load_activations, load_stats
@@ -29,7 +30,7 @@ from nla_ray.report.compared import Compared
 from nla_ray.report.controls import CONFIDENT, REFRESHED, VERBALIZERS, artifact_of, trained_in
 from nla_ray.report.describing import Described, describe_all
 from nla_ray.report.differences import Differences
-from nla_ray.report.evaluated import Evaluated, texts_to_read
+from nla_ray.report.evaluated import Evaluated, LayerRows, texts_to_read
 from nla_ray.report.lengths import cut_pairs, cut_texts
 from nla_ray.report.matched import train_words
 from nla_ray.report.pairing import comparable_pairs
@@ -41,6 +42,7 @@ from nla_ray.report.wording import reword_descriptions
 from nla_ray.run.artifact import Run
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import Comparisons
+from nla_ray.score.linear import LinearReconstructor, further_file
 from nla_ray.settings.config import require
 from nla_ray.text.domains import DOMAIN_NAMES
 from nla_ray.training.claim_confidence import load_claim_confidence
@@ -90,9 +92,7 @@ def gather_evaluated(
         domains=test.domains,
         texts=test.texts,
         salient=words.salient(test.texts),
-        comparisons=Comparisons.draw(
-            test.vectors, test.doc_ids, mean, seed, test.domains, test.family_ids
-        ),
+        comparisons=_comparisons(test, test.vectors, mean, seed),
         descriptions=descriptions,
         protocols=protocols,
         from_elsewhere=from_elsewhere,
@@ -110,7 +110,42 @@ def gather_evaluated(
         patched=patch_reconstructions(run, test, descriptions, readings, mean, scratch),
         domain_names=_domain_names(test.domains),
         judged_claims=judged,
+        layers=_layers(run, manifests, test, written),
+        layer=config.base.layer,
     )
+
+
+def _layers(
+    run: Run, manifests: Mapping[str, Manifest], test: ActivationTable, written: Described
+) -> dict[int, LayerRows]:
+    """What is said of the further layers, and what the linear scorer fitted to each reads in it."""
+    config, manifest = run.config, manifests[artifact_of("linear")]
+    found: dict[int, LayerRows] = {}
+    model = None
+    for layer, rows in written.layers.items():
+        said = {"gold": written.by_verbalizer["gold"], **written.by_layer[layer]}
+        read: dict[str, Tensor] = {}
+        if further_file(layer) in manifest.files:
+            with run.local_copy(manifest.name, manifest) as folder:
+                scorer = LinearReconstructor.load(
+                    config.base, folder, model=model, name=further_file(layer)
+                )
+            model, size = scorer.model, config.evaluation.batch_size
+            for name, descriptions in said.items():
+                texts = [description.text for description in descriptions]
+                read[name] = scorer.reconstruct(texts, size)
+        mean = torch.tensor(load_stats(run, layer)["mean_direction"])
+        found[layer] = LayerRows(
+            comparisons=_comparisons(test, rows, mean, config.evaluation.seed),
+            descriptions=said,
+            read=read,
+        )
+    return found
+
+
+def _comparisons(test: ActivationTable, rows: Tensor, mean: Tensor, seed: int) -> Comparisons:
+    """The same of every layer's activations [rows, d_model] of the test tokens."""
+    return Comparisons.draw(rows, test.doc_ids, mean, seed, test.domains, test.family_ids)
 
 
 def _read_refreshed(

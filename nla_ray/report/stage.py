@@ -20,7 +20,7 @@ from nla_ray.cluster.resources import run_placed
 from nla_ray.report.cards import experiments, findings, picture_name, write_card
 from nla_ray.report.compared import Compared, find_compared
 from nla_ray.report.controls import CONFIDENT, VERBALIZERS
-from nla_ray.report.describing import check_protocols
+from nla_ray.report.describing import at_layer, check_protocols
 from nla_ray.report.example import explain_examples
 from nla_ray.report.gallery import examples, gallery, score_table
 from nla_ray.report.gates import check_gates
@@ -157,10 +157,10 @@ def _open_stage(run: Run) -> Artifact:
 
 
 def _compared(config: RunConfig) -> list[Compared]:
-    arm = config.grpo.artifact
-    return find_compared(
-        config.compare, [*VERBALIZERS, arm, f"{arm}_samples", f"{arm}_{CONFIDENT}"]
-    )
+    arm, layers = config.grpo.artifact, config.base.further_layers
+    by_layer = [at_layer(name, layer) for name in ("sft", arm) for layer in layers]
+    taken = [*VERBALIZERS, arm, f"{arm}_samples", f"{arm}_{CONFIDENT}", *by_layer]
+    return find_compared(config.compare, taken)
 
 
 def _rounded(value: Any) -> Any:

@@ -22,6 +22,7 @@ from nla_ray.report.controls import CONTROLS, SCORERS, SOURCE
 from nla_ray.report.differences import difference_section
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.gates import Gate, judge_gate
+from nla_ray.report.layers import layer_section
 from nla_ray.report.lengths import length_section
 from nla_ray.report.matched import probe_section, word_curve
 from nla_ray.report.refreshed import two_by_two
@@ -72,6 +73,7 @@ def summarise(
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),
             **_differences(evaluated, resamples, seed),
+            **({"layers": layer_section(bootstrap, evaluated)} if evaluated.layers else {}),
             "domains": _by_domain(evaluated, resamples, seed),
             "confusion": _confusion(evaluated),
         }

@@ -53,12 +53,15 @@ Some that look alike stay in it. A `batch_size` of training is the optimizer's s
 is what losses are normalised in: each process divides by the weights of its own rows.
 """
 
+_INJECTION = ("base.injected", "base.further_layers", "base.further_norms")
+"""What a verbalizer's prompt holds beside the norm and the marker."""
+
 NOT_OF_ARTIFACT: dict[str, tuple[str, ...]] = {
     # The base reads the text as it is, in base.dtype: nothing is injected, nothing trained.
     # How long answers are is said by the answers, a parent where there are any.
     "activations": (
         "base.injection_norm",
-        "base.injected",
+        *_INJECTION,
         "base.marker",
         TRAINING_DTYPE,
         "capture.answer_tokens",
@@ -67,7 +70,7 @@ NOT_OF_ARTIFACT: dict[str, tuple[str, ...]] = {
     "answers": (
         "base.layer",
         "base.injection_norm",
-        "base.injected",
+        *_INJECTION,
         "base.marker",
         TRAINING_DTYPE,
         "capture.positions",
@@ -75,11 +78,12 @@ NOT_OF_ARTIFACT: dict[str, tuple[str, ...]] = {
         "capture.text_mean",
     ),
     # They read descriptions and inject nothing.
-    "reward_scorer": ("base.injected",),
-    "judge_scorer": ("base.injected",),
-    # It takes the judge's documents and labels, and solves for its weights.
+    "reward_scorer": _INJECTION,
+    "judge_scorer": _INJECTION,
+    # It takes the judge's documents and labels, and solves for its weights: a layer's each.
     "linear_scorer": (
         "base.injected",
+        "base.further_norms",
         TRAINING_DTYPE,
         "judge_scorer.lora",
         "judge_scorer.epochs",

@@ -28,10 +28,21 @@ from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.settings.config import BaseConfig
 
 FILE_NAME = "linear.safetensors"
+"""Of what reads the activations of the base's layer; `further_file` names those of others."""
 _SETTINGS = "linear"
 """Key of the file's metadata: one entry, because the library writes several in an order that
 changes."""
 _BATCH = 64
+
+
+def further_file(layer: int) -> str:
+    """The file of what reads a further layer's activations.
+
+    >>> further_file(2)
+    'linear_layer2.safetensors'
+    """
+    stem, dot, ending = FILE_NAME.partition(".")
+    return f"{stem}_layer{layer}{dot}{ending}"
 
 
 class DescriptionFeatures:
@@ -88,23 +99,28 @@ class LinearReconstructor:
         return self._features._model
 
     @classmethod
-    def load(cls, base: BaseConfig, folder: Path | str, *, model=None) -> LinearReconstructor:
-        """A fitted one. `model`: a loaded base to share, with or without adapters in it."""
-        file = Path(folder) / FILE_NAME
+    def load(
+        cls, base: BaseConfig, folder: Path | str, *, model=None, name: str = FILE_NAME
+    ) -> LinearReconstructor:
+        """A fitted one. `model`: a loaded base to share, with or without adapters in it.
+
+        `name`: of the file.
+        """
+        file = Path(folder) / name
         with safe_open(file, framework="pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no dict)
             settings = json.loads(content.metadata()[_SETTINGS])
         model = load_backbone(base, num_blocks=settings["layer"] + 1) if model is None else model
         return cls(DescriptionFeatures(model, load_tokenizer(base), **settings), tensors)
 
-    def save(self, folder: Path | str) -> None:
-        """Write linear.safetensors."""
+    def save(self, folder: Path | str, name: str = FILE_NAME) -> None:
+        """Write a file of this name."""
         settings = json.dumps(
             {"layer": self._features.layer, "max_tokens": self._features.max_tokens}
         )
         save_file(
             {name: tensor.contiguous() for name, tensor in self._tensors.items()},
-            Path(folder) / FILE_NAME,
+            Path(folder) / name,
             metadata={_SETTINGS: settings},
         )
 

@@ -63,18 +63,22 @@ def find_models(run: Run) -> ModelsResponse:
     info = base_info(run.config.base, tokenizer)
     for manifest in (*verbalizers.values(), *scorers.values()):
         check_base(manifest, info)
-    prompt = injection_prompt(tokenizer, run.config.base)
+    prompts = [
+        injection_prompt(tokenizer, run.config.base, layer=layer)
+        for layer in run.config.base.described_layers
+    ]
     context = load_model_config(run.config.base).max_position_embeddings
     base = BaseBody(
         name=info.name,
         digest=info.digest,
         layer=info.layer,
         d_model=info.d_model,
-        max_new_tokens=context - len(prompt),
+        max_new_tokens=context - max(map(len, prompts)),
         num_layers=info.num_layers,
         max_tokens=run.config.base.max_tokens,
         injection_norm=info.injection_norm,
         injected=list(info.injected),
+        further_layers=list(info.further_layers),
     )
     return ModelsResponse(
         base=base,

@@ -124,7 +124,10 @@ class VerbalizerService:
         self._lock, self._verbalizers = threading.Lock(), {}
         self._decoding: dict[str, tuple[int, float]] = {}
         self._confidence: dict[str, tuple[ClaimConfidence, int]] = {}
-        self._train = _train_activations(run)
+        self._layer = config.base.layer
+        self._train = {
+            layer: _train_activations(run, layer) for layer in config.base.described_layers
+        }
         self._views, self._mean = config.base.views, view_mean(run)
         model = load_backbone(config.base) if model is None else model
         for name in names:
@@ -147,11 +150,12 @@ class VerbalizerService:
         activations: np.ndarray,
         sampling: Sampling,
         injected: np.ndarray | None = None,
+        layer: int | None = None,
     ) -> list[DescriptionBody]:
         """`samples` descriptions of each row of [n, d_model], ordered by (row, sample).
 
         `injected` [n, vectors, d_model]: what stands for each in the prompt; None: what follows
-        from the activation alone.
+        from the activation alone. `layer`: which they are of; None: the base's.
         """
         if injected is None:
             rows = torch.from_numpy(activations)
@@ -168,13 +172,14 @@ class VerbalizerService:
                 seed=sampling.seed,
                 group_size=sampling.samples,
                 with_claims=least is not None,
+                layer=layer,
             )
             likely = (
                 []
                 if least is None
                 else self._by_claim(name, activations, injected, written, sampling)
             )
-        places = self._places(activations)
+        places = self._places(activations, self._layer if layer is None else layer)
         bodies = [
             DescriptionBody(
                 description=sample.text,
@@ -190,9 +195,10 @@ class VerbalizerService:
             _without_unlikely(body, row, least) for body, row in zip(bodies, likely, strict=True)
         ]
 
-    def _places(self, activations: np.ndarray) -> list[TypicalityBody | None]:
+    def _places(self, activations: np.ndarray, layer: int) -> list[TypicalityBody | None]:
         """Where each row of [n, d_model] lies among train activations; None without those."""
-        if self._train is None:
+        train = self._train[layer]
+        if train is None:
             return [None] * len(activations)
         return [
             TypicalityBody(
@@ -205,7 +211,7 @@ class VerbalizerService:
                 nearest_quantile=place.nearest_quantile,
                 unlike_training=place.is_unlike,
             )
-            for place in self._train.place(torch.from_numpy(activations))
+            for place in train.place(torch.from_numpy(activations))
         ]
 
     def _by_claim(
@@ -245,12 +251,12 @@ class VerbalizerService:
         return "ok"
 
 
-def _train_activations(run: Run) -> TrainActivations | None:
+def _train_activations(run: Run, layer: int) -> TrainActivations | None:
     """What described activations are placed among; None, said in the log, where there is none."""
     if run.find("activations") is None:
         return None
     try:
-        return load_train_activations(run)
+        return load_train_activations(run, layer=layer)
     except (ValueError, KeyError) as error:
         logger.warning("typicality: not told, because of the train activations: %s", error)
         return None
@@ -350,8 +356,8 @@ class CaptureService:
         self._reader, self._mean = ResidualReader(self._model, layers), view_mean(Run(config))
 
     @torch.no_grad()
-    def capture(self, text: str, positions: Sequence[int]) -> Captured:
-        """Activations at positions of the chat-formatted prompt.
+    def capture(self, text: str, positions: Sequence[int], layer: int | None = None) -> Captured:
+        """Activations at positions of the chat-formatted prompt, at a layer (None: the base's).
 
         No activation when the prompt is too long or a position is outside it.
         """
@@ -369,7 +375,7 @@ class CaptureService:
             )
         with self._lock, adapter_active(self._model, None):
             activations, injected = read_prompt(
-                self._base, self._reader, encoded, chosen, self._mean
+                self._base, self._reader, encoded, chosen, self._mean, layer
             )
         tokens = [self._tokenizer.decode([ids[position]]) for position in chosen]
         return Captured(
@@ -415,28 +421,35 @@ class Endpoint:
     async def describe(self, request: DescribeRequest) -> DescribeResponse:
         """Describe activations, or the activations at the end of texts."""
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
-        schema.require_served_layer(request.layer, self._base.layer)
+        layer = schema.described_layer(request.layer, self._base)
         self._check_sampling(name, request)
         schema.check_inputs(request)
+        schema.check_further_layer(request, layer, self._base)
         if request.vectors is not None:
-            descriptions = await self._describe_vectors(name, request.vectors, request)
+            descriptions = await self._describe_vectors(name, request.vectors, request, layer)
         elif request.activations is not None:
             schema.check_injected("activations", self._base.injected)
             activations = self._array("activations", request.activations)
-            descriptions = await self._describe_rows(name, activations, None, request)
+            descriptions = await self._describe_rows(name, activations, None, request, layer)
         else:
-            ends = await self.capture_ends(request.texts or [])
-            descriptions = await self._describe_rows(name, ends.activations, ends.injected, request)
-        return DescribeResponse(verbalizer=name, layer=self._base.layer, descriptions=descriptions)
+            ends = await self.capture_ends(request.texts or [], layer)
+            descriptions = await self._describe_rows(
+                name, ends.activations, ends.injected, request, layer
+            )
+        return DescribeResponse(verbalizer=name, layer=layer, descriptions=descriptions)
 
-    async def capture_ends(self, texts: Sequence[str]) -> CapturedEnds:
-        """The activations that end the texts' prompts, and what is injected for them."""
+    async def capture_ends(self, texts: Sequence[str], layer: int | None = None) -> CapturedEnds:
+        """The activations that end the texts' prompts, and what is injected for them.
+
+        `layer`: at which one; None: the served one.
+        """
+        layer = schema.described_layer(layer, self._base)
         schema.check_batch("texts", len(texts), self._settings.max_batch)
         named = {f"texts[{index}]": text for index, text in enumerate(texts)}
         for what, text in named.items():
             schema.check_text(what, text, self._settings.max_text_chars)
         captured = await asyncio.gather(
-            *(self._captured(what, text, [-1]) for what, text in named.items())
+            *(self._captured(what, text, [-1], layer) for what, text in named.items())
         )
         return CapturedEnds(
             activations=np.concatenate([capture.activations for capture in captured]),
@@ -444,7 +457,11 @@ class Endpoint:
         )
 
     async def _describe_vectors(
-        self, name: str, prompts: Sequence[Sequence[Activation]], request: DescribeRequest
+        self,
+        name: str,
+        prompts: Sequence[Sequence[Activation]],
+        request: DescribeRequest,
+        layer: int,
     ) -> list[DescriptionBody]:
         """Describe what the caller puts into the prompts, vector by vector.
 
@@ -459,7 +476,7 @@ class Endpoint:
         described: dict[int, DescriptionBody] = {}
         for numbers in by_count.values():
             injected = np.stack([rows[number] for number in numbers])
-            bodies = await self._describe_rows(name, injected[:, 0], injected, request)
+            bodies = await self._describe_rows(name, injected[:, 0], injected, request, layer)
             described |= zip(numbers, bodies, strict=True)
         return [described[number] for number in range(len(rows))]
 
@@ -483,19 +500,22 @@ class Endpoint:
         """Capture a text's activations at the chosen positions; describe and score each."""
         name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
         scorers = schema.choose_names("scorers", request.scorers, self._scorers)
-        schema.require_served_layer(request.layer, self._base.layer)
+        layer = schema.described_layer(request.layer, self._base)
         self._check_sampling(name, request)
+        schema.check_further_layer(request, layer, self._base, request.scorers)
         schema.check_text("text", request.text, self._settings.max_text_chars)
         schema.check_batch("positions", len(request.positions), self._settings.max_batch)
-        captured = await self._captured("text", request.text, request.positions)
+        captured = await self._captured("text", request.text, request.positions, layer)
         described = await self._describe_rows(
-            name, captured.activations, captured.injected, request
+            name, captured.activations, captured.injected, request, layer
         )
-        sure = [row for row, description in enumerate(described) if not description.unsure]
-        scored = await self._scorer.score.remote(
-            scorers, [described[row].description for row in sure], captured.activations[sure]
-        )
-        scores = dict(zip(sure, scored, strict=True))
+        scores: dict[int, dict[str, ScoreBody]] = {}
+        if layer == self._base.layer:
+            sure = [row for row, description in enumerate(described) if not description.unsure]
+            scored = await self._scorer.score.remote(
+                scorers, [described[row].description for row in sure], captured.activations[sure]
+            )
+            scores = dict(zip(sure, scored, strict=True))
         explanations = [
             Explanation(
                 **description.model_dump(),
@@ -506,10 +526,7 @@ class Endpoint:
             for row, description in enumerate(described)
         ]
         return ExplainResponse(
-            verbalizer=name,
-            layer=self._base.layer,
-            num_tokens=captured.num_tokens,
-            explanations=explanations,
+            verbalizer=name, layer=layer, num_tokens=captured.num_tokens, explanations=explanations
         )
 
     async def models(self) -> ModelsResponse:
@@ -534,14 +551,21 @@ class Endpoint:
         schema.check_choice(sampling, self._scorers)
 
     async def _describe_rows(
-        self, name: str, activations: np.ndarray, injected: np.ndarray | None, request: Sampling
+        self,
+        name: str,
+        activations: np.ndarray,
+        injected: np.ndarray | None,
+        request: Sampling,
+        layer: int,
     ) -> list[DescriptionBody]:
         """One answer for each row of [n, d_model], as `VerbalizerService.describe` takes it.
 
         It is the row's only sample, or the best of several by the reward scorer.
         """
         sampling = Sampling.model_validate(request.model_dump(include=set(Sampling.model_fields)))
-        written = await self._verbalizer.describe.remote(name, activations, sampling, injected)
+        written = await self._verbalizer.describe.remote(
+            name, activations, sampling, injected, layer
+        )
         if sampling.samples == 1:
             return written
         choices = await self._scorer.choose.remote(
@@ -565,8 +589,8 @@ class Endpoint:
             schema.check_activation(item.format(index), activation, self._base.d_model)
         return np.asarray(activations, dtype=np.float32)
 
-    async def _captured(self, what: str, text: str, positions: list[int]) -> Captured:
-        captured = await self._capture.capture.remote(text, positions)
+    async def _captured(self, what: str, text: str, positions: list[int], layer: int) -> Captured:
+        captured = await self._capture.capture.remote(text, positions, layer)
         if captured.num_tokens > self._base.max_tokens:
             raise Refusal(
                 what,

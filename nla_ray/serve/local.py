@@ -102,29 +102,33 @@ class LoadedRun:
         inputs: Sequence[str] | Sequence[Tensor] | Tensor | np.ndarray,
         *,
         verbalizer: str | None = None,
+        layer: int | None = None,
         **sampling: Any,
     ) -> list[DescriptionBody]:
         """Descriptions of texts (of the activation that ends each one's prompt) or of activations.
 
         `inputs`: texts, raw activations [n, d_model] or a list of them, or [n, vectors, d_model]
-        for several vectors in each prompt. `sampling`: fields of `schema.Sampling` (temperature,
-        max_new_tokens, seed, samples, min_confidence, min_claim_confidence); greedy
-        without any. Raises ValueError for what the endpoint refuses.
+        for several vectors in each prompt. `layer`: which one they are of, or are read at; None:
+        the base's, others where the verbalizer has learned several. `sampling`: fields of
+        `schema.Sampling` (temperature, max_new_tokens, seed, samples, min_confidence,
+        min_claim_confidence); greedy without any. Raises ValueError for what the endpoint refuses.
         """
         _require_list("inputs", inputs)
         is_texts = len(inputs) > 0 and isinstance(inputs[0], str)
         named = {"texts": list(inputs)} if is_texts else _vectors(inputs)
-        request = _request(DescribeRequest, **named, verbalizer=verbalizer, **sampling)
+        request = _request(DescribeRequest, **named, verbalizer=verbalizer, layer=layer, **sampling)
         return self._answer(self._endpoint.describe(request)).descriptions
 
-    def activations(self, texts: Sequence[str]) -> Tensor:
+    def activations(self, texts: Sequence[str], *, layer: int | None = None) -> Tensor:
         """The activation that ends each text's prompt: [n, d_model] float32, raw.
 
-        For differences, means and whatever else `describe` is to be asked about. Raises ValueError
-        for what the endpoint refuses.
+        `layer`: at which of those that are described; None: the base's. For differences, means and
+        whatever else `describe` is to be asked about. Raises ValueError for what the endpoint
+        refuses.
         """
         _require_list("texts", texts)
-        return torch.from_numpy(self._answer(self._endpoint.capture_ends(texts)).activations)
+        ends = self._answer(self._endpoint.capture_ends(texts, layer))
+        return torch.from_numpy(ends.activations)
 
     def directions(self, path: str | Path, *, tensor: str | None = None) -> dict[str, Tensor]:
         """The vectors of a file of another tool, by name: each [d_model] float32.
@@ -160,11 +164,13 @@ class LoadedRun:
         *,
         verbalizer: str | None = None,
         scorers: Sequence[str] | None = None,
+        layer: int | None = None,
         **sampling: Any,
     ) -> ExplainResponse:
         """Descriptions of a text's activations at `positions` of its chat-formatted prompt, scored.
 
-        Negative positions count from the prompt's end. `sampling` as in `describe`.
+        Negative positions count from the prompt's end. `layer`, `sampling` as in `describe`: at
+        another layer than the base's nothing is scored.
         """
         request = _request(
             ExplainRequest,
@@ -172,6 +178,7 @@ class LoadedRun:
             positions=list(positions),
             verbalizer=verbalizer,
             scorers=scorers,
+            layer=layer,
             **sampling,
         )
         return self._answer(self._endpoint.explain(request))

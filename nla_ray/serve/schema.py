@@ -144,7 +144,11 @@ class DescribeRequest(Sampling):
         ),
     )
     layer: int | None = Field(
-        None, description="Layer the activations come from; refused unless it is the served one."
+        None,
+        description=(
+            "Layer the activations come from, or at which texts are read: the served one, or one of"
+            " `further_layers` (/v1/models), without `samples` and `min_claim_confidence`."
+        ),
     )
     verbalizer: str | None = Field(
         None, description="Name of a verbalizer of /v1/models; by default the first."
@@ -184,7 +188,13 @@ class ExplainRequest(Sampling):
             " says otherwise."
         ),
     )
-    layer: int | None = Field(None, description="Refused unless it is the served one.")
+    layer: int | None = Field(
+        None,
+        description=(
+            "The served one, or one of `further_layers` (/v1/models), which no scorer reads:"
+            " without `scorers`, `samples` and `min_claim_confidence`."
+        ),
+    )
     verbalizer: str | None = None
     scorers: list[str] | None = None
 
@@ -307,7 +317,10 @@ class Explanation(DescriptionBody):
     position: int = Field(description="0-based index in the chat-formatted prompt.")
     token: str
     scores: dict[str, ScoreBody] = Field(
-        description="By scorer name; empty when `unsure`, where there is no description to score."
+        description=(
+            "By scorer name; empty when `unsure`, where there is no description to score, and at a"
+            " further layer."
+        )
     )
 
 
@@ -343,6 +356,10 @@ class BaseBody(_Message):
             "What stands in a verbalizer's prompt for an activation, a token each: itself, its"
             " `centred` direction, the mean over its text, or the same position at another layer."
         )
+    )
+    further_layers: list[int] = Field(
+        default_factory=list,
+        description="Layers beside `layer` that the verbalizers have learned to describe.",
     )
 
 
@@ -386,6 +403,33 @@ def require_served_layer(layer: int | None, served: int) -> None:
     """Refuse a layer other than the served one; None is the served one."""
     if layer is not None and layer != served:
         raise Refusal("layer", layer, f"{served}, the layer that this endpoint serves")
+
+
+def described_layer(layer: int | None, base: BaseBody) -> int:
+    """The layer that is to be described, by default the served one. Refuses one not learned."""
+    if layer is not None and layer not in (base.layer, *base.further_layers):
+        expected = f"{base.layer}, the layer that this endpoint serves"
+        if base.further_layers:
+            expected += f", or a further one that was learned: {base.further_layers}"
+        raise Refusal("layer", layer, expected)
+    return base.layer if layer is None else layer
+
+
+def check_further_layer(
+    sampling: Sampling, layer: int, base: BaseBody, scorers: Sequence[str] | None = None
+) -> None:
+    """Refuse at a further layer what scorers, or what was learned of claims, are needed for."""
+    if layer == base.layer:
+        return
+    asked = {
+        "samples": sampling.samples > 1,
+        "min_claim_confidence": sampling.min_claim_confidence is not None,
+        "scorers": bool(scorers),
+    }
+    for what in (name for name, is_asked in asked.items() if is_asked):
+        raise Refusal(
+            what, f"{what} at layer {layer}", f"none of it: scorers read layer {base.layer} alone"
+        )
 
 
 def check_length(max_new_tokens: int | None, longest: int) -> None:

@@ -21,7 +21,7 @@ from datetime import date
 from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 from nla_ray.settings.positions import PositionRule
-from nla_ray.settings.views import View
+from nla_ray.settings.views import View, is_activation_alone
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
@@ -65,6 +65,12 @@ class BaseConfig:
     `centred`, its direction less the mean direction of train activations; `text_mean`, the mean
     over the tokens of its text (with --capture.text-mean); `layer:K`, the same position at another
     layer (with --capture.layers K). One of them may stand there several times."""
+    further_layers: tuple[int, ...] = ()
+    """Layers beside `layer` whose activations the verbalizer learns to describe as well (with
+    --capture.layers). Its prompt then tells the layer, in words; scorers and GRPO keep to `layer`.
+    """
+    further_norms: tuple[float, ...] = ()
+    """`injection_norm` of each of `further_layers`, in their order; none: that of `layer`."""
     marker: str = "\u320e"
     """The one-token placeholder that an activation replaces."""
     max_tokens: int = 512
@@ -102,6 +108,7 @@ class BaseConfig:
             "at least one vector",
             "Set --base.injected activation.",
         )
+        self._check_further_layers()
         require(
             _is_date(self.date),
             "base.date",
@@ -117,10 +124,45 @@ class BaseConfig:
             "Layer K is the output of block K.",
         )
 
+    def _check_further_layers(self) -> None:
+        further, norms = self.further_layers, self.further_norms
+        require(
+            len({self.layer, *further}) == 1 + len(further) and min(further, default=0) >= 0,
+            "base.further_layers",
+            further,
+            f"block indices >= 0, each once, and not base.layer = {self.layer}",
+            "They stand beside it.",
+        )
+        require(
+            len(norms) in (0, len(further)) and min(norms, default=1.0) > 0,
+            "base.further_norms",
+            norms,
+            f"a positive norm for each of base.further_layers = {further}, or none",
+            "jobs/inspect_base.py measures the mean activation norm of a layer.",
+        )
+        require(
+            not further or is_activation_alone(self.views),
+            "base.further_layers, base.injected",
+            (further, self.injected),
+            "the activation alone where a verbalizer describes several layers",
+            "Leave out --base.injected, or --base.further-layers.",
+        )
+
     @property
     def views(self) -> tuple[View, ...]:
         """`injected`, read."""
         return tuple(map(View.of, self.injected))
+
+    @property
+    def described_layers(self) -> tuple[int, ...]:
+        """The layers whose activations the verbalizer describes, `layer` first."""
+        return (self.layer, *self.further_layers)
+
+    def norm_of(self, layer: int) -> float:
+        """The L2 norm to which activations of one of `described_layers` are rescaled."""
+        if layer == self.layer or not self.further_norms:
+            return self.injection_norm
+        return self.further_norms[self.further_layers.index(layer)]
 
 
 def _is_date(value: str) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import TrainingArguments
 
 from nla_ray.activation import vectors
-from nla_ray.activation.stage import load_activations, load_stats
+from nla_ray.activation.stage import activations_at, load_activations, load_stats
 from nla_ray.base.identity import base_info
 from nla_ray.label.rows import LabelRow, subject_of
 from nla_ray.label.stage import activation_subjects, labels_by_subject, load_labels
@@ -146,11 +146,15 @@ def partly_replaced(
 
 
 def load_examples(
-    run: Run, split: Literal["train", "validation"], settings: ReconstructorConfig
+    run: Run,
+    split: Literal["train", "validation"],
+    settings: ReconstructorConfig,
+    layer: int | None = None,
 ) -> Examples:
     """The split's activations of the scorer's half of the families, each with a label.
 
-    Raises ValueError when none is left, and for labels of other positions than the activations'.
+    `layer`: which one they are taken of; None: the base's. Raises ValueError when none is left, and
+    for labels of other positions than the activations'.
     """
     labels = scorer_labels(run, split, settings)
     table = load_activations(run, split)
@@ -174,7 +178,7 @@ def load_examples(
     table = table.select([index for index, _ in kept])
     return Examples(
         descriptions=[label for _, label in kept],
-        targets=table.vectors,
+        targets=table.vectors if layer is None else activations_at(run, split, table, layer),
         doc_ids=table.doc_ids,
         family_ids=table.family_ids,
     )

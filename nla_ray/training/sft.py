@@ -5,6 +5,12 @@ marker, then the drawn label, closing tag and end of sequence, which alone carry
 activation travels through padding and shuffling as a token, and no text is made of a virtual id
 anywhere. Validation compares the loss with the right activation and with another document's: the
 gap is the information the verbalizer takes from its activation.
+
+Where one verbalizer learns several layers (`base.further_layers`), every example comes once a
+layer: the activation of the same token there, under the prompt that tells the layer, with the same
+label. The losses are then means over the layers, and stand beside those of each. What can be read
+of a label (`sft.claims`) is what a probe of `base.layer` reads; differences are of that layer
+alone, as is all that GRPO does afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from nla_ray.activation.stage import load_activations
+from nla_ray.activation.stage import activations_at, load_activations
 from nla_ray.activation.vectors import direction_difference
 from nla_ray.base.adapters import save_adapter
 from nla_ray.base.encoding import encode_texts, written_text
@@ -34,21 +40,14 @@ from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.score.comparisons import derangement, family_pairs
 from nla_ray.score.readable import label_difference
-from nla_ray.settings.config import RunConfig
+from nla_ray.settings.config import BaseConfig, RunConfig
 from nla_ray.settings.fit import worker_batch
 from nla_ray.training.batches import LengthBatches
 from nla_ray.training.callbacks import follow
 from nla_ray.training.checkpoints import Checkpoints, trainable_parameters
 from nla_ray.training.readable import readable_labels
 from nla_ray.training.resuming import ResumableTrainer
-from nla_ray.training.unlikelihood import (
-    IGNORED,
-    Repeat,
-    draw_repeats,
-    refusal_loss,
-    refuse,
-    token_labels,
-)
+from nla_ray.training.unlikelihood import IGNORED, draw_repeats, refusal_loss, refuse, token_labels
 from nla_ray.training.verbalizer import TrainableVerbalizer
 from nla_ray.training.workers import prepare_worker, train_on_labels, trainer_arguments
 
@@ -93,11 +92,13 @@ def load_pairs(
     seed: int,
     first_row: int,
     every_label: bool = False,
+    layer: int | None = None,
 ) -> Pairs:
     """The split's activations with the label drawn for their text, or each with every label of it.
 
-    At most `limit` activations, chosen by seed. Bank rows count from `first_row`. Raises ValueError
-    when there is none, and for labels of other positions than the activations'.
+    At most `limit` activations, chosen by seed. Bank rows count from `first_row`. `layer`: which
+    one their activations are taken of, None: the base's. Raises ValueError when there is none, and
+    for labels of other positions than the activations'.
     """
     labels = _labels_by_subject(run, split, every_label)
     table = load_activations(run, split)
@@ -121,7 +122,9 @@ def load_pairs(
         labels=[label for _, label in kept],
         doc_ids=table.doc_ids,
         family_ids=table.family_ids,
-        vectors=table.injected,
+        vectors=table.injected
+        if layer is None
+        else activations_at(run, split, table, layer)[:, None],
     )
 
 
@@ -194,9 +197,13 @@ def encode_pairs(
 
 
 def encode_repeats(
-    pairs: Pairs, repeats: Sequence[Repeat], tokenizer, prompt: InjectionPrompt, vocab_size: int
+    pairs: Pairs, tokenizer, prompt: InjectionPrompt, vocab_size: int, *, share: float, seed: int
 ) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of beginnings of the pairs' labels that must not be repeated."""
+    """`input_ids` and `labels` of beginnings of labels, where an item is not to be said again.
+
+    `share`: how many for each pair, drawn by seed.
+    """
+    repeats = draw_repeats([label.strip() for label in pairs.labels], share, seed)
     encode, decode = partial(encode_texts, tokenizer), partial(written_text, tokenizer)
     return [
         {
@@ -262,40 +269,75 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     run_config = config["run"]
     prepare_worker(run_config.compute)
     run, settings = Run(run_config), run_config.sft
-    train = load_pairs(
-        run,
-        "train",
-        limit=settings.max_examples,
-        seed=settings.seed,
-        first_row=0,
-        every_label=settings.labels == "all",
+    train = _pairs_by_layer(
+        run, "train", first_row=0, limit=settings.max_examples, every_label=settings.labels == "all"
     )
-    train = with_differences(train, settings.difference_share, settings.seed)
-    validation = load_pairs(
-        run, "validation", limit=MAX_VALIDATION, seed=settings.seed, first_row=len(train.rows)
-    )
-    tokenizer = load_tokenizer(run_config.base)
-    prompt = injection_prompt(tokenizer, run_config.base)
-    bank = torch.cat([train.vectors, validation.vectors])
+    examples = sum(len(pairs.rows) for pairs in train.values())
+    validation = _pairs_by_layer(run, "validation", first_row=examples, limit=MAX_VALIDATION)
+    tokenizer, base = load_tokenizer(run_config.base), run_config.base
+    parts = [*train.items(), *validation.items()]
     model = TrainableVerbalizer.build(
-        run_config.base, settings.lora, bank, prompt, seed=settings.seed
+        base,
+        settings.lora,
+        torch.cat([pairs.vectors for _, pairs in parts]),
+        injection_prompt(tokenizer, base),
+        seed=settings.seed,
+        norms=_norms_of(base, parts) if base.further_layers else None,
     )
     with Checkpoints(run_config, config["name"]) as checkpoints:
         trainer = make_sft_trainer(model, tokenizer, train, validation, run_config, checkpoints)
-        logger.info("sft: %d labels, %d for validation", len(train.rows), len(validation.rows))
+        held_out = sum(len(pairs.rows) for pairs in validation.values())
+        logger.info("sft: %d labels, %d for validation", examples, held_out)
         trainer.train(resume_from_checkpoint=checkpoints.last())
     return {
         "documents": {
-            "train": sorted(set(train.doc_ids)),
-            "validation": sorted(set(validation.doc_ids)),
+            "train": sorted(set(train[base.layer].doc_ids)),
+            "validation": sorted(set(validation[base.layer].doc_ids)),
         },
         "model": base_info(run_config.base, tokenizer).to_dict(),
         "metrics": {
             **checkpoints.best["metrics"],
             "best_step": checkpoints.best["step"],
-            "examples": len(train.rows),
+            "examples": examples,
         },
     }
+
+
+def _pairs_by_layer(
+    run: Run,
+    split: Literal["train", "validation"],
+    *,
+    first_row: int,
+    limit: int | None,
+    every_label: bool = False,
+) -> dict[int, Pairs]:
+    """The examples of a split, and the same ones at each further layer, rows behind one another.
+
+    Those of train at the base's layer hold the differences too.
+    """
+    base, settings, found = run.config.base, run.config.sft, dict[int, Pairs]()
+    for layer in base.described_layers:
+        pairs = load_pairs(
+            run,
+            split,
+            limit=limit,
+            seed=settings.seed,
+            first_row=first_row,
+            every_label=every_label,
+            layer=None if layer == base.layer else layer,
+        )
+        if split == "train" and layer == base.layer:
+            pairs = with_differences(pairs, settings.difference_share, settings.seed)
+        found[layer] = pairs
+        first_row += len(pairs.rows)
+    return found
+
+
+def _norms_of(base: BaseConfig, parts: Sequence[tuple[int, Pairs]]) -> Tensor:
+    """The injection norm of every row of the bank that holds these parts: [rows]."""
+    return torch.cat(
+        [torch.full((len(pairs.rows),), base.norm_of(layer)) for layer, pairs in parts]
+    )
 
 
 # The trainer --------------------------------------------------------------------------------------
@@ -311,11 +353,14 @@ class SupervisedTrainer(ResumableTrainer, SFTTrainer):
         self,
         *,
         batches: LengthBatches,
-        held_out: Mapping[str, Sequence[Mapping[str, list[int]]]],
+        held_out: Mapping[str, Mapping[int, Sequence[Mapping[str, list[int]]]]],
         checkpoints: Checkpoints,
         **arguments: Any,
     ) -> None:
-        """`held_out`: the examples of each validation loss, by its name; `arguments` are TRL's."""
+        """`held_out`: the examples of each validation loss, by its name and their layer.
+
+        `arguments` are TRL's.
+        """
         super().__init__(**arguments)
         self._batches, self._held_out, self._checkpoints = batches, held_out, checkpoints
 
@@ -332,14 +377,22 @@ class SupervisedTrainer(ResumableTrainer, SFTTrainer):
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The losses of what was held out, and the adapter offered by the first of them."""
+        """The losses of what was held out, and the adapter offered by the first of them.
+
+        A loss is the mean over layers, which have the same labels; of several each has its own too.
+        """
         self.model.eval()
-        figures = {
-            name: validation_loss(
-                self.model_wrapped, examples, self.data_collator, self.args.device
-            )
-            for name, examples in self._held_out.items()
-        }
+        figures: dict[str, float] = {}
+        for name, by_layer in self._held_out.items():
+            losses = {
+                layer: validation_loss(
+                    self.model_wrapped, examples, self.data_collator, self.args.device
+                )
+                for layer, examples in by_layer.items()
+            }
+            figures[name] = sum(losses.values()) / len(losses)
+            if len(losses) > 1:
+                figures |= {f"{name}_layer{layer}": loss for layer, loss in losses.items()}
         figures["eval_information"] = figures["eval_loss_shuffled"] - figures["eval_loss"]
         self.log(dict(figures))
         self._checkpoints.offer(
@@ -361,27 +414,37 @@ class SupervisedTrainer(ResumableTrainer, SFTTrainer):
 def make_sft_trainer(
     model: TrainableVerbalizer,
     tokenizer,
-    train: Pairs,
-    validation: Pairs,
+    train: Mapping[int, Pairs],
+    validation: Mapping[int, Pairs],
     run_config: RunConfig,
     checkpoints: Checkpoints,
 ) -> SupervisedTrainer:
-    """The trainer of this verbalizer, whose best validated adapter goes to `checkpoints`."""
+    """The trainer of this verbalizer, whose best validated adapter goes to `checkpoints`.
+
+    `train`, `validation`: the examples of each layer.
+    """
     settings = run_config.sft
-    prompt = injection_prompt(tokenizer, run_config.base)
     vocab_size = model.get_input_embeddings().num_embeddings
-    wrong = derangement(validation.family_ids, settings.seed).tolist()
-    shuffled = [validation.rows[number] for number in wrong]
-    examples = encode_pairs(train, tokenizer, prompt, vocab_size)
-    labels = [label.strip() for label in train.labels]
-    repeats = draw_repeats(labels, settings.unlikelihood_share, settings.seed)
-    examples += encode_repeats(train, repeats, tokenizer, prompt, vocab_size)
+    prompts = {layer: injection_prompt(tokenizer, run_config.base, layer=layer) for layer in train}
+    examples: list[dict[str, list[int]]] = []
+    held_out: dict[str, dict[int, Any]] = {"eval_loss": {}, "eval_loss_shuffled": {}}
+    for layer, prompt in prompts.items():
+        examples += encode_pairs(train[layer], tokenizer, prompt, vocab_size)
+        examples += encode_repeats(
+            train[layer],
+            tokenizer,
+            prompt,
+            vocab_size,
+            share=settings.unlikelihood_share,
+            seed=settings.seed,
+        )
+        pairs = validation[layer]
+        wrong = derangement(pairs.family_ids, settings.seed).tolist()
+        shuffled = [pairs.rows[number] for number in wrong]
+        for name, rows in zip(held_out, (pairs.rows, shuffled), strict=True):
+            held_out[name][layer] = encode_pairs(pairs, tokenizer, prompt, vocab_size, rows)
     lengths = [len(example["input_ids"]) for example in examples]
     batches = LengthBatches(lengths, settings.batch_size, settings.seed)
-    held_out = {
-        "eval_loss": encode_pairs(validation, tokenizer, prompt, vocab_size),
-        "eval_loss_shuffled": encode_pairs(validation, tokenizer, prompt, vocab_size, shuffled),
-    }
     rows = worker_batch(run_config.compute, settings.batch_size)
     arguments = SFTConfig(
         router_aux_loss_coef=0.0,  # routers of experts are frozen
@@ -411,7 +474,7 @@ def make_sft_trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([*examples, *blanks(examples, batches.num_blanks)]),
-        eval_dataset=Dataset.from_list(held_out["eval_loss"]),
+        eval_dataset=Dataset.from_list(held_out["eval_loss"][run_config.base.layer]),
         processing_class=tokenizer,
     )
     follow(trainer, checkpoints, "sft")

@@ -69,15 +69,18 @@ class TrainableVerbalizer(AdaptedModel):
         prompt: InjectionPrompt,
         *,
         seed: int,
+        norms: Tensor | None = None,
         model: nn.Module | None = None,
     ) -> TrainableVerbalizer:
         """A new one for supervised training.
 
         `bank`: what virtual tokens name, activations [rows, d_model], or [rows, vectors, d_model]
-        where several vectors stand for one. `model`: the base, loaded.
+        where several vectors stand for one. `norms` [rows]: the injection norm of each, where they
+        are of several layers. `model`: the base, loaded.
         """
         wrap = partial(cls, prefix_ids=prompt.prefix_ids, in_bf16=computes_in_bf16(base))
-        return add_lora(_injected_backbone(base, bank, model), lora, seed=seed, wrap=wrap)
+        injected = _injected_backbone(base, bank, model, norms)
+        return add_lora(injected, lora, seed=seed, wrap=wrap)
 
     @classmethod
     def load(
@@ -154,7 +157,9 @@ class TrainableVerbalizer(AdaptedModel):
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _injected_backbone(base: BaseConfig, bank: Tensor, model: nn.Module | None) -> nn.Module:
+def _injected_backbone(
+    base: BaseConfig, bank: Tensor, model: nn.Module | None, norms: Tensor | None = None
+) -> nn.Module:
     model = model or load_backbone(base, attention=training_attention(base))
-    attach_activations(model, bank.flatten(0, -2), base.injection_norm)
+    attach_activations(model, bank.flatten(0, -2), base.injection_norm if norms is None else norms)
     return model

@@ -17,7 +17,12 @@ from nla_ray.base.adapters import adapter_active, adapter_state, add_lora, set_a
 from nla_ray.base.encoding import end_ids_of
 from nla_ray.base.families import FAMILIES, decoder_shape
 from nla_ray.base.load import load_backbone, load_tokenizer, random_backbone
-from nla_ray.base.prompts import InjectionPrompt, build_injection_prompt
+from nla_ray.base.prompts import (
+    InjectionPrompt,
+    build_injection_prompt,
+    injection_prompt,
+    layer_endings,
+)
 from nla_ray.bench.families import small_sizes
 from nla_ray.cpu.projection import packing_works
 from nla_ray.description.engines.compact import CompactDecoder
@@ -258,6 +263,23 @@ def test_several_vectors_in_one_prompt_are_as_many_tokens_in_it(scene: Scene) ->
     assert tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)) == tokens(alone)
     with pytest.raises(ValueError, match="got no vector for a prompt"):
         engine.generate(scene.activations[:, None][:, :0])
+
+
+def test_a_layer_of_its_own_ending_and_norm_is_generated_as_the_library_does(scene: Scene) -> None:
+    base = dataclasses.replace(scene.base, further_layers=(0,), further_norms=(9.0,))
+    [ending] = layer_endings(scene.tokenizer, base).values()
+    other = scene._replace(
+        prompt=injection_prompt(scene.tokenizer, base, layer=0),
+        base=dataclasses.replace(scene.base, injection_norm=9.0),
+    )
+    engine = scene.engine()
+    own = tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS))
+    rollouts = engine.generate(scene.activations, max_new_tokens=NEW_TOKENS, ending=ending)
+    assert tokens(rollouts) == library_greedy(other, NEW_TOKENS) != own
+    for rollout in rollouts:
+        log_probs = trainer_log_probs(other, rollout, 1.0)
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), log_probs, atol=1e-4, rtol=0)
+    assert tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)) == own
 
 
 def test_a_cancelled_call_ends_between_two_tokens_and_leaves_nothing_behind(scene: Scene) -> None:

@@ -15,7 +15,8 @@ from nla_ray import bench
 from nla_ray.base.config_files import as_config
 from nla_ray.base.families import FAMILIES
 from nla_ray.base.identity import base_info
-from nla_ray.plan.facts import PlanFacts, kept_bytes, recomputes_activations
+from nla_ray.plan.facts import LABEL_TOKENS, PlanFacts, kept_bytes, recomputes_activations
+from nla_ray.plan.formulas import FORMULAS
 from nla_ray.plan.sizes import base_sizes, sizes_in
 from nla_ray.plan.text import describe_plan
 from nla_ray.run.artifact import Run
@@ -397,6 +398,24 @@ def test_a_plan_counts_what_is_said_and_read_of_differences(tmp_path: Path) -> N
     ]
     # Two descriptions of each; labels, theirs of another pair and those two by three scorers.
     assert tokens[1] - tokens[0] == 100 * (2 * 64 + 3 * 4 * 60)
+
+
+def test_a_plan_counts_every_layer_that_the_verbalizer_describes(tmp_path: Path) -> None:
+    alone = dataclasses.replace(PRESETS["nano"](), run_dir=str(tmp_path))
+    alone = override(alone, sft={"difference_share": 0.5})
+    three = override(alone, base={"further_layers": (2, 3), "further_norms": (30.0, 40.0)})
+    three = override(three, capture={"layers": (2, 3)})
+    both = [PlanFacts.of(Run(each)) for each in (alone, three)]
+    one, many = ({name: formula(facts) for name, formula in FORMULAS.items()} for facts in both)
+    assert many["sft"].tokens == pytest.approx(3.5 / 1.5 * one["sft"].tokens)
+    activations = both[0].texts * alone.corpus.test_share
+    more = activations * (4 * alone.grpo.max_new_tokens + 6 * LABEL_TOKENS)
+    assert many["report"].tokens - one["report"].tokens == pytest.approx(more)
+    assert many["linear_scorer"].processes[0].bytes > one["linear_scorer"].processes[0].bytes
+    for name in ("reward_scorer", "judge_scorer", "grpo"):
+        assert many[name] == one[name], "at the base's layer alone"
+    plan = describe_plan(three, "sft")
+    assert "further layer 2, injection norm 30\n" in plan and "further layer 3" in plan
 
 
 def test_the_memory_of_a_shard_in_a_plan_is_that_of_some_blocks(tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def prepare(
     bank = torch.cat([train.vectors, validation.vectors])
     model = TrainableVerbalizer.build(base, settings.lora, bank, prompt, seed=settings.seed)
     checkpoints = Checkpoints(config, "sft")
-    trainer = make_sft_trainer(model, tokenizer, train, validation, config, checkpoints)
+    parts = {base.layer: train}, {base.layer: validation}
+    trainer = make_sft_trainer(model, tokenizer, *parts, config, checkpoints)
     return trainer, checkpoints
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nla_ray.base.encoding import end_ids_of
 from nla_ray.base.families import beyond_parts, causal_model, wrapper_of
-from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.base.prompts import InjectionPrompt, LayerEnding
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.plain import PlainDecoder
 from nla_ray.description.engines.requests import never
@@ -61,6 +61,7 @@ class GenerationEngine(Protocol):
         max_new_tokens: int = 64,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        ending: LayerEnding | None = None,
         is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each of n activations, by (activation, sample).
@@ -69,9 +70,10 @@ class GenerationEngine(Protocol):
         prompt, one behind the other; it may be another number in every call.
         `temperature` 0 is greedy (log-probabilities then at temperature 1). `rows` [n]: the
         activations' rows in their bank, which name them in the descriptions and seed their
-        samples; default 0 to n - 1. `is_cancelled` is asked before every pass of the base; once
-        it says so nothing more is written, GenerationCancelled is raised, and the engine is as it
-        was before the call. Raises ValueError for activations of another width or with
+        samples; default 0 to n - 1. `ending`: how the prompt of their layer ends, where that is
+        another one than the engine was made for. `is_cancelled` is asked before every pass of the
+        base; once it says so nothing more is written, GenerationCancelled is raised, and the engine
+        is as it was before the call. Raises ValueError for activations of another width or with
         non-finite values, and for more tokens than the model's context holds.
         """
         ...

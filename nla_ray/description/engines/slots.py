@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from nla_ray.activation.injection import as_embeddings
-from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.base.prompts import InjectionPrompt, LayerEnding
 from nla_ray.description.engines.decoder import Decoder, KeysValues, empty_prefix
 from nla_ray.description.engines.graphed import GraphedStep
 from nla_ray.description.engines.requests import (
@@ -86,6 +86,7 @@ class SlotEngine:
             injection_norm,
             max_slots,
         )
+        self._ending = LayerEnding(suffix_ids=prompt.suffix_ids, injection_norm=injection_norm)
         self.end_ids, self.decoder = end_ids, decoder
         is_on_gpu = decoder.device.type == "cuda"
         self._records = is_on_gpu and decoder.can_be_recorded if recorded is None else recorded
@@ -121,17 +122,19 @@ class SlotEngine:
         max_new_tokens: int = 64,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        ending: LayerEnding | None = None,
         is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
+        ending = ending or self._ending
         injected = check_request(
             torch.as_tensor(activations),
             rows,
             group_size,
             max_new_tokens,
             d_model=self.decoder.d_model,
-            prompt=self.prompt,
+            prompt=ending.of(self.prompt),
             context=self.decoder.shape.max_positions,
         )
         if not rows:
@@ -143,19 +146,25 @@ class SlotEngine:
         drafts = [_Draft(index=index, key=key) for index, key in enumerate(keys)]
         if temperature != self._sampler.temperature:
             self._sampler = Sampler(self.decoder.shape.vocab_size, temperature, self.decoder.device)
-        own = injected.shape[1] + len(self.prompt.suffix_ids)
+        own = injected.shape[1] + len(ending.suffix_ids)
         size = min(self.max_slots, len(drafts)), own, max(1, max_new_tokens - 1)
         slots = self._idle.pop(size, None) or _Slots(self.decoder, self.prompt, *size)
         if self._records:
             slots.record(self.prefix, self._sampler)
+        prefill = partial(self.prefill, ending=ending)
         generation = _Generation(
-            self, injected, drafts, group_size, max_new_tokens, slots, is_cancelled
+            self, prefill, injected, drafts, group_size, max_new_tokens, slots, is_cancelled
         )
         try:
             generation.run()
         finally:
             slots.clear()
             self._idle = {size: slots}
+        return self._descriptions(drafts, rows, group_size)
+
+    def _descriptions(
+        self, drafts: Sequence[_Draft], rows: Sequence[int], group_size: int
+    ) -> list[Description]:
         texts = self.tokenizer.batch_decode(
             [draft.token_ids for draft in drafts],
             skip_special_tokens=True,
@@ -173,14 +182,16 @@ class SlotEngine:
             for draft, written in zip(drafts, texts, strict=True)
         ]
 
-    def prefill(self, vectors: Tensor) -> tuple[Tensor, KeysValues]:
+    def prefill(
+        self, vectors: Tensor, ending: LayerEnding | None = None
+    ) -> tuple[Tensor, KeysValues]:
         """Injected tokens and suffix -> last logits, and keys and values.
 
-        [n, vectors, d_model] -> [n, vocab], and n rows.
+        [n, vectors, d_model] -> [n, vocab], and n rows. `ending`: as `generate` takes it.
         """
-        decoder = self.decoder
-        suffix = decoder.embed(torch.tensor(self.prompt.suffix_ids, device=decoder.device))
-        injected = as_embeddings(vectors.to(decoder.device), self.injection_norm, like=suffix)
+        decoder, ending = self.decoder, ending or self._ending
+        suffix = decoder.embed(torch.tensor(ending.suffix_ids, device=decoder.device))
+        injected = as_embeddings(vectors.to(decoder.device), ending.injection_norm, like=suffix)
         embedded = torch.cat([injected, suffix.expand(len(vectors), -1, -1)], 1)
         stream, keys_values = decoder.prefill(embedded, self.prefix)
         return decoder.logits(stream), keys_values
@@ -322,6 +333,7 @@ class _Generation:
     def __init__(
         self,
         engine: SlotEngine,
+        prefill: Callable[[Tensor], tuple[Tensor, KeysValues]],
         activations: Tensor,
         drafts: list[_Draft],
         group_size: int,
@@ -329,7 +341,7 @@ class _Generation:
         slots: _Slots,
         is_cancelled: Callable[[], bool],
     ) -> None:
-        self._drafts, self._is_cancelled = drafts, is_cancelled
+        self._drafts, self._is_cancelled, self._prefill = drafts, is_cancelled, prefill
         self._engine, self._sampler, self._max = engine, engine._sampler, max_new_tokens
         self._activations, self._group_size = activations, group_size
         self._unseen, self._waiting = deque(drafts), deque()
@@ -356,7 +368,7 @@ class _Generation:
         drafts = [self._unseen.popleft() for _ in range(min(size, len(self._unseen)))]
         first = drafts[0].index // self._group_size
         members = [draft.index // self._group_size - first for draft in drafts]
-        logits, chunk = self._engine.prefill(self._activations[first : first + members[-1] + 1])
+        logits, chunk = self._prefill(self._activations[first : first + members[-1] + 1])
         keys = torch.tensor([draft.key for draft in drafts], device=logits.device)
         tokens, log_probs = self._sampler.choose(logits[members], keys, torch.zeros_like(keys))
         self._record(drafts, tokens, log_probs)

@@ -37,7 +37,7 @@ from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.adapters import matrix_shape, plain_linear
 from nla_ray.base.encoding import end_ids_of
 from nla_ray.base.families import causal_model, family_of, longest_context
-from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.base.prompts import InjectionPrompt, LayerEnding
 from nla_ray.description.engines.factors import Factors
 from nla_ray.description.engines.requests import (
     GenerationCancelled,
@@ -99,6 +99,7 @@ class VllmEngine:
         check_slots(max_slots)
         self._model = causal_model(model)
         self.tokenizer, self.prompt, self.injection_norm = tokenizer, prompt, injection_norm
+        self._ending = LayerEnding(suffix_ids=prompt.suffix_ids, injection_norm=injection_norm)
         self.max_slots, self._lora = max_slots, lora
         self.end_ids = end_ids_of(self._model, tokenizer)
         is_mergeable = self._model.dtype == torch.float32 and num_gpus == 1
@@ -122,7 +123,8 @@ class VllmEngine:
             self._request = self._as_request(adapter_state) if adapter_state else None
         self.weight_version = version
         # One request fills the cache with the prefix, which all requests of a step would compute.
-        self._run(torch.ones(1, 1, self._embedding.embedding_dim), [self._sampling(0.0, 1, 0)])
+        vector = torch.ones(1, 1, self._embedding.embedding_dim)
+        self._run(vector, [self._sampling(0.0, 1, 0)], self._ending)
 
     def generate(
         self,
@@ -133,17 +135,19 @@ class VllmEngine:
         max_new_tokens: int = 64,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        ending: LayerEnding | None = None,
         is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
+        ending = ending or self._ending
         injected = check_request(
             torch.as_tensor(activations),
             rows,
             group_size,
             max_new_tokens,
             d_model=self._embedding.embedding_dim,
-            prompt=self.prompt,
+            prompt=ending.of(self.prompt),
             context=self._limit,
         )
         if temperature != 0 and temperature < _COLDEST:
@@ -159,6 +163,7 @@ class VllmEngine:
         outputs = self._run(
             injected,
             [self._sampling(temperature, max_new_tokens, key) for key in keys],
+            ending,
             is_cancelled,
         )
         written = self.tokenizer.batch_decode(
@@ -247,15 +252,19 @@ class VllmEngine:
 
     @torch.inference_mode()
     def _run(
-        self, vectors: Tensor, sampling: list[Any], is_cancelled: Callable[[], bool] = never
+        self,
+        vectors: Tensor,
+        sampling: list[Any],
+        ending: LayerEnding,
+        is_cancelled: Callable[[], bool] = never,
     ) -> list[Any]:
         """What vLLM samples: an equal number of outputs of each row of [n, vectors, d_model]."""
         device = self._embedding.weight.device
         before, after = (
             self._embedding(torch.tensor(ids, device=device))
-            for ids in (self.prompt.prefix_ids, self.prompt.suffix_ids)
+            for ids in (self.prompt.prefix_ids, ending.suffix_ids)
         )
-        injected = as_embeddings(vectors, self.injection_norm, like=before)
+        injected = as_embeddings(vectors, ending.injection_norm, like=before)
         prompts = [torch.cat([before, tokens, after]).cpu() for tokens in injected]
         group_size = len(sampling) // len(prompts)
         names = self._llm.enqueue(
