@@ -44,10 +44,11 @@ class TeacherServer(ThreadingHTTPServer):
         seed: int = 0,
         key: str = "",
         seconds: float = 0.0,
+        timeout_seconds: float = 2.0,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behaviours, self.share, self.seed = behaviours, share, seed
-        self.key, self.seconds = key, seconds
+        self.key, self.seconds, self.timeout_seconds = key, seconds, timeout_seconds
         self.lock = threading.Lock()
         self.asked: Counter[tuple[str, str]] = Counter()
         """(model, text) -> requests."""
@@ -98,6 +99,8 @@ def teacher_server(**settings: Any) -> Iterator[TeacherServer]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
     server: TeacherServer
 
     def log_message(self, *_: object) -> None:
@@ -155,13 +158,14 @@ class _Handler(BaseHTTPRequestHandler):
             if done not in BILLED_FAILURES:
                 self.server.answered[(model, text)] += 1
         if done == "timeout":
-            time.sleep(2.0)
+            time.sleep(self.server.timeout_seconds)
         if done in ("timeout", "cut"):
             self.send_response(200)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", "500")
             self.end_headers()
             self.wfile.write(b'{"id": "x", "choi')
+            self.wfile.flush()
             self.close_connection = True
             return
         if done == "no_json":
@@ -203,6 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
+        self.wfile.flush()
 
 
 def _said(done: str, text: str) -> str:

@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_ray.activation.bank import ActivationTable
-from nla_ray.activation.positions import TextEncoder
+from nla_ray.activation.positions import Skipped, TextEncoder
 from nla_ray.activation.stage import read_answers
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.sources import base_folder, tokenizer_digest
+from nla_ray.label.asking import AskedTeacher, ask_teachers
 from nla_ray.label.cleaner import clean_label
 from nla_ray.label.imports import Positions, RefusedLabel, read_labels
+from nla_ray.label.instructions import TeacherPrompt
 from nla_ray.label.rows import LABEL_SCHEMA, POSITION_SCHEMA, LabelRow, label_rows, subject_of
+from nla_ray.label.store import AnswerStore
 from nla_ray.label.subjects import Subject, subject_id, subjects_of
 from nla_ray.label.teacher import Teacher, make_teachers
 from nla_ray.run.artifact import Artifact, Run
@@ -51,6 +55,10 @@ _WHOLE_TEXTS = "last"
 """In place of `capture.positions`, where labels are of whole texts."""
 _BLOCK_BYTES = 32 << 20
 """Of labels written at once; as Python objects they take several times as much."""
+_NOTHING_LEFT = "nothing is left after cleaning"
+STORE_NAME = "teacher_answers"
+"""Folder of a run with what teachers on the network answered, where no other is named. It is no
+artifact: labels may be deleted and made again of it."""
 _MISSING = "missing"
 """In place of the hash of an imported file that is gone: a complete stage does not need it."""
 
@@ -65,6 +73,23 @@ class LabelCounts:
     words: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnlabelledSubject:
+    """A subject without the label of a teacher on the network.
+
+    Example: UnlabelledSubject(text_id="a#0", domain="licence", position=None,
+    teacher="openai:gpt-6-sol", reason="refusal", detail="")
+    """
+
+    text_id: str
+    domain: str
+    position: int | None
+    teacher: str
+    reason: str
+    detail: str
+    """What the provider said of it."""
+
+
 # making -------------------------------------------------------------------------------------------
 
 
@@ -73,27 +98,32 @@ def label_texts(run: Run) -> Manifest:
 
     Where activations are captured inside texts, of POSITION_SCHEMA, for every captured position.
     Skipped when complete. With `label.import_path` the labels come from that file; refused rows are
-    listed in `refused.jsonl`. Raises ValueError when no text has a label, and when the imported
-    file has changed since.
+    listed in `refused.jsonl`, as are texts on which a teacher over the network gave no label.
+    Raises ValueError when no text has a label, when the imported file has changed since, and for
+    what `ask_teachers` raises it.
     """
     corpus = run.require("corpus")
-    artifact, config = run.open("labels", inputs=_position_inputs(run)), run.config.label
+    artifact, config = run.open("labels", inputs=_inputs(run) or None), run.config.label
     import_sha256 = _import_hash(config)
     if artifact.manifest is not None:
         recorded = artifact.manifest.metrics.get("import_sha256")
         _require_same_import(recorded, import_sha256, config)
         return artifact.manifest
-    refused: list[RefusedLabel] = []
+    refused: list[RefusedLabel | UnlabelledSubject] = []
     _remember_import(artifact, import_sha256, config)
     encoder = None if _of_whole_texts(run) else _encoder(run)
-    if import_sha256 is None:
-        raw_labels = _offline_labels(run, corpus, config)
-    else:
-        raw_labels = _imported_labels(run, corpus, config, refused)
-    counts = LabelCounts()
-    with artifact.local_folder() as folder:
-        documents = _label_shards(run, corpus, raw_labels, encoder, folder, counts)
+    counts, asked = LabelCounts(), {}
+    with artifact.local_folder() as folder, ExitStack() as stack:
         if import_sha256 is not None:
+            raw_labels = _imported_labels(run, corpus, config, refused)
+        elif config.asked:
+            _delete_shards(folder)  # a text that had no answer then may have one now
+            source = _asked_labels(run, corpus, encoder, refused, asked)
+            raw_labels = stack.enter_context(source)
+        else:
+            raw_labels = _offline_labels(run, corpus, config)
+        documents = _label_shards(run, corpus, raw_labels, encoder, folder, counts)
+        if import_sha256 is not None or config.asked:
             lines = [json.dumps(asdict(label)) + "\n" for label in refused]
             (folder / "refused.jsonl").write_text("".join(lines))
     reasons = dict(sorted(Counter(label.reason for label in refused).items()))
@@ -110,6 +140,7 @@ def label_texts(run: Run) -> Manifest:
         "mean_words": round(counts.words / counts.labels, 2),
         "refused": reasons,
         "import_sha256": import_sha256,
+        **({"asked": asked} if config.asked else {}),
     }
     return artifact.publish(documents=documents, metrics=metrics)
 
@@ -189,11 +220,18 @@ def _encoder(run: Run) -> TextEncoder:
     return TextEncoder(load_tokenizer(base), base, run.config.capture)
 
 
-def _position_inputs(run: Run) -> dict[str, str] | None:
-    """What labels of positions depend on beside their settings; None for labels of whole texts."""
+def _inputs(run: Run) -> dict[str, str]:
+    """What labels depend on beside their settings: a prompt's content, and positions."""
+    config = run.config.label
+    prompt = {"prompt": TeacherPrompt.load(config.prompt).sha256} if config.asked else {}
+    return prompt | _position_inputs(run)
+
+
+def _position_inputs(run: Run) -> dict[str, str]:
+    """What labels of positions depend on beside their settings; nothing for whole texts."""
     positions, base = run.config.capture.positions, run.config.base
     if _of_whole_texts(run):
-        return None
+        return {}
     digest = tokenizer_digest(base_folder(base.model, weights=False))
     return {
         "positions": positions,
@@ -209,7 +247,7 @@ def _position_inputs(run: Run) -> dict[str, str] | None:
 
 
 def _offline_labels(run: Run, corpus: Manifest, config: LabelConfig) -> RawLabels:
-    """Labels of the configured teachers, who know the words of the train texts."""
+    """Labels of the configured offline teachers, who know the words of the train texts."""
     statistics = WordStatistics.fit(_train_texts(run, corpus))
     return partial(_ask_teachers, make_teachers(config.teachers, statistics))
 
@@ -226,8 +264,106 @@ def _ask_teachers(teachers: Sequence[Teacher], subject: Subject) -> list[tuple[s
     return [(teacher.name, teacher.describe(subject.read, domain)) for teacher in teachers]
 
 
+def _delete_shards(folder: Path) -> None:
+    for path in folder.glob("part-*.parquet"):
+        path.unlink()
+
+
+@contextmanager
+def _asked_labels(
+    run: Run,
+    corpus: Manifest,
+    encoder: TextEncoder | None,
+    refused: list[Any],
+    asked: dict[str, Any],
+) -> Iterator[RawLabels]:
+    """Labels of all configured teachers, once those on the network have been asked.
+
+    Appends what has no label to `refused`, and adds what was asked to `asked`, by teacher.
+    """
+    config, left_out = run.config.label, {}
+    offline = _offline_labels(run, corpus, config)
+    with AnswerStore(_store_location(run), run=_store_name(run)) as store:
+        logger.info("labels: %d answers are in %s", len(store), store.location)
+        texts = partial(_texts_to_ask, run, corpus, encoder, left_out)
+        result = ask_teachers(config, texts, store)
+        asked |= {name: asdict(counts) for name, counts in result.counts.items()}
+        yield partial(
+            _answered,
+            AskedTeacher.all_of(config),
+            store,
+            result.failures,
+            left_out,
+            refused,
+            offline,
+        )
+
+
+def _store_location(run: Run) -> Location:
+    return Location.of(run.config.label.store) if run.config.label.store else run.root / STORE_NAME
+
+
+def _store_name(run: Run) -> str:
+    """By what a store knows who pays: the run, without its place on a disk."""
+    return text_hash(str(run.root))[:16]
+
+
+def _texts_to_ask(
+    run: Run, corpus: Manifest, encoder: TextEncoder | None, left_out: dict[str, str]
+) -> Iterator[str]:
+    """What teachers see: every text up to every position, as capture reads it.
+
+    A text that capture leaves out is not paid for: its id and the reason go to `left_out`.
+    """
+    reader = encoder or _encoder(run)
+    for name, table in read_shards(run, corpus):
+        for text in _with_answers(run, name, table):
+            if encoder is None:
+                try:
+                    reader.encode(text["text_id"], text["text"], text.get("messages"))
+                except Skipped as skipped:
+                    left_out[text["text_id"]] = f"not captured: {skipped.reason}"
+                    continue
+            for subject in subjects_of(text, encoder):
+                yield subject.read
+
+
+def _answered(
+    teachers: Sequence[AskedTeacher],
+    store: AnswerStore,
+    failures: Mapping[str, str],
+    left_out: Mapping[str, str],
+    refused: list[Any],
+    offline: RawLabels,
+    subject: Subject,
+) -> list[tuple[str, str]]:
+    """The raw labels of a subject; what it lacks is appended to `refused`."""
+    labels, text_id = list(offline(subject)), subject.text["text_id"]
+    for teacher in teachers:
+        key = teacher.key(subject.read)
+        answer = store.get(key)
+        reason = failures.get(key) or left_out.get(text_id) or "not asked"
+        if answer is not None:
+            reason = answer.fault or ("" if clean_label(answer.text) else _NOTHING_LEFT)
+        if answer is not None and not reason:
+            labels.append((teacher.teacher.name, answer.text))
+            continue
+        kind, _, detail = reason.partition(" (")
+        refused.append(
+            UnlabelledSubject(
+                text_id=text_id,
+                domain=subject.text["domain"],
+                position=subject.position,
+                teacher=teacher.teacher.name,
+                reason=kind,
+                detail=detail.removesuffix(")"),
+            )
+        )
+    return labels
+
+
 def _imported_labels(
-    run: Run, corpus: Manifest, config: LabelConfig, refused: list[RefusedLabel]
+    run: Run, corpus: Manifest, config: LabelConfig, refused: list[RefusedLabel | UnlabelledSubject]
 ) -> RawLabels:
     """Labels of the imported file, by text and position; appends what is not taken to `refused`."""
     hashes_by_document: dict[str, set[str]] = {}
@@ -248,8 +384,7 @@ def _imported_labels(
             of_subject = by_subject.setdefault((label.text_hash, label.position), [])
             of_subject.append((label.teacher, label.raw))
         else:
-            reason = "nothing is left after cleaning"
-            refused.append(RefusedLabel(line=label.line, doc_id="", reason=reason))
+            refused.append(RefusedLabel(line=label.line, doc_id="", reason=_NOTHING_LEFT))
     return partial(_look_up, by_subject)
 
 
