@@ -26,16 +26,13 @@ from nla_ray.label.store import (
     StoreRecord,
     answer_key,
 )
+from nla_ray.plan.requests import ANSWER_TOKENS, MOST_TEMPLATE_TOKENS
 from nla_ray.run.log import get_logger
 from nla_ray.settings.config import LabelConfig
 from nla_ray.settings.teachers import TeacherName, TokenPrice, price_of
 
 logger = get_logger(__name__)
 
-_TEMPLATE_TOKENS = 64
-"""Most tokens that a provider adds to one message."""
-_ANSWER_TOKENS = 150
-"""Tokens of an answer, about: what the rate counts before it is known."""
 _REMOTE_SECONDS = 0.5
 """Between two writes to an object store: each is a file."""
 _TEXTS_AT_ONCE = 64
@@ -77,7 +74,7 @@ class AskedTeacher:
 
     def most_usd(self, message: str) -> float:
         """The most that a request can cost: a token has a byte at least."""
-        return self.price.usd(len(message.encode()) + _TEMPLATE_TOKENS, self.answer_tokens)
+        return self.price.usd(len(message.encode()) + MOST_TEMPLATE_TOKENS, self.answer_tokens)
 
     def usd(self, reply: Reply, message: str) -> float:
         """What a request has cost; the most that it can where the provider does not say."""
@@ -313,7 +310,7 @@ class _Desk:
     async def _try(self, key: str, text: str) -> NoReply | None:
         """One request; None when it is answered for good, or the job ends."""
         message = self._asked.prompt.message(text)
-        tokens = len(message) / 4 + _ANSWER_TOKENS
+        tokens = len(message) / 4 + ANSWER_TOKENS
         most_usd = usd = self._asked.most_usd(message)
         generation = await self._concurrency.enter()
         try:

@@ -27,6 +27,8 @@ KEY_VARIABLES = {
     "endpoint": "ENDPOINT_API_KEY",
 }
 """Provider -> the environment variable of its key; an endpoint may need none."""
+_NO_KEY = "none"
+"""What an endpoint without a key is sent: the SDK wants one."""
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 _MAX_DETAIL_CHARS = 200
 _OVERLOADED = 529
@@ -208,7 +210,9 @@ class TeacherClient:
         if isinstance(body, dict):
             body = " ".join(str(body[name]) for name in ("code", "message") if body.get(name))
         text = " ".join(str(body or "").split())
-        return _printable(text.replace(self._key, "[key]"))[:_MAX_DETAIL_CHARS]
+        if self._key != _NO_KEY:
+            text = text.replace(self._key, "[key]")
+        return _printable(text)[:_MAX_DETAIL_CHARS]
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
@@ -252,7 +256,7 @@ def _require_key(teacher: TeacherName) -> str:
             f"teacher {teacher.name}: got no key, expected one in the environment variable"
             f" {variable}. Set it: export {variable}=..."
         )
-    return key or "none"
+    return key or _NO_KEY
 
 
 # Wire formats -------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.blocks import gather_blocks, text_row_bytes
 from nla_ray.run.identity import SPLITS, Split, text_hash
 from nla_ray.run.location import Location
-from nla_ray.run.log import get_logger
+from nla_ray.run.log import get_logger, stage_progress
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import LabelConfig
 from nla_ray.settings.positions import PositionRule
@@ -285,8 +285,15 @@ def _asked_labels(
     offline = _offline_labels(run, corpus, config)
     with AnswerStore(_store_location(run), run=_store_name(run)) as store:
         logger.info("labels: %d answers are in %s", len(store), store.location)
-        texts = partial(_texts_to_ask, run, corpus, encoder, left_out)
-        result = ask_teachers(config, texts, store)
+        num_texts = sum(table.num_rows for _, table in read_shards(run, corpus, ["text_id"]))
+        with stage_progress("texts read by teachers", num_texts * len(config.asked)) as advance:
+
+            def texts() -> Iterator[str]:
+                for read in _texts_to_ask(run, corpus, encoder, left_out):
+                    yield from read
+                    advance(note=f"{store.spent_usd:.2f} US dollars")
+
+            result = ask_teachers(config, texts, store)
         asked |= {name: asdict(counts) for name, counts in result.counts.items()}
         yield partial(
             _answered,
@@ -300,7 +307,10 @@ def _asked_labels(
 
 
 def _store_location(run: Run) -> Location:
-    return Location.of(run.config.label.store) if run.config.label.store else run.root / STORE_NAME
+    store = run.config.label.store
+    if store is None:
+        return run.root / STORE_NAME
+    return Location.of(store if "://" in store else Path(store).expanduser())
 
 
 def _store_name(run: Run) -> str:
@@ -310,8 +320,8 @@ def _store_name(run: Run) -> str:
 
 def _texts_to_ask(
     run: Run, corpus: Manifest, encoder: TextEncoder | None, left_out: dict[str, str]
-) -> Iterator[str]:
-    """What teachers see: every text up to every position, as capture reads it.
+) -> Iterator[list[str]]:
+    """What teachers see of each text: it up to every position, as capture reads it.
 
     A text that capture leaves out is not paid for: its id and the reason go to `left_out`.
     """
@@ -323,9 +333,9 @@ def _texts_to_ask(
                     reader.encode(text["text_id"], text["text"], text.get("messages"))
                 except Skipped as skipped:
                     left_out[text["text_id"]] = f"not captured: {skipped.reason}"
+                    yield []
                     continue
-            for subject in subjects_of(text, encoder):
-                yield subject.read
+            yield [subject.read for subject in subjects_of(text, encoder)]
 
 
 def _answered(
