@@ -49,6 +49,8 @@ class TeacherServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behaviours, self.share, self.seed = behaviours, share, seed
         self.key, self.seconds, self.timeout_seconds = key, seconds, timeout_seconds
+        self.lookup_status = 200
+        """Of requests for models."""
         self.lock = threading.Lock()
         self.asked: Counter[tuple[str, str]] = Counter()
         """(model, text) -> requests."""
@@ -108,6 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if not self._has_key():
+            return
+        if self.server.lookup_status != 200:
+            self._error(self.server.lookup_status, "not_here", "no list of models")
             return
         listed = [{"id": model, "object": "model", "type": "model"} for model in MODELS]
         if self.path.startswith("/v1/models/"):

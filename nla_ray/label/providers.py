@@ -105,16 +105,16 @@ class TeacherClient:
         await self._client.close()
 
     async def check(self) -> None:
-        """Look the model up, which costs nothing.
+        """Look the model up, which costs nothing; a server that lists none is taken as it is.
 
         Raises ValueError that says what is wrong: the key, the model, the address or a proxy.
         """
         name, models = self._teacher.model, self._client.models
         try:
             if self._teacher.provider != "endpoint":
-                await self._raw(lambda: models.with_raw_response.retrieve(name))
+                await self._raw(lambda: models.with_raw_response.retrieve(name), is_lookup=True)
                 return
-            listed = await self._raw(lambda: models.with_raw_response.list())
+            listed = await self._raw(lambda: models.with_raw_response.list(), is_lookup=True)
         except NoReply as failure:
             if failure.is_limit:
                 return  # it answers, and will again
@@ -123,11 +123,12 @@ class TeacherClient:
                 f" {self._address_hint()}"
             ) from None
         rows = listed.get("data")
-        known = [row.get("id") for row in rows or () if isinstance(row, dict)]
-        if known and name not in known:
+        ids = [str(row.get("id")) for row in rows or () if isinstance(row, dict)]
+        # A tag behind the name chooses among variants, which servers list or do not.
+        if ids and name.partition(":")[0] not in [found.partition(":")[0] for found in ids]:
             raise ValueError(
                 f"teacher {self._teacher.name}: got no model {name!r} there, expected one of"
-                f" {', '.join(map(str, known[:8]))}. Correct --label.teachers."
+                f" {', '.join(ids[:8])}. Correct --label.teachers."
             )
 
     async def ask(self, message: str) -> Reply:
@@ -145,8 +146,10 @@ class TeacherClient:
             raise NoReply(f"a response without an answer ({detail})", billed=True)
         return _without_faults(reply)
 
-    async def _raw(self, send: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
-        """The JSON object of a response, whatever it holds."""
+    async def _raw(
+        self, send: Callable[[], Awaitable[Any]], *, is_lookup: bool = False
+    ) -> dict[str, Any]:
+        """The JSON object of a response, whatever it holds; empty for a lookup that is not had."""
         try:
             async with asyncio.timeout(self._seconds):
                 response = await send()
@@ -158,6 +161,8 @@ class TeacherClient:
             kind = type(error.__cause__).__name__
             raise NoReply(f"a broken connection ({kind})", billed=kind != "ConnectError") from None
         except self._sdk.APIStatusError as error:
+            if is_lookup and self._has_no_lookup(error):
+                return {}
             raise self._of_status(error) from None
         try:
             body = json.loads(response.http_response.content)
@@ -166,6 +171,13 @@ class TeacherClient:
         if not isinstance(body, dict):
             raise NoReply("a response that is no JSON object", billed=True)
         return body
+
+    def _has_no_lookup(self, error: Any) -> bool:
+        """Whether a server has no list of models, or a key may not read it."""
+        names_model = self._teacher.model in self._detail(error.body)
+        return error.status_code in (403, 405, 501) or (
+            error.status_code == 404 and not names_model
+        )
 
     def _of_status(self, error: Any) -> Exception:
         """What an HTTP status says: NoReply, or ValueError where every request would fail."""

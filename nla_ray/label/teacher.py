@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nla_ray.settings.config import require
-from nla_ray.settings.teachers import FORMS, is_asked
+from nla_ray.settings.teachers import TEACHER_FORMS, is_asked
 from nla_ray.text.words import WordStatistics
 
 TEACHERS = {
@@ -58,7 +58,7 @@ def make_teachers(names: Sequence[str], statistics: WordStatistics) -> list[Teac
             name in TEACHERS,
             "label.teachers",
             name,
-            f"one of {', '.join(TEACHERS)}, or {FORMS}",
+            f"one of {', '.join(TEACHERS)}, or {TEACHER_FORMS}",
             "Labels of other teachers are imported: --label.import-path.",
         )
     return [pkgutil.resolve_name(TEACHERS[name])(statistics) for name in offline]

@@ -249,7 +249,8 @@ class LabelConfig:
     """Most tokens of a teacher's answer; those that a model thinks with count."""
     store: str | None = None
     """Folder or URI of what teachers on the network answered. It serves any base, layer and run:
-    what is in it is never asked, nor paid, again. None: `teacher_answers` in the run directory."""
+    what is in it is never asked, nor paid, again; one job has it at a time. None: `teacher_answers`
+    in the run directory."""
     max_usd: float | None = None
     """Hard budget of this run's labels in US dollars, over all teachers and all starts of the job.
     Before a request that could pass it the job stops; everything is kept. None: no budget."""
@@ -277,9 +278,9 @@ class LabelConfig:
         return tuple(TeacherName.of(name) for name in self.teachers if is_asked(name))
 
     def __post_init__(self) -> None:
-        prices = {name: price_of(name, self.prices) for name in self.teachers if is_asked(name)}
         given_prices(self.prices)
-        unknown = [teacher.name for teacher in self.asked if prices[teacher.name] is None]
+        names = [teacher.name for teacher in self.asked]
+        unknown = [name for name in names if price_of(name, self.prices) is None]
         require(
             self.max_usd is None or not unknown,
             "label.max_usd",

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 from urllib.parse import urlsplit
 
 Provider = Literal["openai", "anthropic", "endpoint"]
-FORMS = "`openai:MODEL`, `anthropic:MODEL` or `endpoint:MODEL@http://HOST:PORT/v1`"
+TEACHER_FORMS = "`openai:MODEL`, `anthropic:MODEL` or `endpoint:MODEL@http://HOST:PORT/v1`"
 _ENDPOINT = re.compile(r"(?P<model>.+?)@(?P<url>https?://.+)")
 
 
@@ -41,9 +41,11 @@ class TeacherName:
         """
         provider, _, rest = name.partition(":")
         if provider not in get_args(Provider) or not rest:
-            raise ValueError(f"label.teachers: got {name!r}, expected {FORMS}. Correct the name.")
+            raise ValueError(
+                f"label.teachers: got {name!r}, expected {TEACHER_FORMS}. Correct the name."
+            )
         if provider != "endpoint":
-            return cls(name=name, provider=provider, model=rest)  # pyright: ignore
+            return cls(name=name, provider=cast(Provider, provider), model=rest)
         found = _ENDPOINT.fullmatch(rest)
         if found is None:
             raise ValueError(

@@ -172,6 +172,22 @@ def test_a_missing_key_is_one_message_that_names_the_variable(
         with_client(TeacherName.of(f"{provider}:m"), lambda client: client.check())
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("status", [403, 404, 405])
+def test_a_server_without_a_list_of_models_is_taken_as_it_is(
+    keys: pytest.MonkeyPatch, provider: str, status: int
+) -> None:
+    with teacher_server(key=KEY) as server:
+        server.lookup_status = status
+        with_client(named(provider, server.url, keys), lambda client: client.check())
+
+
+def test_a_tag_behind_a_models_name_is_the_servers_to_know(keys: pytest.MonkeyPatch) -> None:
+    with teacher_server() as server:
+        teacher = named("endpoint", server.url, keys, model="model-a:latest")
+        with_client(teacher, lambda client: client.check())
+
+
 def test_an_endpoint_needs_no_key(keys: pytest.MonkeyPatch) -> None:
     keys.delenv("ENDPOINT_API_KEY")
     with teacher_server() as server:
