@@ -7,14 +7,13 @@ requests changes it. It bills whatever a provider could bill, and says for what.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -49,6 +48,8 @@ class TeacherServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behaviours, self.share, self.seed = behaviours, share, seed
         self.key, self.seconds, self.timeout_seconds = key, seconds, timeout_seconds
+        self.reply: Callable[[str, str], str] | None = None
+        """(model, text) -> a good answer; None: ANSWER."""
         self.lookup_status = 200
         """Of requests for models."""
         self.lock = threading.Lock()
@@ -181,7 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if done == "slow":
             time.sleep(0.3)
-        self._send(200, _chat(done, text) if is_chat else _message(done, text))
+        said = _said(done, text)
+        if done in ("good", "slow") and self.server.reply is not None:
+            said = self.server.reply(model, text)
+        self._send(200, _chat(done, said) if is_chat else _message(done, said))
 
     def _given_key(self) -> str:
         bearer = self.headers.get("authorization", "").removeprefix("Bearer ")
@@ -229,22 +233,21 @@ def _said(done: str, text: str) -> str:
     return texts.get(done, answer)
 
 
-def _chat(done: str, text: str) -> dict[str, Any]:
+def _chat(done: str, said: str) -> dict[str, Any]:
     finishes = {"length": "length", "filter": "content_filter"}
-    message = {"role": "assistant", "content": _said(done, text) or None}
+    message = {"role": "assistant", "content": said or None}
     if done == "refusal":
         message["refusal"] = "I can't."
     return {
-        "id": hashlib.sha256(text.encode()).hexdigest()[:8],
+        "id": "chat",
         "object": "chat.completion",
         "choices": [{"index": 0, "message": message, "finish_reason": finishes.get(done, "stop")}],
         "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
     }
 
 
-def _message(done: str, text: str) -> dict[str, Any]:
+def _message(done: str, said: str) -> dict[str, Any]:
     reasons = {"length": "max_tokens", "filter": "refusal", "refusal": "refusal"}
-    said = _said(done, text)
     return {
         "id": "msg",
         "type": "message",

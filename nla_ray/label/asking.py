@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nla_ray.label.instructions import TeacherPrompt
@@ -50,18 +50,21 @@ class AskedTeacher:
 
     @classmethod
     def all_of(cls, config: LabelConfig) -> list[AskedTeacher]:
-        """The teachers of a configuration that are asked; an unknown price is 0."""
-        prompt = TeacherPrompt.load(config.prompt) if config.asked else None
-        return [
-            cls(
-                teacher=teacher,
-                prompt=prompt,
-                answer_tokens=config.answer_tokens,
-                price=price_of(teacher.name, config.prices) or TokenPrice(0.0, 0.0),
-            )
-            for teacher in config.asked
-            if prompt is not None
-        ]
+        """The teachers of a configuration that are asked."""
+        if not config.asked:
+            return []
+        prompt = TeacherPrompt.load(config.prompt)
+        return [cls.of(teacher, prompt, config) for teacher in config.asked]
+
+    @classmethod
+    def of(cls, teacher: TeacherName, prompt: TeacherPrompt, config: LabelConfig) -> AskedTeacher:
+        """One of them, or the cleaner; an unknown price is 0."""
+        return cls(
+            teacher=teacher,
+            prompt=prompt,
+            answer_tokens=config.answer_tokens,
+            price=price_of(teacher.name, config.prices) or TokenPrice(0.0, 0.0),
+        )
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -123,30 +126,25 @@ class Asked:
 
 
 def ask_teachers(
-    config: LabelConfig,
+    teachers: Sequence[AskedTeacher],
     texts: Callable[[], Iterable[str]],
     store: AnswerStore,
+    config: LabelConfig,
     *,
     patience: Patience | None = None,
 ) -> Asked:
-    """Ask every teacher of the configuration about every text that the store has no answer on.
+    """Ask every teacher about every text that the store has no answer on.
 
     `texts`: makes a new iterator for each teacher, and may repeat texts. Raises ValueError, with
     everything kept, for a wrong set-up, where the budget is reached, and where a teacher is gone.
     """
-    teachers, asked = AskedTeacher.all_of(config), Asked()
-    if store.num_unsettled:
-        logger.warning(
-            "labels: %d requests were under way when this job was last stopped; they count as"
-            " spent, and are made again where their answer is missing",
-            store.num_unsettled,
-        )
+    asked = Asked()
     asyncio.run(_ask_all(teachers, config, texts, store, asked, patience or Patience()))
     return asked
 
 
 async def _ask_all(
-    teachers: list[AskedTeacher],
+    teachers: Sequence[AskedTeacher],
     config: LabelConfig,
     texts: Callable[[], Iterable[str]],
     store: AnswerStore,

@@ -14,6 +14,9 @@ from nla_ray.settings.config import require
 
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
 """The prompts of this project, NAME.txt."""
+TEACHER_PROMPTS = ("activation", "content")
+"""Those that `label.prompt` may name."""
+CLEANER_PROMPT = str(PROMPT_FOLDER / "cleaner.txt")
 _TEXT = "{text}"
 
 
@@ -33,13 +36,13 @@ class TeacherPrompt:
 
         Raises ValueError for a file that is missing, is no UTF-8, or says `{text}` not once.
         """
-        own = sorted(path.stem for path in PROMPT_FOLDER.glob("*.txt"))
-        path = PROMPT_FOLDER / f"{name}.txt" if name in own else Path(name).expanduser()
+        is_own = name in TEACHER_PROMPTS
+        path = PROMPT_FOLDER / f"{name}.txt" if is_own else Path(name).expanduser()
         require(
             path.is_file(),
             "label.prompt",
             name,
-            f"{' or '.join(own)}, or a file",
+            f"{' or '.join(TEACHER_PROMPTS)}, or a file",
             "Correct --label.prompt.",
         )
         content = path.read_bytes()

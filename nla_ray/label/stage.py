@@ -28,10 +28,10 @@ from nla_ray.activation.positions import Skipped, TextEncoder
 from nla_ray.activation.stage import read_answers
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.sources import base_folder, tokenizer_digest
-from nla_ray.label.asking import AskedTeacher, ask_teachers
 from nla_ray.label.cleaner import clean_label
 from nla_ray.label.imports import Positions, RefusedLabel, read_labels
-from nla_ray.label.instructions import TeacherPrompt
+from nla_ray.label.instructions import CLEANER_PROMPT, TeacherPrompt
+from nla_ray.label.network import NOTHING_LEFT, NetworkLabels, RawLabels, UnlabelledSubject
 from nla_ray.label.rows import LABEL_SCHEMA, POSITION_SCHEMA, LabelRow, label_rows, subject_of
 from nla_ray.label.store import AnswerStore
 from nla_ray.label.subjects import Subject, subject_id, subjects_of
@@ -40,7 +40,7 @@ from nla_ray.run.artifact import Artifact, Run
 from nla_ray.run.blocks import gather_blocks, text_row_bytes
 from nla_ray.run.identity import SPLITS, Split, text_hash
 from nla_ray.run.location import Location
-from nla_ray.run.log import get_logger, stage_progress
+from nla_ray.run.log import get_logger
 from nla_ray.run.manifest import Manifest
 from nla_ray.settings.config import LabelConfig
 from nla_ray.settings.positions import PositionRule
@@ -49,13 +49,10 @@ from nla_ray.text.words import WordStatistics
 
 logger = get_logger(__name__)
 
-RawLabels = Callable[[Subject], Sequence[tuple[str, str]]]
-"""A subject -> its raw labels as (teacher, raw label)."""
 _WHOLE_TEXTS = "last"
 """In place of `capture.positions`, where labels are of whole texts."""
 _BLOCK_BYTES = 32 << 20
 """Of labels written at once; as Python objects they take several times as much."""
-_NOTHING_LEFT = "nothing is left after cleaning"
 STORE_NAME = "teacher_answers"
 """Folder of a run with what teachers on the network answered, where no other is named. It is no
 artifact: labels may be deleted and made again of it."""
@@ -71,23 +68,6 @@ class LabelCounts:
     labels: int = 0
     unlabelled_texts: int = 0
     words: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnlabelledSubject:
-    """A subject without the label of a teacher on the network.
-
-    Example: UnlabelledSubject(text_id="a#0", domain="licence", position=None,
-    teacher="openai:gpt-6-sol", reason="refusal", detail="")
-    """
-
-    text_id: str
-    domain: str
-    position: int | None
-    teacher: str
-    reason: str
-    detail: str
-    """What the provider said of it."""
 
 
 # making -------------------------------------------------------------------------------------------
@@ -112,18 +92,20 @@ def label_texts(run: Run) -> Manifest:
     refused: list[RefusedLabel | UnlabelledSubject] = []
     _remember_import(artifact, import_sha256, config)
     encoder = None if _of_whole_texts(run) else _encoder(run)
-    counts, asked = LabelCounts(), {}
+    counts = LabelCounts()
     with artifact.local_folder() as folder, ExitStack() as stack:
-        if import_sha256 is not None:
-            raw_labels = _imported_labels(run, corpus, config, refused)
-        elif config.asked:
-            _delete_shards(folder)  # a text that had no answer then may have one now
-            source = _asked_labels(run, corpus, encoder, refused, asked)
-            raw_labels = stack.enter_context(source)
-        else:
+        if import_sha256 is None:
             raw_labels = _offline_labels(run, corpus, config)
-        documents = _label_shards(run, corpus, raw_labels, encoder, folder, counts)
-        if import_sha256 is not None or config.asked:
+        else:
+            raw_labels = _imported_labels(run, corpus, config, refused)
+        clean, network = clean_label, None
+        if _is_networked(config):
+            _delete_shards(folder)  # a text that had no answer then may have one now
+            network = stack.enter_context(_network_labels(run, corpus, encoder, raw_labels))
+            raw_labels, clean = network.raw_labels, network.clean
+        documents = _label_shards(run, corpus, raw_labels, clean, encoder, folder, counts)
+        refused += network.refused if network else []
+        if import_sha256 is not None or network is not None:
             lines = [json.dumps(asdict(label)) + "\n" for label in refused]
             (folder / "refused.jsonl").write_text("".join(lines))
     reasons = dict(sorted(Counter(label.reason for label in refused).items()))
@@ -140,7 +122,7 @@ def label_texts(run: Run) -> Manifest:
         "mean_words": round(counts.words / counts.labels, 2),
         "refused": reasons,
         "import_sha256": import_sha256,
-        **({"asked": asked} if config.asked else {}),
+        **({"asked": network.metrics} if network else {}),
     }
     return artifact.publish(documents=documents, metrics=metrics)
 
@@ -149,6 +131,7 @@ def _label_shards(
     run: Run,
     corpus: Manifest,
     raw_labels: RawLabels,
+    clean: Callable[[str, int], str],
     encoder: TextEncoder | None,
     folder: Path,
     counts: LabelCounts,
@@ -164,7 +147,7 @@ def _label_shards(
         if not target.exists():
             temporary = target.with_suffix(".tmp")
             texts = _with_answers(run, name, table)
-            rows = _label_table(texts, raw_labels, encoder, run.config.label)
+            rows = _label_table(texts, raw_labels, clean, encoder, run.config.label)
             _write_labels(rows, schema, temporary)
             os.replace(temporary, target)
         counts.texts += table.num_rows
@@ -202,12 +185,13 @@ def _with_answers(run: Run, shard: str, table: pa.Table) -> Iterator[dict[str, A
 def _label_table(
     texts: Iterable[dict[str, Any]],
     raw_labels: RawLabels,
+    clean: Callable[[str, int], str],
     encoder: TextEncoder | None,
     config: LabelConfig,
 ) -> Iterator[LabelRow]:
     for text in texts:
         for subject in subjects_of(text, encoder):
-            yield from label_rows(subject, raw_labels(subject), config)
+            yield from label_rows(subject, raw_labels(subject), config, clean)
 
 
 def _of_whole_texts(run: Run) -> bool:
@@ -222,9 +206,12 @@ def _encoder(run: Run) -> TextEncoder:
 
 def _inputs(run: Run) -> dict[str, str]:
     """What labels depend on beside their settings: a prompt's content, and positions."""
-    config = run.config.label
-    prompt = {"prompt": TeacherPrompt.load(config.prompt).sha256} if config.asked else {}
-    return prompt | _position_inputs(run)
+    config, prompts = run.config.label, {}
+    if config.asked:
+        prompts["prompt"] = TeacherPrompt.load(config.prompt).sha256
+    if config.asked_cleaner is not None:
+        prompts["cleaner_prompt"] = TeacherPrompt.load(CLEANER_PROMPT).sha256
+    return prompts | _position_inputs(run)
 
 
 def _position_inputs(run: Run) -> dict[str, str]:
@@ -269,41 +256,21 @@ def _delete_shards(folder: Path) -> None:
         path.unlink()
 
 
+def _is_networked(config: LabelConfig) -> bool:
+    return bool(config.asked) or config.asked_cleaner is not None
+
+
 @contextmanager
-def _asked_labels(
-    run: Run,
-    corpus: Manifest,
-    encoder: TextEncoder | None,
-    refused: list[Any],
-    asked: dict[str, Any],
-) -> Iterator[RawLabels]:
-    """Labels of all configured teachers, once those on the network have been asked.
-
-    Appends what has no label to `refused`, and adds what was asked to `asked`, by teacher.
-    """
-    config, left_out = run.config.label, {}
-    offline = _offline_labels(run, corpus, config)
+def _network_labels(
+    run: Run, corpus: Manifest, encoder: TextEncoder | None, others: RawLabels
+) -> Iterator[NetworkLabels]:
+    """Labels of all sources, once models over the network have been asked."""
+    left_out: dict[str, str] = {}
+    num_texts = sum(table.num_rows for _, table in read_shards(run, corpus, ["text_id"]))
     with AnswerStore(_store_location(run), run=_store_name(run)) as store:
-        logger.info("labels: %d answers are in %s", len(store), store.location)
-        num_texts = sum(table.num_rows for _, table in read_shards(run, corpus, ["text_id"]))
-        with stage_progress("texts read by teachers", num_texts * len(config.asked)) as advance:
-
-            def texts() -> Iterator[str]:
-                for read in _texts_to_ask(run, corpus, encoder, left_out):
-                    yield from read
-                    advance(note=f"{store.spent_usd:.2f} US dollars")
-
-            result = ask_teachers(config, texts, store)
-        asked |= {name: asdict(counts) for name, counts in result.counts.items()}
-        yield partial(
-            _answered,
-            AskedTeacher.all_of(config),
-            store,
-            result.failures,
-            left_out,
-            refused,
-            offline,
-        )
+        network = NetworkLabels(run.config.label, store, others, left_out)
+        network.ask(partial(_captured_subjects, run, corpus, encoder, left_out), num_texts)
+        yield network
 
 
 def _store_location(run: Run) -> Location:
@@ -318,58 +285,24 @@ def _store_name(run: Run) -> str:
     return text_hash(str(run.root))[:16]
 
 
-def _texts_to_ask(
+def _captured_subjects(
     run: Run, corpus: Manifest, encoder: TextEncoder | None, left_out: dict[str, str]
-) -> Iterator[list[str]]:
-    """What teachers see of each text: it up to every position, as capture reads it.
+) -> Iterator[list[Subject]]:
+    """The subjects of every text, as capture reads them.
 
     A text that capture leaves out is not paid for: its id and the reason go to `left_out`.
     """
     reader = encoder or _encoder(run)
     for name, table in read_shards(run, corpus):
         for text in _with_answers(run, name, table):
-            if encoder is None:
-                try:
+            try:
+                if encoder is None:
                     reader.encode(text["text_id"], text["text"], text.get("messages"))
-                except Skipped as skipped:
-                    left_out[text["text_id"]] = f"not captured: {skipped.reason}"
-                    yield []
-                    continue
-            yield [subject.read for subject in subjects_of(text, encoder)]
-
-
-def _answered(
-    teachers: Sequence[AskedTeacher],
-    store: AnswerStore,
-    failures: Mapping[str, str],
-    left_out: Mapping[str, str],
-    refused: list[Any],
-    offline: RawLabels,
-    subject: Subject,
-) -> list[tuple[str, str]]:
-    """The raw labels of a subject; what it lacks is appended to `refused`."""
-    labels, text_id = list(offline(subject)), subject.text["text_id"]
-    for teacher in teachers:
-        key = teacher.key(subject.read)
-        answer = store.get(key)
-        reason = failures.get(key) or left_out.get(text_id) or "not asked"
-        if answer is not None:
-            reason = answer.fault or ("" if clean_label(answer.text) else _NOTHING_LEFT)
-        if answer is not None and not reason:
-            labels.append((teacher.teacher.name, answer.text))
-            continue
-        kind, _, detail = reason.partition(" (")
-        refused.append(
-            UnlabelledSubject(
-                text_id=text_id,
-                domain=subject.text["domain"],
-                position=subject.position,
-                teacher=teacher.teacher.name,
-                reason=kind,
-                detail=detail.removesuffix(")"),
-            )
-        )
-    return labels
+            except Skipped as skipped:
+                left_out[text["text_id"]] = f"not captured: {skipped.reason}"
+                yield []
+                continue
+            yield list(subjects_of(text, encoder))
 
 
 def _imported_labels(
@@ -394,7 +327,7 @@ def _imported_labels(
             of_subject = by_subject.setdefault((label.text_hash, label.position), [])
             of_subject.append((label.teacher, label.raw))
         else:
-            refused.append(RefusedLabel(line=label.line, doc_id="", reason=_NOTHING_LEFT))
+            refused.append(RefusedLabel(line=label.line, doc_id="", reason=NOTHING_LEFT))
     return partial(_look_up, by_subject)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, Self, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 
 from nla_ray.settings.positions import PositionRule
-from nla_ray.settings.teachers import TeacherName, given_prices, is_asked, price_of
+from nla_ray.settings.teachers import TEACHER_FORMS, TeacherName, given_prices, is_asked, price_of
 from nla_ray.settings.views import View
 
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -245,6 +245,10 @@ class LabelConfig:
     prompt: str = "activation"
     """What teachers on the network are asked: `activation` (topics, tokens, the response that is
     forming), `content` (the text itself), or a file with `{text}` where the text stands."""
+    cleaner: str = "rules"
+    """What makes bullets of raw labels: `rules`, or a model that is asked as teachers are, for
+    example a local one, `endpoint:MODEL@http://HOST:PORT/v1`. A rewriting that fails a check is
+    asked for again with the reason, twice at most; then the rules' bullets are taken."""
     answer_tokens: int = 2_000
     """Most tokens of a teacher's answer; those that a model thinks with count."""
     store: str | None = None
@@ -277,9 +281,22 @@ class LabelConfig:
             return ()
         return tuple(TeacherName.of(name) for name in self.teachers if is_asked(name))
 
+    @property
+    def asked_cleaner(self) -> TeacherName | None:
+        """The model that cleans; None: the rules do."""
+        return None if self.cleaner == "rules" else TeacherName.of(self.cleaner)
+
     def __post_init__(self) -> None:
         given_prices(self.prices)
-        names = [teacher.name for teacher in self.asked]
+        require(
+            self.cleaner == "rules" or is_asked(self.cleaner),
+            "label.cleaner",
+            self.cleaner,
+            f"`rules`, {TEACHER_FORMS}",
+            "Correct --label.cleaner.",
+        )
+        cleaners = [self.asked_cleaner] if self.asked_cleaner else []
+        names = [teacher.name for teacher in [*self.asked, *cleaners]]
         unknown = [name for name in names if price_of(name, self.prices) is None]
         require(
             self.max_usd is None or not unknown,

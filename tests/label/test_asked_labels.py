@@ -19,12 +19,12 @@ from test_labels import all_labels, write_corpus
 
 from nla_ray.activation.positions import TextEncoder
 from nla_ray.base.load import load_tokenizer
-from nla_ray.label.instructions import TeacherPrompt
+from nla_ray.label.instructions import CLEANER_PROMPT, TeacherPrompt
 from nla_ray.label.stage import label_texts
 from nla_ray.label.store import AnswerStore
 from nla_ray.label.subjects import subjects_of
 from nla_ray.plan.facts import PlanFacts
-from nla_ray.plan.requests import TEACHER_PROMPT_TOKENS
+from nla_ray.plan.requests import CLEANER_PROMPT_TOKENS, TEACHER_PROMPT_TOKENS
 from nla_ray.plan.text import describe_plan
 from nla_ray.run.artifact import Run
 from nla_ray.run.identity import text_hash
@@ -224,6 +224,7 @@ def test_a_plan_says_requests_tokens_cost_and_time_of_each_teacher(
     label = LabelConfig(
         teachers=("openai:gpt-6-sol", "endpoint:m@http://host/v1", "offline-content-first"),
         requests_per_minute=6,
+        cleaner="anthropic:claude-sonnet-5-5",
     )
     run = tiny_run(label=label)
     write_corpus(run, TEXTS)
@@ -240,6 +241,11 @@ def test_a_plan_says_requests_tokens_cost_and_time_of_each_teacher(
     assert f"endpoint:m@http://host/v1: {texts:,} requests" in plan
     assert "at a price that is not known: --label.prices" in plan
     assert f"{3 * texts:,} labels of 1 offline teachers and 2 teachers over the network" in plan
+    cleaned = 3 * texts * (150 + CLEANER_PROMPT_TOKENS + 60)
+    assert f"  cleaner    anthropic:claude-sonnet-5-5: {3 * texts:,} requests" in plan
+    assert f"about {cleaned:,.0f} tokens" in plan
     for name in ("activation", "content"):
         tokens = len(TeacherPrompt.load(name).template) / 4
         assert 0.8 < tokens / TEACHER_PROMPT_TOKENS < 1.2
+    tokens = len(TeacherPrompt.load(CLEANER_PROMPT).template) / 4
+    assert 0.8 < tokens / CLEANER_PROMPT_TOKENS < 1.2

@@ -41,7 +41,8 @@ def asked(
     patience: Patience = QUICK,
 ) -> tuple[Asked, AnswerStore]:
     with AnswerStore(Location.of(folder), run) as store:
-        return ask_teachers(config, lambda: iter(texts), store, patience=patience), store
+        teachers = AskedTeacher.all_of(config)
+        return ask_teachers(teachers, lambda: iter(texts), store, config, patience=patience), store
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -203,4 +204,5 @@ def test_a_full_disk_is_an_error_and_not_a_paid_answer_that_is_lost_silently(
 
         store.write = full  # type: ignore[method-assign, assignment]
         with pytest.raises(OSError, match="No space left"):
-            ask_teachers(settings(server), lambda: iter(TEXTS), store, patience=QUICK)
+            config = settings(server)
+            ask_teachers(AskedTeacher.all_of(config), lambda: iter(TEXTS), store, config)
