@@ -6,7 +6,7 @@ depends on the subject's id and the seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -43,15 +43,19 @@ LabelRow = dict[str, Any]
 
 
 def label_rows(
-    subject: Subject, raw_labels: Sequence[tuple[str, str]], config: LabelConfig
+    subject: Subject,
+    raw_labels: Sequence[tuple[str, str]],
+    config: LabelConfig,
+    clean: Callable[[str, int], str] = clean_label,
 ) -> list[LabelRow]:
     """The rows of one subject, sorted by teacher; exactly one is drawn when any label is left.
 
-    `raw_labels`: (teacher, raw label). A label that cleaning leaves empty has no row.
+    `raw_labels`: (teacher, raw label). `clean`: raw label and most words -> bullets. A label
+    that cleaning leaves empty has no row.
     """
     cleaned: list[LabelRow] = []
     for teacher, raw in sorted(raw_labels):
-        if label := clean_label(raw, config.max_words):
+        if label := clean(raw, config.max_words):
             cleaned.append({"teacher": teacher, "raw": raw, "label": label})
     name = subject_id(subject.text["text_id"], subject.position)
     drawn = seed_of(config.seed, "style", name) % max(1, len(cleaned))

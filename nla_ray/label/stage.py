@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nla_ray.activation.bank import ActivationTable
-from nla_ray.activation.positions import TextEncoder
+from nla_ray.activation.positions import Skipped, TextEncoder
 from nla_ray.activation.stage import read_answers
 from nla_ray.base.load import load_tokenizer
 from nla_ray.base.sources import base_folder, tokenizer_digest
 from nla_ray.label.cleaner import clean_label
 from nla_ray.label.imports import Positions, RefusedLabel, read_labels
+from nla_ray.label.instructions import CLEANER_PROMPT, TeacherPrompt
+from nla_ray.label.network import NOTHING_LEFT, NetworkLabels, RawLabels, UnlabelledSubject
 from nla_ray.label.rows import LABEL_SCHEMA, POSITION_SCHEMA, LabelRow, label_rows, subject_of
+from nla_ray.label.store import AnswerStore
 from nla_ray.label.subjects import Subject, subject_id, subjects_of
 from nla_ray.label.teacher import Teacher, make_teachers
 from nla_ray.run.artifact import Artifact, Run
@@ -45,12 +49,13 @@ from nla_ray.text.words import WordStatistics
 
 logger = get_logger(__name__)
 
-RawLabels = Callable[[Subject], Sequence[tuple[str, str]]]
-"""A subject -> its raw labels as (teacher, raw label)."""
 _WHOLE_TEXTS = "last"
 """In place of `capture.positions`, where labels are of whole texts."""
 _BLOCK_BYTES = 32 << 20
 """Of labels written at once; as Python objects they take several times as much."""
+STORE_NAME = "teacher_answers"
+"""Folder of a run with what teachers on the network answered, where no other is named. It is no
+artifact: labels may be deleted and made again of it."""
 _MISSING = "missing"
 """In place of the hash of an imported file that is gone: a complete stage does not need it."""
 
@@ -73,27 +78,34 @@ def label_texts(run: Run) -> Manifest:
 
     Where activations are captured inside texts, of POSITION_SCHEMA, for every captured position.
     Skipped when complete. With `label.import_path` the labels come from that file; refused rows are
-    listed in `refused.jsonl`. Raises ValueError when no text has a label, and when the imported
-    file has changed since.
+    listed in `refused.jsonl`, as are texts on which a teacher over the network gave no label.
+    Raises ValueError when no text has a label, when the imported file has changed since, and for
+    what `ask_teachers` raises it.
     """
     corpus = run.require("corpus")
-    artifact, config = run.open("labels", inputs=_position_inputs(run)), run.config.label
+    artifact, config = run.open("labels", inputs=_inputs(run) or None), run.config.label
     import_sha256 = _import_hash(config)
     if artifact.manifest is not None:
         recorded = artifact.manifest.metrics.get("import_sha256")
         _require_same_import(recorded, import_sha256, config)
         return artifact.manifest
-    refused: list[RefusedLabel] = []
+    refused: list[RefusedLabel | UnlabelledSubject] = []
     _remember_import(artifact, import_sha256, config)
     encoder = None if _of_whole_texts(run) else _encoder(run)
-    if import_sha256 is None:
-        raw_labels = _offline_labels(run, corpus, config)
-    else:
-        raw_labels = _imported_labels(run, corpus, config, refused)
     counts = LabelCounts()
-    with artifact.local_folder() as folder:
-        documents = _label_shards(run, corpus, raw_labels, encoder, folder, counts)
-        if import_sha256 is not None:
+    with artifact.local_folder() as folder, ExitStack() as stack:
+        if import_sha256 is None:
+            raw_labels = _offline_labels(run, corpus, config)
+        else:
+            raw_labels = _imported_labels(run, corpus, config, refused)
+        clean, network = clean_label, None
+        if _is_networked(config):
+            _delete_shards(folder)  # a text that had no answer then may have one now
+            network = stack.enter_context(_network_labels(run, corpus, encoder, raw_labels))
+            raw_labels, clean = network.raw_labels, network.clean
+        documents = _label_shards(run, corpus, raw_labels, clean, encoder, folder, counts)
+        refused += network.refused if network else []
+        if import_sha256 is not None or network is not None:
             lines = [json.dumps(asdict(label)) + "\n" for label in refused]
             (folder / "refused.jsonl").write_text("".join(lines))
     reasons = dict(sorted(Counter(label.reason for label in refused).items()))
@@ -110,6 +122,7 @@ def label_texts(run: Run) -> Manifest:
         "mean_words": round(counts.words / counts.labels, 2),
         "refused": reasons,
         "import_sha256": import_sha256,
+        **({"asked": network.metrics} if network else {}),
     }
     return artifact.publish(documents=documents, metrics=metrics)
 
@@ -118,6 +131,7 @@ def _label_shards(
     run: Run,
     corpus: Manifest,
     raw_labels: RawLabels,
+    clean: Callable[[str, int], str],
     encoder: TextEncoder | None,
     folder: Path,
     counts: LabelCounts,
@@ -133,7 +147,7 @@ def _label_shards(
         if not target.exists():
             temporary = target.with_suffix(".tmp")
             texts = _with_answers(run, name, table)
-            rows = _label_table(texts, raw_labels, encoder, run.config.label)
+            rows = _label_table(texts, raw_labels, clean, encoder, run.config.label)
             _write_labels(rows, schema, temporary)
             os.replace(temporary, target)
         counts.texts += table.num_rows
@@ -171,12 +185,13 @@ def _with_answers(run: Run, shard: str, table: pa.Table) -> Iterator[dict[str, A
 def _label_table(
     texts: Iterable[dict[str, Any]],
     raw_labels: RawLabels,
+    clean: Callable[[str, int], str],
     encoder: TextEncoder | None,
     config: LabelConfig,
 ) -> Iterator[LabelRow]:
     for text in texts:
         for subject in subjects_of(text, encoder):
-            yield from label_rows(subject, raw_labels(subject), config)
+            yield from label_rows(subject, raw_labels(subject), config, clean)
 
 
 def _of_whole_texts(run: Run) -> bool:
@@ -189,11 +204,21 @@ def _encoder(run: Run) -> TextEncoder:
     return TextEncoder(load_tokenizer(base), base, run.config.capture)
 
 
-def _position_inputs(run: Run) -> dict[str, str] | None:
-    """What labels of positions depend on beside their settings; None for labels of whole texts."""
+def _inputs(run: Run) -> dict[str, str]:
+    """What labels depend on beside their settings: a prompt's content, and positions."""
+    config, prompts = run.config.label, {}
+    if config.asked:
+        prompts["prompt"] = TeacherPrompt.load(config.prompt).sha256
+    if config.asked_cleaner is not None:
+        prompts["cleaner_prompt"] = TeacherPrompt.load(CLEANER_PROMPT).sha256
+    return prompts | _position_inputs(run)
+
+
+def _position_inputs(run: Run) -> dict[str, str]:
+    """What labels of positions depend on beside their settings; nothing for whole texts."""
     positions, base = run.config.capture.positions, run.config.base
     if _of_whole_texts(run):
-        return None
+        return {}
     digest = tokenizer_digest(base_folder(base.model, weights=False))
     return {
         "positions": positions,
@@ -209,7 +234,7 @@ def _position_inputs(run: Run) -> dict[str, str] | None:
 
 
 def _offline_labels(run: Run, corpus: Manifest, config: LabelConfig) -> RawLabels:
-    """Labels of the configured teachers, who know the words of the train texts."""
+    """Labels of the configured offline teachers, who know the words of the train texts."""
     statistics = WordStatistics.fit(_train_texts(run, corpus))
     return partial(_ask_teachers, make_teachers(config.teachers, statistics))
 
@@ -226,8 +251,62 @@ def _ask_teachers(teachers: Sequence[Teacher], subject: Subject) -> list[tuple[s
     return [(teacher.name, teacher.describe(subject.read, domain)) for teacher in teachers]
 
 
+def _delete_shards(folder: Path) -> None:
+    for path in folder.glob("part-*.parquet"):
+        path.unlink()
+
+
+def _is_networked(config: LabelConfig) -> bool:
+    return bool(config.asked) or config.asked_cleaner is not None
+
+
+@contextmanager
+def _network_labels(
+    run: Run, corpus: Manifest, encoder: TextEncoder | None, others: RawLabels
+) -> Iterator[NetworkLabels]:
+    """Labels of all sources, once models over the network have been asked."""
+    left_out: dict[str, str] = {}
+    num_texts = sum(table.num_rows for _, table in read_shards(run, corpus, ["text_id"]))
+    with AnswerStore(_store_location(run), run=_store_name(run)) as store:
+        network = NetworkLabels(run.config.label, store, others, left_out)
+        network.ask(partial(_captured_subjects, run, corpus, encoder, left_out), num_texts)
+        yield network
+
+
+def _store_location(run: Run) -> Location:
+    store = run.config.label.store
+    if store is None:
+        return run.root / STORE_NAME
+    return Location.of(store if "://" in store else Path(store).expanduser())
+
+
+def _store_name(run: Run) -> str:
+    """By what a store knows who pays: the run, without its place on a disk."""
+    return text_hash(str(run.root))[:16]
+
+
+def _captured_subjects(
+    run: Run, corpus: Manifest, encoder: TextEncoder | None, left_out: dict[str, str]
+) -> Iterator[list[Subject]]:
+    """The subjects of every text, as capture reads them.
+
+    A text that capture leaves out is not paid for: its id and the reason go to `left_out`.
+    """
+    reader = encoder or _encoder(run)
+    for name, table in read_shards(run, corpus):
+        for text in _with_answers(run, name, table):
+            try:
+                if encoder is None:
+                    reader.encode(text["text_id"], text["text"], text.get("messages"))
+            except Skipped as skipped:
+                left_out[text["text_id"]] = f"not captured: {skipped.reason}"
+                yield []
+                continue
+            yield list(subjects_of(text, encoder))
+
+
 def _imported_labels(
-    run: Run, corpus: Manifest, config: LabelConfig, refused: list[RefusedLabel]
+    run: Run, corpus: Manifest, config: LabelConfig, refused: list[RefusedLabel | UnlabelledSubject]
 ) -> RawLabels:
     """Labels of the imported file, by text and position; appends what is not taken to `refused`."""
     hashes_by_document: dict[str, set[str]] = {}
@@ -248,8 +327,7 @@ def _imported_labels(
             of_subject = by_subject.setdefault((label.text_hash, label.position), [])
             of_subject.append((label.teacher, label.raw))
         else:
-            reason = "nothing is left after cleaning"
-            refused.append(RefusedLabel(line=label.line, doc_id="", reason=reason))
+            refused.append(RefusedLabel(line=label.line, doc_id="", reason=NOTHING_LEFT))
     return partial(_look_up, by_subject)
 
 

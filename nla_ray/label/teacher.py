@@ -1,4 +1,4 @@
-"""What a teacher is, and the table of those that a configuration may name.
+"""What an offline teacher is, and the table of those that a configuration may name.
 
 Protects the rule that a teacher sees a text and the words of train texts, and nothing else.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nla_ray.settings.config import require
+from nla_ray.settings.teachers import TEACHER_FORMS, is_asked
 from nla_ray.text.words import WordStatistics
 
 TEACHERS = {
@@ -40,7 +41,7 @@ class Teacher(Protocol):
 
 
 def make_teachers(names: Sequence[str], statistics: WordStatistics) -> list[Teacher]:
-    """One teacher for each name, in that order.
+    """One offline teacher for each name, in that order; those on the network are left out.
 
     Raises ValueError for an unknown name, a repeated name or no name.
     """
@@ -51,12 +52,13 @@ def make_teachers(names: Sequence[str], statistics: WordStatistics) -> list[Teac
         "different names, at least one",
         "Set --label.teachers.",
     )
-    for name in names:
+    offline = [name for name in names if not is_asked(name)]
+    for name in offline:
         require(
             name in TEACHERS,
             "label.teachers",
             name,
-            f"one of {', '.join(TEACHERS)}",
+            f"one of {', '.join(TEACHERS)}, or {TEACHER_FORMS}",
             "Labels of other teachers are imported: --label.import-path.",
         )
-    return [pkgutil.resolve_name(TEACHERS[name])(statistics) for name in names]
+    return [pkgutil.resolve_name(TEACHERS[name])(statistics) for name in offline]

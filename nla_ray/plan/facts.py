@@ -83,6 +83,8 @@ class StagePlan:
     flops: float = 0.0
     files: str
     """What the stage writes."""
+    lines: tuple[str, ...] = ()
+    """What it would do beside that, ready to print."""
 
 
 @dataclass(frozen=True, kw_only=True)

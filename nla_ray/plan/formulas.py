@@ -18,6 +18,7 @@ from nla_ray.plan.facts import (
     Processes,
     StagePlan,
 )
+from nla_ray.plan.requests import request_lines
 from nla_ray.plan.sizes import pretrain_section, pretrained_sizes
 from nla_ray.plan.units import format_bytes
 from nla_ray.run.identity import VALIDATION_SHARE
@@ -119,9 +120,16 @@ def _expected_rows(facts: PlanFacts, rows: float) -> str:
 
 def _plan_labels(facts: PlanFacts) -> StagePlan:
     label = facts.config.label
-    source = label.import_path or f"{len(label.teachers)} offline teachers"
+    num_offline = len(label.teachers) - len(label.asked)
+    sources = [f"{num_offline} offline teachers"] if num_offline else []
+    sources += [f"{len(label.asked)} teachers over the network"] if label.asked else []
+    source = label.import_path or " and ".join(sources)
     labels = facts.texts * facts.labels_per_text
-    return StagePlan(processes=(DRIVER,), files=f"{labels:,.0f} labels of {source}")
+    return StagePlan(
+        processes=(DRIVER,),
+        files=f"{labels:,.0f} labels of {source}",
+        lines=tuple(request_lines(facts)),
+    )
 
 
 def _plan_reward_scorer(facts: PlanFacts) -> StagePlan:

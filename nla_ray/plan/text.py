@@ -180,5 +180,4 @@ def _stage_lines(plan: StagePlan, facts: PlanFacts) -> list[str]:
             f"  time       about {format_seconds(seconds)} at {speed:.2g} FLOP/s in each of"
             f" {workers.count} x {workers.kind}",
         ]
-    lines.append(f"  files      {plan.files}")
-    return lines
+    return [*lines, *plan.lines, f"  files      {plan.files}"]

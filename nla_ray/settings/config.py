@@ -19,8 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal, Self, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 from nla_ray.settings.positions import PositionRule
+from nla_ray.settings.teachers import TEACHER_FORMS, TeacherName, given_prices, is_asked, price_of
 from nla_ray.settings.views import View, is_activation_alone
 
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -272,16 +274,111 @@ class LabelConfig:
     """Who describes the texts for training."""
 
     teachers: tuple[str, ...] = ("offline-content-first", "offline-format-first")
-    """Offline teachers; each describes every text."""
+    """Who describes every text: offline teachers, and models that are asked over the network, each
+    `openai:MODEL`, `anthropic:MODEL` or `endpoint:MODEL@http://HOST:PORT/v1` (any server that
+    speaks OpenAI's chat API). Their keys are read from OPENAI_API_KEY, ANTHROPIC_API_KEY and
+    ENDPOINT_API_KEY; the last is sent to every endpoint that is named. They need the extra
+    `nla-ray[teachers]`."""
     import_path: str | None = None
     """JSONL of labels made elsewhere, with doc_id, text (or messages, or text_hash), teacher and
     label. A label of the text up to a position inside it says so by `position` (of the activation;
-    -1: of a mean) or `n_raw_tokens` (tokens of the text up to it). They replace the offline
+    -1: of a mean) or `n_raw_tokens` (tokens of the text up to it). They replace the
     teachers; `--import` is short for it."""
+    prompt: str = "activation"
+    """What teachers on the network are asked: `activation` (topics, tokens, the response that is
+    forming), `content` (the text itself), or a file with `{text}` where the text stands."""
+    cleaner: str = "rules"
+    """What makes bullets of raw labels: `rules`, or a model that is asked as teachers are, for
+    example a local one, `endpoint:MODEL@http://HOST:PORT/v1`. A rewriting that fails a check is
+    asked for again with the reason, twice at most; then the rules' bullets are taken."""
+    answer_tokens: int = 2_000
+    """Most tokens of a teacher's answer; those that a model thinks with count."""
+    store: str | None = None
+    """Folder or URI of what teachers on the network answered. It serves any base, layer and run:
+    what is in it is never asked, nor paid, again; one job has it at a time. None: `teacher_answers`
+    in the run directory."""
+    max_usd: float | None = None
+    """Hard budget of this run's labels in US dollars, over all teachers and all starts of the job.
+    Before a request that could pass it the job stops; everything is kept. None: no budget."""
+    prices: tuple[str, ...] = ()
+    """Prices of tokens, `TEACHER=INPUT/OUTPUT` in US dollars for a million: in place of those of
+    `nla_ray/settings/teachers.py`, and for the models that it does not know."""
+    requests_per_minute: int | None = None
+    """Most requests a minute to each teacher; None: as many as it takes."""
+    tokens_per_minute: int | None = None
+    """Most tokens a minute of each teacher, prompts and answers; None: as many as it takes."""
+    max_concurrency: int = 32
+    """Most requests to a teacher at the same time; fewer while it says that they are too many."""
+    timeout_seconds: float = 120.0
+    """How long a teacher may take for an answer, before it is asked again."""
     max_words: int = 70
     """Longest cleaned label, in words."""
     seed: int = 0
     """Draws, for every text, which teacher's label is the one that is used."""
+
+    @property
+    def asked(self) -> tuple[TeacherName, ...]:
+        """The teachers that are asked over the network; none where labels are imported."""
+        if self.import_path is not None:
+            return ()
+        return tuple(TeacherName.of(name) for name in self.teachers if is_asked(name))
+
+    @property
+    def asked_cleaner(self) -> TeacherName | None:
+        """The model that cleans; None: the rules do."""
+        return None if self.cleaner == "rules" else TeacherName.of(self.cleaner)
+
+    def __post_init__(self) -> None:
+        given_prices(self.prices)
+        require(
+            self.cleaner == "rules" or is_asked(self.cleaner),
+            "label.cleaner",
+            self.cleaner,
+            f"`rules`, {TEACHER_FORMS}",
+            "Correct --label.cleaner.",
+        )
+        cleaners = [self.asked_cleaner] if self.asked_cleaner else []
+        names = [teacher.name for teacher in [*self.asked, *cleaners]]
+        unknown = [name for name in names if price_of(name, self.prices) is None]
+        require(
+            self.max_usd is None or not unknown,
+            "label.max_usd",
+            self.max_usd,
+            f"known prices of all teachers; that of {', '.join(unknown)} is not",
+            "Set --label.prices TEACHER=INPUT/OUTPUT, US dollars for a million tokens.",
+        )
+        require(
+            self.max_usd is None or self.max_usd >= 0,
+            "label.max_usd",
+            self.max_usd,
+            "0 or more",
+            "Leave it out for no budget.",
+        )
+        for name in ("answer_tokens", "max_concurrency", "timeout_seconds"):
+            require(
+                getattr(self, name) > 0,
+                f"label.{name}",
+                getattr(self, name),
+                "above 0",
+                "Raise it.",
+            )
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, name)
+            require(
+                value is None or value > 0,
+                f"label.{name}",
+                value,
+                "above 0",
+                "Leave it out for no limit.",
+            )
+        store = urlsplit(self.store or "")
+        require(
+            not (store.username or store.password),
+            "label.store",
+            f"{store.scheme}://...@{store.hostname}",
+            "an address without a user and a password: settings are written into files",
+            "Give them by the environment, as AWS_ACCESS_KEY_ID for example.",
+        )
 
 
 # Training -----------------------------------------------------------------------------------------
