@@ -242,13 +242,20 @@ def injection_prompt(
 def build_injection_prompt(
     tokenizer: Any, marker: str, neighbours: Sequence[int] | None = None
 ) -> InjectionPrompt:
-    """Tokenise the verbalizer's prompt and check the marker, which one vector replaces.
+    """Tokenise the verbalizer's prompt, as `cut_at_marker` does."""
+    return cut_at_marker(tokenizer, verbalizer_prompt(tokenizer, marker), marker, neighbours)
+
+
+def cut_at_marker(
+    tokenizer: Any, text: str, marker: str, neighbours: Sequence[int] | None = None
+) -> InjectionPrompt:
+    """Tokenise a rendered prompt and check the marker, which one vector replaces.
 
     Raises ValueError when the marker does not occur exactly once, or when its neighbours differ
     from the recorded ones.
     """
     marker_id = marker_token(tokenizer, marker)
-    ids = tokenizer.encode(verbalizer_prompt(tokenizer, marker), add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
     count = ids.count(marker_id)
     if count != 1:
         raise ValueError(
@@ -262,7 +269,7 @@ def build_injection_prompt(
     if neighbours is not None and tuple(neighbours) != prompt.neighbours:
         raise ValueError(
             f"neighbours of the marker: got {prompt.neighbours}, expected {tuple(neighbours)} as"
-            " recorded in the adapter's manifest. The tokenizer or template differs from the one"
-            " it was trained with; load that one."
+            " recorded in the manifest. The tokenizer or template differs from the one it was"
+            " trained with; load that one."
         )
     return prompt

@@ -90,7 +90,8 @@ class Verbalizer:
             rows=rows,
             is_cancelled=is_cancelled,
         )
-        return [self._with_claims(new) for new in written] if with_claims else written
+        read = [self._read(new) for new in written]
+        return [self._with_claims(new) for new in read] if with_claims else read
 
     def describe_under(
         self,
@@ -115,6 +116,10 @@ class Verbalizer:
             group_size=decoding["samples"],
             with_claims=with_claims,
         )
+
+    def _read(self, new: Description) -> Description:
+        """What an engine wrote; engines know this package's tags and no other."""
+        return new
 
     def _with_claims(self, new: Description) -> Description:
         log_probs = claim_log_probs(new.token_ids, new.log_probs, self._text_of)
