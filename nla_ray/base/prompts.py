@@ -136,6 +136,16 @@ def fixed_date(template: str) -> str | None:
     return found[1] if found else None
 
 
+def opened_template(chat_template: str) -> str:
+    """A chat template that opens the description itself, after its generation prompt.
+
+    With it a tool that renders the user's turn alone asks as `verbalizer_prompt` does.
+    """
+    opening = f"{{% if add_generation_prompt %}}{OPENING_TAG}{{% endif %}}"
+    # Jinja drops one end of line at a template's end, and no other.
+    return f"{chat_template.removesuffix(chr(10))}{opening}"
+
+
 def verbalizer_prompt(tokenizer: Any, marker: str) -> str:
     """The verbalizer's prompt as text: instruction, marker, generation prompt, opening tag."""
     return chat_prompt(tokenizer, VERBALIZER_TEMPLATE.format(marker=marker)) + OPENING_TAG

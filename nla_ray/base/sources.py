@@ -251,6 +251,11 @@ def weights_digest(folder: Path) -> str:
     return _digest([folder / "config.json", *weights])
 
 
+def checkpoint_digest(folder: Path) -> str:
+    """Of every file of a local checkpoint, none of which need be small."""
+    return _digest([file for file in folder.iterdir() if file.is_file()])
+
+
 def tokenizer_digest(folder: Path) -> str:
     """Of every file that decides how text becomes tokens."""
     files: set[Path] = set()

@@ -10,8 +10,9 @@ order, however bad.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from nla_ray.activation.bank import ActivationTable
 from nla_ray.base.adapter_files import adapter_digest
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.reference import ReferenceFacts
 from nla_ray.description.files import DescriptionFile
 from nla_ray.description.protocol import (
     NOT_GENERATED,
     GenerationProtocol,
+    checkpoint_protocol,
     generation_protocol,
     require_same_protocol,
 )
 from nla_ray.description.record import Description
+from nla_ray.description.reference import load_verbalizer
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.label.stage import activation_subjects, drawn_labels
 from nla_ray.report.compared import Compared, read_descriptions
@@ -107,12 +111,14 @@ def describe_all(
                 )
     for verbalizer in compared:
         name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
-        if verbalizer.is_adapter:
-            neighbours = manifest.model["neighbours"] if manifest else None
-            describer.describe(path, neighbours, {name: test.injected})
-        else:
+        if verbalizer.is_file:
             texts, _ = read_descriptions(path, test.ids)
             describer.keep(name, texts, verbalizer.protocol)
+        elif (facts := verbalizer.facts) is not None:
+            describer.describe_whole(name, facts, verbalizer.digest, test.vectors)
+        else:
+            neighbours = manifest.model["neighbours"] if manifest else None
+            describer.describe(path, neighbours, {name: test.injected})
     as_long = describer.described[arm]
     matched = matched_descriptions(words, describer.tokenizer, test.texts, as_long)
     for name, texts in matched.items():
@@ -134,7 +140,7 @@ def decoding(run: Run) -> Mapping[str, Any]:
 
 def check_protocols(run: Run, compared: Sequence[Compared]) -> None:
     """Raise ValueError for a file of descriptions that may not be compared with the run's own."""
-    files = [verbalizer for verbalizer in compared if not verbalizer.is_adapter]
+    files = [verbalizer for verbalizer in compared if verbalizer.is_file]
     recorded = {file.name: file.protocol for file in files if file.protocol is not None}
     if not recorded:
         return
@@ -171,6 +177,7 @@ class Describer:
         self._config, self._sampling, self._base_digest = run.config, decoding(run), base_digest
         self._ids, self._folder, self._own_report = test.ids, folder, own_report
         self.tokenizer, self._model = load_tokenizer(run.config.base), None
+        self._max_slots = _SLOT_BATCHES * run.config.evaluation.batch_size
         self._num_tokens: dict[str, int] = {}
         self.described: dict[str, list[Description]] = {}
         """What is said of every activation, by verbalizer."""
@@ -196,12 +203,37 @@ class Describer:
         `injected`: [rows, vectors, d_model], or one row for all alike. `with_claims`: with the
         log-probability of each claim.
         """
-        protocol = self._protocol(adapter)
+        protocol, load = self._protocol(adapter), partial(self._load, adapter, neighbours)
         for name, vectors in injected.items():
-            described = self._complete(
-                adapter, neighbours, name, vectors, protocol, with_claims=with_claims
-            )
+            described = self._complete(load, name, vectors, protocol, with_claims=with_claims)
             self.described[name], self.protocols[name] = described
+
+    def describe_whole(
+        self, name: str, facts: ReferenceFacts, digest: str, activations: Tensor
+    ) -> None:
+        """What a verbalizer says that is trained whole, greedily, of activations [rows, d_model].
+
+        `digest`: of its files. It is run in the type and by the engine of this report's base.
+        """
+        base = self._config.base
+        prompt, _ = facts.prompt(load_tokenizer(facts.base_config()))
+        protocol = checkpoint_protocol(
+            base,
+            facts,
+            prompt,
+            max_new_tokens=self._sampling["max_new_tokens"],
+            weights={"checkpoint": digest},
+        )
+        load = partial(
+            load_verbalizer,
+            facts.folder,
+            device=base.device,
+            dtype=base.dtype,
+            engine=base.engine,
+            max_slots=self._max_slots,
+        )
+        described = self._complete(load, name, activations[:, None], protocol)
+        self.described[name], self.protocols[name] = described
 
     def sample(
         self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor
@@ -214,7 +246,7 @@ class Describer:
             temperature=self._sampling["temperature"],
             seed=seed_of(self._config.evaluation.seed, "samples"),
         )
-        flat, _ = self._complete(adapter, neighbours, name, injected, protocol)
+        flat, _ = self._complete(partial(self._load, adapter, neighbours), name, injected, protocol)
         return [flat[start : start + count] for start in range(0, len(flat), count)]
 
     def _protocol(self, adapter: Path, **decoded: Any) -> GenerationProtocol:
@@ -228,8 +260,7 @@ class Describer:
 
     def _complete(
         self,
-        adapter: Path,
-        neighbours: Sequence[int] | None,
+        load: Callable[[], Verbalizer],
         name: str,
         injected: Tensor,
         protocol: GenerationProtocol,
@@ -238,7 +269,7 @@ class Describer:
     ) -> tuple[list[Description], GenerationProtocol | None]:
         """All descriptions of a file, and how they were generated.
 
-        What is missing is made and appended, chunk by chunk.
+        What is missing is made and appended, chunk by chunk, by what `load` loads for it.
         """
         path = self._path(name)
         if not path.exists():
@@ -247,7 +278,7 @@ class Describer:
 
         def describe(start: int, stop: int) -> list[Description]:
             nonlocal verbalizer
-            verbalizer = verbalizer or self._load(adapter, neighbours)
+            verbalizer = verbalizer or load()
             is_same = len(injected) == 1
             rows = injected if is_same else injected[start:stop]
             written = verbalizer.describe_under(protocol, rows, start, with_claims=with_claims)
@@ -269,9 +300,12 @@ class Describer:
 
     def _load(self, adapter: Path, neighbours: Sequence[int] | None) -> Verbalizer:
         self._model = load_backbone(self._config.base) if self._model is None else self._model
-        slots = _SLOT_BATCHES * self._config.evaluation.batch_size
         return Verbalizer.load(
-            self._config.base, adapter, neighbours=neighbours, model=self._model, max_slots=slots
+            self._config.base,
+            adapter,
+            neighbours=neighbours,
+            model=self._model,
+            max_slots=self._max_slots,
         )
 
     def _described(self, text: str, closed: bool) -> Description:
