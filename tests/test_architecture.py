@@ -25,6 +25,7 @@ ORDER = (
     "training",
     "reinforce",
     "report",
+    "export",
     "serve",
     "nano",
     "bench",

@@ -98,6 +98,21 @@ def squared_error(
     return (direction(reconstruction) - direction(original)).square().sum(-1)
 
 
+def mean_squared_error(
+    reconstruction: Float[Tensor, "*#batch d_model"],
+    original: Float[Tensor, "*#batch d_model"],
+    target_norm: float | None,
+) -> Float[Tensor, "*batch"]:
+    """Mean over d_model of (r - v)^2, both with the norm `target_norm`; None: as they are.
+
+    With the norm sqrt(d_model) it is `squared_error`. Source: the reference implementation, which
+    trains reconstructors by it.
+    """
+    if target_norm is not None:
+        reconstruction, original = (rescale(x, target_norm) for x in (reconstruction, original))
+    return (reconstruction.float() - original.float()).square().mean(-1)
+
+
 def variance_explained(
     reconstruction: Float[Tensor, "rows d_model"], original: Float[Tensor, "rows d_model"]
 ) -> Float[Tensor, ""]:

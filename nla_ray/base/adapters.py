@@ -27,7 +27,7 @@ from nla_ray.base.adapter_files import (
     read_lora,
     tensors_of_blocks,
 )
-from nla_ray.base.families import blocks_of, causal_model, family_of, wrapper_of
+from nla_ray.base.families import blocks_of, causal_model, family_of, quantiser_of, wrapper_of
 from nla_ray.settings.config import LoraSettings
 
 AdaptedModel = PeftModelForCausalLM
@@ -126,6 +126,25 @@ def load_adapter(
     set_adapter_state(model, state, name)
     activate(model, name, trainable=trainable)
     return model
+
+
+def merged_adapter(model: nn.Module, folder: Path | str) -> Any:
+    """A model whose weights are those of a loaded base and a saved adapter together.
+
+    The base's own weights are changed, in their own type. Raises ValueError for what `load_adapter`
+    refuses, and for packed weights.
+    """
+    package = quantiser_of(causal_model(model).config)
+    if package is not None:
+        raise ValueError(
+            f"adapter {str(folder)!r}: got a base of weights packed by {package}, expected plain"
+            " ones: an adapter is not merged into packed weights. Name the plain base."
+        )
+    merged = load_adapter(model, folder).merge_and_unload()
+    config: Any = merged.config
+    if hasattr(config, "wrapped_in"):  # it stands alone now
+        del config.wrapped_in
+    return merged
 
 
 def save_adapter(model: PeftModel, folder: Path | str, name: str = "default") -> None:

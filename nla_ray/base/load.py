@@ -1,14 +1,15 @@
 """How a base is loaded: its configuration, its tokenizer, its weights, whole or the first blocks.
 
 Knows transformers; knows nothing of adapters, of prompts or of Ray. Protects the rules that nothing
-above the wanted blocks is loaded, and that no process multiplies in a type that its processor
-emulates.
+above the wanted blocks is loaded, that no weight is drawn at random because a file lacks it, and
+that no process multiplies in a type that its processor emulates.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,11 @@ def load_backbone(
     is_quantised = quantiser_of(config) is not None
     if is_quantised:  # such weights are made where they stay
         options["device_map"] = {"": str(device)}
-    if wrapper_of(config) is not None:
+    if wrapper_of(config) is not None or _has_inner_names(folder):
         options["key_mapping"] = INNER_NAMES
     with quiet_loading():
         if num_blocks is None:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+            model: Any = _from_files(AutoModelForCausalLM, folder, config, options)
         else:
             check_layer(num_blocks - 1, config.num_hidden_layers)
             model = _load_first_blocks(folder, config, range(num_blocks), options)
@@ -169,6 +170,45 @@ def load_backbone(
     else:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _has_inner_names(folder: Path) -> bool:
+    """Whether weights have the names that they would have in a wrapper, whatever the type says."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = list(json.loads(index.read_text())["weight_map"])
+    elif (file := folder / "model.safetensors").is_file():
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+    else:
+        return False
+    return any(re.match(pattern, name) for name in names for pattern in INNER_NAMES)
+
+
+def _from_files(
+    kind: Any, folder: Path, config: Any, options: dict[str, Any], unused: str | None = None
+) -> Any:
+    """A model of a class of transformers, of which every weight was in the files.
+
+    What the library does not find it draws at random. `unused`: a module that is not needed, so
+    that it may be missing or of another shape. Raises ValueError for any other weight.
+    """
+    if quantiser_of(config) is not None:  # packed weights have names of their own
+        return kind.from_pretrained(folder, config=config, **options)
+    model, found = kind.from_pretrained(
+        folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    odd = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    absent = sorted(name for name in odd if unused is None or not name.startswith(f"{unused}."))
+    if absent:
+        raise ValueError(
+            f"base.model {str(folder)!r}: got no weights of the right shape for {len(absent)}"
+            f" tensors, first {absent[0]!r}, expected every one that its config.json asks for."
+            " The files are not whole, or have names that are not known here; get them again."
+        )
+    return model
 
 
 def _turn_dropout_off(model: nn.Module) -> None:
@@ -188,7 +228,7 @@ def _load_first_blocks(
 
     cut, family = keep_blocks(config, kept), family_of(config)
     if quantiser_of(config) is None:
-        return _headless(cut, AutoModel.from_pretrained(folder, config=cut, **options))
+        return _headless(cut, _from_files(AutoModel, folder, cut, options, family.final_norm))
     # Weights of few bits are read whole.
     whole = AutoModelForCausalLM.from_pretrained(folder, **options)
     decoder: Any = whole.get_submodule(family.decoder)

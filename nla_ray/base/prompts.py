@@ -144,6 +144,16 @@ def fixed_date(template: str) -> str | None:
     return found[1] if found else None
 
 
+def opened_template(chat_template: str) -> str:
+    """A chat template that opens the description itself, after its generation prompt.
+
+    With it a tool that renders the user's turn alone asks as `verbalizer_prompt` does.
+    """
+    opening = f"{{% if add_generation_prompt %}}{OPENING_TAG}{{% endif %}}"
+    # Jinja drops one end of line at a template's end, and no other.
+    return f"{chat_template.removesuffix(chr(10))}{opening}"
+
+
 def verbalizer_prompt(tokenizer: Any, marker: str, layer: int | None = None) -> str:
     """The verbalizer's prompt as text: instruction, marker, generation prompt, opening tag.
 
@@ -300,13 +310,21 @@ def injection_prompt(
 def build_injection_prompt(
     tokenizer: Any, marker: str, neighbours: Sequence[int] | None = None, layer: int | None = None
 ) -> InjectionPrompt:
-    """Tokenise the verbalizer's prompt and check the marker, which one vector replaces.
+    """Tokenise the verbalizer's prompt, as `cut_at_marker` does. `layer`: that it tells."""
+    text = verbalizer_prompt(tokenizer, marker, layer)
+    return cut_at_marker(tokenizer, text, marker, neighbours)
 
-    `layer`: as in `verbalizer_prompt`. Raises ValueError when the marker does not occur exactly
-    once, or when its neighbours differ from the recorded ones.
+
+def cut_at_marker(
+    tokenizer: Any, text: str, marker: str, neighbours: Sequence[int] | None = None
+) -> InjectionPrompt:
+    """Tokenise a rendered prompt and check the marker, which one vector replaces.
+
+    Raises ValueError when the marker does not occur exactly once, or when its neighbours differ
+    from the recorded ones.
     """
     marker_id = marker_token(tokenizer, marker)
-    ids = tokenizer.encode(verbalizer_prompt(tokenizer, marker, layer), add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
     count = ids.count(marker_id)
     if count != 1:
         raise ValueError(
@@ -320,7 +338,7 @@ def build_injection_prompt(
     if neighbours is not None and tuple(neighbours) != prompt.neighbours:
         raise ValueError(
             f"neighbours of the marker: got {prompt.neighbours}, expected {tuple(neighbours)} as"
-            " recorded in the adapter's manifest. The tokenizer or template differs from the one"
-            " it was trained with; load that one."
+            " recorded in the manifest. The tokenizer or template differs from the one it was"
+            " trained with; load that one."
         )
     return prompt

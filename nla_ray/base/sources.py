@@ -89,18 +89,26 @@ def _packaged_gguf(package: str) -> Path:
 
 
 def _hub_folder(model: str, weights: bool) -> Path:
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+    expected = "embedded:nano, a folder, a .gguf file or a hub id"
+    return hub_snapshot(model, patterns, "base.model", expected)
+
+
+def hub_snapshot(name: str, patterns: Sequence[str], what: str, expected: str) -> Path:
+    """The files of a hub id that fit the patterns, from the hub or its cache on this machine.
+
+    Raises ValueError, with `what` was named and what was `expected`, when they cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"base.model: got {model!r}, which is no folder here and cannot be had from the hub"
-            f" ({reason}), expected embedded:nano, a folder, a .gguf file or a hub id. Check the"
-            " name, the network and HF_TOKEN."
+            f"{what}: got {name!r}, which is no folder here and cannot be had from the hub"
+            f" ({reason}), expected {expected}. Check the name, the network and HF_TOKEN."
         ) from None
 
 
@@ -241,6 +249,11 @@ def weights_digest(folder: Path) -> str:
         return hashlib.sha256(snapshot.encode()).hexdigest()[:_DIGEST_CHARS]
     weights = [file for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES]
     return _digest([folder / "config.json", *weights])
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Of every file of a local checkpoint, none of which need be small."""
+    return _digest([file for file in folder.iterdir() if file.is_file()])
 
 
 def tokenizer_digest(folder: Path) -> str:

@@ -5,6 +5,10 @@ COMPARISON is therefore everything else: the prompt, the decoding, the limits an
 one of these differs, a difference of two figures is no longer one of two verbalizers: a baseline
 that was cut off earlier, asked in other words, or sampled, loses for reasons of its own.
 
+A checkpoint that is trained whole brings its own prompt and norm, which are part of it as its
+weights are: asked in another one's words it would be another verbalizer. Of two of which one is
+such, decoding, limits, engine and layer must be the same.
+
 What is injected is no part of it: the controls that inject something else than the activation say
 so by their names. A description that no verbalizer generated (a label, a fixed sentence) has no
 protocol that could differ, and is compared with any. A file of an earlier version, or from
@@ -19,7 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nla_ray.base.load import load_model_config
-from nla_ray.base.prompts import injection_prompt
+from nla_ray.base.prompts import InjectionPrompt, injection_prompt
+from nla_ray.base.reference import ReferenceFacts
 from nla_ray.description.engines.interface import engine_name
 from nla_ray.run.recipe import config_differences
 from nla_ray.settings.config import BaseConfig, config_hash, require
@@ -27,6 +32,8 @@ from nla_ray.settings.views import is_activation_alone
 
 _WEIGHTS = "weights"
 """The section that no comparison asks for."""
+_OWN = "of_checkpoint"
+"""In the section of the prompt, where that belongs to the weights."""
 _HASH = "hash"
 _BY_NOBODY = "not generated"
 """In place of the sections, where nobody's weights wrote the descriptions."""
@@ -140,6 +147,33 @@ def generation_protocol(
     )
 
 
+def checkpoint_protocol(
+    base: BaseConfig,
+    facts: ReferenceFacts,
+    prompt: InjectionPrompt,
+    *,
+    max_new_tokens: int,
+    weights: Mapping[str, str],
+) -> GenerationProtocol:
+    """The greedy protocol of a verbalizer that is trained whole and asked by its own prompt.
+
+    `base`: of the report, whose type and engine it is run with. `weights`: digests by name.
+    """
+    config = load_model_config(facts.base_config())
+    return GenerationProtocol(
+        prompt={
+            "ids": config_hash(prompt.marked_ids),
+            "layer": facts.layer,
+            "injection_norm": facts.injection_norm,
+            _OWN: True,
+        },
+        decoding={"temperature": 0.0, "samples": 1, "seed": None},
+        limits={"max_new_tokens": max_new_tokens},
+        engine={"name": engine_name(config, base.engine), "dtype": base.dtype},
+        weights=dict(weights),
+    )
+
+
 def _other_vectors(base: BaseConfig) -> dict[str, list[str]]:
     """What is injected, where it is not the activation alone; protocols knew of nothing else."""
     return {} if is_activation_alone(base.views) else {"injected": list(base.injected)}
@@ -151,7 +185,11 @@ def require_same_protocol(
     """Raise ValueError, saying what differs, when two verbalizers may not be compared."""
     if not (first.is_generated and second.is_generated):
         return
-    changes = config_differences(first.comparison, second.comparison)
+    asked = first.comparison, second.comparison
+    if any(_OWN in sections["prompt"] for sections in asked):
+        for sections in asked:
+            sections["prompt"] = {"layer": sections["prompt"]["layer"]}
+    changes = config_differences(*asked)
     if changes:
         raise ValueError(
             f"comparison of {names[0]} ({first.comparison_hash}) with {names[1]}"

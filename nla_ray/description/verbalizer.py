@@ -102,7 +102,8 @@ class Verbalizer:
             ending=None if layer is None else self._ending_of(layer),
             is_cancelled=is_cancelled,
         )
-        return [self._with_claims(new) for new in written] if with_claims else written
+        read = [self._read(new) for new in written]
+        return [self._with_claims(new) for new in read] if with_claims else read
 
     def describe_under(
         self,
@@ -139,6 +140,10 @@ class Verbalizer:
             "Train it on further ones: --base.further-layers.",
         )
         return self._endings[layer]
+
+    def _read(self, new: Description) -> Description:
+        """What an engine wrote; engines know this package's tags and no other."""
+        return new
 
     def _with_claims(self, new: Description) -> Description:
         log_probs = claim_log_probs(new.token_ids, new.log_probs, self._text_of)

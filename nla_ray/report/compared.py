@@ -1,7 +1,8 @@
 """Verbalizers that are not the run's own, named on the command line: `--compare NAME=PATH`.
 
-PATH is a file of descriptions (JSONL: `activation_id`, `description`), an adapter folder, or a
-folder with an adapter and its manifest (another run's artifact). What they say is a row of every
+PATH is a file of descriptions (JSONL: `activation_id`, `description`), an adapter folder, a folder
+with an adapter and its manifest (another run's artifact), or a whole verbalizer in the layout of
+the reference implementation, of the same base and layer. What they say is a row of every
 table, under the rules of every row: nothing is left out, and an activation that a file does not
 describe counts as described by the empty string. A file whose first line does not say how it was
 generated is in no paired difference; a report's own files say so, and for descriptions that nobody
@@ -18,6 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nla_ray.base.identity import BaseInfo, check_base
+from nla_ray.base.reference import (
+    REFERENCE_MANIFEST,
+    ReferenceFacts,
+    check_reference_base,
+    is_reference,
+    read_reference,
+)
+from nla_ray.base.sources import checkpoint_digest
 from nla_ray.description.files import is_protocol, protocol_in
 from nla_ray.description.protocol import GenerationProtocol
 from nla_ray.run.manifest import MANIFEST_NAME, Manifest
@@ -45,8 +54,17 @@ class Compared:
     """The run that the artifact lies in."""
 
     @property
-    def is_adapter(self) -> bool:
-        return self.path.is_dir()
+    def is_file(self) -> bool:
+        """Whether it is a file of descriptions."""
+        return self.path.is_file()
+
+    @property
+    def facts(self) -> ReferenceFacts | None:
+        """Of a whole verbalizer in the reference layout; None of anything else.
+
+        Raises ValueError for a folder of it that is no verbalizer's.
+        """
+        return read_reference(self.path, "verbalizer") if is_reference(self.path) else None
 
     @property
     def protocol(self) -> GenerationProtocol | None:
@@ -77,11 +95,14 @@ def find_compared(wanted: Sequence[str], taken: Sequence[str]) -> list[Compared]
 
 
 def _find(name: str, path: Path) -> Compared:
+    if is_reference(path):
+        return Compared(name=name, path=path, digest=checkpoint_digest(path), manifest=None)
     folder = _first_with(ADAPTER_CONFIG, path, path / "adapter")
     if folder is None and not path.is_file():
         raise ValueError(
-            f"--compare {name}: got {path}, expected a JSONL file of descriptions, or a folder with"
-            f" {ADAPTER_CONFIG} in it or in its folder adapter. Correct the path."
+            f"--compare {name}: got {path}, expected a JSONL file of descriptions, a folder with"
+            f" {ADAPTER_CONFIG} in it or in its folder adapter, or a verbalizer with"
+            f" {REFERENCE_MANIFEST}. Correct the path."
         )
     files, manifest, run_folder = [path], None, None
     if folder is not None:
@@ -103,8 +124,10 @@ def _first_with(file_name: str, *folders: Path) -> Path | None:
 
 
 def check_compared(compared: Sequence[Compared], base: BaseInfo) -> None:
-    """Raise ValueError for an adapter that was made for another base or layer."""
+    """Raise ValueError for an adapter, or a whole verbalizer, of another base or layer."""
     for verbalizer in compared:
+        if (facts := verbalizer.facts) is not None:
+            check_reference_base(facts, base, f"--compare {verbalizer.name}")
         if verbalizer.manifest is not None:
             check_base(verbalizer.manifest, base)
 

@@ -10,8 +10,9 @@ order, however bad.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from nla_ray.activation.stage import activations_at
 from nla_ray.base.adapter_files import adapter_digest
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.reference import ReferenceFacts
 from nla_ray.description.files import DescriptionFile
 from nla_ray.description.protocol import (
     NOT_GENERATED,
     GenerationProtocol,
+    checkpoint_protocol,
     generation_protocol,
     require_same_protocol,
 )
 from nla_ray.description.record import Description
+from nla_ray.description.reference import load_verbalizer
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.label.stage import activation_subjects, drawn_labels
 from nla_ray.report.compared import Compared, read_descriptions
@@ -158,9 +162,12 @@ def _describe_compared(
     of_two: dict[str, list[str]] = {}
     for verbalizer in compared:
         name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
-        if not verbalizer.is_adapter:
+        if verbalizer.is_file:
             texts, _ = read_descriptions(path, test.ids)
             describer.keep(name, texts, verbalizer.protocol)
+            continue
+        if (facts := verbalizer.facts) is not None:
+            describer.describe_whole(name, facts, verbalizer.digest, test.vectors)
             continue
         neighbours = manifest.model["neighbours"] if manifest else None
         describer.describe(path, neighbours, {name: test.injected})
@@ -181,7 +188,7 @@ def decoding(run: Run) -> Mapping[str, Any]:
 
 def check_protocols(run: Run, compared: Sequence[Compared]) -> None:
     """Raise ValueError for a file of descriptions that may not be compared with the run's own."""
-    files = [verbalizer for verbalizer in compared if not verbalizer.is_adapter]
+    files = [verbalizer for verbalizer in compared if verbalizer.is_file]
     recorded = {file.name: file.protocol for file in files if file.protocol is not None}
     if not recorded:
         return
@@ -248,6 +255,7 @@ class Describer:
         self._config, self._sampling, self._base_digest = run.config, decoding(run), base_digest
         self._ids, self._folder, self._own_report = test.ids, folder, own_report
         self.tokenizer, self._model = load_tokenizer(run.config.base), None
+        self._max_slots = _SLOT_BATCHES * run.config.evaluation.batch_size
         self._num_tokens: dict[str, int] = {}
         self.described: dict[str, list[Description]] = {}
         """What is said of every activation, by verbalizer."""
@@ -275,11 +283,9 @@ class Describer:
         `injected`: [rows, vectors, d_model], or one row for all alike. `with_claims`: with the
         log-probability of each claim.
         """
-        protocol = self._protocol(adapter)
+        protocol, load = self._protocol(adapter), partial(self._load, adapter, neighbours)
         for name, vectors in injected.items():
-            described = self._complete(
-                adapter, neighbours, name, vectors, protocol, with_claims=with_claims
-            )
+            described = self._complete(load, name, vectors, protocol, with_claims=with_claims)
             self.described[name], self.protocols[name] = described
 
     def describe_layers(
@@ -292,14 +298,40 @@ class Describer:
         """What an adapter says, greedily, of activations [rows, d_model] of further layers."""
         for layer, vectors in layers.items():
             described, _ = self._complete(
-                adapter,
-                neighbours,
+                partial(self._load, adapter, neighbours),
                 at_layer(name, layer),
                 vectors,
                 self._protocol(adapter, layer=layer),
                 layer=layer,
             )
             self.by_layer.setdefault(layer, {})[name] = described
+
+    def describe_whole(
+        self, name: str, facts: ReferenceFacts, digest: str, activations: Tensor
+    ) -> None:
+        """What a verbalizer says that is trained whole, greedily, of activations [rows, d_model].
+
+        `digest`: of its files. It is run in the type and by the engine of this report's base.
+        """
+        base = self._config.base
+        prompt, _ = facts.prompt(load_tokenizer(facts.base_config()))
+        protocol = checkpoint_protocol(
+            base,
+            facts,
+            prompt,
+            max_new_tokens=self._sampling["max_new_tokens"],
+            weights={"checkpoint": digest},
+        )
+        load = partial(
+            load_verbalizer,
+            facts.folder,
+            device=base.device,
+            dtype=base.dtype,
+            engine=base.engine,
+            max_slots=self._max_slots,
+        )
+        described = self._complete(load, name, activations[:, None], protocol)
+        self.described[name], self.protocols[name] = described
 
     def sample(
         self, adapter: Path, neighbours: Sequence[int] | None, name: str, injected: Tensor
@@ -312,7 +344,7 @@ class Describer:
             temperature=self._sampling["temperature"],
             seed=seed_of(self._config.evaluation.seed, "samples"),
         )
-        flat, _ = self._complete(adapter, neighbours, name, injected, protocol)
+        flat, _ = self._complete(partial(self._load, adapter, neighbours), name, injected, protocol)
         return [flat[start : start + count] for start in range(0, len(flat), count)]
 
     def describe_differences(
@@ -320,8 +352,7 @@ class Describer:
     ) -> list[str]:
         """What an adapter says, greedily, of differences: files of their own, by their number."""
         described, _ = self._complete(
-            adapter,
-            neighbours,
+            partial(self._load, adapter, neighbours),
             f"differences-{len(differences)}/{name}",
             differences.injected,
             self._protocol(adapter),
@@ -340,8 +371,7 @@ class Describer:
 
     def _complete(
         self,
-        adapter: Path,
-        neighbours: Sequence[int] | None,
+        load: Callable[[], Verbalizer],
         name: str,
         injected: Tensor,
         protocol: GenerationProtocol,
@@ -352,8 +382,8 @@ class Describer:
     ) -> tuple[list[Description], GenerationProtocol | None]:
         """All descriptions of a file, and how they were generated.
 
-        What is missing is made and appended, chunk by chunk. `ids`: of what is described, where it
-        is not the activations.
+        What is missing is made and appended, chunk by chunk, by what `load` loads for it. `ids`: of
+        what is described, where it is not the activations.
         """
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -363,7 +393,7 @@ class Describer:
 
         def describe(start: int, stop: int) -> list[Description]:
             nonlocal verbalizer
-            verbalizer = verbalizer or self._load(adapter, neighbours)
+            verbalizer = verbalizer or load()
             is_same = len(injected) == 1
             rows = injected if is_same else injected[start:stop]
             written = verbalizer.describe_under(
@@ -387,9 +417,12 @@ class Describer:
 
     def _load(self, adapter: Path, neighbours: Sequence[int] | None) -> Verbalizer:
         self._model = load_backbone(self._config.base) if self._model is None else self._model
-        slots = _SLOT_BATCHES * self._config.evaluation.batch_size
         return Verbalizer.load(
-            self._config.base, adapter, neighbours=neighbours, model=self._model, max_slots=slots
+            self._config.base,
+            adapter,
+            neighbours=neighbours,
+            model=self._model,
+            max_slots=self._max_slots,
         )
 
     def _described(self, text: str, closed: bool) -> Description:

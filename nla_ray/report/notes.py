@@ -46,7 +46,7 @@ def missing_notes(
                 f"{name}: nothing is known of what it was trained on; test documents may be among"
                 " it."
             )
-        if not verbalizer.is_adapter and (missing := read_descriptions(path, test.ids)[1]):
+        if verbalizer.is_file and (missing := read_descriptions(path, test.ids)[1]):
             notes.append(
                 f"{name}: {missing} of {len(test.ids)} activations have no description in"
                 f" {path.name}; they count as described by nothing."

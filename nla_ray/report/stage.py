@@ -16,9 +16,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from nla_ray.base.identity import base_info
 from nla_ray.cluster.resources import run_placed
 from nla_ray.report.cards import experiments, findings, picture_name, write_card
-from nla_ray.report.compared import Compared, find_compared
+from nla_ray.report.compared import Compared, check_compared, find_compared
 from nla_ray.report.controls import CONFIDENT, VERBALIZERS
 from nla_ray.report.describing import at_layer, check_protocols
 from nla_ray.report.example import explain_examples
@@ -100,7 +101,10 @@ def check_corpus(run: Run) -> None:
     Checks the gates and what is to be compared too: a wrong name would be found hours later.
     """
     check_gates(run.config.evaluation.gates)
-    check_protocols(run, _compared(run.config))
+    compared = _compared(run.config)
+    check_protocols(run, compared)
+    if compared:
+        check_compared(compared, base_info(run.config.base))
     check_documents(run)
 
 

@@ -35,11 +35,148 @@ _SETTINGS = "reconstructor"
 """Key of the head file's metadata."""
 
 
-class Reconstructor(nn.Module):
-    """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
+class DescriptionReader(nn.Module):
+    """What every reconstructor does: a description's prompt, blocks 0..K, a linear head.
+
+    `Reconstructor` is this package's, `score/reference.py` has another. Each says what the prompt
+    is (`encode`) and what the head reads (`_reconstruct`).
+    """
 
     mean: Tensor
-    """mu: [d_model] float32, a buffer."""
+    """The mean direction that scores are centred by: [d_model] float32, a buffer."""
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        adapter: str | None,
+        layer: int,
+        mean: Tensor,
+        max_tokens: int,
+        in_bf16: bool = False,
+        has_bias: bool = False,
+    ) -> None:
+        """`adapter`: None where the model is the reader's own, whole.
+
+        `in_bf16`: the blocks' matrix products run in bfloat16, in training as in reading. The head
+        stays in float32. Raises ValueError for a mean of another width than the base's.
+        """
+        super().__init__()
+        d_model = causal_width(model)
+        if mean.shape != (d_model,):
+            raise ValueError(
+                f"mean direction: got shape {tuple(mean.shape)}, expected ({d_model},), the base's"
+                " width. It belongs to another base; capture activations again."
+            )
+        device = next(model.parameters()).device
+        self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
+        self.layer, self.max_tokens, self.in_bf16 = layer, max_tokens, in_bf16
+        self.head = nn.Linear(d_model, d_model, bias=has_bias, device=device, dtype=torch.float32)
+        # So that training starts from the mean, not from noise around it.
+        nn.init.zeros_(self.head.weight)
+        self.register_buffer("mean", mean.detach().to(device, torch.float32, copy=True))
+        self._reader = ResidualReader(model, [layer])
+
+    def encode(self, descriptions: Sequence[str]) -> list[list[int]]:
+        """The prompts as ids; the reconstruction is read at the last one."""
+        raise NotImplementedError
+
+    def _reconstruct(
+        self, last_stream: Float[Tensor, "batch d_model"]
+    ) -> Float[Tensor, "batch d_model"]:
+        """The stream at the prompts' ends -> reconstructions."""
+        raise NotImplementedError
+
+    def _cut(self, description: str) -> str:
+        # No tokenizer makes more tokens than bytes.
+        if len(description.encode()) <= self.max_tokens:
+            return description
+        [ids] = encode_texts(self.tokenizer, [description])
+        if len(ids) <= self.max_tokens:
+            return description
+        return self.tokenizer.decode(ids[: self.max_tokens], skip_special_tokens=True).rstrip(
+            "\ufffd"
+        )
+
+    def collate(self, encoded: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Right-padded ids and attention mask, both [batch, seq], on the CPU."""
+        longest = max(len(ids) for ids in encoded)
+        input_ids = torch.full((len(encoded), longest), self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros(len(encoded), longest, dtype=torch.long)
+        for row, ids in enumerate(encoded):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            attention_mask[row, : len(ids)] = 1
+        return input_ids, attention_mask
+
+    def activation_checkpointing_enable(self, **arguments) -> None:
+        """What a trainer calls to save memory: the base's blocks compute activations twice."""
+        self.model.activation_checkpointing_enable(**arguments)
+
+    def forward(
+        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch d_model"]:
+        """Right-padded prompts -> reconstructions in float32, under the adapter that is active.
+
+        The mask says where each prompt ends; attention needs none, being causal. Both may lie on
+        another device.
+        """
+        stream = self._read(input_ids.to(self.head.weight.device))
+        last = attention_mask.sum(-1).to(stream.device) - 1
+        return self._reconstruct(stream[torch.arange(len(stream), device=stream.device), last])
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        # Inside the forward, because DeepSpeed turns an autocast around it off.
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.in_bf16):
+            return self._reader.read(input_ids, position_ids, attention_mask)[self.layer]
+
+    @torch.no_grad()
+    def reconstruct(self, descriptions: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Reconstructions [n, d_model] in the order given, float32 on CPU.
+
+        This reconstructor's adapter is made active. Batches hold `batch_size` rows of like length.
+        A description that occurs twice is read once, and so is what it shares with the beginning
+        of another one.
+        """
+        unique = list(dict.fromkeys(descriptions))
+        encoded = self.encode(unique)
+        rows = sorted(share_beginnings(encoded), key=lambda row: row.length)
+        result = torch.empty(len(unique), self.mean.shape[0])
+        was_training = self.training
+        self.eval()
+        try:
+            with adapter_active(self.model, self.adapter):
+                for start in range(0, len(rows), batch_size):
+                    numbers, read = self._read_rows(encoded, rows[start : start + batch_size])
+                    result[numbers] = read.cpu()
+        finally:
+            self.train(was_training)
+        index_of = {text: index for index, text in enumerate(unique)}
+        return result[[index_of[text] for text in descriptions]]
+
+    def _read_rows(
+        self, encoded: Sequence[Sequence[int]], rows: Sequence[PackedRow]
+    ) -> tuple[list[int], Tensor]:
+        """Numbers of the sequences in these rows, and their reconstructions [n, d_model]."""
+        if not any(row.ends for row in rows):  # causal attention as it is: the fast kernel
+            numbers = [row.whole for row in rows]
+            return numbers, self(*self.collate([encoded[number] for number in numbers]))
+        batch, last = pack(encoded, rows, self.tokenizer.pad_token_id, self.model.dtype)
+        stream = self._read(
+            **{name: part.to(self.head.weight.device) for name, part in batch.items()}
+        )
+        return list(last), self._reconstruct(stream[tuple(torch.tensor(list(last.values())).T)])
+
+
+class Reconstructor(DescriptionReader):
+    """Reads descriptions; writes reconstructions near unit norm, to be compared by direction."""
+
+    adapter: str
 
     def __init__(
         self,
@@ -53,26 +190,17 @@ class Reconstructor(nn.Module):
         max_tokens: int,
         in_bf16: bool = False,
     ) -> None:
-        """`in_bf16`: the blocks' matrix products run in bfloat16, in training as in reading.
-
-        The head stays in float32. Raises ValueError for a mean of another width than the base's.
-        """
-        super().__init__()
-        d_model = causal_width(model)
-        if mean.shape != (d_model,):
-            raise ValueError(
-                f"mean direction: got shape {tuple(mean.shape)}, expected ({d_model},), the base's"
-                " width. It belongs to another base; capture activations again."
-            )
-        device = next(model.parameters()).device
-        self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
-        self.layer, self.max_tokens, self.marker, self.in_bf16 = layer, max_tokens, marker, in_bf16
-        self.marker_id = marker_token(tokenizer, marker)
-        self.head = nn.Linear(d_model, d_model, bias=False, device=device, dtype=torch.float32)
-        # So that training starts from the mean, not from noise around it.
-        nn.init.zeros_(self.head.weight)
-        self.register_buffer("mean", mean.detach().to(device, torch.float32, copy=True))
-        self._reader = ResidualReader(model, [layer])
+        """As `DescriptionReader` takes them; `marker` ends the prompt."""
+        super().__init__(
+            model,
+            tokenizer,
+            adapter=adapter,
+            layer=layer,
+            mean=mean,
+            max_tokens=max_tokens,
+            in_bf16=in_bf16,
+        )
+        self.marker, self.marker_id = marker, marker_token(tokenizer, marker)
 
     @classmethod
     def build(
@@ -119,7 +247,7 @@ class Reconstructor(nn.Module):
         weights as a further adapter, so `adapter` must be a new name in it. Raises ValueError for a
         folder of another layer.
         """
-        weight, mean, layer, max_tokens = _read_head(Path(folder) / HEAD_NAME)
+        weight, mean, layer, max_tokens = read_head(Path(folder) / HEAD_NAME)
         if layer != base.layer:
             raise ValueError(
                 f"reconstructor {str(folder)!r}: got layer {layer}, expected base.layer"
@@ -171,53 +299,6 @@ class Reconstructor(nn.Module):
                 )
         return encoded
 
-    def _cut(self, description: str) -> str:
-        # No tokenizer makes more tokens than bytes.
-        if len(description.encode()) <= self.max_tokens:
-            return description
-        [ids] = encode_texts(self.tokenizer, [description])
-        if len(ids) <= self.max_tokens:
-            return description
-        return self.tokenizer.decode(ids[: self.max_tokens], skip_special_tokens=True).rstrip(
-            "\ufffd"
-        )
-
-    def collate(self, encoded: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Right-padded ids and attention mask, both [batch, seq], on the CPU."""
-        longest = max(len(ids) for ids in encoded)
-        input_ids = torch.full((len(encoded), longest), self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros(len(encoded), longest, dtype=torch.long)
-        for row, ids in enumerate(encoded):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            attention_mask[row, : len(ids)] = 1
-        return input_ids, attention_mask
-
-    def activation_checkpointing_enable(self, **arguments) -> None:
-        """What a trainer calls to save memory: the base's blocks compute activations twice."""
-        self.model.activation_checkpointing_enable(**arguments)
-
-    def forward(
-        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
-    ) -> Float[Tensor, "batch d_model"]:
-        """Right-padded prompts -> reconstructions in float32, under the adapter that is active.
-
-        The mask says where each prompt ends; attention needs none, being causal. Both may lie on
-        another device.
-        """
-        stream = self._read(input_ids.to(self.head.weight.device))
-        last = attention_mask.sum(-1).to(stream.device) - 1
-        return self._reconstruct(stream[torch.arange(len(stream), device=stream.device), last])
-
-    def _read(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        # Inside the forward, because DeepSpeed turns an autocast around it off.
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.in_bf16):
-            return self._reader.read(input_ids, position_ids, attention_mask)[self.layer]
-
     def _reconstruct(
         self, marker_stream: Float[Tensor, "batch d_model"]
     ) -> Float[Tensor, "batch d_model"]:
@@ -226,50 +307,13 @@ class Reconstructor(nn.Module):
         with torch.autocast(marker_stream.device.type, enabled=False):
             return self.mean + self.head(scaled)
 
-    @torch.no_grad()
-    def reconstruct(self, descriptions: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Reconstructions [n, d_model] in the order given, float32 on CPU.
-
-        This reconstructor's adapter is made active. Batches hold `batch_size` rows of like length.
-        A description that occurs twice is read once, and so is what it shares with the beginning
-        of another one.
-        """
-        unique = list(dict.fromkeys(descriptions))
-        encoded = self.encode(unique)
-        rows = sorted(share_beginnings(encoded), key=lambda row: row.length)
-        result = torch.empty(len(unique), self.mean.shape[0])
-        was_training = self.training
-        self.eval()
-        try:
-            with adapter_active(self.model, self.adapter):
-                for start in range(0, len(rows), batch_size):
-                    numbers, read = self._read_rows(encoded, rows[start : start + batch_size])
-                    result[numbers] = read.cpu()
-        finally:
-            self.train(was_training)
-        index_of = {text: index for index, text in enumerate(unique)}
-        return result[[index_of[text] for text in descriptions]]
-
-    def _read_rows(
-        self, encoded: Sequence[Sequence[int]], rows: Sequence[PackedRow]
-    ) -> tuple[list[int], Tensor]:
-        """Numbers of the sequences in these rows, and their reconstructions [n, d_model]."""
-        if not any(row.ends for row in rows):  # causal attention as it is: the fast kernel
-            numbers = [row.whole for row in rows]
-            return numbers, self(*self.collate([encoded[number] for number in numbers]))
-        batch, last = pack(encoded, rows, self.tokenizer.pad_token_id, self.model.dtype)
-        stream = self._read(
-            **{name: part.to(self.head.weight.device) for name, part in batch.items()}
-        )
-        return list(last), self._reconstruct(stream[tuple(torch.tensor(list(last.values())).T)])
-
 
 def causal_width(model) -> int:
     """d_model of a causal model, wrapped by adapters or not."""
     return model.config.hidden_size
 
 
-def _read_head(file: Path) -> tuple[Tensor, Tensor, int, int]:
+def read_head(file: Path) -> tuple[Tensor, Tensor, int, int]:
     """Weight, mean, layer, max_tokens. Raises ValueError when the file is missing or not finite."""
     if not file.is_file():
         raise ValueError(

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nla_ray.activation import vectors
-from nla_ray.score.reconstructor import Reconstructor
+from nla_ray.score.reconstructor import DescriptionReader
 
 ScorerName = Literal["reward_scorer", "judge_scorer"]
 """Artifacts of the scorers that are reconstructors."""
@@ -78,7 +78,7 @@ def compare(
 class Scorer:
     """Scores descriptions with one reconstructor. Several scorers may share one loaded base."""
 
-    def __init__(self, reconstructor: Reconstructor, batch_size: int = 64) -> None:
+    def __init__(self, reconstructor: DescriptionReader, batch_size: int = 64) -> None:
         self.reconstructor, self.batch_size = reconstructor, batch_size
 
     @property

@@ -9,7 +9,12 @@ from typing import TypeVar
 from nla_ray.settings.config import RunConfig
 from nla_ray.settings.preset_file import load_preset
 
-_LONG_NAMES = {"--run": "--run-dir", "--import": "--label.import-path"}
+_LONG_NAMES = {
+    "--run": "--run-dir",
+    "--import": "--label.import-path",
+    "--to": "--export.to",
+    "--output": "--export.output",
+}
 """Short names of flags that are typed often."""
 
 _Config = TypeVar("_Config", bound=RunConfig)

@@ -920,8 +920,9 @@ class RunConfig:
     presets with a name have one."""
     compare: tuple[str, ...] = ()
     """NAME=PATH ...: further verbalizers for the report: a JSONL file of descriptions with
-    activation_id and description, an adapter, or the folder of another run's artifact. A file is
-    compared where its first line says that it was generated under the report's protocol."""
+    activation_id and description, an adapter, the folder of another run's artifact, or a whole
+    verbalizer of the same base and layer in the reference layout. A file is compared where its
+    first line says that it was generated under the report's protocol."""
     seeds: tuple[int, ...] = ()
     """Seeds to train with, each an artifact of its own: of SFT in jobs/sft.py, of GRPO elsewhere.
     The report shows every one's figures and their spread, beside intervals that hold one fixed."""
@@ -1020,6 +1021,34 @@ class PretrainRunConfig(RunConfig):
     """The configuration of jobs/pretrain.py, which makes the small base model."""
 
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What other tools are given of a finished run."""
+
+    to: Literal["reference", "peft", "dataset"] = "reference"
+    """`reference`: verbalizer and scorer as whole models in the layout of the reference
+    implementation, `av` and `ar`; `peft`: the verbalizer's adapter with a card; `dataset`:
+    activations and labels as Parquet files of the reference implementation. `--to` is short for
+    it."""
+    output: str | None = None
+    """A new folder on this machine; None: `export_{to}` in the run directory. `--output` is short
+    for it."""
+    scorer: Literal["judge", "reward"] = "judge"
+    """The scorer that `reference` takes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights that `reference` writes; bfloat16 takes half the room, and rounds what
+    the adapters add to weights of it."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Whose activations and labels `dataset` writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRunConfig(RunConfig):
+    """The configuration of jobs/export.py, which writes what other tools read."""
+
+    export: ExportConfig = field(default_factory=ExportConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

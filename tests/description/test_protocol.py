@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from tiny import build_tokenizer
 
-from nla_ray.base.prompts import verbalizer_prompt
+from nla_ray.base.prompts import InjectionPrompt, verbalizer_prompt
+from nla_ray.base.reference import ReferenceFacts
+from nla_ray.base.sources import base_folder
 from nla_ray.description.files import DescriptionFile, protocol_in
 from nla_ray.description.protocol import (
     NOT_GENERATED,
     GenerationProtocol,
+    checkpoint_protocol,
     generation_protocol,
     require_same_protocol,
 )
@@ -76,6 +79,36 @@ def test_another_protocol_is_no_comparison_and_the_error_names_what_differs(
     with pytest.raises(ValueError, match="comparison of theirs") as raised:
         require_same_protocol(("theirs", "grpo"), protocol(**changed), protocol())
     assert difference in str(raised.value)
+
+
+def whole(**changes: object) -> GenerationProtocol:
+    """Of a verbalizer that is trained whole, with a prompt and a norm of its own."""
+    facts = ReferenceFacts(
+        folder=base_folder("embedded:nano"),
+        role="verbalizer",
+        layer=4,
+        d_model=256,
+        num_blocks=6,
+        model_type="qwen2",
+        dtype="float32",
+        template="{injection_char}",
+        injection_norm=80.0,
+    )
+    facts = dataclasses.replace(facts, **{"layer": changes.pop("layer", 4)})
+    prompt = InjectionPrompt(prefix_ids=(1,), marker_id=7, suffix_ids=(2,))
+    settings = {"max_new_tokens": 64, "weights": {"checkpoint": "c"}, **changes}
+    return checkpoint_protocol(BASE, facts, prompt, **settings)
+
+
+def test_a_checkpoint_brings_its_prompt_and_everything_else_must_be_the_same() -> None:
+    require_same_protocol(("theirs", "grpo"), whole(), protocol())
+    require_same_protocol(("grpo", "theirs"), protocol(), whole())
+    record = json.loads(json.dumps(whole().to_record()))
+    assert GenerationProtocol.from_record(record, "file") == whole()
+    with pytest.raises(ValueError, match=r"limits.max_new_tokens: there 200, here 64"):
+        require_same_protocol(("theirs", "grpo"), whole(max_new_tokens=200), protocol())
+    with pytest.raises(ValueError, match=r"prompt.layer: there 3, here 4"):
+        require_same_protocol(("theirs", "grpo"), whole(layer=3), protocol())
 
 
 def test_what_nobody_generated_is_compared_with_anything() -> None:

@@ -78,6 +78,7 @@ def test_every_function_section_parent_job_and_plan_that_the_table_names_exists(
         ("benchmark", ("corpus", "benchmark")),
         ("serve", ("serve",)),
         ("tour", ()),
+        ("export", ()),
     ],
 )
 def test_a_job_makes_the_closure_of_its_stages_parents_first_and_plans_just_that(

@@ -16,7 +16,14 @@ import pytest
 
 from nla_ray.run.stages import stages_of_job
 from nla_ray.settings.command_line import parse_arguments
-from nla_ray.settings.config import PretrainRunConfig, RunConfig, config_hash, from_dict, to_dict
+from nla_ray.settings.config import (
+    ExportRunConfig,
+    PretrainRunConfig,
+    RunConfig,
+    config_hash,
+    from_dict,
+    to_dict,
+)
 from nla_ray.settings.presets import PRESETS, nano, override, preset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +160,8 @@ def test_sections_stand_in_the_order_of_the_pipeline_and_pretraining_is_added_la
     ]
     extended = [field.name for field in dataclasses.fields(PretrainRunConfig)]
     assert extended == [*fields, "pretrain"]
+    exported = [field.name for field in dataclasses.fields(ExportRunConfig)]
+    assert exported == [*fields, "export"]
 
 
 def run_job_in_subprocess(job: str, *arguments: str) -> tuple[str, set[str]]:

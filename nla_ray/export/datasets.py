@@ -1,0 +1,137 @@
+"""Activations and labels as the Parquet files that the reference implementation trains from.
+
+`base`: every activation with its text. `av_sft`: prompt, label, activation; `<INJECT>` stands for
+it. `ar_sft`: a label in the reconstructor's template, and the activation. `rl`: prompt and
+activation. A manifest lies beside each. Vectors are raw, in fixed-size lists: these have no offsets
+that could overflow, and row groups stay far below what readers can take at once.
+
+It knows tables and no run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from nla_ray.activation.bank import ActivationTable
+from nla_ray.base.encoding import encode_texts
+from nla_ray.base.identity import BaseInfo
+from nla_ray.base.prompts import RECONSTRUCTOR_TEMPLATE, VERBALIZER_TEMPLATE, reconstructor_prompt
+from nla_ray.base.reference import (
+    DESCRIPTION_FIELD,
+    EXPLANATION_TAGS,
+    MARKER_FIELD,
+    REFERENCE_MANIFEST,
+)
+
+DatasetStage = Literal["base", "av_sft", "ar_sft", "rl"]
+DATASET_STAGES: tuple[DatasetStage, ...] = ("base", "av_sft", "ar_sft", "rl")
+_PLACEHOLDER = "<INJECT>"
+"""In a prompt, where the activation is to stand."""
+_GROUP_BYTES = 1 << 26
+"""Of vectors in a row group."""
+_PROMPT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def export_datasets(
+    folder: Path,
+    table: ActivationTable,
+    labels: Sequence[str],
+    info: BaseInfo,
+    tokenizer: Any,
+    corpus: str,
+) -> dict[DatasetStage, int]:
+    """Write all files of one split; how many rows each has.
+
+    `labels`: of each activation, "" where it has none: such rows are in `base` and `rl` alone.
+    `corpus`: a name for the manifests.
+    """
+    opening, closing = EXPLANATION_TAGS
+    turn = VERBALIZER_TEMPLATE.format(marker=_PLACEHOLDER)
+    prompt = [{"role": "user", "content": turn}]
+    num_tokens = [len(ids) for ids in encode_texts(tokenizer, table.texts)]
+    everything = list(range(len(table)))
+    labelled = [row for row in everything if labels[row]]
+    identity = {
+        "n_raw_tokens": (pa.int64(), num_tokens.__getitem__),
+        "activation_layer": (pa.int64(), lambda row: info.layer),
+        "doc_id": (pa.string(), table.doc_ids.__getitem__),
+    }
+    asked = {"prompt": (_PROMPT, lambda row: prompt)}
+    filled = {"prompt": (pa.string(), lambda row: reconstructor_prompt(labels[row], info.marker))}
+    answered = (pa.string(), lambda row: f"{opening}\n{labels[row]}\n{closing}")
+    text = {"detokenized_text_truncated": (pa.string(), table.texts.__getitem__)}
+    columns: dict[DatasetStage, tuple[list[int], dict[str, Any]]] = {
+        "base": (everything, {**text, **identity}),
+        "av_sft": (labelled, {**asked, "response": answered, **identity}),
+        "ar_sft": (labelled, {**filled, **identity}),
+        "rl": (everything, {**asked, **identity}),
+    }
+    for stage, (rows, of_stage) in columns.items():
+        file = folder / f"{stage}.parquet"
+        _write(file, table, rows, of_stage)
+        manifest = _manifest(stage, len(rows), info, corpus)
+        sidecar = file.with_name(f"{file.name}.{REFERENCE_MANIFEST}")
+        sidecar.write_text(
+            yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+    return {stage: len(rows) for stage, (rows, _) in columns.items()}
+
+
+def _write(
+    file: Path, table: ActivationTable, rows: Sequence[int], columns: Mapping[str, Any]
+) -> None:
+    d_model = table.vectors.shape[1]
+    vectors = pa.field("activation_vector", pa.list_(pa.float32(), d_model))
+    schema = pa.schema([*(pa.field(name, kind) for name, (kind, _) in columns.items()), vectors])
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for group in _groups(rows, max(1, _GROUP_BYTES // (4 * d_model))):
+            flat = pa.array(table.vectors[group].numpy().ravel(), pa.float32())
+            arrays = [
+                pa.array([value_of(row) for row in group], kind)
+                for kind, value_of in columns.values()
+            ]
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, d_model))
+            writer.write_table(pa.table(arrays, schema=schema))
+
+
+def _groups(rows: Sequence[int], most: int) -> Iterator[list[int]]:
+    for start in range(0, len(rows), most):
+        yield list(rows[start : start + most])
+
+
+def _manifest(stage: DatasetStage, rows: int, info: BaseInfo, corpus: str) -> dict[str, Any]:
+    left, right = info.neighbours
+    asked = VERBALIZER_TEMPLATE.format(marker=f"{{{MARKER_FIELD}}}")
+    filled = RECONSTRUCTOR_TEMPLATE.format(
+        description=f"{{{DESCRIPTION_FIELD}}}", marker=info.marker
+    )
+    return {
+        "kind": "nla_dataset",
+        "schema_version": 1,
+        "stage": stage,
+        "row_count": rows,
+        "extraction": {
+            "base_model": info.name,
+            "d_model": info.d_model,
+            "layer_index": info.layer,
+            "norm": "none",
+            "corpus": corpus,
+        },
+        "tokens": {
+            "injection_char": info.marker,
+            "injection_token_id": info.marker_id,
+            "injection_left_neighbor_id": left,
+            "injection_right_neighbor_id": right,
+            "critic_suffix_ids": [info.marker_id],
+        },
+        "prompt_templates": {
+            **dict.fromkeys(("av", "actor"), asked),
+            **dict.fromkeys(("ar", "critic"), filled),
+        },
+    }
