@@ -151,7 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         if done in statuses:
             code = "insufficient_quota" if done == "quota" else f"code_{done}"
             headers = {"retry-after": "0.05"} if done == "429" else {}
-            self._error(statuses[done], code, f"said for {self._given_key()}", headers)
+            self._error(
+                statuses[done], code, f"said for {self._given_key()}, see /account/billing", headers
+            )
             return
         if done == "policy":
             self._error(400, "content_policy_violation", "the input was flagged")

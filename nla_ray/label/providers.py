@@ -40,7 +40,10 @@ _REFUSAL = re.compile(
 """How an answer begins that refuses in prose; bullets about a text do not."""
 _OF_THE_TEXT = re.compile(r"content.?(?:filter|policy)|moderation|flagged|context.?length", re.I)
 """In errors that are about this one text, and would come again."""
-_NO_CREDIT = re.compile(r"insufficient_quota|credit balance|billing", re.IGNORECASE)
+_NO_CREDIT = re.compile(
+    r"insufficient_quota|exceeded your current quota|credit balance|billing_(?:hard|not)", re.I
+)
+"""In errors of an account without money; that of a rate may name a page on billing too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +200,11 @@ class TeacherClient:
             )
         if status == 407:
             return self._wrong("a refused proxy", found, self._address_hint())
-        if status in (429, 503, _OVERLOADED):
-            return NoReply(found, is_limit=True, retry_after=retry_after_seconds(headers))
+        wait = retry_after_seconds(headers)
+        if status in (429, _OVERLOADED) or (status == 503 and wait is not None):
+            return NoReply(found, is_limit=True, retry_after=wait)
         is_ours = 400 <= status < 500 and status not in (408, 409)
-        return NoReply(found, repeat=not is_ours, retry_after=retry_after_seconds(headers))
+        return NoReply(found, repeat=not is_ours, retry_after=wait)
 
     def _wrong(self, what: str, found: str, remedy: str) -> ValueError:
         return ValueError(

@@ -42,7 +42,7 @@ def named(
 
 
 def with_client(
-    teacher: TeacherName, use: Callable[[TeacherClient], Awaitable[_Result]], seconds: float = 5.0
+    teacher: TeacherName, use: Callable[[TeacherClient], Awaitable[_Result]], seconds: float = 60.0
 ) -> _Result:
     async def main() -> _Result:
         client = TeacherClient(teacher, answer_tokens=50, timeout_seconds=seconds)
@@ -54,7 +54,7 @@ def with_client(
     return asyncio.run(main())
 
 
-def ask(teacher: TeacherName, text: str = "a text", seconds: float = 5.0) -> Reply:
+def ask(teacher: TeacherName, text: str = "a text", seconds: float = 60.0) -> Reply:
     message = f"Describe.\n<text>\n{text}\n</text>"
     return with_client(teacher, lambda client: client.ask(message), seconds)
 
@@ -121,10 +121,10 @@ def test_an_answer_that_is_no_label_says_why(
 def test_a_request_without_an_answer_is_made_once_and_says_what_to_do_of_it(
     keys: pytest.MonkeyPatch, provider: str, done: str, expected: dict
 ) -> None:
-    with teacher_server() as server:
+    with teacher_server(timeout_seconds=4.0) as server:
         teacher = named(provider, always(server, done).url, keys)
         with pytest.raises(NoReply) as failure:
-            ask(teacher, seconds=0.5)
+            ask(teacher, seconds=2.0 if done == "timeout" else 60.0)
     found = failure.value
     assert {name: getattr(found, name) for name in expected} == expected
     assert len(server.bodies) == 1  # the SDK's own retries are off
