@@ -43,7 +43,8 @@ HOMES = {
     "the connection to Ray": (r"\bray\.init\(", {"cluster/connect.py"}),
     "adapters (peft)": (
         r"^\s*(import peft|from peft)\b",
-        {"base/adapters.py", "base/adapter_files.py"},
+        # The last one prints the line on a card.
+        {"base/adapters.py", "base/adapter_files.py", "export/adapter.py"},
     ),
     "GRPO from TRL": (r"\bGRPO(Trainer|Config)\b", {"reinforce/grpo.py", "bench/step.py"}),
     "SFT from TRL": (r"\bSFT(Trainer)\b", {"training/sft.py"}),

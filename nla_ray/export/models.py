@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nla_ray.activation import vectors
+from nla_ray.activation.vectors import cosine, norm, rescale
 from nla_ray.base import prompts
 from nla_ray.base.adapters import merged_adapter
 from nla_ray.base.identity import BaseInfo
@@ -129,8 +129,8 @@ def export_reconstructor(
     ]
     head = linear_head(weight, mean, streams[0])
     save_file({"weight": head}, folder / VALUE_HEAD_NAME)
-    exact = mean + vectors.rescale(streams[1], facts.d_model**0.5) @ weight.T
-    nearness = vectors.cosine(streams[1] @ head.T, exact)
+    exact = mean + rescale(streams[1], facts.d_model**0.5) @ weight.T
+    nearness = cosine(streams[1] @ head.T, exact)
     measured = {
         "descriptions": len(checked),
         "mean_cosine": round(nearness.mean().item(), 6),
@@ -147,7 +147,7 @@ def linear_head(weight: Tensor, mean: Tensor, streams: Tensor) -> Tensor:
     `streams` [n, d], the stream at the end of n prompts. Ridge regression in float64.
     """
     d_model = streams.shape[1]
-    rows, target = streams.double(), vectors.norm(streams).double() / d_model**0.5
+    rows, target = streams.double(), norm(streams).double() / d_model**0.5
     gram = rows.T @ rows
     gram += _RIDGE * gram.diagonal().mean() * torch.eye(d_model, dtype=torch.float64)
     u = torch.linalg.solve(gram, rows.T @ target)[:, 0]
