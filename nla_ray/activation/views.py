@@ -70,10 +70,28 @@ def read_prompt(
     `reader`: of `read_layers`. `mean`: as `view_activations` takes it. What stands behind the last
     of the positions is not read: attention is causal.
     """
-    ids = torch.tensor([encoded.ids[: max(positions) + 1]], device=reader.device)
-    stream = {layer: values[0].cpu() for layer, values in reader.read(ids).items()}
-    injected = view_positions(base, stream, positions, list(encoded.spans), mean)
-    return stream[base.layer][list(positions)].float(), injected
+    [read] = read_together(base, reader, [(encoded, positions)], mean)
+    return read
+
+
+def read_together(
+    base: BaseConfig,
+    reader: ResidualReader,
+    prompts: Sequence[tuple[EncodedChat, Sequence[int]]],
+    mean: Float[Tensor, " d_model"] | None,
+) -> list[tuple[Float[Tensor, "rows d_model"], Float[Tensor, "rows tokens d_model"]]]:
+    """What `read_prompt` returns of each of several prompts, which are one batch."""
+    kept = [encoded.ids[: max(positions) + 1] for encoded, positions in prompts]
+    ids = torch.zeros(len(kept), max(map(len, kept)), dtype=torch.int64)
+    for row, own_ids in enumerate(kept):
+        ids[row, : len(own_ids)] = torch.tensor(own_ids)
+    streams = {layer: values.cpu() for layer, values in reader.read(ids.to(reader.device)).items()}
+    results = []
+    for row, (encoded, positions) in enumerate(prompts):
+        stream = {layer: values[row] for layer, values in streams.items()}
+        injected = view_positions(base, stream, positions, list(encoded.spans), mean)
+        results.append((stream[base.layer][list(positions)].float(), injected))
+    return results
 
 
 def view_positions(

@@ -90,7 +90,7 @@ class Verbalizer:
             rows=rows,
             is_cancelled=is_cancelled,
         )
-        return [self._with_claims(new) for new in written] if with_claims else written
+        return [self.with_claim_log_probs(new) for new in written] if with_claims else written
 
     def describe_under(
         self,
@@ -116,7 +116,8 @@ class Verbalizer:
             with_claims=with_claims,
         )
 
-    def _with_claims(self, new: Description) -> Description:
+    def with_claim_log_probs(self, new: Description) -> Description:
+        """A description that its engine has sampled, with the log-probability of each claim."""
         log_probs = claim_log_probs(new.token_ids, new.log_probs, self._text_of)
         rounded = {claim: round(log_prob, 4) for claim, log_prob in log_probs.items()}
         return dataclasses.replace(new, claim_log_probs=rounded)
