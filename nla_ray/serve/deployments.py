@@ -79,13 +79,15 @@ class SampleChoice:
     Example: the third sample is the best, and all agree well.
 
     >>> SampleChoice(best=2, confidence=0.71)
-    SampleChoice(best=2, confidence=0.71)
+    SampleChoice(best=2, confidence=0.71, unread=None)
     """
 
     best: int
     """Index of the sample, from 0."""
     confidence: float
     """-1 to 1."""
+    unread: str | None = None
+    """What kept the scorer from reading the best sample as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,9 +342,12 @@ class ScorerService:
         grouped = reconstruction.unflatten(0, (len(activations), -1))
         best = best_of(grouped, torch.from_numpy(activations), mean).tolist()
         confidences = agreement(grouped, mean).tolist()
+        samples = grouped.shape[1]
+        chosen = [descriptions[row * samples + sample] for row, sample in enumerate(best)]
+        unread = await asyncio.to_thread(self._unread, [name], chosen)
         return [
-            SampleChoice(best=sample, confidence=confidence)
-            for sample, confidence in zip(best, confidences, strict=True)
+            SampleChoice(best=sample, confidence=confidence, unread=unread.get((name, row)))
+            for row, (sample, confidence) in enumerate(zip(best, confidences, strict=True))
         ]
 
     def _unread(

@@ -38,7 +38,7 @@ from nla_ray.settings.config import ServeConfig
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from nla_ray.serve.deployments import Captured, Scored
+    from nla_ray.serve.deployments import Captured, SampleChoice, Scored
 
 _PING_SECONDS = 10.0
 _LOADING_SECONDS = 1.0
@@ -311,7 +311,7 @@ class Endpoint:
             )
         )
         return [
-            _chosen(written[row * sampling.samples + choice.best], choice.confidence, sampling)
+            _chosen(written[row * sampling.samples + choice.best], choice, sampling)
             for row, choice in enumerate(choices)
         ]
 
@@ -336,6 +336,8 @@ class Endpoint:
             for row, body in enumerate(described)
             if body.description is not None
         ]
+        if not sure:
+            return {}
         rows, texts = [row for row, _ in sure], [text for _, text in sure]
         scored = await self._scores(names, texts, activations[rows])
         return dict(zip(rows, scored.scores, strict=True))
@@ -374,14 +376,15 @@ class Endpoint:
         return found
 
 
-def _chosen(best: DescriptionBody, confidence: float, sampling: Sampling) -> DescriptionBody:
+def _chosen(best: DescriptionBody, choice: SampleChoice, sampling: Sampling) -> DescriptionBody:
     """The best sample, withheld where the samples agree less than was asked for."""
-    unsure = sampling.min_confidence is not None and confidence < sampling.min_confidence
+    unsure = sampling.min_confidence is not None and choice.confidence < sampling.min_confidence
     return best.model_copy(
         update={
             "description": None if unsure else best.description,
             "unsure": unsure,
-            "confidence": confidence,
+            "confidence": choice.confidence,
+            "unread": choice.unread,
             "samples": sampling.samples,
         }
     )

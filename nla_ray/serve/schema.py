@@ -293,6 +293,13 @@ class DescriptionBody(_Message):
         None, description="null where the run's activations are not there."
     )
     samples: int = Field(1, description="Descriptions drawn, this one among them.")
+    unread: str | None = Field(
+        None,
+        description=(
+            "Of the best of several: what kept the reward scorer, which chose it, from reading it"
+            " as it is. null: it read all, or there was no choice."
+        ),
+    )
     closed: bool = Field(description="False: it ran into the token limit before its closing tag.")
     num_tokens: int
 

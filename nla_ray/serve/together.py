@@ -24,18 +24,18 @@ from nla_ray.description.engines.requests import Submission
 from nla_ray.description.record import Description
 
 _IDLE_SECONDS = 10.0
-Job = TypeVar("Job")
+_Job = TypeVar("_Job")
 
 
-class _WaitingWork(Generic[Job]):
+class _WaitingWork(Generic[_Job]):
     """Jobs that no thread has taken yet; the thread that takes them lives as long as jobs come."""
 
     def __init__(self, run: Callable[[], None], name: str) -> None:
         self._run, self._name = run, name
         self._changed, self._has_thread = threading.Condition(), False
-        self._new: list[Job] = []
+        self._new: list[_Job] = []
 
-    def add(self, jobs: Iterable[Job]) -> None:
+    def add(self, jobs: Iterable[_Job]) -> None:
         """Give jobs to the thread, and start one where none is."""
         with self._changed:
             self._new.extend(jobs)
@@ -44,7 +44,7 @@ class _WaitingWork(Generic[Job]):
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
             self._changed.notify()
 
-    def take(self, *, is_busy: bool) -> list[Job] | None:
+    def take(self, *, is_busy: bool) -> list[_Job] | None:
         """In the thread: what has come since the last call; None: end the thread.
 
         A thread that is busy does not wait for it.
@@ -143,7 +143,7 @@ def _step(engine: GenerationEngine, jobs: Sequence[_Describing]) -> None:
 
 # batches ------------------------------------------------------------------------------------------
 
-Compute = Callable[[list[Any]], Sequence[Any]]
+_Compute = Callable[[list[Any]], Sequence[Any]]
 """Items of one kind in, an answer for each out."""
 
 
@@ -151,7 +151,7 @@ Compute = Callable[[list[Any]], Sequence[Any]]
 class _Batched:
     """Items that one request waits for."""
 
-    compute: Compute
+    compute: _Compute
     items: Sequence[Any]
     sizes: Sequence[int]
     answers: dict[int, Any] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class BatchingThread:
         self._work = _WaitingWork[_Batched](self._run, "batching")
 
     async def answer(
-        self, compute: Compute, items: Sequence[Any], sizes: Sequence[int]
+        self, compute: _Compute, items: Sequence[Any], sizes: Sequence[int]
     ) -> list[Any]:
         """The answer to every item; cancelled, further items are not computed.
 

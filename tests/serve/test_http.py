@@ -242,8 +242,13 @@ def test_descriptions_that_a_scorer_does_not_read_whole_are_refused_or_said_so(
     explained = client.post("/v1/explain", json={"text": "def frame()", "max_new_tokens": 300})
     [explanation] = explained.json()["explanations"]
     assert "tokens" in explanation["scores"]["judge"]["unread"]
+    body = {"activations": rows[:1], "samples": 2, "max_new_tokens": 300}
+    assert "tokens" in answered(client.post("/v1/describe", json=body))[0]["unread"]
     explained = client.post("/v1/explain", json={"text": "def frame()", "max_new_tokens": 3})
     assert explained.json()["explanations"][0]["scores"]["judge"]["unread"] is None
+    unsure = {"text": "def frame()", "samples": 2, "min_confidence": 1.0}
+    explained = client.post("/v1/explain", json=unsure).json()["explanations"]
+    assert (explained[0]["description"], explained[0]["scores"]) == (None, {})
 
 
 # One form -----------------------------------------------------------------------------------------
