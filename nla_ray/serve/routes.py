@@ -95,7 +95,7 @@ def build_api(endpoint: Endpoint) -> FastAPI:
     api.add_exception_handler(Refusal, _answer_refusal)
     api.add_exception_handler(RequestValidationError, _answer_validation)
     api.add_exception_handler(HTTPException, _answer_no_route)
-    api.add_middleware(Gate, endpoint=endpoint)
+    api.add_middleware(ClientGate, endpoint=endpoint)
     return api
 
 
@@ -161,7 +161,7 @@ def _failure(error: Exception) -> Refusal:
 # bodies, and clients that leave -------------------------------------------------------------------
 
 
-class Gate:
+class ClientGate:
     """Stands before the routes: reads bodies within limits, and ends the work for who is gone."""
 
     def __init__(self, app: ASGIApp, endpoint: Endpoint) -> None:

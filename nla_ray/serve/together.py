@@ -164,8 +164,10 @@ class BatchingThread:
     """Computes items of all requests that wait in batches of a bounded size, one at a time."""
 
     def __init__(self, *, largest: int, window_seconds: float = 0.0) -> None:
-        """`largest`: size of a batch; an item that is larger is one by itself. `window_seconds`: of
-        waiting for further requests, where no batch is being computed."""
+        """`largest`: size of a batch; an item that is larger is one by itself.
+
+        `window_seconds`: of waiting for further requests, where no batch is being computed.
+        """
         self._largest, self._window = largest, window_seconds
         self._work = _WaitingWork[_Batched](self._run, "batching")
 
