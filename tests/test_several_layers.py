@@ -234,7 +234,7 @@ def test_a_loaded_run_describes_texts_and_activations_of_each_layer(layered: Run
         read = loaded.activations(table.texts[:3], layer=layer)
         torch.testing.assert_close(read, table.vectors[:3], atol=1e-4, rtol=1e-4)
         sampled = {"max_new_tokens": 12, "temperature": 1.0}
-        expected = verbalizer.describe(table.vectors[:3], layer=layer, **sampled)
+        expected = verbalizer.describe(table.vectors[:3], layer=layer, rows=[0, 0, 0], **sampled)
         written = [description.text for description in expected]
         for inputs in (table.texts[:3], table.vectors[:3], table.vectors[:3, None]):
             said = loaded.describe(inputs, layer=layer, **sampled)

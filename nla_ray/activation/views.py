@@ -73,13 +73,33 @@ def read_prompt(
     `base.further_layers`, or the base's. What stands behind the last of the positions is not read:
     attention is causal.
     """
-    ids = torch.tensor([encoded.ids[: max(positions) + 1]], device=reader.device)
-    stream = {layer: values[0].cpu() for layer, values in reader.read(ids).items()}
-    if layer in base.further_layers:
+    [read] = read_together(base, reader, [(encoded, positions, layer)], mean)
+    return read
+
+
+def read_together(
+    base: BaseConfig,
+    reader: ResidualReader,
+    prompts: Sequence[tuple[EncodedChat, Sequence[int], int | None]],
+    mean: Float[Tensor, " d_model"] | None,
+) -> list[tuple[Float[Tensor, "rows d_model"], Float[Tensor, "rows tokens d_model"]]]:
+    """What `read_prompt` returns of each (prompt, positions, layer); they are one batch."""
+    kept = [encoded.ids[: max(positions) + 1] for encoded, positions, _ in prompts]
+    ids = torch.zeros(len(kept), max(map(len, kept)), dtype=torch.int64)
+    for row, own_ids in enumerate(kept):
+        ids[row, : len(own_ids)] = torch.tensor(own_ids)
+    streams = {layer: values.cpu() for layer, values in reader.read(ids.to(reader.device)).items()}
+    results = []
+    for row, (encoded, positions, layer) in enumerate(prompts):
+        stream = {number: values[row] for number, values in streams.items()}
+        layer = base.layer if layer is None else layer
         activations = stream[layer][list(positions)].float()
-        return activations, activations[:, None]
-    injected = view_positions(base, stream, positions, list(encoded.spans), mean)
-    return stream[base.layer][list(positions)].float(), injected
+        if layer == base.layer:
+            injected = view_positions(base, stream, positions, list(encoded.spans), mean)
+        else:
+            injected = activations[:, None]
+        results.append((activations, injected))
+    return results
 
 
 def view_positions(

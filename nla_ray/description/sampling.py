@@ -87,3 +87,20 @@ class Sampler:
         bits *= _MIX_SECOND
         bits ^= bits >> 16
         return bits.to(torch.float32).add_(0.5).mul_(-_UNIFORM_STEP).log1p_()
+
+
+def choose_each(
+    samplers: Sequence[Sampler], logits: Tensor, keys: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`Sampler.choose` with a sampler of its own for each row; equal ones are the same object."""
+    if all(sampler is samplers[0] for sampler in samplers):
+        return samplers[0].choose(logits, keys, steps)
+    numbers: dict[Sampler, list[int]] = {}
+    for number, sampler in enumerate(samplers):
+        numbers.setdefault(sampler, []).append(number)
+    tokens = torch.empty_like(keys)
+    log_probs = torch.empty(len(keys), device=logits.device)
+    for sampler, chosen in numbers.items():
+        rows = torch.tensor(chosen, device=logits.device)
+        tokens[rows], log_probs[rows] = sampler.choose(logits[rows], keys[rows], steps[rows])
+    return tokens, log_probs

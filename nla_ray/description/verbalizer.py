@@ -99,11 +99,11 @@ class Verbalizer:
             max_new_tokens=max_new_tokens,
             seed=seed,
             rows=rows,
-            ending=None if layer is None else self._ending_of(layer),
+            ending=self.ending_of(layer),
             is_cancelled=is_cancelled,
         )
         read = [self._read(new) for new in written]
-        return [self._with_claims(new) for new in read] if with_claims else read
+        return [self.with_claim_log_probs(new) for new in read] if with_claims else read
 
     def describe_under(
         self,
@@ -131,7 +131,13 @@ class Verbalizer:
             layer=layer,
         )
 
-    def _ending_of(self, layer: int) -> LayerEnding | None:
+    def ending_of(self, layer: int | None) -> LayerEnding | None:
+        """How the prompt of a layer ends; None: as the engine's, and so for None.
+
+        Raises ValueError for a layer that was not learned.
+        """
+        if layer is None:
+            return None
         require(
             layer in self._endings,
             "layer",
@@ -145,7 +151,8 @@ class Verbalizer:
         """What an engine wrote; engines know this package's tags and no other."""
         return new
 
-    def _with_claims(self, new: Description) -> Description:
+    def with_claim_log_probs(self, new: Description) -> Description:
+        """A description that its engine has sampled, with the log-probability of each claim."""
         log_probs = claim_log_probs(new.token_ids, new.log_probs, self._text_of)
         rounded = {claim: round(log_prob, 4) for claim, log_prob in log_probs.items()}
         return dataclasses.replace(new, claim_log_probs=rounded)

@@ -299,6 +299,18 @@ class Reconstructor(DescriptionReader):
                 )
         return encoded
 
+    def unread(self, description: str) -> str | None:
+        """What keeps a description from being read as it is; None: nothing.
+
+        It is longer than `max_tokens`, or the marker stands in it, which is left out.
+        """
+        if self.marker in description:
+            return f"the character {self.marker!r}"
+        if len(description.encode()) <= self.max_tokens:
+            return None
+        [ids] = encode_texts(self.tokenizer, [description])
+        return f"{len(ids)} tokens" if len(ids) > self.max_tokens else None
+
     def _reconstruct(
         self, marker_stream: Float[Tensor, "batch d_model"]
     ) -> Float[Tensor, "batch d_model"]:

@@ -12,6 +12,8 @@ import socket
 import threading
 from typing import TYPE_CHECKING
 
+import httpx
+
 from nla_ray.base.identity import base_info, check_base
 from nla_ray.base.load import load_model_config, load_tokenizer
 from nla_ray.base.prompts import injection_prompt
@@ -34,13 +36,10 @@ SERVED_VERBALIZERS = artifacts_of_kind("verbalizer")[::-1]
 """Artifacts that can be served as verbalizers. The default comes first: it is trained last."""
 SERVED_SCORERS = (CHOOSER, "judge")
 """Scorers that are served; the artifact of each is `{scorer}_scorer`."""
-_ONGOING_REQUESTS = 64
-"""Requests that a model replica takes in at once, health checks among them.
-
-The replica's lock runs its model for one request at a time.
-"""
-_OPEN_REQUESTS = 1_000
-"""HTTP requests that wait for their answer at once; no health check waits behind them."""
+_OPEN_REQUESTS = 10_000
+"""Requests that a replica takes in at once, so that no health check and no refusal waits behind
+others. What waits for a model is bounded by `serve.max_waiting`."""
+_READY_SECONDS = 60.0
 _started = threading.Event()
 """Set while the cluster's Serve is one that this process started."""
 _LOGGING = {"log_level": "WARNING"}
@@ -83,28 +82,36 @@ def find_models(run: Run) -> ModelsResponse:
     return ModelsResponse(
         base=base,
         verbalizers=[
-            _model_body(
-                name,
-                "verbalizer",
-                manifest,
+            ModelBody(
+                name=name,
+                kind="verbalizer",
+                fingerprint=manifest.fingerprint,
+                created=manifest.created,
                 claim_confidence=find_claim_confidence(run, name) is not None,
+                max_new_tokens=decoding_of(run.config, manifest)[0],
             )
             for name, manifest in verbalizers.items()
         ],
-        scorers=[_model_body(name, "scorer", manifest) for name, manifest in scorers.items()],
+        scorers=[
+            ModelBody(
+                name=name,
+                kind="scorer",
+                fingerprint=manifest.fingerprint,
+                created=manifest.created,
+                max_tokens=manifest.config[f"{name}_scorer"]["max_tokens"],
+            )
+            for name, manifest in scorers.items()
+        ],
     )
 
 
-def _model_body(
-    name: str, kind: str, manifest: Manifest, *, claim_confidence: bool = False
-) -> ModelBody:
-    return ModelBody(
-        name=name,
-        kind=kind,
-        fingerprint=manifest.fingerprint,
-        created=manifest.created,
-        claim_confidence=claim_confidence,
-    )
+def decoding_of(config: RunConfig, verbalizer: Manifest) -> tuple[int, float]:
+    """Longest description in tokens and temperature, where a request says nothing of them.
+
+    SFT samples nothing while it trains: it is decoded as this configuration's GRPO is.
+    """
+    settings = verbalizer.config.get("grpo", vars(config.grpo))
+    return settings["max_new_tokens"], settings["temperature"]
 
 
 def find_claim_confidence(run: Run, verbalizer: str) -> Manifest | None:
@@ -119,12 +126,13 @@ def build_application(config: RunConfig) -> Application:
     """The deployments of a run, bound together behind one HTTP endpoint."""
     from ray import serve
 
-    from nla_ray.serve.deployments import CaptureService, Endpoint, ScorerService, VerbalizerService
+    from nla_ray.serve.deployments import CaptureService, ScorerService, VerbalizerService
+    from nla_ray.serve.endpoint import Endpoint
 
     models = find_models(Run(config))
     options = {
         "ray_actor_options": worker_options(config.compute, "serve"),
-        "max_ongoing_requests": _ONGOING_REQUESTS,
+        "max_ongoing_requests": _OPEN_REQUESTS,
     }
     verbalizer = serve.deployment(VerbalizerService, name="verbalizer", **options)
     scorer = serve.deployment(ScorerService, name="scorer", **options)
@@ -165,7 +173,12 @@ def start(config: RunConfig) -> str:
         http_options={"host": config.serve.host, "port": config.serve.port},
     )
     serve.run(application, name=APPLICATION_NAME, route_prefix="/", logging_config=_LOGGING)
-    return f"http://{config.serve.host}:{config.serve.port}"
+    host = f"[{config.serve.host}]" if ":" in config.serve.host else config.serve.host
+    address = f"http://{host}:{config.serve.port}"
+    # It tells the endpoint that all deployments answer.
+    with httpx.Client(timeout=_READY_SECONDS, trust_env=False) as client:
+        client.get(f"{address}/readyz").raise_for_status()
+    return address
 
 
 def _require_no_serve(status) -> None:
@@ -196,8 +209,8 @@ def serve_run(run: Run) -> None:
     """Serve until the process is interrupted; the job then calls `stop`."""
     address = start(run.config)
     logger.info(
-        "serving %s at %s (POST /v1/describe /v1/score /v1/explain, GET /v1/models /healthz /docs);"
-        " stop with Ctrl-C",
+        "serving %s at %s (POST /v1/describe /v1/score /v1/explain, GET /v1/models /healthz"
+        " /readyz /docs); stop with Ctrl-C",
         run.config.run_dir,
         address,
     )

@@ -1,32 +1,29 @@
-"""The served classes: verbalizer, scorer, capture, and the HTTP endpoint in front of them.
+"""The served classes that hold models: verbalizer, scorer and capture.
 
-The first three are plain classes that hold models. `application.py` makes Serve deployments of
-them: their methods run in threads, off the event loop. The endpoint holds no model. It checks a
-request, calls the three services and answers. Protects the rule that nothing invalid reaches a
-model: the endpoint refuses a request before any model runs.
+Plain classes, of which `application.py` makes Serve deployments. Their methods are coroutines: the
+models run in threads (`together.py`) that do the work of all waiting requests side by side, and a
+call that is cancelled is left out from the next step or batch on. What they are given was checked
+by the endpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 
-import nla_ray
 from nla_ray.activation import vectors
+from nla_ray.activation.positions import plan_batches
 from nla_ray.activation.stage import load_train_activations, view_mean
 from nla_ray.activation.typical import TrainActivations
-from nla_ray.activation.views import read_layers, read_prompt, view_activations
+from nla_ray.activation.views import read_layers, read_together, view_activations
 from nla_ray.base.adapters import adapter_active
-from nla_ray.base.encoding import ChatEncoder
+from nla_ray.base.encoding import ChatEncoder, EncodedChat
 from nla_ray.base.layers import ResidualReader
 from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.self_check import check_reading
@@ -38,33 +35,22 @@ from nla_ray.score.choice import agreement, best_of
 from nla_ray.score.claim_confidence import ClaimConfidence, without_unlikely
 from nla_ray.score.claims import claim_spans
 from nla_ray.score.reconstructor import Reconstructor
-from nla_ray.serve import schema
-from nla_ray.serve.application import find_claim_confidence
+from nla_ray.serve.application import decoding_of, find_claim_confidence
 from nla_ray.serve.schema import (
-    Activation,
-    BaseBody,
     ClaimBody,
-    DescribeRequest,
-    DescribeResponse,
     DescriptionBody,
-    ErrorBody,
-    ExplainRequest,
-    ExplainResponse,
-    Explanation,
-    HealthResponse,
-    ModelsResponse,
     NearActivation,
-    Refusal,
     Sampling,
     ScoreBody,
-    ScoreRequest,
-    ScoreResponse,
     TypicalityBody,
 )
-from nla_ray.settings.config import RunConfig, ServeConfig
+from nla_ray.serve.together import BatchingThread, DescribingThread
+from nla_ray.settings.config import RunConfig
 
-_PING_SECONDS = 10.0
-
+_PROMPT_TOKENS = 16
+"""Of a scorer's prompt, around the description; a few more or less change a batch's size alone."""
+_BYTES_OF_TOKEN = 3
+"""Of a text that is not encoded yet, about: it decides how many texts are taken together."""
 
 logger = get_logger(__name__)
 
@@ -87,31 +73,34 @@ class Captured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapturedEnds:
-    """The activations at the ends of several prompts.
-
-    Example: CapturedEnds(activations=array of shape [2, d_model], injected=array of shape
-    [2, 1, d_model])
-    """
-
-    activations: np.ndarray
-    injected: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True)
 class SampleChoice:
     """Which of one activation's samples is the best, and how far all of them agree.
 
     Example: the third sample is the best, and all agree well.
 
     >>> SampleChoice(best=2, confidence=0.71)
-    SampleChoice(best=2, confidence=0.71)
+    SampleChoice(best=2, confidence=0.71, unread=None)
     """
 
     best: int
     """Index of the sample, from 0."""
     confidence: float
     """-1 to 1."""
+    unread: str | None = None
+    """What kept the scorer from reading the best sample as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Scores of descriptions by scorer name, in their order.
+
+    Example: Scored(scores=[], unread={3: "120 tokens"}): the scorers do not read the fourth
+    description as it is, which was asked for, and read none.
+    """
+
+    scores: list[dict[str, ScoreBody]]
+    unread: dict[int, str]
+    """What kept each description from being read as it is; of those that were refused for it."""
 
 
 class VerbalizerService:
@@ -121,7 +110,7 @@ class VerbalizerService:
         """`model`: a loaded base to share, with or without adapters in it; None loads one."""
         torch.set_num_threads(config.compute.threads)
         run = Run(config)
-        self._lock, self._verbalizers = threading.Lock(), {}
+        self._thread, self._verbalizers = DescribingThread(), dict[str, Verbalizer]()
         self._decoding: dict[str, tuple[int, float]] = {}
         self._confidence: dict[str, tuple[ClaimConfidence, int]] = {}
         self._layer = config.base.layer
@@ -132,9 +121,7 @@ class VerbalizerService:
         model = load_backbone(config.base) if model is None else model
         for name in names:
             manifest = run.require(name)
-            # SFT samples nothing while it trains: it is decoded as this configuration's GRPO is.
-            settings = manifest.config.get("grpo", vars(config.grpo))
-            self._decoding[name] = settings["max_new_tokens"], settings["temperature"]
+            self._decoding[name] = decoding_of(config, manifest)
             with run.local_copy(name, manifest, "adapter") as folder:
                 self._verbalizers[name] = Verbalizer.load(
                     config.base, folder, model=model, neighbours=manifest.model["neighbours"]
@@ -144,7 +131,7 @@ class VerbalizerService:
                 with run.local_copy(config.claim_confidence_artifact, learned) as folder:
                     self._confidence[name] = ClaimConfidence.load(folder), samples
 
-    def describe(
+    async def describe(
         self,
         name: str,
         activations: np.ndarray,
@@ -155,7 +142,8 @@ class VerbalizerService:
         """`samples` descriptions of each row of [n, d_model], ordered by (row, sample).
 
         `injected` [n, vectors, d_model]: what stands for each in the prompt; None: what follows
-        from the activation alone. `layer`: which they are of; None: the base's.
+        from the activation alone. `layer`: which they are of; None: the base's. A seed belongs to
+        each activation, whatever its row.
         """
         if injected is None:
             rows = torch.from_numpy(activations)
@@ -163,22 +151,37 @@ class VerbalizerService:
         longest, temperature = self._decoding[name]
         if sampling.temperature is not None or sampling.samples == 1:
             temperature = sampling.temperature or 0.0
-        least = sampling.min_claim_confidence
-        with self._lock:
-            written = self._verbalizers[name].describe(
-                torch.from_numpy(injected),
-                max_new_tokens=sampling.max_new_tokens or longest,
-                temperature=temperature,
-                seed=sampling.seed,
-                group_size=sampling.samples,
-                with_claims=least is not None,
-                layer=layer,
+        verbalizer = self._verbalizers[name]
+        writing = self._thread.describe(
+            verbalizer.engine,
+            torch.from_numpy(injected),
+            max_new_tokens=sampling.max_new_tokens or longest,
+            temperature=temperature,
+            seed=sampling.seed,
+            rows=[0] * len(injected),
+            group_size=sampling.samples,
+            ending=verbalizer.ending_of(layer),
+        )
+        if sampling.min_claim_confidence is None:
+            written, drawn = await writing, []
+        else:
+            written, drawn = await asyncio.gather(
+                writing, self._drawn_for_claims(name, injected, sampling)
             )
-            likely = (
-                []
-                if least is None
-                else self._by_claim(name, activations, injected, written, sampling)
-            )
+        return await asyncio.to_thread(
+            self._bodies, name, activations, written, drawn, sampling, layer
+        )
+
+    def _bodies(
+        self,
+        name: str,
+        activations: np.ndarray,
+        written: Sequence[Description],
+        drawn: Sequence[Description],
+        sampling: Sampling,
+        layer: int | None,
+    ) -> list[DescriptionBody]:
+        """`drawn`: of `_drawn_for_claims`, where that is asked for."""
         places = self._places(activations, self._layer if layer is None else layer)
         bodies = [
             DescriptionBody(
@@ -189,8 +192,10 @@ class VerbalizerService:
             )
             for number, sample in enumerate(written)
         ]
+        least = sampling.min_claim_confidence
         if least is None:
             return bodies
+        likely = self._by_claim(name, activations, written, drawn)
         return [
             _without_unlikely(body, row, least) for body, row in zip(bodies, likely, strict=True)
         ]
@@ -214,35 +219,40 @@ class VerbalizerService:
             for place in train.place(torch.from_numpy(activations))
         ]
 
-    def _by_claim(
-        self,
-        name: str,
-        activations: np.ndarray,
-        injected: np.ndarray,
-        written: Sequence[Description],
-        sampling: Sampling,
-    ) -> list[dict[str, float]]:
-        """The probability of each claim of greedy descriptions; samples are drawn for it.
+    async def _drawn_for_claims(
+        self, name: str, injected: np.ndarray, sampling: Sampling
+    ) -> list[Description]:
+        """Samples of each activation, whose agreement tells how likely a claim is.
 
-        They are drawn as long as those that it was learned with, and of every activation by the
-        same seed: what it is depends on no other activation of the request.
+        They are drawn as long as those that it was learned with.
         """
         longest, temperature = self._decoding[name]
-        confidence, count = self._confidence[name]
-        rows = torch.from_numpy(activations)
-        drawn = self._verbalizers[name].describe(
+        _, count = self._confidence[name]
+        return await self._thread.describe(
+            self._verbalizers[name].engine,
             torch.from_numpy(injected),
             max_new_tokens=longest,
             temperature=temperature,
             seed=sampling.seed,
-            rows=[0] * len(rows),
+            rows=[0] * len(injected),
             group_size=count,
         )
+
+    def _by_claim(
+        self,
+        name: str,
+        activations: np.ndarray,
+        written: Sequence[Description],
+        drawn: Sequence[Description],
+    ) -> list[dict[str, float]]:
+        """The probability of each claim of greedy descriptions."""
+        confidence, count = self._confidence[name]
+        with_claims = map(self._verbalizers[name].with_claim_log_probs, written)
         texts = [sample.text for sample in drawn]
         return confidence.by_claim(
-            rows,
+            torch.from_numpy(activations),
             [description.text for description in written],
-            [description.claim_log_probs or {} for description in written],
+            [description.claim_log_probs or {} for description in with_claims],
             [texts[start : start + count] for start in range(0, len(texts), count)],
         )
 
@@ -265,11 +275,21 @@ def _train_activations(run: Run, layer: int) -> TrainActivations | None:
 class ScorerService:
     """Scorers of one run by name; they share one loaded base."""
 
-    def __init__(self, config: RunConfig, names: Sequence[str], model: Any = None) -> None:
-        """`model`: a loaded base to share, which gets the scorers' adapters; None loads one."""
+    def __init__(
+        self,
+        config: RunConfig,
+        names: Sequence[str],
+        model: Any = None,
+        batches: BatchingThread | None = None,
+    ) -> None:
+        """`model`: a loaded base to share, which gets the scorers' adapters; None loads one.
+
+        `batches`: of all that run blocks of a shared base; None: one of its own.
+        """
         torch.set_num_threads(config.compute.threads)
         run = Run(config)
-        self._lock, self._reconstructors = threading.Lock(), {}
+        self._batches = batches or make_batches(config)
+        self._reconstructors: dict[str, Reconstructor] = {}
         self._batch_size = config.evaluation.batch_size
         for name in names:
             artifact = f"{name}_scorer"
@@ -278,61 +298,93 @@ class ScorerService:
                     config.base, folder, adapter=name, model=model
                 )
             model = self._reconstructors[name].model
+        self._compute = {name: partial(self._reconstruct, name) for name in names}
+        """One object a scorer: batches hold calls of the same one."""
 
     @property
     def model(self) -> Any:
         """The loaded base with the scorers' adapters in it, to be shared."""
         return next(iter(self._reconstructors.values())).model
 
-    def score(
-        self, names: Sequence[str], descriptions: Sequence[str], activations: np.ndarray
-    ) -> list[dict[str, ScoreBody]]:
+    async def score(
+        self,
+        names: Sequence[str],
+        descriptions: Sequence[str],
+        activations: np.ndarray,
+        *,
+        whole: bool = False,
+    ) -> Scored:
         """Scores of n descriptions by scorer name, each against its row of [n, d_model].
 
-        A scorer reconstructs every description once.
+        A scorer reconstructs every description once. `whole`: nothing is scored where one of the
+        descriptions is not read as it is.
         """
+        unread = await asyncio.to_thread(self._unread, names, descriptions)
+        refused = {row: reason for (_, row), reason in unread.items() if whole}
+        if refused:
+            return Scored(scores=[], unread=refused)
         original = torch.from_numpy(activations)
         scores: list[dict[str, ScoreBody]] = [{} for _ in descriptions]
         for name in names:
-            reconstruction, mean = self._reconstruct(name, descriptions)
+            reconstruction, mean = await self._reconstructed(name, descriptions)
             columns = zip(
                 vectors.cosine(reconstruction, original).tolist(),
                 vectors.centred_cosine(reconstruction, original, mean).tolist(),
                 vectors.squared_error(reconstruction, original).tolist(),
                 strict=True,
             )
-            for by_scorer, (cosine, centred, error) in zip(scores, columns, strict=True):
-                by_scorer[name] = ScoreBody(
-                    cosine=cosine, centred_cosine=centred, squared_error=error
+            for row, (cosine, centred, error) in enumerate(columns):
+                scores[row][name] = ScoreBody(
+                    cosine=cosine,
+                    centred_cosine=centred,
+                    squared_error=error,
+                    unread=unread.get((name, row)),
                 )
-        return scores
+        return Scored(scores=scores, unread={})
 
-    def choose(
+    async def choose(
         self, name: str, descriptions: Sequence[str], activations: np.ndarray
     ) -> list[SampleChoice]:
         """The best sample of each row of [n, d_model].
 
         `descriptions`: at least two samples a row, ordered by (row, sample).
         """
-        reconstruction, mean = self._reconstruct(name, descriptions)
+        reconstruction, mean = await self._reconstructed(name, descriptions)
         grouped = reconstruction.unflatten(0, (len(activations), -1))
         best = best_of(grouped, torch.from_numpy(activations), mean).tolist()
         confidences = agreement(grouped, mean).tolist()
+        samples = grouped.shape[1]
+        chosen = [descriptions[row * samples + sample] for row, sample in enumerate(best)]
+        unread = await asyncio.to_thread(self._unread, [name], chosen)
         return [
-            SampleChoice(best=sample, confidence=confidence)
-            for sample, confidence in zip(best, confidences, strict=True)
+            SampleChoice(best=sample, confidence=confidence, unread=unread.get((name, row)))
+            for row, (sample, confidence) in enumerate(zip(best, confidences, strict=True))
         ]
 
-    def _reconstruct(
+    def _unread(
+        self, names: Sequence[str], descriptions: Sequence[str]
+    ) -> dict[tuple[str, int], str]:
+        """By scorer and row, what keeps a description from being read as it is."""
+        found = {
+            (name, row): self._reconstructors[name].unread(description)
+            for name in names
+            for row, description in enumerate(descriptions)
+        }
+        return {key: reason for key, reason in found.items() if reason is not None}
+
+    async def _reconstructed(
         self, name: str, descriptions: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One scorer's reconstructions [n, d_model] and train mean direction [d_model], on CPU."""
         reconstructor = self._reconstructors[name]
-        with self._lock:
-            return (
-                reconstructor.reconstruct(descriptions, self._batch_size),
-                reconstructor.mean.cpu(),
-            )
+        longest = reconstructor.max_tokens
+        # No tokenizer makes more tokens than bytes.
+        sizes = [min(longest, len(text.encode())) + _PROMPT_TOKENS for text in descriptions]
+        rows = await self._batches.answer(self._compute[name], descriptions, sizes)
+        return torch.stack(rows), reconstructor.mean.cpu()
+
+    def _reconstruct(self, name: str, descriptions: list[str]) -> Sequence[torch.Tensor]:
+        return self._reconstructors[name].reconstruct(descriptions, self._batch_size).unbind(0)
 
     async def ping(self) -> str:
         """Answer when the replica can."""
@@ -342,10 +394,16 @@ class ScorerService:
 class CaptureService:
     """The base's first blocks, without adapters: text in, activations of chosen positions out."""
 
-    def __init__(self, config: RunConfig, model: Any = None) -> None:
-        """`model`: a loaded base to share, adapters or not; None loads the blocks it needs."""
+    def __init__(
+        self, config: RunConfig, model: Any = None, batches: BatchingThread | None = None
+    ) -> None:
+        """`model`: a loaded base to share, adapters or not; None loads the blocks it needs.
+
+        `batches`: as `ScorerService` takes it.
+        """
         torch.set_num_threads(config.compute.threads)
-        self._base, self._lock = config.base, threading.Lock()
+        self._base, self._batches = config.base, batches or make_batches(config)
+        self._batch_tokens = config.serve.batch_tokens
         self._tokenizer = load_tokenizer(config.base)
         self._chat = ChatEncoder(self._tokenizer, config.base.model)
         layers = read_layers(config.base)
@@ -355,34 +413,47 @@ class CaptureService:
             check_reading(self._model, layers)
         self._reader, self._mean = ResidualReader(self._model, layers), view_mean(Run(config))
 
-    @torch.no_grad()
-    def capture(self, text: str, positions: Sequence[int], layer: int | None = None) -> Captured:
-        """Activations at positions of the chat-formatted prompt, at a layer (None: the base's).
+    async def capture(
+        self, texts: Sequence[str], positions: Sequence[int], layer: int | None = None
+    ) -> list[Captured]:
+        """Activations at the same positions of each text's chat-formatted prompt.
 
-        No activation when the prompt is too long or a position is outside it.
+        `layer`: at which of those that are described; None: the base's. No activation of a prompt
+        that is too long, or that a position is outside of.
         """
-        encoded = self._chat.encode(text)
-        ids = encoded.ids
-        chosen = [position + len(ids) if position < 0 else position for position in positions]
-        outside = any(not 0 <= position < len(ids) for position in chosen)
-        if len(ids) > self._base.max_tokens or outside:
-            return Captured(
-                num_tokens=len(ids),
-                positions=[],
-                tokens=[],
-                activations=np.zeros((0, 0), np.float32),
-                injected=np.zeros((0, 0, 0), np.float32),
-            )
-        with self._lock, adapter_active(self._model, None):
-            activations, injected = read_prompt(
-                self._base, self._reader, encoded, chosen, self._mean, layer
-            )
-        tokens = [self._tokenizer.decode([ids[position]]) for position in chosen]
+        items = [(text, tuple(positions), layer) for text in texts]
+        sizes = [len(text.encode()) // _BYTES_OF_TOKEN + 1 for text in texts]
+        return await self._batches.answer(self._read, items, sizes)
+
+    @torch.no_grad()
+    def _read(self, items: Sequence[tuple[str, tuple[int, ...], int | None]]) -> list[Captured]:
+        encoded = [self._chat.encode(text) for text, _, _ in items]
+        captured = [_nothing_captured(len(chat.ids)) for chat in encoded]
+        prompts: dict[int, tuple[EncodedChat, list[int], int | None]] = {}
+        for number, (chat, (_, positions, layer)) in enumerate(zip(encoded, items, strict=True)):
+            found = [place + len(chat.ids) if place < 0 else place for place in positions]
+            is_inside = all(0 <= place < len(chat.ids) for place in found)
+            if len(chat.ids) <= self._base.max_tokens and is_inside:
+                prompts[number] = chat, found, layer
+        numbers = list(prompts)
+        lengths = [max(places) + 1 for _, places, _ in prompts.values()]
+        with adapter_active(self._model, None):
+            for batch in plan_batches(lengths, self._batch_tokens):
+                taken = [numbers[place] for place in batch]
+                asked = [prompts[number] for number in taken]
+                read = read_together(self._base, self._reader, asked, self._mean)
+                for number, (chat, places, _), answer in zip(taken, asked, read, strict=True):
+                    captured[number] = self._captured(chat, places, *answer)
+        return captured
+
+    def _captured(
+        self, chat: EncodedChat, places: list[int], rows: torch.Tensor, injected: torch.Tensor
+    ) -> Captured:
         return Captured(
-            num_tokens=len(ids),
-            positions=chosen,
-            tokens=tokens,
-            activations=activations.numpy(),
+            num_tokens=len(chat.ids),
+            positions=places,
+            tokens=[self._tokenizer.decode([chat.ids[place]]) for place in places],
+            activations=rows.numpy(),
             injected=injected.numpy(),
         )
 
@@ -391,231 +462,19 @@ class CaptureService:
         return "ok"
 
 
-class Endpoint:
-    """The HTTP interface: checks a request, calls the services, answers.
-
-    `verbalizer`, `scorer`, `capture`: handles whose methods are called with `.remote(...)`.
-    """
-
-    def __init__(
-        self,
-        settings: ServeConfig,
-        models: ModelsResponse,
-        verbalizer: Any,
-        scorer: Any,
-        capture: Any,
-    ) -> None:
-        self._settings, self._models = settings, models
-        self._verbalizer, self._scorer, self._capture = verbalizer, scorer, capture
-        self._verbalizers = [model.name for model in models.verbalizers]
-        self._scorers = [model.name for model in models.scorers]
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve once the replica has its handles."""
-        return build_api(self)
-
-    @property
-    def _base(self) -> BaseBody:
-        return self._models.base
-
-    async def describe(self, request: DescribeRequest) -> DescribeResponse:
-        """Describe activations, or the activations at the end of texts."""
-        name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
-        layer = schema.described_layer(request.layer, self._base)
-        self._check_sampling(name, request)
-        schema.check_inputs(request)
-        schema.check_further_layer(request, layer, self._base)
-        if request.vectors is not None:
-            descriptions = await self._describe_vectors(name, request.vectors, request, layer)
-        elif request.activations is not None:
-            schema.check_injected("activations", self._base.injected)
-            activations = self._array("activations", request.activations)
-            descriptions = await self._describe_rows(name, activations, None, request, layer)
-        else:
-            ends = await self.capture_ends(request.texts or [], layer)
-            descriptions = await self._describe_rows(
-                name, ends.activations, ends.injected, request, layer
-            )
-        return DescribeResponse(verbalizer=name, layer=layer, descriptions=descriptions)
-
-    async def capture_ends(self, texts: Sequence[str], layer: int | None = None) -> CapturedEnds:
-        """The activations that end the texts' prompts, and what is injected for them.
-
-        `layer`: at which one; None: the served one.
-        """
-        layer = schema.described_layer(layer, self._base)
-        schema.check_batch("texts", len(texts), self._settings.max_batch)
-        named = {f"texts[{index}]": text for index, text in enumerate(texts)}
-        for what, text in named.items():
-            schema.check_text(what, text, self._settings.max_text_chars)
-        captured = await asyncio.gather(
-            *(self._captured(what, text, [-1], layer) for what, text in named.items())
-        )
-        return CapturedEnds(
-            activations=np.concatenate([capture.activations for capture in captured]),
-            injected=np.concatenate([capture.injected for capture in captured]),
-        )
-
-    async def _describe_vectors(
-        self,
-        name: str,
-        prompts: Sequence[Sequence[Activation]],
-        request: DescribeRequest,
-        layer: int,
-    ) -> list[DescriptionBody]:
-        """Describe what the caller puts into the prompts, vector by vector.
-
-        Prompts of as many vectors are written together.
-        """
-        schema.check_batch("vectors", len(prompts), self._settings.max_batch)
-        schema.check_vectors(prompts, request.max_new_tokens, self._base)
-        rows = [self._array(f"vectors[{number}]", prompt) for number, prompt in enumerate(prompts)]
-        by_count: dict[int, list[int]] = {}
-        for number, prompt in enumerate(rows):
-            by_count.setdefault(len(prompt), []).append(number)
-        described: dict[int, DescriptionBody] = {}
-        for numbers in by_count.values():
-            injected = np.stack([rows[number] for number in numbers])
-            bodies = await self._describe_rows(name, injected[:, 0], injected, request, layer)
-            described |= zip(numbers, bodies, strict=True)
-        return [described[number] for number in range(len(rows))]
-
-    async def score(self, request: ScoreRequest) -> ScoreResponse:
-        """Reconstruct each description once and compare it with its activation."""
-        names = schema.choose_names("scorers", request.scorers, self._scorers)
-        schema.require_served_layer(request.layer, self._base.layer)
-        activations = self._array(
-            "items", [item.activation for item in request.items], "items[{}].activation"
-        )
-        for index, item in enumerate(request.items):
-            schema.check_description(
-                f"items[{index}].description", item.description, self._settings.max_text_chars
-            )
-        scores = await self._scorer.score.remote(
-            names, [item.description for item in request.items], activations
-        )
-        return ScoreResponse(layer=self._base.layer, scores=scores)
-
-    async def explain(self, request: ExplainRequest) -> ExplainResponse:
-        """Capture a text's activations at the chosen positions; describe and score each."""
-        name = schema.choose_name("verbalizer", request.verbalizer, self._verbalizers)
-        scorers = schema.choose_names("scorers", request.scorers, self._scorers)
-        layer = schema.described_layer(request.layer, self._base)
-        self._check_sampling(name, request)
-        schema.check_further_layer(request, layer, self._base, request.scorers)
-        schema.check_text("text", request.text, self._settings.max_text_chars)
-        schema.check_batch("positions", len(request.positions), self._settings.max_batch)
-        captured = await self._captured("text", request.text, request.positions, layer)
-        described = await self._describe_rows(
-            name, captured.activations, captured.injected, request, layer
-        )
-        scores: dict[int, dict[str, ScoreBody]] = {}
-        if layer == self._base.layer:
-            sure = [row for row, description in enumerate(described) if not description.unsure]
-            scored = await self._scorer.score.remote(
-                scorers, [described[row].description for row in sure], captured.activations[sure]
-            )
-            scores = dict(zip(sure, scored, strict=True))
-        explanations = [
-            Explanation(
-                **description.model_dump(),
-                position=captured.positions[row],
-                token=captured.tokens[row],
-                scores=scores.get(row, {}),
-            )
-            for row, description in enumerate(described)
-        ]
-        return ExplainResponse(
-            verbalizer=name, layer=layer, num_tokens=captured.num_tokens, explanations=explanations
-        )
-
-    async def models(self) -> ModelsResponse:
-        """What is served."""
-        return self._models
-
-    async def health(self) -> JSONResponse:
-        """200 when verbalizer, scorer and capture answer within ten seconds; else 503."""
-        handles = {"verbalizer": self._verbalizer, "scorer": self._scorer, "capture": self._capture}
-        answers = await asyncio.gather(
-            *(_ping_answer(handle.ping.remote()) for handle in handles.values())
-        )
-        deployments = dict(zip(handles, answers, strict=True))
-        healthy = all(answer == "ok" for answer in answers)
-        body = HealthResponse(status="ok" if healthy else "failing", deployments=deployments)
-        return JSONResponse(body.model_dump(), status_code=200 if healthy else 503)
-
-    def _check_sampling(self, verbalizer: str, sampling: Sampling) -> None:
-        schema.check_length(sampling.max_new_tokens, self._base.max_new_tokens)
-        [served] = [model for model in self._models.verbalizers if model.name == verbalizer]
-        schema.check_claim_confidence(sampling, served)
-        schema.check_choice(sampling, self._scorers)
-
-    async def _describe_rows(
-        self,
-        name: str,
-        activations: np.ndarray,
-        injected: np.ndarray | None,
-        request: Sampling,
-        layer: int,
-    ) -> list[DescriptionBody]:
-        """One answer for each row of [n, d_model], as `VerbalizerService.describe` takes it.
-
-        It is the row's only sample, or the best of several by the reward scorer.
-        """
-        sampling = Sampling.model_validate(request.model_dump(include=set(Sampling.model_fields)))
-        written = await self._verbalizer.describe.remote(
-            name, activations, sampling, injected, layer
-        )
-        if sampling.samples == 1:
-            return written
-        choices = await self._scorer.choose.remote(
-            schema.CHOOSER, [sample.description for sample in written], activations
-        )
-        return [
-            _answer(written[row * sampling.samples + choice.best], choice.confidence, sampling)
-            for row, choice in enumerate(choices)
-        ]
-
-    def _array(
-        self, what: str, activations: Sequence[Sequence[float]], item: str | None = None
-    ) -> np.ndarray:
-        """Checked activations: [n, d_model] float32.
-
-        `item`: the name of an activation in a refusal, with {} for its index.
-        """
-        schema.check_batch(what, len(activations), self._settings.max_batch)
-        item = item or f"{what}[{{}}]"
-        for index, activation in enumerate(activations):
-            schema.check_activation(item.format(index), activation, self._base.d_model)
-        return np.asarray(activations, dtype=np.float32)
-
-    async def _captured(self, what: str, text: str, positions: list[int], layer: int) -> Captured:
-        captured = await self._capture.capture.remote(text, positions, layer)
-        if captured.num_tokens > self._base.max_tokens:
-            raise Refusal(
-                what,
-                f"{captured.num_tokens} tokens with the chat template",
-                f"at most {self._base.max_tokens} tokens",
-            )
-        if not captured.positions:
-            raise Refusal(
-                "positions",
-                positions,
-                f"-{captured.num_tokens} to {captured.num_tokens - 1}, the prompt's tokens",
-            )
-        return captured
+def make_batches(config: RunConfig) -> BatchingThread:
+    """The thread that capture or scorers read in."""
+    settings = config.serve
+    return BatchingThread(largest=settings.batch_tokens, window_seconds=settings.window_seconds)
 
 
-def _answer(best: DescriptionBody, confidence: float, sampling: Sampling) -> DescriptionBody:
-    """The best sample, withheld where the samples agree less than was asked for."""
-    unsure = sampling.min_confidence is not None and confidence < sampling.min_confidence
-    return best.model_copy(
-        update={
-            "description": None if unsure else best.description,
-            "unsure": unsure,
-            "confidence": confidence,
-            "samples": sampling.samples,
-        }
+def _nothing_captured(num_tokens: int) -> Captured:
+    return Captured(
+        num_tokens=num_tokens,
+        positions=[],
+        tokens=[],
+        activations=np.zeros((0, 0), np.float32),
+        injected=np.zeros((0, 0, 0), np.float32),
     )
 
 
@@ -630,67 +489,3 @@ def _without_unlikely(
         for claim, confidence in likely.items()
     ]
     return body.model_copy(update={"description": description, "claims": claims})
-
-
-async def _ping_answer(answer: Awaitable[str]) -> str:
-    """The deployment's answer, or the error in its stead: health reports and never raises."""
-    try:
-        return await asyncio.wait_for(_awaited(answer), _PING_SECONDS)
-    except Exception as error:
-        return schema.shorten(f"{type(error).__name__}: {error}")
-
-
-async def _awaited(answer: Awaitable[str]) -> str:
-    """A coroutine, which `asyncio.wait_for` asks for, of Serve's awaitable response."""
-    return await answer
-
-
-def build_api(endpoint: Endpoint) -> FastAPI:
-    """Routes, OpenAPI page and the form of refusals."""
-    api = FastAPI(
-        title="nla_ray",
-        version=nla_ray.__version__,
-        description="Descriptions of a language model's activations, and scores of them.",
-    )
-    refused: dict[int | str, dict[str, Any]] = {
-        422: {"model": ErrorBody, "description": "Refused: what, got, expected."}
-    }
-    for path, answer, body in (
-        ("/v1/describe", endpoint.describe, DescribeResponse),
-        ("/v1/score", endpoint.score, ScoreResponse),
-        ("/v1/explain", endpoint.explain, ExplainResponse),
-    ):
-        api.add_api_route(path, answer, methods=["POST"], response_model=body, responses=refused)
-    api.add_api_route("/v1/models", endpoint.models, methods=["GET"], response_model=ModelsResponse)
-    api.add_api_route(
-        "/healthz",
-        endpoint.health,
-        methods=["GET"],
-        response_model=HealthResponse,
-        responses={503: {"model": HealthResponse}},
-    )
-    api.add_exception_handler(Refusal, _answer_refusal)
-    api.add_exception_handler(RequestValidationError, _answer_validation)
-    return api
-
-
-async def _answer_refusal(request: Request, refusal: Refusal) -> JSONResponse:
-    return _refused(refusal)
-
-
-async def _answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-    """The first error in the body's form, answered as every refusal is."""
-    return _refused(refusal_of(error.errors()))
-
-
-def refusal_of(errors: Sequence[Mapping[str, Any]]) -> Refusal:
-    """The first of pydantic's errors as a refusal."""
-    first = errors[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    missing = first["type"] == "missing"
-    return Refusal(field, "nothing" if missing else first.get("input"), first["msg"])
-
-
-def _refused(refusal: Refusal) -> JSONResponse:
-    body = ErrorBody(what=refusal.what, got=refusal.got, expected=refusal.expected)
-    return JSONResponse(body.model_dump(), status_code=422)

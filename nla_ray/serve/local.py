@@ -23,18 +23,15 @@ from nla_ray.base.load import load_backbone
 from nla_ray.run.artifact import Run
 from nla_ray.run.stages import STAGES
 from nla_ray.serve.application import SERVED_VERBALIZERS, find_models
-from nla_ray.serve.deployments import (
-    CaptureService,
-    Endpoint,
-    ScorerService,
-    VerbalizerService,
-    refusal_of,
-)
+from nla_ray.serve.deployments import CaptureService, ScorerService, VerbalizerService, make_batches
+from nla_ray.serve.endpoint import Endpoint
+from nla_ray.serve.routes import refusal_of
 from nla_ray.serve.schema import (
     DescribeRequest,
     DescriptionBody,
     ExplainRequest,
     ExplainResponse,
+    ModelsResponse,
     Refusal,
     ScoreBody,
     ScoreRequest,
@@ -47,7 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NO_LIMIT = 10**9
-"""Of texts in one call and of characters in a text: limits protect a server, not a caller."""
+"""Of texts in one call, of characters in a text and of tokens: limits protect a server."""
 
 
 def run_config(run_dir: str) -> RunConfig:
@@ -75,7 +72,12 @@ def run_config(run_dir: str) -> RunConfig:
             recorded = {name: manifest.config[name] for name in stage.sections if name in types}
             sections |= {name: from_dict(types[name], value) for name, value in recorded.items()}
     compute = ComputeConfig(threads=torch.get_num_threads())
-    serve = ServeConfig(max_batch=_NO_LIMIT, max_text_chars=_NO_LIMIT)
+    serve = ServeConfig(
+        max_batch=_NO_LIMIT,
+        max_text_chars=_NO_LIMIT,
+        max_request_tokens=_NO_LIMIT,
+        window_seconds=0.0,
+    )
     return dataclasses.replace(preset, run_dir=run_dir, compute=compute, serve=serve, **sections)
 
 
@@ -185,24 +187,31 @@ class LoadedRun:
 
     @cached_property
     def _endpoint(self) -> Endpoint:
-        """The endpoint over services of this process; models are loaded when it is first asked."""
-        scorers = [scorer.name for scorer in self.models.scorers]
-        verbalizers = [verbalizer.name for verbalizer in self.models.verbalizers]
-        with warnings.catch_warnings():
-            # peft asks transformers for things by their old names.
-            warnings.simplefilter("ignore", FutureWarning)
-            base = load_backbone(self.config.base)
-            scoring = ScorerService(self.config, scorers, base)
-            services = (
-                VerbalizerService(self.config, verbalizers, scoring.model),
-                scoring,
-                CaptureService(self.config, scoring.model),
-            )
-        return Endpoint(self.config.serve, self.models, *map(_Handle, services))
+        """Models are loaded when it is first asked."""
+        return local_endpoint(self.config, self.models)
 
     def _answer(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run the endpoint's coroutine in a thread of its own: a notebook's loop runs already."""
         return self._thread.submit(asyncio.run, coroutine).result()
+
+
+def local_endpoint(config: RunConfig, models: ModelsResponse) -> Endpoint:
+    """The endpoint of a run over services of this process, which share one loaded base."""
+    scorers = [scorer.name for scorer in models.scorers]
+    verbalizers = [verbalizer.name for verbalizer in models.verbalizers]
+    # One thread for all that runs the base's blocks: adapters in them are switched.
+    batches = make_batches(config)
+    with warnings.catch_warnings():
+        # peft asks transformers for things by their old names.
+        warnings.simplefilter("ignore", FutureWarning)
+        base = load_backbone(config.base)
+        scoring = ScorerService(config, scorers, base, batches)
+        services = (
+            VerbalizerService(config, verbalizers, scoring.model),
+            scoring,
+            CaptureService(config, scoring.model, batches),
+        )
+    return Endpoint(config.serve, models, *map(_Handle, services), is_loaded=True)
 
 
 class _Handle:
@@ -219,8 +228,8 @@ class _Method:
     def __init__(self, function: Any) -> None:
         self._function = function
 
-    async def remote(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
+    def remote(self, *arguments: Any, **named: Any) -> asyncio.Task[Any]:
+        return asyncio.ensure_future(self._function(*arguments, **named))
 
 
 def _require_list(what: str, values: Any) -> None:

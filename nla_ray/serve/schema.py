@@ -1,8 +1,8 @@
-"""The HTTP interface as types: requests, responses, and the one form of a refusal.
+"""The HTTP interface as types: requests, responses, and the one form of refusals and errors.
 
 Knows neither Serve nor models. Checks that need only facts of the served base (width, layer,
-limits) are functions here. Each raises `Refusal`, which the endpoint answers with status 422 and
-`{what, got, expected}`.
+limits) are functions here. Each raises `Refusal`, which is answered with its status, 422 unless it
+says another, and `{what, got, expected}`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ MIN_NORM = 1e-6
 MAX_NORM = 1e18
 """Of a longer activation the squared norm leaves float32."""
 MAX_FLOAT32 = 3.4028234663852886e38
+MIN_TEMPERATURE = 0.01
+"""A lower one that is not 0 makes logits infinite, and is greedy in all but name."""
 MAX_SAMPLES = 16
 """Most descriptions drawn of one activation: a CPU writes a full batch of them in seconds."""
 CHOOSER = "reward"
@@ -41,14 +43,27 @@ Activation = Annotated[
 class Refusal(ValueError):
     """A request that cannot be answered; `what`, `got` and `expected` are the response's body."""
 
-    def __init__(self, what: str, got: object, expected: str) -> None:
+    def __init__(
+        self,
+        what: str,
+        got: object,
+        expected: str,
+        *,
+        status: int = 422,
+        retry_seconds: int | None = None,
+    ) -> None:
+        """`status`: of HTTP. `retry_seconds`: when the same request may be answered."""
         self.what, self.got, self.expected = what, shorten(got), expected
+        self.status, self.retry_seconds = status, retry_seconds
         super().__init__(f"{self.what}: got {self.got}, expected {self.expected}")
 
 
 def shorten(value: object) -> str:
     """A value as text of bounded length."""
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of too many levels"
     # A lone surrogate would break the answer itself.
     text = text.encode("utf-8", "backslashreplace").decode()
     return (
@@ -61,9 +76,9 @@ class _Message(BaseModel):
 
 
 class ErrorBody(_Message):
-    """Body of a 422 response."""
+    """Body of every refusal and every error."""
 
-    what: str = Field(description="The field or limit concerned.")
+    what: str = Field(description="The field, limit or part concerned.")
     got: str
     expected: str
 
@@ -82,14 +97,20 @@ class Sampling(_Message):
         description=(
             "0 is greedy decoding. By default 0 for one sample and, for several, the temperature"
             " that training sampled at: greedy samples of one activation would all be the same, so"
-            " 0 is refused there."
+            f" 0 is refused there. Between 0 and {MIN_TEMPERATURE} nothing is sampled, and refused."
         ),
     )
     max_new_tokens: int | None = Field(
         None, ge=1, description="Longest description in tokens; by default what training used."
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="Seed of sampling; without effect at temperature 0."
+        0,
+        ge=0,
+        lt=2**63,
+        description=(
+            "Seed of sampling; without effect at temperature 0. It belongs to each activation: what"
+            " is drawn of one does not depend on what else is asked, here or by others."
+        ),
     )
     samples: int = Field(
         1,
@@ -282,6 +303,13 @@ class DescriptionBody(_Message):
         None, description="null where the run's activations are not there."
     )
     samples: int = Field(1, description="Descriptions drawn, this one among them.")
+    unread: str | None = Field(
+        None,
+        description=(
+            "Of the best of several: what kept the reward scorer, which chose it, from reading it"
+            " as it is. null: it read all, or there was no choice."
+        ),
+    )
     closed: bool = Field(description="False: it ran into the token limit before its closing tag.")
     num_tokens: int
 
@@ -302,6 +330,14 @@ class ScoreBody(_Message):
         description="The same with the train mean direction taken out; 0 is chance."
     )
     squared_error: float = Field(description="|n(r) - n(v)|^2, 0 to 4.")
+    unread: str | None = Field(
+        None,
+        description=(
+            "What kept the scorer from reading the description as it is: it reads the first"
+            " `max_tokens` tokens (/v1/models), and leaves out the character that is its marker."
+            " null: it read all. /v1/score refuses such descriptions."
+        ),
+    )
 
 
 class ScoreResponse(_Message):
@@ -373,6 +409,13 @@ class ModelBody(_Message):
     claim_confidence: bool = Field(
         False, description="Whether `min_claim_confidence` may be asked of it."
     )
+    max_new_tokens: int | None = Field(
+        None,
+        description="Longest description of a verbalizer, in tokens, where a request names none.",
+    )
+    max_tokens: int | None = Field(
+        None, description="Longest description that a scorer reads, in tokens."
+    )
 
 
 class ModelsResponse(_Message):
@@ -384,6 +427,15 @@ class ModelsResponse(_Message):
 
 
 class HealthResponse(_Message):
+    """`ok`: the endpoint answers, whatever the models do."""
+
+    status: str
+    waiting: int = Field(
+        description="Activations that are worked on or wait, each as often as it is sampled."
+    )
+
+
+class ReadyResponse(_Message):
     """`ok` when every deployment answers."""
 
     status: str
@@ -440,6 +492,27 @@ def check_length(max_new_tokens: int | None, longest: int) -> None:
             max_new_tokens,
             f"at most {longest}, what the base's context has room for",
         )
+
+
+def check_request_tokens(asked: int, most: int, sampling: Sampling, longest: int) -> None:
+    """Refuse more tokens than one request may have written, of `asked` activations.
+
+    `longest`: the length of a description where the request names none.
+    """
+    tokens = sampling.max_new_tokens or longest
+    if asked * sampling.samples * tokens > most:
+        raise Refusal(
+            "max_new_tokens",
+            f"{asked} activations x {sampling.samples} samples x {tokens} tokens ="
+            f" {asked * sampling.samples * tokens}",
+            f"at most {most} tokens in a request",
+        )
+
+
+def check_temperature(temperature: float | None) -> None:
+    """Refuse a temperature at which nothing is sampled, and which is not 0."""
+    if temperature is not None and 0 < temperature < MIN_TEMPERATURE:
+        raise Refusal("temperature", temperature, f"0, which is greedy, or {MIN_TEMPERATURE} to 2")
 
 
 def check_choice(sampling: Sampling, scorers: Sequence[str]) -> None:

@@ -773,6 +773,44 @@ class ServeConfig:
     """Longest text or description in a request, in characters."""
     max_batch: int = 64
     """Most texts, activations, positions or descriptions in one request."""
+    max_request_tokens: int = 131_072
+    """Most tokens that one request may have written: activations x samples x max_new_tokens."""
+    max_waiting: int = 1_024
+    """Most activations, each as often as it is sampled, that are worked on or wait; what comes
+    beside them is refused (429) until some are done."""
+    max_body_bytes: int = 16_777_216
+    """Largest body of a request, in bytes."""
+    body_seconds: float = 30.0
+    """Longest time that a request may take to arrive."""
+    batch_tokens: int = 4_096
+    """Tokens that capture, and each scorer, reads at once, of all requests that wait."""
+    window_seconds: float = 0.002
+    """How long capture and scorers wait for further requests before they read, in seconds."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_request_tokens", "max_waiting", "max_body_bytes"):
+            require(
+                getattr(self, name) >= 1,
+                f"serve.{name}",
+                getattr(self, name),
+                "at least 1",
+                "Nothing would be answered.",
+            )
+        for name in ("body_seconds", "batch_tokens"):
+            require(
+                getattr(self, name) > 0,
+                f"serve.{name}",
+                getattr(self, name),
+                "more than 0",
+                "Nothing would be read.",
+            )
+        require(
+            0.0 <= self.window_seconds <= 1.0,
+            "serve.window_seconds",
+            self.window_seconds,
+            "0 to 1 seconds",
+            "Every request waits this long.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,8 +165,8 @@ def test_a_loaded_run_describes_texts_by_all_views_and_refuses_activations_alone
     with run.local_copy("sft", sft, "adapter") as folder:
         verbalizer = Verbalizer.load(captured.base, folder)
         sampled = {"max_new_tokens": 12, "temperature": 1.0}
-        expected = verbalizer.describe(table.injected[:3], **sampled)
-        alone = verbalizer.describe(table.vectors[:3], **sampled)
+        expected = verbalizer.describe(table.injected[:3], rows=[0, 0, 0], **sampled)
+        alone = verbalizer.describe(table.vectors[:3], rows=[0, 0, 0], **sampled)
     said = [body.description for body in loaded.describe(table.texts[:3], **sampled)]
     assert said == [description.text for description in expected]
     assert said != [description.text for description in alone]

@@ -296,6 +296,86 @@ def test_a_cancelled_call_ends_between_two_tokens_and_leaves_nothing_behind(scen
     assert tokens(engine.generate(scene.activations, max_new_tokens=NEW_TOKENS)) == expected
 
 
+def in_company(engine: GenerationEngine, asked: list[dict], first: int) -> list[list[Description]]:
+    """What is submitted one after the other, two steps apart, the `first` ones at once."""
+    submissions = [engine.submit(**arguments) for arguments in asked[:first]]
+    while len(submissions) < len(asked) or any(part.missing for part in submissions):
+        engine.step()
+        engine.step()
+        if len(submissions) < len(asked):
+            submissions.append(engine.submit(**asked[len(submissions)]))
+    return [part.descriptions for part in submissions]
+
+
+def mixed_requests(activations: Tensor) -> list[dict]:
+    """Submissions that differ in everything; alone they need from 1 to 9 slots."""
+    return [
+        {"activations": activations, "max_new_tokens": NEW_TOKENS},
+        {"activations": activations[:1], "max_new_tokens": 3, "temperature": 1.0, "seed": 4},
+        {"activations": activations.view(3, 3, -1), "max_new_tokens": 9},
+        {
+            "activations": activations[2:4],
+            "group_size": 5,
+            "max_new_tokens": 2 * NEW_TOKENS,
+            "temperature": 0.7,
+            "rows": [0, 0],
+        },
+        {"activations": activations[5:6], "max_new_tokens": 1},
+        {"activations": activations[:0]},
+        {"activations": activations[4:5], "max_new_tokens": NEW_TOKENS, "temperature": 0.7},
+    ]
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_submissions_are_written_as_alone_whenever_they_come(scene: Scene, first: int) -> None:
+    asked = mixed_requests(scene.activations)
+    alone = [tokens(scene.engine().generate(**arguments)) for arguments in asked]
+    engine = scene.engine()
+    for _ in range(2):
+        assert [tokens(part) for part in in_company(engine, asked, first)] == alone
+    assert [tokens(part) for part in in_company(engine, asked[::-1], first)] == alone[::-1]
+    assert engine.step() == []
+
+
+def test_recorded_steps_write_submissions_as_alone(compact_scene: Scene) -> None:
+    asked = mixed_requests(compact_scene.activations)
+    alone = [tokens(compact_scene.engine().generate(**arguments)) for arguments in asked]
+    engine = compact_scene.compact(merged=True, recorded=True)
+    assert [tokens(part) for part in in_company(engine, asked, 1)] == alone
+
+
+def test_a_cancelled_submission_frees_its_slots_and_the_others_go_on(scene: Scene) -> None:
+    engine = scene.engine()
+    long = {"activations": scene.activations, "group_size": 8, "temperature": 1.0}
+    short = {"activations": scene.activations[:2], "max_new_tokens": 5}
+    expected = tokens(engine.generate(**short))
+    left = engine.submit(**long, max_new_tokens=4 * NEW_TOKENS)
+    engine.step()
+    engine.step()
+    kept = engine.submit(**short)
+    with pytest.raises(RuntimeError, match="got weights while 2 submissions are not finished"):
+        engine.load_weights(scene.state, 8)
+    engine.cancel(left)
+    for _ in range(max(map(len, expected))):  # a prefill, and a step for each further token
+        assert kept.descriptions is None
+        engine.step()
+    assert kept.descriptions is not None and tokens(kept.descriptions) == expected
+    assert left.descriptions is None and engine.step() == []
+    engine.cancel(kept)
+    assert tokens(engine.generate(**short)) == expected
+
+
+def test_a_short_submission_takes_turns_with_a_long_one(one_scene: Scene) -> None:
+    engine = one_scene.engine(max_slots=2)
+    engine.end_ids = frozenset()  # every description has its full length
+    long = engine.submit(one_scene.activations, group_size=4, max_new_tokens=4)
+    engine.step()
+    short = engine.submit(one_scene.activations[:1], max_new_tokens=4)
+    while short.descriptions is None:
+        engine.step()
+    assert long.count - long.missing <= 4, "the two that were begun, and as many beside it"
+
+
 def test_the_models_own_weights_are_left_as_they_were(one_scene: Scene) -> None:
     before = {name: value.clone() for name, value in one_scene.model.state_dict().items()}
     one_scene.engine().generate(one_scene.activations, max_new_tokens=3)

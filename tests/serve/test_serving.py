@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import socket
@@ -292,8 +293,9 @@ def test_models_names_base_adapters_and_fingerprints(
     assert body["verbalizers"][1]["fingerprint"] == Run(config).find("sft").fingerprint
 
 
-def test_health_is_told_by_every_deployment(client: httpx.Client) -> None:
-    response = client.get("/healthz")
+def test_the_endpoint_is_ready_when_every_deployment_answers(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok", "waiting": 0}
+    response = client.get("/readyz")
     assert response.status_code == 200
     assert response.json() == {
         "status": "ok",
@@ -309,6 +311,7 @@ def test_the_openapi_page_describes_every_route_and_its_refusals(client: httpx.C
         "/v1/explain",
         "/v1/models",
         "/healthz",
+        "/readyz",
     }
     refusal = page["paths"]["/v1/describe"]["post"]["responses"]["422"]["content"][
         "application/json"
@@ -449,6 +452,13 @@ ONES = [1.0] * D_MODEL
             "min_confidence",
             "nan",
             "finite",
+        ),
+        (
+            "describe",
+            {"activations": [ONES], "temperature": 1e-38},
+            "temperature",
+            "1e-38",
+            "0, which is greedy, or 0.01 to 2",
         ),
         ("describe", {"activation": [ONES]}, "activation", "[[1.0", "not permitted"),
         ("describe", {"texts": ["fine", " \n\t"]}, "texts[1]", "' ", "visible character"),
@@ -598,6 +608,19 @@ def test_the_openapi_page_says_what_unsure_means(client: httpx.Client) -> None:
     )
 
 
+def test_a_client_that_leaves_takes_its_work_along(
+    client: httpx.Client, config: RunConfig, activations: torch.Tensor
+) -> None:
+    longest = client.get("/v1/models").json()["base"]["max_new_tokens"]
+    body = {"activations": activations.tolist(), "samples": 16, "max_new_tokens": longest}
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/describe", json=body, timeout=0.2)
+    while client.get("/healthz").json()["waiting"]:
+        pass
+    response = client.post("/v1/describe", json={"activations": activations.tolist()})
+    assert response.status_code == 200
+
+
 # What is missing ----------------------------------------------------------------------------------
 
 
@@ -626,8 +649,10 @@ def test_descriptions_are_decoded_as_training_did_not_as_this_command_says(
         config, grpo=dataclasses.replace(config.grpo, max_new_tokens=1, temperature=0.01)
     )
     ours, theirs = (
-        VerbalizerService(settings, ["grpo"]).describe(
-            "grpo", activations.numpy(), Sampling(samples=4, seed=1)
+        asyncio.run(
+            VerbalizerService(settings, ["grpo"]).describe(
+                "grpo", activations.numpy(), Sampling(samples=4, seed=1)
+            )
         )
         for settings in (config, changed)
     )

@@ -18,7 +18,7 @@ from nla_ray.base.families import beyond_parts, causal_model, wrapper_of
 from nla_ray.base.prompts import InjectionPrompt, LayerEnding
 from nla_ray.description.engines.compact import CompactDecoder
 from nla_ray.description.engines.plain import PlainDecoder
-from nla_ray.description.engines.requests import never
+from nla_ray.description.engines.requests import Submission, never
 from nla_ray.description.engines.self_check import check_generation
 from nla_ray.description.engines.slots import SlotEngine
 from nla_ray.description.engines.vllm import VllmEngine
@@ -37,6 +37,10 @@ class GenerationEngine(Protocol):
     - A description is a function of weights, activation, seed, row and sample alone: neither slots
       nor the order and number of the other descriptions change it.
     - A call can be cancelled between two tokens, and leaves nothing behind.
+    - Submissions are written side by side; one that comes late is let in at the next step, and
+      takes turns with the others.
+
+    It belongs to one thread at a time.
     """
 
     weight_version: int
@@ -48,7 +52,7 @@ class GenerationEngine(Protocol):
         """Use these adapter weights (names as in `adapters.adapter_state`) from now on.
 
         None: the plain base. Raises ValueError for weights of another base, and for an engine that
-        was made without the adapter's settings.
+        was made without the adapter's settings; RuntimeError while submissions are not finished.
         """
         ...
 
@@ -76,6 +80,33 @@ class GenerationEngine(Protocol):
         is as it was before the call. Raises ValueError for activations of another width or with
         non-finite values, and for more tokens than the model's context holds.
         """
+        ...
+
+    def submit(
+        self,
+        activations: Tensor,
+        *,
+        group_size: int = 1,
+        temperature: float = 0.0,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        ending: LayerEnding | None = None,
+    ) -> Submission:
+        """Ask for what `generate` returns, and write nothing yet: `step` does."""
+        ...
+
+    def step(self) -> Sequence[Submission]:
+        """One pass of the base for what is submitted; the submissions that it has finished.
+
+        It prefills activations that wait where a slot is free for them; otherwise every
+        description that is being written gets a token. An engine to which nothing is submitted
+        does nothing.
+        """
+        ...
+
+    def cancel(self, submission: Submission) -> None:
+        """Write nothing more of it, and free its slots. One that is finished stays as it is."""
         ...
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import Protocol
 
 from torch import Tensor
 
 from nla_ray.base.prompts import InjectionPrompt
+from nla_ray.description.record import Description
 from nla_ray.settings.config import LoraSettings
 
 
@@ -17,6 +19,49 @@ class GenerationCancelled(RuntimeError):
 def never() -> bool:
     """Whether a call is cancelled that nobody cancels."""
     return False
+
+
+class Submission(Protocol):
+    """Descriptions that an engine was asked for and has not finished, or has."""
+
+    descriptions: list[Description] | None
+    """All of them, in the order of `GenerationEngine.generate`; None: not finished yet."""
+    missing: int
+    """Descriptions that are not finished."""
+    count: int
+    """Descriptions that were asked for."""
+
+
+class StepwiseEngine(Protocol):
+    """The part of a `GenerationEngine` that goes on step by step."""
+
+    def step(self) -> Sequence[Submission]:
+        """As `GenerationEngine` says."""
+        ...
+
+    def cancel(self, submission: Submission) -> None:
+        """As `GenerationEngine` says."""
+        ...
+
+
+def run_submission(
+    engine: StepwiseEngine, submission: Submission, is_cancelled: Callable[[], bool]
+) -> list[Description]:
+    """Steps until a submission is finished: its descriptions.
+
+    Raises GenerationCancelled before a step. Whatever ends it early takes it out of the engine.
+    """
+    try:
+        while submission.descriptions is None:
+            if is_cancelled():
+                raise GenerationCancelled(
+                    f"{submission.missing} of {submission.count} were not finished"
+                )
+            engine.step()
+        return submission.descriptions
+    finally:
+        if submission.descriptions is None:
+            engine.cancel(submission)
 
 
 def check_request(
@@ -69,6 +114,15 @@ def check_slots(max_slots: int) -> None:
         raise ValueError(
             f"max_slots: got {max_slots}, expected at least 1. It is the number of rows decoded"
             " at once."
+        )
+
+
+def require_idle(unfinished: Sized) -> None:
+    """Raise RuntimeError for weights that come while descriptions are written under others."""
+    if len(unfinished):
+        raise RuntimeError(
+            f"generation engine: got weights while {len(unfinished)} submissions are not finished,"
+            " expected none. Finish or cancel them first."
         )
 
 

@@ -1,14 +1,15 @@
 """The generation engine: activations -> sampled descriptions, with their log-probabilities.
 
 Rollouts, evaluation and serving call this plain class, which knows nothing of Ray. What it
-exploits: every prompt is the same up to the injected token. The life of one `generate` call:
+exploits: every prompt is the same up to the injected token. The life of a submission:
 
 1. The prefix's keys and values are there already, computed once per weight version and shared by
    all rows.
-2. A chunk of activations is prefilled: injected token + suffix, once per activation. Its last
-   logits give the first token of every rollout of the group.
-3. Rollouts take slots; each slot holds a copy of the suffix's keys and values, then the rollout's
-   own.
+2. While slots are free, activations that wait are prefilled: injected token + suffix, once per
+   activation, of several submissions together whose prompts end alike. The last logits give the
+   first token of every rollout of the group.
+3. Rollouts take slots, one of each submission in turn; each slot holds a copy of the suffix's keys
+   and values, then the rollout's own.
 4. A step decodes one token for all slots. Keys of one step go to ONE column of the cache, whatever
    each row's length; a mask says which columns belong to a row. Rotary positions are inside the
    keys, so columns may lie in any order.
@@ -17,7 +18,7 @@ exploits: every prompt is the same up to the injected token. The life of one `ge
    step of all slots over all columns is recorded once and replayed.
 
 Protects two rules: greedy output equals the model's own `generate`, token for token; results do not
-depend on slots.
+depend on slots, nor on what else is described.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,30 +33,84 @@ from torch import Tensor
 from nla_ray.activation.injection import as_embeddings
 from nla_ray.base.prompts import InjectionPrompt, LayerEnding
 from nla_ray.description.engines.decoder import Decoder, KeysValues, empty_prefix
-from nla_ray.description.engines.graphed import GraphedStep
 from nla_ray.description.engines.requests import (
-    GenerationCancelled,
+    Submission,
     check_log_probs,
     check_request,
     check_slots,
     never,
+    require_idle,
+    run_submission,
     scaling_of,
 )
+from nla_ray.description.engines.slot_cache import SlotCache
 from nla_ray.description.record import Description
-from nla_ray.description.sampling import Sampler, rollout_keys
+from nla_ray.description.sampling import Sampler, choose_each, rollout_keys
 from nla_ray.settings.config import LoraSettings
 
+_ROOMY = 4
+"""How many times longer than needed the ring of slots may stay."""
+_SAMPLERS = 8
+"""Temperatures whose sampler is kept."""
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, eq=False)
 class _Draft:
     """A rollout in the making."""
 
+    work: _Work
     index: int
     """In the result: activation * group_size + sample."""
     key: int
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finished: bool = False
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finished or len(self.token_ids) >= self.work.max_new_tokens
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Last token, key and number of tokens: where the next step goes on."""
+        return self.token_ids[-1], self.key, len(self.token_ids)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Work:
+    """A submission: which of its rollouts are not prefilled yet, and which wait for a slot."""
+
+    vectors: Tensor
+    """[n, vectors, d_model]"""
+    rows: list[int]
+    group_size: int
+    max_new_tokens: int
+    ending: LayerEnding
+    sampler: Sampler
+    drafts: list[_Draft] = field(default_factory=list)
+    unseen: deque[_Draft] = field(default_factory=deque)
+    ready: deque[tuple[_Draft, KeysValues, int]] = field(default_factory=deque)
+    """With their first token, and where their prompt's keys and values are."""
+    missing: int = 0
+    descriptions: list[Description] | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.drafts)
+
+    @property
+    def ring(self) -> int:
+        """Steps that its longest row takes."""
+        return max(1, self.max_new_tokens - 1)
+
+    @property
+    def suffix(self) -> int:
+        """Tokens of its prompts from the first injected one on."""
+        return self.vectors.shape[1] + len(self.ending.suffix_ids)
+
+    def is_like(self, other: _Work) -> bool:
+        """Whether the prompts of both can be prefilled in one batch."""
+        return self.ending == other.ending and self.suffix == other.suffix
 
 
 class SlotEngine:
@@ -91,13 +145,17 @@ class SlotEngine:
         is_on_gpu = decoder.device.type == "cuda"
         self._records = is_on_gpu and decoder.can_be_recorded if recorded is None else recorded
         self._lora = lora
-        self._sampler = Sampler(self.decoder.shape.vocab_size, 0.0, self.decoder.device)
-        self._idle: dict[tuple[int, int, int], _Slots] = {}
-        """The last call's slots, by their size: a cache of the same size is not allocated again."""
+        self._samplers: dict[float, Sampler] = {}
+        self._works: deque[_Work] = deque()
+        """What is not finished; the first one is the next to give a rollout."""
+        self._held: list[_Draft | None] = []
+        """By slot; None: the row has ended, and its slot is free."""
+        self._cache: SlotCache | None = None
         self.load_weights(None, 0)
 
     def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
         """Use these adapter weights from now on; None: the plain base."""
+        require_idle(self._works)
         scaling = scaling_of(self._lora, adapter_state)
         with torch.inference_mode():
             stays = self.decoder.load(adapter_state, scaling)
@@ -108,11 +166,10 @@ class SlotEngine:
                 self.prefix.values.copy_(prefix.values)
             else:
                 self.prefix = prefix
-                for slots in self._idle.values():
-                    slots.forget_recording()
+                if self._cache is not None:
+                    self._cache.forget_recording()
         self.weight_version = version
 
-    @torch.inference_mode()
     def generate(
         self,
         activations: Tensor,
@@ -126,9 +183,32 @@ class SlotEngine:
         is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
+        work = self.submit(
+            activations,
+            group_size=group_size,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            rows=rows,
+            ending=ending,
+        )
+        return run_submission(self, work, is_cancelled)
+
+    def submit(
+        self,
+        activations: Tensor,
+        *,
+        group_size: int = 1,
+        temperature: float = 0.0,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        ending: LayerEnding | None = None,
+    ) -> Submission:
+        """Have steps write `group_size` descriptions of each, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
         ending = ending or self._ending
-        injected = check_request(
+        vectors = check_request(
             torch.as_tensor(activations),
             rows,
             group_size,
@@ -137,50 +217,54 @@ class SlotEngine:
             prompt=ending.of(self.prompt),
             context=self.decoder.shape.max_positions,
         )
-        if not rows:
-            return []
+        work = _Work(
+            vectors=vectors,
+            rows=rows,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            ending=ending,
+            sampler=self._sampler(temperature),
+        )
         samples = list(range(group_size)) * len(rows)
-        keys = rollout_keys(
-            seed, [row for row in rows for _ in range(group_size)], samples
-        ).tolist()
-        drafts = [_Draft(index=index, key=key) for index, key in enumerate(keys)]
-        if temperature != self._sampler.temperature:
-            self._sampler = Sampler(self.decoder.shape.vocab_size, temperature, self.decoder.device)
-        own = injected.shape[1] + len(ending.suffix_ids)
-        size = min(self.max_slots, len(drafts)), own, max(1, max_new_tokens - 1)
-        slots = self._idle.pop(size, None) or _Slots(self.decoder, self.prompt, *size)
-        if self._records:
-            slots.record(self.prefix, self._sampler)
-        prefill = partial(self.prefill, ending=ending)
-        generation = _Generation(
-            self, prefill, injected, drafts, group_size, max_new_tokens, slots, is_cancelled
-        )
-        try:
-            generation.run()
-        finally:
-            slots.clear()
-            self._idle = {size: slots}
-        return self._descriptions(drafts, rows, group_size)
-
-    def _descriptions(
-        self, drafts: Sequence[_Draft], rows: Sequence[int], group_size: int
-    ) -> list[Description]:
-        texts = self.tokenizer.batch_decode(
-            [draft.token_ids for draft in drafts],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        return [
-            Description.from_sample(
-                row=rows[draft.index // group_size],
-                token_ids=draft.token_ids,
-                log_probs=draft.log_probs,
-                written=written,
-                finished=draft.finished,
-                weight_version=self.weight_version,
-            )
-            for draft, written in zip(drafts, texts, strict=True)
+        keys = rollout_keys(seed, [row for row in rows for _ in range(group_size)], samples)
+        work.drafts = [
+            _Draft(work=work, index=index, key=key) for index, key in enumerate(keys.tolist())
         ]
+        work.unseen, work.missing = deque(work.drafts), len(work.drafts)
+        if work.drafts:
+            self._works.append(work)
+        else:
+            work.descriptions = []
+        return work
+
+    @torch.inference_mode()
+    def cancel(self, submission: Submission) -> None:
+        """Free its slots, as `GenerationEngine` says."""
+        for work in [work for work in self._works if work is submission]:
+            self._works.remove(work)
+            self._held = [
+                None if draft is not None and draft.work is work else draft for draft in self._held
+            ]
+            self._rest()
+
+    @torch.inference_mode()
+    def step(self) -> Sequence[Submission]:
+        """One pass of the base, as `GenerationEngine` says."""
+        if not self._works:
+            return []
+        cache = self._roomy_cache()
+        unseen = self._next_unseen(cache) if self._free_slots(cache) else []
+        if unseen:
+            self._prefill(unseen)
+        self._seat(cache)
+        if not unseen:
+            self._decode(cache)
+        finished = [work for work in self._works if not work.missing]
+        for work in finished:
+            self._works.remove(work)
+            work.descriptions = self._descriptions(work)
+        self._rest()
+        return finished
 
     def prefill(
         self, vectors: Tensor, ending: LayerEnding | None = None
@@ -196,242 +280,155 @@ class SlotEngine:
         stream, keys_values = decoder.prefill(embedded, self.prefix)
         return decoder.logits(stream), keys_values
 
+    def _sampler(self, temperature: float) -> Sampler:
+        """One object a temperature: what was recorded belongs to it."""
+        if temperature not in self._samplers:
+            if len(self._samplers) == _SAMPLERS:
+                del self._samplers[next(iter(self._samplers))]
+            vocab_size, device = self.decoder.shape.vocab_size, self.decoder.device
+            self._samplers[temperature] = Sampler(vocab_size, temperature, device)
+        return self._samplers[temperature]
 
-class _Slots:
-    """Keys, values, visibility and last tokens of the rows that are being decoded.
+    # slots ----------------------------------------------------------------------------------------
 
-    The first columns hold a row's own tokens of the prompt, from the injected ones on; the rest is
-    a ring that one step fills at one column for all rows. A row lives at most `ring` steps, so a
-    column is never overwritten while its row needs it.
-    """
+    def _rest(self) -> None:
+        """Where nothing is left to do, leave the slots clear."""
+        if not self._works:
+            self._held = []
+            if self._cache is not None:
+                self._cache.clear()
 
-    def __init__(
-        self, decoder: Decoder, prompt: InjectionPrompt, slots: int, suffix: int, ring: int
-    ) -> None:
-        """`suffix`: tokens of the prompt from the first injected one on. `ring`: of steps."""
-        shape, length = decoder.shape, len(prompt.prefix_ids) + suffix
-        self._cache = KeysValues.empty(
-            shape, slots, suffix + ring, dtype=decoder.dtype, device=decoder.device
-        )
-        self._hidden = torch.full(
-            (slots, shape.groups, 1, suffix + ring),
-            -torch.inf,
-            dtype=decoder.dtype,
-            device=decoder.device,
-        )
-        self.count, self._suffix, self._ring, self._steps = slots, suffix, ring, 0
-        self._decoder, self._prompt_length = decoder, length
-        self._places = decoder.places(length + ring + 1)
-        self.tokens, self.keys, self.ages = (
-            torch.zeros(slots, dtype=torch.int64, device=decoder.device) for _ in range(3)
-        )
-        self._column = torch.zeros(1, dtype=torch.int64, device=decoder.device)
-        self._recording: tuple[Sampler, Callable[[], tuple[Tensor, Tensor]]] | None = None
+    def _roomy_cache(self) -> SlotCache:
+        """Slots with room for all that is submitted, and not with room for much longer rows."""
+        cache, ring = self._cache, max(work.ring for work in self._works)
+        suffix = max(work.suffix for work in self._works)
+        count = min(self.max_slots, sum(work.count for work in self._works))
+        if (
+            cache is None
+            or cache.count < count
+            or cache.suffix < suffix
+            or not ring <= cache.ring <= _ROOMY * ring
+        ):
+            # Whoever comes to a busy engine is followed by others.
+            count = max(cache.count if cache else 0, self.max_slots if self._held else count)
+            self._cache = SlotCache(
+                self.decoder, count, suffix, ring, prefix=len(self.prompt.prefix_ids)
+            )
+            if self._records:
+                self._cache.record(self.prefix, self._works[0].sampler)
+            if cache is not None and self._held:
+                self._cache.take_over(cache, len(self._held))
+        elif self._records and not self._held:
+            cache.record(self.prefix, self._works[0].sampler)
+        assert self._cache is not None
+        return self._cache
 
-    def record(self, prefix: KeysValues, sampler: Sampler) -> None:
-        """Have steps of all slots replayed from now on; where there are no graphs, called.
+    def _free_slots(self, cache: SlotCache) -> list[int]:
+        ended = [slot for slot, draft in enumerate(self._held) if draft is None]
+        return [*ended, *range(len(self._held), cache.count)]
 
-        The slots must be clear, and are.
-        """
-        if self._recording is None or self._recording[0] is not sampler:
-            self._column.fill_(self._suffix)
-            step = partial(self._step_all, prefix, sampler)
-            self._recording = sampler, GraphedStep(step) if self.tokens.is_cuda else step
-            self.clear()
-
-    def forget_recording(self) -> None:
-        """What was recorded read weights that are gone."""
-        self._recording = None
-
-    def step(self, active: int, prefix: KeysValues, sampler: Sampler) -> tuple[Tensor, Tensor]:
-        """Decode one token for the first `active` rows: the tokens and their log-probabilities."""
-        if self._recording is not None:
-            self._column.fill_(self._next_column())
-            tokens, log_probs = self._recording[1]()
-            return tokens[:active], log_probs[:active]
-        cache, column, hidden = self._advance(active)
-        return self._decode(active, cache, column, hidden, prefix, sampler)
-
-    def _step_all(self, prefix: KeysValues, sampler: Sampler) -> tuple[Tensor, Tensor]:
-        """A step of all slots over all columns: the same tensors and shapes every time."""
-        self._hidden.index_fill_(-1, self._column, 0)
-        hidden = self._hidden.flatten(0, 1)
-        return self._decode(self.count, self._cache, self._column, hidden, prefix, sampler)
-
-    def _decode(
-        self,
-        rows: int,
-        cache: KeysValues,
-        column: int | Tensor,
-        hidden: Tensor,
-        prefix: KeysValues,
-        sampler: Sampler,
-    ) -> tuple[Tensor, Tensor]:
-        tokens, ages, decoder = self.tokens[:rows], self.ages[:rows], self._decoder
-        # Slots that nobody holds grow older than any row.
-        positions = (ages + (self._prompt_length - 1)).clamp_(max=len(self._places) - 1)
-        places = self._places[positions]
-        stream = decoder.step(decoder.embed(tokens), places, cache, column, hidden, prefix)
-        chosen, log_probs = sampler.choose(decoder.logits(stream), self.keys[:rows], ages)
-        tokens.copy_(chosen)
-        ages.add_(1)
-        return chosen, log_probs
-
-    def clear(self) -> None:
-        """Forget every row; what the cache holds is out of sight and finite."""
-        self._steps = 0
-        self._hidden.fill_(-torch.inf)
-
-    def fill(self, slots: Sequence[int], chunk: KeysValues, members: Sequence[int]) -> None:
-        """Give slots the suffix of members of a prefilled chunk.
-
-        What the slots held before is out of sight.
-        """
-        target, source = (
-            torch.tensor(part, device=self._hidden.device) for part in (slots, members)
-        )
-        self._cache.keys[:, target, :, : self._suffix] = chunk.keys[:, source]
-        self._cache.values[:, target, :, : self._suffix] = chunk.values[:, source]
-        self._hidden[target] = -torch.inf
-        self._hidden[target, ..., : self._suffix] = 0
-
-    def move(self, source: int, target: int) -> None:
-        """Make slot `target` a copy of slot `source`."""
-        used = self._window
-        for tensor in (self._cache.keys, self._cache.values):
-            tensor[:, target, :, :used] = tensor[:, source, :, :used]
-        for state in (self._hidden, self.tokens, self.keys, self.ages):
-            state[target] = state[source]
-
-    @property
-    def _window(self) -> int:
-        """Columns that may hold something: all of them once the ring has come round."""
-        return self._suffix + min(self._steps, self._ring)
-
-    def _next_column(self) -> int:
-        column = self._suffix + self._steps % self._ring
-        self._steps += 1
-        return column
-
-    def _advance(self, active: int) -> tuple[KeysValues, int, Tensor]:
-        """Open the next column to the active rows.
-
-        Returns their cache up to the last used column, the column, and the mask.
-        """
-        column = self._next_column()
-        self._hidden[:active, ..., column] = 0
-        window = self._window
-        cache = KeysValues(
-            self._cache.keys[:, :active, :, :window], self._cache.values[:, :active, :, :window]
-        )
-        return cache, column, self._hidden[:active, ..., :window].flatten(0, 1)
-
-
-class _Generation:
-    """One call of `generate`: who waits, who holds which slot, and what was sampled."""
-
-    def __init__(
-        self,
-        engine: SlotEngine,
-        prefill: Callable[[Tensor], tuple[Tensor, KeysValues]],
-        activations: Tensor,
-        drafts: list[_Draft],
-        group_size: int,
-        max_new_tokens: int,
-        slots: _Slots,
-        is_cancelled: Callable[[], bool],
-    ) -> None:
-        self._drafts, self._is_cancelled, self._prefill = drafts, is_cancelled, prefill
-        self._engine, self._sampler, self._max = engine, engine._sampler, max_new_tokens
-        self._activations, self._group_size = activations, group_size
-        self._unseen, self._waiting = deque(drafts), deque()
-        """Rollouts not prefilled yet; (draft, chunk, member) of those with their first token."""
-        self._active: list[_Draft] = []
-        self._slots = slots
-
-    def run(self) -> None:
-        """Until every rollout has ended. Raises GenerationCancelled before a forward pass."""
-        self._admit(range(self._slots.count))
-        while self._active:
-            self._stop_if_cancelled()
-            self._step()
-
-    def _stop_if_cancelled(self) -> None:
-        if self._is_cancelled():
-            missing = sum(not self._has_ended(draft) for draft in self._drafts)
-            raise GenerationCancelled(f"{missing} of {len(self._drafts)} were not finished")
-
-    def _prefill_chunk(self) -> None:
-        """Prefill activations that fill the slots once; draw the first token of their rollouts."""
-        self._stop_if_cancelled()
-        size = max(1, self._slots.count // self._group_size) * self._group_size
-        drafts = [self._unseen.popleft() for _ in range(min(size, len(self._unseen)))]
-        first = drafts[0].index // self._group_size
-        members = [draft.index // self._group_size - first for draft in drafts]
-        logits, chunk = self._prefill(self._activations[first : first + members[-1] + 1])
-        keys = torch.tensor([draft.key for draft in drafts], device=logits.device)
-        tokens, log_probs = self._sampler.choose(logits[members], keys, torch.zeros_like(keys))
-        self._record(drafts, tokens, log_probs)
-        self._waiting.extend(
-            (draft, chunk, member)
-            for draft, member in zip(drafts, members, strict=True)
-            if not self._has_ended(draft)
-        )
-
-    def _admit(self, free: Sequence[int]) -> list[int]:
-        """Give free slots to waiting rollouts; returns the slots that stay free."""
-        free = list(free)
-        while free and (self._waiting or self._unseen):
-            if not self._waiting:
-                self._prefill_chunk()
-                continue
-            chunk, taken = self._waiting[0][1], []
-            while self._waiting and len(taken) < len(free) and self._waiting[0][1] is chunk:
-                taken.append(self._waiting.popleft())
-            slots, free = free[: len(taken)], free[len(taken) :]
-            self._slots.fill(slots, chunk, [member for _, _, member in taken])
-            self._occupy(slots, [draft for draft, _, _ in taken])
-        return free
-
-    def _occupy(self, slots: Sequence[int], drafts: Sequence[_Draft]) -> None:
-        """Decode drafts in slots, each one that was free or the next one."""
-        for slot, draft in zip(slots, drafts, strict=True):
-            if slot == len(self._active):
-                self._active.append(draft)
+    def _seat(self, cache: SlotCache) -> None:
+        """Give free slots to rollouts that have their first token."""
+        by_chunk: dict[int, list[tuple[int, _Draft, KeysValues, int]]] = {}
+        for slot in self._free_slots(cache):
+            found = self._next_ready()
+            if found is None:
+                break
+            draft, chunk, member = found
+            by_chunk.setdefault(id(chunk), []).append((slot, draft, chunk, member))
+            if slot == len(self._held):
+                self._held.append(draft)
             else:
-                self._active[slot] = draft
-        states = [(draft.token_ids[-1], draft.key, len(draft.token_ids)) for draft in drafts]
-        device = self._slots.tokens.device
-        columns = torch.tensor(states, device=device).unbind(1)
-        target = torch.tensor(slots, device=device)
-        held = (self._slots.tokens, self._slots.keys, self._slots.ages)
-        for state, column in zip(held, columns, strict=True):
-            state[target] = column
+                self._held[slot] = draft
+        for seated in by_chunk.values():
+            slots, drafts, chunks, members = zip(*seated, strict=True)
+            cache.fill(slots, chunks[0], members, [draft.state for draft in drafts])
 
-    def _step(self) -> None:
-        """Decode one token for every active row and hand on the slots of those that ended."""
-        chosen, log_probs = self._slots.step(len(self._active), self._engine.prefix, self._sampler)
-        self._record(self._active, chosen, log_probs)
-        ended = [slot for slot, draft in enumerate(self._active) if self._has_ended(draft)]
-        if ended:
-            self._close_gaps(self._admit(ended))
+    def _next_ready(self) -> tuple[_Draft, KeysValues, int] | None:
+        """A rollout that waits for a slot; submissions take turns."""
+        for _ in range(len(self._works)):
+            work = self._works[0]
+            self._works.rotate(-1)
+            if work.ready:
+                return work.ready.popleft()
+        return None
 
-    def _close_gaps(self, free: Sequence[int]) -> None:
+    def _next_unseen(self, cache: SlotCache) -> list[_Draft]:
+        """Rollouts to be prefilled together, which fill the slots once.
+
+        They are of submissions of which none waits for a slot, with prompts like those of the first
+        of those.
+        """
+        works = [work for work in self._works if work.unseen and not work.ready]
+        works = [work for work in works if work.is_like(works[0])]
+        drafts, room = [], cache.count
+        for number, work in enumerate(works):
+            groups = max(1, room // (len(works) - number) // work.group_size)
+            taken = min(groups * work.group_size, len(work.unseen))
+            drafts += [work.unseen.popleft() for _ in range(taken)]
+            room -= taken
+            if room <= 0:
+                break
+        return drafts
+
+    def _close_gaps(self, cache: SlotCache) -> None:
         """Move the last active rows into free slots, so that the active rows are the first ones."""
-        for slot in sorted(free, reverse=True):
-            last = len(self._active) - 1
-            if slot != last:
-                self._slots.move(last, slot)
-                self._active[slot] = self._active[last]
-            self._active.pop()
+        for slot in reversed(range(len(self._held))):
+            if self._held[slot] is None:
+                last = self._held.pop()
+                if slot != len(self._held):
+                    cache.move(len(self._held), slot)
+                    self._held[slot] = last
+
+    # passes ---------------------------------------------------------------------------------------
+
+    def _prefill(self, drafts: Sequence[_Draft]) -> None:
+        """Prefill the activations of rollouts; draw the first token of each."""
+        places = [(draft.work, draft.index // draft.work.group_size) for draft in drafts]
+        members = {place: member for member, place in enumerate(dict.fromkeys(places))}
+        vectors = torch.stack([work.vectors[row] for work, row in members])
+        logits, chunk = self.prefill(vectors, drafts[0].work.ending)
+        rows = [members[place] for place in places]
+        keys = torch.tensor([draft.key for draft in drafts], device=logits.device)
+        samplers = [draft.work.sampler for draft in drafts]
+        tokens, log_probs = choose_each(samplers, logits[rows], keys, torch.zeros_like(keys))
+        self._record(drafts, tokens, log_probs)
+        for draft, member in zip(drafts, rows, strict=True):
+            if not draft.has_ended:
+                draft.work.ready.append((draft, chunk, member))
+
+    def _decode(self, cache: SlotCache) -> None:
+        """One token for every active row; slots of those that ended are free."""
+        self._close_gaps(cache)
+        drafts = [draft for draft in self._held if draft is not None]
+        if drafts:
+            chosen, log_probs = cache.step(self.prefix, [draft.work.sampler for draft in drafts])
+            self._record(drafts, chosen, log_probs)
+            self._held = [None if draft.has_ended else draft for draft in drafts]
 
     def _record(self, drafts: Sequence[_Draft], tokens: Tensor, log_probs: Tensor) -> None:
         sampled = log_probs.tolist()
-        check_log_probs(sampled, self._engine.weight_version)
+        check_log_probs(sampled, self.weight_version)
         for draft, token, log_prob in zip(drafts, tokens.tolist(), sampled, strict=True):
             draft.token_ids.append(token)
             draft.log_probs.append(log_prob)
-            draft.finished = token in self._engine.end_ids
+            draft.finished = token in self.end_ids
+            draft.work.missing -= draft.has_ended
 
-    def _has_ended(self, draft: _Draft) -> bool:
-        return draft.finished or len(draft.token_ids) >= self._max
+    def _descriptions(self, work: _Work) -> list[Description]:
+        texts = self.tokenizer.batch_decode(
+            [draft.token_ids for draft in work.drafts],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return [
+            Description.from_sample(
+                row=work.rows[draft.index // work.group_size],
+                token_ids=draft.token_ids,
+                log_probs=draft.log_probs,
+                written=written,
+                finished=draft.finished,
+                weight_version=self.weight_version,
+            )
+            for draft, written in zip(work.drafts, texts, strict=True)
+        ]

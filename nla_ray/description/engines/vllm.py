@@ -27,6 +27,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ from nla_ray.base.families import causal_model, family_of, longest_context
 from nla_ray.base.prompts import InjectionPrompt, LayerEnding
 from nla_ray.description.engines.factors import Factors
 from nla_ray.description.engines.requests import (
-    GenerationCancelled,
+    Submission,
     check_log_probs,
     check_request,
     check_slots,
     never,
+    require_idle,
+    run_submission,
     scaling_of,
 )
 from nla_ray.description.record import Description
@@ -72,6 +75,25 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for. Source: its `LoRAConfig`."""
 _COLDEST = 0.01
 """vLLM raises a lower temperature to this one."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Asked:
+    """A submission: the names of its outputs in vLLM, and those that are finished."""
+
+    rows: list[int]
+    """Of each output, its activation's."""
+    names: list[str]
+    outputs: dict[str, Any] = field(default_factory=dict)
+    descriptions: list[Description] | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+    @property
+    def missing(self) -> int:
+        return len(self.names) - len(self.outputs)
 
 
 class VllmEngine:
@@ -111,10 +133,13 @@ class VllmEngine:
         self._touched: set[str] = set()
         """Parents of the modules that an adapter is merged into."""
         self._loads = 0
+        self._asked: dict[str, _Asked] = {}
+        """By the name of each output that is not finished."""
         self.load_weights(None, 0)
 
     def load_weights(self, adapter_state: Mapping[str, Tensor] | None, version: int) -> None:
         """Use these adapter weights from now on; None: the plain base."""
+        require_idle(self._asked)
         scaling = scaling_of(self._lora, adapter_state)
         modules = self._modules_of(adapter_state or {})
         if self.merged:
@@ -123,8 +148,7 @@ class VllmEngine:
             self._request = self._as_request(adapter_state) if adapter_state else None
         self.weight_version = version
         # One request fills the cache with the prefix, which all requests of a step would compute.
-        vector = torch.ones(1, 1, self._embedding.embedding_dim)
-        self._run(vector, [self._sampling(0.0, 1, 0)], self._ending)
+        self.generate(torch.ones(1, self._embedding.embedding_dim), max_new_tokens=1)
 
     def generate(
         self,
@@ -139,6 +163,29 @@ class VllmEngine:
         is_cancelled: Callable[[], bool] = never,
     ) -> list[Description]:
         """`group_size` descriptions of each activation, as `GenerationEngine` says."""
+        asked = self.submit(
+            activations,
+            group_size=group_size,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            rows=rows,
+            ending=ending,
+        )
+        return run_submission(self, asked, is_cancelled)
+
+    def submit(
+        self,
+        activations: Tensor,
+        *,
+        group_size: int = 1,
+        temperature: float = 0.0,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        ending: LayerEnding | None = None,
+    ) -> Submission:
+        """Have steps write `group_size` descriptions of each, as `GenerationEngine` says."""
         rows = list(range(len(activations))) if rows is None else list(rows)
         ending = ending or self._ending
         injected = check_request(
@@ -155,17 +202,36 @@ class VllmEngine:
                 f"temperature: got {temperature}, expected 0 (greedy) or at least {_COLDEST}, the"
                 " lowest that vLLM samples at. Set it to 0."
             )
-        if not rows:
-            return []
         rollout_rows = [row for row in rows for _ in range(group_size)]
         samples = list(range(group_size)) * len(rows)
         keys = rollout_keys(seed, rollout_rows, samples).tolist()
-        outputs = self._run(
-            injected,
-            [self._sampling(temperature, max_new_tokens, key) for key in keys],
-            ending,
-            is_cancelled,
-        )
+        if not rows:
+            return _Asked(rows=[], names=[], descriptions=[])
+        sampling = [self._sampling(temperature, max_new_tokens, key) for key in keys]
+        asked = _Asked(rows=rollout_rows, names=self._enqueue(injected, sampling, ending))
+        self._asked |= dict.fromkeys(asked.names, asked)
+        return asked
+
+    def step(self) -> Sequence[Submission]:
+        """One step of vLLM's own, as `GenerationEngine` says."""
+        finished = []
+        for output in self._llm.llm_engine.step() if self._asked else []:
+            if output.finished and (asked := self._asked.pop(output.request_id, None)):
+                asked.outputs[output.request_id] = output.outputs[0]
+                if not asked.missing:
+                    asked.descriptions = self._descriptions(asked)
+                    finished.append(asked)
+        return finished
+
+    def cancel(self, submission: Submission) -> None:
+        """Free its slots, as `GenerationEngine` says."""
+        names = [name for name, asked in self._asked.items() if asked is submission]
+        self._llm.llm_engine.abort_request(names)
+        for name in names:
+            del self._asked[name]
+
+    def _descriptions(self, asked: _Asked) -> list[Description]:
+        outputs = [asked.outputs[name] for name in asked.names]
         written = self.tokenizer.batch_decode(
             [output.token_ids for output in outputs],
             skip_special_tokens=True,
@@ -180,7 +246,7 @@ class VllmEngine:
                 finished=output.token_ids[-1] in self.end_ids,
                 weight_version=self.weight_version,
             )
-            for row, output, text in zip(rollout_rows, outputs, written, strict=True)
+            for row, output, text in zip(asked.rows, outputs, written, strict=True)
         ]
 
     def _start(self, num_gpus: int) -> Any:
@@ -251,14 +317,11 @@ class VllmEngine:
         )
 
     @torch.inference_mode()
-    def _run(
-        self,
-        vectors: Tensor,
-        sampling: list[Any],
-        ending: LayerEnding,
-        is_cancelled: Callable[[], bool] = never,
-    ) -> list[Any]:
-        """What vLLM samples: an equal number of outputs of each row of [n, vectors, d_model]."""
+    def _enqueue(self, vectors: Tensor, sampling: list[Any], ending: LayerEnding) -> list[str]:
+        """Have vLLM sample an equal number of outputs of each row of [n, vectors, d_model].
+
+        Returns the names of the outputs to come.
+        """
         device = self._embedding.weight.device
         before, after = (
             self._embedding(torch.tensor(ids, device=device))
@@ -273,18 +336,8 @@ class VllmEngine:
             use_tqdm=False,
             lora_request=self._request,
         )
-        engine, finished = self._llm.llm_engine, dict[int, Any]()
-        while engine.has_unfinished_requests():
-            if is_cancelled():
-                engine.abort_request(list(names), internal=True)
-                missing = len(names) - len(finished)
-                raise GenerationCancelled(f"{missing} of {len(names)} were not finished")
-            finished |= {
-                int(output.request_id): output.outputs[0]
-                for output in engine.step()
-                if output.finished
-            }
-        return [finished[number] for number in sorted(finished)]
+        # Outputs come under vLLM's number of a request, without the letters behind it.
+        return [name.partition("-")[0] for name in names]
 
     def _log_probs(self, output: Any) -> list[float]:
         log_probs = list(output.logprobs.logprobs)
