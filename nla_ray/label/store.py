@@ -111,7 +111,7 @@ class AnswerStore:
         """(run, key) -> bounds of requests without an outcome."""
         self._spent: Counter[str] = Counter()
         self.torn_lines = 0
-        self._session = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+        self._session = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
         self._own: BinaryIO | None = None
         self._writes = 0
         try:

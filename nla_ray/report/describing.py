@@ -108,12 +108,45 @@ def describe_all(
     describer = Describer(run, base_digest, test, folder, own_report)
     for name, texts in _label_controls(run, train, test, mean).items():
         describer.keep(name, texts, NOT_GENERATED)
-    samples: list[list[Description]] = []
-    of_two: dict[str, list[str]] = {}
     layers = {
-        layer: activations_at(run, run.config.evaluation.split, test, layer)
+        layer: activations_at(run, settings.split, test, layer)
         for layer in run.config.base.further_layers
     }
+    samples, of_two = _describe_trained(
+        describer, run, manifests, train, test, mean, differences, layers
+    )
+    of_two |= _describe_compared(describer, compared, test, differences)
+    as_long = describer.described[arm]
+    matched = matched_descriptions(words, describer.tokenizer, test.texts, as_long)
+    for name, texts in matched.items():
+        describer.keep(name, texts, NOT_GENERATED)
+    if differences is not None:
+        gold = describer.described["gold"]
+        differences = _with_said(differences, of_two, gold, settings.seed)
+    return Described(
+        by_verbalizer=describer.described,
+        protocols=describer.protocols,
+        samples=samples,
+        differences=differences,
+        layers=layers,
+        by_layer=describer.by_layer,
+    )
+
+
+def _describe_trained(
+    describer: Describer,
+    run: Run,
+    manifests: Mapping[str, Manifest],
+    train: ActivationTable,
+    test: ActivationTable,
+    mean: Tensor,
+    differences: Differences | None,
+    layers: Mapping[int, Tensor],
+) -> tuple[list[list[Description]], dict[str, list[str]]]:
+    """Describe by the run's own adapters; the arm's samples, and what is said of differences."""
+    settings, arm = run.config.evaluation, run.config.grpo.artifact
+    samples: list[list[Description]] = []
+    of_two: dict[str, list[str]] = {}
     for artifact in trained_in(manifests):
         injected = {artifact: test.injected}
         if artifact == "sft":
@@ -134,22 +167,7 @@ def describe_all(
                 )
             if artifact in ("sft", arm):
                 describer.describe_layers(adapter, neighbours, artifact, layers)
-    of_two |= _describe_compared(describer, compared, test, differences)
-    as_long = describer.described[arm]
-    matched = matched_descriptions(words, describer.tokenizer, test.texts, as_long)
-    for name, texts in matched.items():
-        describer.keep(name, texts, NOT_GENERATED)
-    if differences is not None:
-        gold = describer.described["gold"]
-        differences = _with_said(differences, of_two, gold, settings.seed)
-    return Described(
-        by_verbalizer=describer.described,
-        protocols=describer.protocols,
-        samples=samples,
-        differences=differences,
-        layers=layers,
-        by_layer=describer.by_layer,
-    )
+    return samples, of_two
 
 
 def _describe_compared(

@@ -411,6 +411,36 @@ class SupervisedTrainer(ResumableTrainer, SFTTrainer):
         save_adapter(self.model, folder / "adapter")
 
 
+def _encoded(
+    train: Mapping[int, Pairs],
+    validation: Mapping[int, Pairs],
+    tokenizer,
+    run_config: RunConfig,
+    vocab_size: int,
+) -> tuple[list[dict[str, list[int]]], dict[str, dict[int, Any]]]:
+    """All train examples, and those of each validation loss by layer."""
+    settings = run_config.sft
+    examples: list[dict[str, list[int]]] = []
+    held_out: dict[str, dict[int, Any]] = {"eval_loss": {}, "eval_loss_shuffled": {}}
+    for layer, pairs in train.items():
+        prompt = injection_prompt(tokenizer, run_config.base, layer=layer)
+        examples += encode_pairs(pairs, tokenizer, prompt, vocab_size)
+        examples += encode_repeats(
+            pairs,
+            tokenizer,
+            prompt,
+            vocab_size,
+            share=settings.unlikelihood_share,
+            seed=settings.seed,
+        )
+        kept = validation[layer]
+        wrong = derangement(kept.family_ids, settings.seed).tolist()
+        shuffled = [kept.rows[number] for number in wrong]
+        for name, rows in zip(held_out, (kept.rows, shuffled), strict=True):
+            held_out[name][layer] = encode_pairs(kept, tokenizer, prompt, vocab_size, rows)
+    return examples, held_out
+
+
 def make_sft_trainer(
     model: TrainableVerbalizer,
     tokenizer,
@@ -425,24 +455,7 @@ def make_sft_trainer(
     """
     settings = run_config.sft
     vocab_size = model.get_input_embeddings().num_embeddings
-    prompts = {layer: injection_prompt(tokenizer, run_config.base, layer=layer) for layer in train}
-    examples: list[dict[str, list[int]]] = []
-    held_out: dict[str, dict[int, Any]] = {"eval_loss": {}, "eval_loss_shuffled": {}}
-    for layer, prompt in prompts.items():
-        examples += encode_pairs(train[layer], tokenizer, prompt, vocab_size)
-        examples += encode_repeats(
-            train[layer],
-            tokenizer,
-            prompt,
-            vocab_size,
-            share=settings.unlikelihood_share,
-            seed=settings.seed,
-        )
-        pairs = validation[layer]
-        wrong = derangement(pairs.family_ids, settings.seed).tolist()
-        shuffled = [pairs.rows[number] for number in wrong]
-        for name, rows in zip(held_out, (pairs.rows, shuffled), strict=True):
-            held_out[name][layer] = encode_pairs(pairs, tokenizer, prompt, vocab_size, rows)
+    examples, held_out = _encoded(train, validation, tokenizer, run_config, vocab_size)
     lengths = [len(example["input_ids"]) for example in examples]
     batches = LengthBatches(lengths, settings.batch_size, settings.seed)
     rows = worker_batch(run_config.compute, settings.batch_size)
