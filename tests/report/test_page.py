@@ -295,6 +295,7 @@ def test_the_page_is_drawn_at_every_width_without_complaint_and_never_scrolls_si
         "Patch-back",
         "Agreement",
         "Refreshed scorer",
+        "Of two",
         "Training",
         "Growth",
         "Domains",
