@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import shutil
@@ -16,9 +17,12 @@ from tiny_artifacts import LORA, make_artifacts
 import nla_ray
 from nla_ray.activation import vectors
 from nla_ray.activation.stage import activations_at, load_activations, load_stats
+from nla_ray.activation.views import read_layers, read_prompt, read_together
 from nla_ray.base import prompts
+from nla_ray.base.encoding import ChatEncoder
 from nla_ray.base.identity import base_info, check_base
-from nla_ray.base.load import load_tokenizer
+from nla_ray.base.layers import ResidualReader
+from nla_ray.base.load import load_backbone, load_tokenizer
 from nla_ray.base.prompts import injection_prompt, layer_endings
 from nla_ray.cluster.job import _check_views
 from nla_ray.description.protocol import generation_protocol
@@ -27,7 +31,8 @@ from nla_ray.label.stage import drawn_labels
 from nla_ray.report.stage import make_report, read_report
 from nla_ray.run.artifact import Run
 from nla_ray.score.linear import LinearReconstructor, further_file
-from nla_ray.serve.schema import Refusal
+from nla_ray.serve.local import local_endpoint
+from nla_ray.serve.schema import DescribeRequest, Refusal
 from nla_ray.settings.config import (
     BaseConfig,
     CaptureConfig,
@@ -35,6 +40,7 @@ from nla_ray.settings.config import (
     EvaluationConfig,
     GRPOSettings,
     RunConfig,
+    ServeConfig,
     SFTConfig,
 )
 from nla_ray.training import sft
@@ -244,6 +250,44 @@ def test_a_loaded_run_describes_texts_and_activations_of_each_layer(layered: Run
         explained = loaded.explain(table.texts[0], layer=layer, **sampled)
         assert explained.layer == layer and explained.explanations[0].description == written[0]
         assert bool(explained.explanations[0].scores) == (layer == 1), "no scorer reads others"
+
+
+def test_prompts_of_several_layers_are_read_in_one_batch_as_alone(layered: RunConfig) -> None:
+    base, run = layered.base, Run(layered)
+    chat = ChatEncoder(load_tokenizer(base), base.model)
+    reader = ResidualReader(load_backbone(base), read_layers(base))
+    layers = (1, 2, None, 0)
+    texts = load_activations(run, "test").texts[: len(layers)]
+    encoded = [chat.encode(text) for text in texts]
+    places = [[len(prompt.ids) - 1, 3] for prompt in encoded]
+    together = read_together(base, reader, list(zip(encoded, places, layers, strict=True)), None)
+    for number, layer in enumerate(layers):
+        activations, injected = together[number]
+        alone = read_prompt(base, reader, encoded[number], places[number], None, layer)
+        torch.testing.assert_close(together[number], alone, atol=1e-4, rtol=1e-4)
+        table = load_activations(run, "test", layer=1 if layer is None else layer)
+        torch.testing.assert_close(activations[0], table.vectors[number], atol=1e-4, rtol=1e-4)
+        assert torch.equal(injected[:, 0], activations)
+
+
+def test_requests_of_several_layers_are_answered_side_by_side_as_alone(layered: RunConfig) -> None:
+    loaded, sampled = nla_ray.load(layered.run_dir), {"max_new_tokens": 12, "temperature": 1.0}
+    texts = load_activations(Run(layered), "test").texts
+    asked = [(texts[:2], 1), (texts[:3], 2), (texts[1:2], 0), (texts[:1], 2), (texts[2:4], None)]
+    alone = [loaded.describe(part, layer=layer, **sampled) for part, layer in asked]
+    settings = dataclasses.replace(layered, serve=ServeConfig(window_seconds=0.1))
+    endpoint = local_endpoint(settings, loaded.models)
+    requests = [DescribeRequest(texts=part, layer=layer, **sampled) for part, layer in asked]
+
+    async def together():
+        return await asyncio.gather(*map(endpoint.describe, requests))
+
+    answers = asyncio.run(together())
+    assert [answer.layer for answer in answers] == [1, 2, 0, 2, 1]
+    for answer, expected in zip(answers, alone, strict=True):
+        written = [body.description for body in answer.descriptions]
+        assert written == [body.description for body in expected]
+    assert alone[0][0].description != alone[1][0].description
 
 
 def _nearest(bodies):

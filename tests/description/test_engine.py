@@ -19,6 +19,7 @@ from nla_ray.base.families import FAMILIES, decoder_shape
 from nla_ray.base.load import load_backbone, load_tokenizer, random_backbone
 from nla_ray.base.prompts import (
     InjectionPrompt,
+    LayerEnding,
     build_injection_prompt,
     injection_prompt,
     layer_endings,
@@ -266,8 +267,7 @@ def test_several_vectors_in_one_prompt_are_as_many_tokens_in_it(scene: Scene) ->
 
 
 def test_a_layer_of_its_own_ending_and_norm_is_generated_as_the_library_does(scene: Scene) -> None:
-    base = dataclasses.replace(scene.base, further_layers=(0,), further_norms=(9.0,))
-    [ending] = layer_endings(scene.tokenizer, base).values()
+    base, ending = dataclasses.replace(scene.base, further_layers=(0,)), further_ending(scene)
     other = scene._replace(
         prompt=injection_prompt(scene.tokenizer, base, layer=0),
         base=dataclasses.replace(scene.base, injection_norm=9.0),
@@ -307,11 +307,20 @@ def in_company(engine: GenerationEngine, asked: list[dict], first: int) -> list[
     return [part.descriptions for part in submissions]
 
 
-def mixed_requests(activations: Tensor) -> list[dict]:
+def further_ending(scene: Scene) -> LayerEnding:
+    """Of a layer that the scene's engines were not made for."""
+    base = dataclasses.replace(scene.base, further_layers=(0,), further_norms=(9.0,))
+    return layer_endings(scene.tokenizer, base)[0]
+
+
+def mixed_requests(scene: Scene) -> list[dict]:
     """Submissions that differ in everything; alone they need from 1 to 9 slots."""
+    activations, ending = scene.activations, further_ending(scene)
+    assert len(ending.suffix_ids) > len(scene.prompt.suffix_ids)
     return [
         {"activations": activations, "max_new_tokens": NEW_TOKENS},
         {"activations": activations[:1], "max_new_tokens": 3, "temperature": 1.0, "seed": 4},
+        {"activations": activations[:2], "max_new_tokens": NEW_TOKENS, "ending": ending},
         {"activations": activations.view(3, 3, -1), "max_new_tokens": 9},
         {
             "activations": activations[2:4],
@@ -323,12 +332,13 @@ def mixed_requests(activations: Tensor) -> list[dict]:
         {"activations": activations[5:6], "max_new_tokens": 1},
         {"activations": activations[:0]},
         {"activations": activations[4:5], "max_new_tokens": NEW_TOKENS, "temperature": 0.7},
+        {"activations": activations[6:], "group_size": 2, "temperature": 1.0, "ending": ending},
     ]
 
 
 @pytest.mark.parametrize("first", [1, 4])
 def test_submissions_are_written_as_alone_whenever_they_come(scene: Scene, first: int) -> None:
-    asked = mixed_requests(scene.activations)
+    asked = mixed_requests(scene)
     alone = [tokens(scene.engine().generate(**arguments)) for arguments in asked]
     engine = scene.engine()
     for _ in range(2):
@@ -338,7 +348,7 @@ def test_submissions_are_written_as_alone_whenever_they_come(scene: Scene, first
 
 
 def test_recorded_steps_write_submissions_as_alone(compact_scene: Scene) -> None:
-    asked = mixed_requests(compact_scene.activations)
+    asked = mixed_requests(compact_scene)
     alone = [tokens(compact_scene.engine().generate(**arguments)) for arguments in asked]
     engine = compact_scene.compact(merged=True, recorded=True)
     assert [tokens(part) for part in in_company(engine, asked, 1)] == alone

@@ -184,7 +184,12 @@ def test_several_samples_are_answered_by_the_best_of_them(
     body = {"activations": activations.tolist(), "samples": 5, "temperature": 1.5, "seed": 3}
     answers = client.post("/v1/describe", json=body).json()["descriptions"]
     written = Verbalizer.load(config.base, Path(config.run_dir) / "grpo" / "adapter").describe(
-        activations, max_new_tokens=8, temperature=1.5, seed=3, group_size=5
+        activations,
+        max_new_tokens=8,
+        temperature=1.5,
+        seed=3,
+        group_size=5,
+        rows=[0] * len(activations),
     )
     reward = Reconstructor.load(config.base, Path(config.run_dir) / "reward_scorer")
     for row, answer in enumerate(answers):
@@ -265,14 +270,14 @@ def test_explain_scores_the_chosen_description_and_nothing_where_it_is_unsure(
         pytest.approx(described["confidence"], abs=1e-5),
     )
     assert all(set(explanation["scores"]) == {"reward", "judge"} for explanation in free)
-    middle = sorted(explanation["confidence"] for explanation in free)[1]
-    some = client.post("/v1/explain", json=body | {"min_confidence": middle}).json()["explanations"]
+    most = max(explanation["confidence"] for explanation in free)
+    some = client.post("/v1/explain", json=body | {"min_confidence": most}).json()["explanations"]
     for sure, explanation in zip(free, some, strict=True):
-        unsure = sure["confidence"] < middle
+        unsure = sure["confidence"] < most
         assert explanation == (
             sure | {"description": None, "unsure": True, "scores": {}} if unsure else sure
         )
-    assert sum(explanation["unsure"] for explanation in some) == 1
+    assert 0 < sum(explanation["unsure"] for explanation in some) < len(some)
     none = client.post("/v1/explain", json=body | {"min_confidence": 1.0}).json()["explanations"]
     assert [(explanation["description"], explanation["scores"]) for explanation in none] == [
         (None, {})
