@@ -251,6 +251,7 @@ def captured_of(run: Run) -> dict[str, list[int]]:
     return {name: encoder.prompt(text)[0] + answers[name] for name, text in texts.items()}
 
 
+@pytest.mark.slow
 def test_answers_and_activations_are_the_same_by_any_actors_and_in_any_shards(
     ray_cluster: None, tiny_run: Callable[..., Run], publish_corpus: Callable
 ) -> None:
@@ -286,6 +287,7 @@ def has_rows(run: Run, split: str) -> bool:
     return any(split in pq.read_table(file)["split"].to_pylist() for file in files)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_shards_whose_texts_have_no_answers(
     ray_cluster: None, tiny_run: Callable[..., Run], publish_corpus: Callable
 ) -> None:
