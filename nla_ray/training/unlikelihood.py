@@ -24,8 +24,6 @@ IGNORED = -100
 """Label of a token without loss. A lower one, `refused(token)`, says: any token but this one."""
 _HIGHEST_LOG_PROB = -1e-6
 """A token that is certain is refused as one that is nearly so: the loss stays finite."""
-_WEIGHT = 10.0
-"""A refused token counts as ten that are to be written: a label has many, a refusal is one."""
 _SEPARATOR = ", "
 
 
@@ -49,8 +47,8 @@ def token_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refusal_loss(log_probs: Tensor) -> Tensor:
-    """-log(1 - p) of every refused token, in nats, by its weight. Shapes stay."""
-    return -_WEIGHT * torch.log1p(-log_probs.clamp(max=_HIGHEST_LOG_PROB).exp())
+    """-log(1 - p) of every refused token, in nats. Shapes stay."""
+    return -torch.log1p(-log_probs.clamp(max=_HIGHEST_LOG_PROB).exp())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def test_an_item_that_begins_as_the_expected_one_is_not_refused() -> None:
 def test_the_loss_is_the_paper_s_and_stays_finite() -> None:
     log_probs = torch.tensor([math.log(0.25), math.log(1e-4), 0.0], requires_grad=True)
     loss = refusal_loss(log_probs)
-    expected = [-10 * math.log(0.75), -10 * math.log(1 - 1e-4)]
+    expected = [-math.log(0.75), -math.log(1 - 1e-4)]
     assert loss[:2].tolist() == pytest.approx(expected, rel=1e-5)
     assert math.isfinite(loss[2].item())
     loss.sum().backward()
@@ -123,10 +123,10 @@ def test_a_batch_of_both_kinds_costs_the_sum_of_both_and_unlearns_what_is_refuse
     likely = model.logits.softmax(-1).detach()
     summed, count = completion_loss(model, batch)
     assert count == 2
-    expected = -likely[1].log() - 10 * (1 - likely[0]).log()
+    expected = -likely[1].log() - (1 - likely[0]).log()
     assert summed.item() == pytest.approx(expected.item())
     only = {**batch, "labels": torch.where(labels < IGNORED, labels, IGNORED)}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(20):
         optimizer.zero_grad()
         completion_loss(model, only)[0].backward()
