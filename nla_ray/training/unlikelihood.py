@@ -73,8 +73,10 @@ def draw_repeats(labels: Sequence[str], share: float, seed: int) -> list[Repeat]
     >>> repeat.written, repeat.item, repeat.expected
     ('- tokens: frame, ', 'frame', '')
     """
-    draw = random.Random(seed)
     wanted = round(share * len(labels))
+    if not wanted:
+        return []
+    draw = random.Random(seed)
     possible = [list(_repeats(number, label)) for number, label in enumerate(labels)]
     numbers = [number for number, repeats in enumerate(possible) if repeats]
     drawn: list[int] = []

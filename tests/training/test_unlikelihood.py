@@ -47,6 +47,11 @@ def test_prose_placeholders_and_forecasts_refuse_nothing() -> None:
     assert draw_repeats([label, "- tokens: no word stands out"], 1.0, 0) == []
 
 
+@pytest.mark.parametrize("label", ["- tokens:", "- topics: ,", "- tokens: ,\n- next: more", ""])
+def test_a_list_without_an_item_refuses_nothing_and_stops_nothing(label: str) -> None:
+    assert draw_repeats([label], 1.0, 0) == []
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 2.5])
 def test_the_share_counts_labels_and_draws_each_before_any_twice(share: float) -> None:
     labels = ["- prose", "- tokens: a", "- tokens: b", "- next: more"]
