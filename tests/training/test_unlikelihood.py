@@ -112,7 +112,9 @@ def test_items_are_found_where_a_tokenizer_composes_characters() -> None:
     written = "- tokens: e\u0301te\u0301, "
     whole = Repeat(number=0, written=written, item="e\u0301te\u0301", expected="frame")
     [(_, ids, labels)] = refuse([whole], composed, spelled)
-    assert spelled(ids) == "- tokens: \u00e9t\u00e9, \u00e9" and labels[-1] == refused(ord("\u00e9"))
+    assert spelled(ids) == "- tokens: \u00e9t\u00e9, \u00e9" and labels[-1] == refused(
+        ord("\u00e9")
+    )
     one = Repeat(number=0, written=written, item="ab", expected="")
     [(_, ids, labels)] = refuse([one], composed, spelled)
     assert spelled(ids) == "- tokens: \u00e9t\u00e9, a" and labels[-1] == refused(ord("a"))
