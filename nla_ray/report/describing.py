@@ -102,33 +102,26 @@ def describe_all(
     come, or taken over from the run's own report.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    settings = run.config.evaluation
-    differences = draw_differences(test, mean, settings.differences, settings.seed)
     arm, base_digest = run.config.grpo.artifact, manifests["activations"].model["digest"]
-    describer = Describer(run, base_digest, test, folder, own_report)
+    describer = Describer(run, base_digest, test, mean, folder, own_report)
     for name, texts in _label_controls(run, train, test, mean).items():
         describer.keep(name, texts, NOT_GENERATED)
-    layers = {
-        layer: activations_at(run, settings.split, test, layer)
-        for layer in run.config.base.further_layers
-    }
-    samples, of_two = _describe_trained(
-        describer, run, manifests, train, test, mean, differences, layers
-    )
-    of_two |= _describe_compared(describer, compared, test, differences)
+    samples = _describe_trained(describer, run, manifests, train, test, mean)
+    _describe_compared(describer, compared, test)
     as_long = describer.described[arm]
     matched = matched_descriptions(words, describer.tokenizer, test.texts, as_long)
     for name, texts in matched.items():
         describer.keep(name, texts, NOT_GENERATED)
+    differences = describer.differences
     if differences is not None:
         gold = describer.described["gold"]
-        differences = _with_said(differences, of_two, gold, settings.seed)
+        differences = _with_said(differences, describer.of_two, gold, run.config.evaluation.seed)
     return Described(
         by_verbalizer=describer.described,
         protocols=describer.protocols,
         samples=samples,
         differences=differences,
-        layers=layers,
+        layers=describer.layers,
         by_layer=describer.by_layer,
     )
 
@@ -140,13 +133,10 @@ def _describe_trained(
     train: ActivationTable,
     test: ActivationTable,
     mean: Tensor,
-    differences: Differences | None,
-    layers: Mapping[int, Tensor],
-) -> tuple[list[list[Description]], dict[str, list[str]]]:
-    """Describe by the run's own adapters; the arm's samples, and what is said of differences."""
+) -> list[list[Description]]:
+    """Describe by the run's own adapters; the arm's samples."""
     settings, arm = run.config.evaluation, run.config.grpo.artifact
     samples: list[list[Description]] = []
-    of_two: dict[str, list[str]] = {}
     for artifact in trained_in(manifests):
         injected = {artifact: test.injected}
         if artifact == "sft":
@@ -157,41 +147,31 @@ def _describe_trained(
         neighbours = manifests[artifact].model["neighbours"]
         with run.local_copy(artifact, manifests[artifact], "adapter") as adapter:
             describer.describe(adapter, neighbours, injected, with_claims=artifact == arm)
-            if differences is not None:
-                of_two[artifact] = describer.describe_differences(
-                    adapter, neighbours, artifact, differences
-                )
+            describer.describe_differences(adapter, neighbours, artifact)
             if artifact == arm and settings.samples:
                 samples = describer.sample(
                     adapter, neighbours, f"{artifact}_samples", test.injected
                 )
             if artifact in ("sft", arm):
-                describer.describe_layers(adapter, neighbours, artifact, layers)
-    return samples, of_two
+                describer.describe_layers(adapter, neighbours, artifact)
+    return samples
 
 
 def _describe_compared(
-    describer: Describer,
-    compared: Sequence[Compared],
-    test: ActivationTable,
-    differences: Differences | None,
-) -> dict[str, list[str]]:
-    """Describe by what is named on the command line; what its adapters say of differences."""
-    of_two: dict[str, list[str]] = {}
+    describer: Describer, compared: Sequence[Compared], test: ActivationTable
+) -> None:
+    """Describe by what is named on the command line."""
     for verbalizer in compared:
         name, path, manifest = verbalizer.name, verbalizer.path, verbalizer.manifest
         if verbalizer.is_file:
             texts, _ = read_descriptions(path, test.ids)
             describer.keep(name, texts, verbalizer.protocol)
-            continue
-        if (facts := verbalizer.facts) is not None:
+        elif (facts := verbalizer.facts) is not None:
             describer.describe_whole(name, facts, verbalizer.digest, test.vectors)
-            continue
-        neighbours = manifest.model["neighbours"] if manifest else None
-        describer.describe(path, neighbours, {name: test.injected})
-        if differences is not None:
-            of_two[name] = describer.describe_differences(path, neighbours, name, differences)
-    return of_two
+        else:
+            neighbours = manifest.model["neighbours"] if manifest else None
+            describer.describe(path, neighbours, {name: test.injected})
+            describer.describe_differences(path, neighbours, name)
 
 
 def decoding(run: Run) -> Mapping[str, Any]:
@@ -268,17 +248,34 @@ class Describer:
     """Keeps files of descriptions, and makes what they lack with adapters over one loaded base."""
 
     def __init__(
-        self, run: Run, base_digest: str, test: ActivationTable, folder: Path, own_report: OwnReport
+        self,
+        run: Run,
+        base_digest: str,
+        test: ActivationTable,
+        mean: Tensor,
+        folder: Path,
+        own_report: OwnReport,
     ) -> None:
+        """`mean`: mu. Raises ValueError for too few families, where differences are asked for."""
+        settings = run.config.evaluation
         self._config, self._sampling, self._base_digest = run.config, decoding(run), base_digest
         self._ids, self._folder, self._own_report = test.ids, folder, own_report
         self.tokenizer, self._model = load_tokenizer(run.config.base), None
-        self._max_slots = _SLOT_BATCHES * run.config.evaluation.batch_size
+        self._max_slots = _SLOT_BATCHES * settings.batch_size
         self._num_tokens: dict[str, int] = {}
         self.described: dict[str, list[Description]] = {}
         """What is said of every activation, by verbalizer."""
         self.protocols: dict[str, GenerationProtocol | None] = {}
         """Of each of them."""
+        self.differences = draw_differences(test, mean, settings.differences, settings.seed)
+        """What adapters describe beside activations; None: none are asked for."""
+        self.of_two: dict[str, list[str]] = {}
+        """What adapters say of every difference."""
+        self.layers = {
+            layer: activations_at(run, settings.split, test, layer)
+            for layer in run.config.base.further_layers
+        }
+        """Further layer -> the activations [rows, d_model] of the same tokens there."""
         self.by_layer: dict[int, dict[str, list[Description]]] = {}
         """Further layer -> what is said of every activation there, by verbalizer."""
 
@@ -306,15 +303,9 @@ class Describer:
             described = self._complete(load, name, vectors, protocol, with_claims=with_claims)
             self.described[name], self.protocols[name] = described
 
-    def describe_layers(
-        self,
-        adapter: Path,
-        neighbours: Sequence[int] | None,
-        name: str,
-        layers: Mapping[int, Tensor],
-    ) -> None:
-        """What an adapter says, greedily, of activations [rows, d_model] of further layers."""
-        for layer, vectors in layers.items():
+    def describe_layers(self, adapter: Path, neighbours: Sequence[int] | None, name: str) -> None:
+        """What an adapter says, greedily, of the activations of further layers."""
+        for layer, vectors in self.layers.items():
             described, _ = self._complete(
                 partial(self._load, adapter, neighbours),
                 at_layer(name, layer),
@@ -366,17 +357,22 @@ class Describer:
         return [flat[start : start + count] for start in range(0, len(flat), count)]
 
     def describe_differences(
-        self, adapter: Path, neighbours: Sequence[int] | None, name: str, differences: Differences
-    ) -> list[str]:
-        """What an adapter says, greedily, of differences: files of their own, by their number."""
+        self, adapter: Path, neighbours: Sequence[int] | None, name: str
+    ) -> None:
+        """What an adapter says, greedily, of differences, where there are some.
+
+        They have files of their own, by their number.
+        """
+        if self.differences is None:
+            return
         described, _ = self._complete(
             partial(self._load, adapter, neighbours),
-            f"differences-{len(differences)}/{name}",
-            differences.injected,
+            f"differences-{len(self.differences)}/{name}",
+            self.differences.injected,
             self._protocol(adapter),
-            ids=differences.ids,
+            ids=self.differences.ids,
         )
-        return [description.text for description in described]
+        self.of_two[name] = [description.text for description in described]
 
     def _protocol(self, adapter: Path, **decoded: Any) -> GenerationProtocol:
         return generation_protocol(

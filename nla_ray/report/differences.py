@@ -72,6 +72,15 @@ class Differences:
         return len(self.ids)
 
 
+def of_first(verbalizer: str) -> str:
+    """The name of what a verbalizer says of the first activation alone, where pairs are compared.
+
+    >>> of_first("sft")
+    'sft_of_first'
+    """
+    return f"{verbalizer}_of_first"
+
+
 def draw_differences(
     test: ActivationTable, mean: Tensor, count: int, seed: int
 ) -> Differences | None:
@@ -122,7 +131,7 @@ def difference_section(evaluated: Evaluated, resamples: int, seed: int) -> dict[
         if name != _NOT_OF_FIRST:
             of_rows = evaluated.texts_of(name)
             alone = [of_rows[row] for row in differences.firsts]
-            named[f"{name}_of_first"] = _figures(evaluated.readings, alone, differences.comparisons)
+            named[of_first(name)] = _figures(evaluated.readings, alone, differences.comparisons)
     bootstrap = FamilyBootstrap(differences.family_ids, resamples, seed)
     return {
         "pairs": len(differences),
@@ -157,9 +166,9 @@ def _compared_pairs(evaluated: Evaluated, named: Mapping[str, Any]) -> list[tupl
     """Every verbalizer with the labels and with itself on the first one alone, then with others."""
     pairs = []
     for name in named:
-        if f"{name}_of_first" in named:
+        if of_first(name) in named:
             pairs += [(name, "gold")] if name != "gold" else []
-            pairs.append((name, f"{name}_of_first"))
+            pairs.append((name, of_first(name)))
     return [*pairs, *(pair for pair in evaluated.pairs if set(pair) <= set(named))]
 
 

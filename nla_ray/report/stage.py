@@ -20,8 +20,9 @@ from nla_ray.base.identity import base_info
 from nla_ray.cluster.resources import run_placed
 from nla_ray.report.cards import experiments, findings, picture_name, write_card
 from nla_ray.report.compared import Compared, check_compared, find_compared
-from nla_ray.report.controls import CONFIDENT, VERBALIZERS
+from nla_ray.report.controls import CONFIDENT, TRAINED, VERBALIZERS
 from nla_ray.report.describing import at_layer, check_protocols
+from nla_ray.report.differences import of_first
 from nla_ray.report.example import explain_examples
 from nla_ray.report.gallery import examples, gallery, score_table
 from nla_ray.report.gates import check_gates
@@ -164,6 +165,9 @@ def _compared(config: RunConfig) -> list[Compared]:
     arm, layers = config.grpo.artifact, config.base.further_layers
     by_layer = [at_layer(name, layer) for name in ("sft", arm) for layer in layers]
     taken = [*VERBALIZERS, arm, f"{arm}_samples", f"{arm}_{CONFIDENT}", *by_layer]
+    if config.evaluation.differences:
+        named = [argument.partition("=")[0] for argument in config.compare]
+        taken += map(of_first, dict.fromkeys(["gold", *TRAINED, arm, *named]))
     return find_compared(config.compare, taken)
 
 

@@ -50,6 +50,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Every figure of the report as plain JSON values."""
     bootstrap = FamilyBootstrap(evaluated.family_ids, resamples, seed)
+    where_asked = {
+        "differences": difference_section(evaluated, resamples, seed),
+        "layers": layer_section(bootstrap, evaluated),
+    }
     summary = _as_json(
         {
             "n": len(evaluated.doc_ids),
@@ -72,8 +76,7 @@ def summarise(
             "claim_confidence": claim_confidence_section(bootstrap, evaluated.judged_claims),
             "retrieval": _retrieval_curves(bootstrap, evaluated),
             **(sample_sections(bootstrap, evaluated) if evaluated.samples else {}),
-            **_differences(evaluated, resamples, seed),
-            **({"layers": layer_section(bootstrap, evaluated)} if evaluated.layers else {}),
+            **{name: section for name, section in where_asked.items() if section},
             "domains": _by_domain(evaluated, resamples, seed),
             "confusion": _confusion(evaluated),
         }
@@ -142,12 +145,6 @@ def _ratios(bootstrap: FamilyBootstrap, evaluated: Evaluated) -> dict[str, Any]:
         if by_scorer:
             ratios[f"{first}/{second}"] = by_scorer
     return ratios
-
-
-def _differences(evaluated: Evaluated, resamples: int, seed: int) -> dict[str, Any]:
-    """`differences`, in a report that has some."""
-    section = difference_section(evaluated, resamples, seed)
-    return {"differences": section} if section else {}
 
 
 def _agreement(evaluated: Evaluated) -> dict[str, dict[str, dict[str, float | None]]]:

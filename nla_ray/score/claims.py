@@ -132,7 +132,9 @@ def items(description: str) -> list[str]:
 
 
 def item_spans(description: str) -> list[list[tuple[int, int]]]:
-    """First character and end of the items of every list that has some; `next:` forecasts none.
+    """First character and end of every item, list by list; what `next:` forecasts is none.
+
+    A list without an item is left out.
 
     >>> description = "- tokens: frame, index\\n- next: more"
     >>> [[description[begin:end] for begin, end in spans] for spans in item_spans(description)]
@@ -143,7 +145,7 @@ def item_spans(description: str) -> list[list[tuple[int, int]]]:
     for line in description.splitlines(keepends=True):
         heading, body = split_heading(_BULLET.sub("", line).strip())
         if heading and heading.casefold() != NEXT_HEADING and body not in PLACEHOLDERS:
-            spans: list[tuple[int, int]] = []
+            spans = []
             at = offset + line.index(body, line.index(":"))
             for part in list_parts(body):
                 begin = at + len(part) - len(part.lstrip())

@@ -237,9 +237,8 @@ def completion_loss(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
         labels=labels,
         fused_lm_head=True,
     ).log_probs
-    is_refused = is_refused[:, 1:]
-    summed = refusal_loss(log_probs[is_refused]).sum() - log_probs[~is_refused].sum()
-    return summed, (labels[:, 1:] != IGNORED).sum()
+    losses = torch.where(is_refused[:, 1:], refusal_loss(log_probs), -log_probs)
+    return losses.sum(), (labels[:, 1:] != IGNORED).sum()
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def token_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refusal_loss(log_probs: Tensor) -> Tensor:
-    """-log(1 - p) of every refused token, in nats. Shapes stay."""
+    """-log(1 - p) of tokens that are refused, in nats; finite, as its gradient, for every p."""
     return -torch.log1p(-log_probs.clamp(max=_HIGHEST_LOG_PROB).exp())
 
 
@@ -73,16 +73,15 @@ def draw_repeats(labels: Sequence[str], share: float, seed: int) -> list[Repeat]
     >>> repeat.written, repeat.item, repeat.expected
     ('- tokens: frame, ', 'frame', '')
     """
+    draw = random.Random(seed)
     wanted = round(share * len(labels))
     if not wanted:
         return []
-    draw = random.Random(seed)
-    possible = [list(_repeats(number, label)) for number, label in enumerate(labels)]
-    numbers = [number for number, repeats in enumerate(possible) if repeats]
+    numbers = [number for number, label in enumerate(labels) if any(_repeats(number, label))]
     drawn: list[int] = []
     while numbers and len(drawn) < wanted:  # each pass draws every label once
         drawn += draw.sample(numbers, min(len(numbers), wanted - len(drawn)))
-    return [draw.choice(possible[number]) for number in drawn]
+    return [draw.choice([*_repeats(number, labels[number])]) for number in drawn]
 
 
 def _repeats(number: int, label: str) -> Iterator[Repeat]:
@@ -105,13 +104,18 @@ def refuse(
 ) -> Iterator[tuple[int, list[int], list[int]]]:
     """(number of the label, ids, labels) of every repeat; its last token alone has a label.
 
-    None of a repeat that begins with the same token as what is to stand there.
+    None of a repeat that begins with the same token as what is to stand there, or of which the
+    tokenizer leaves nothing. An item begins where what is written before it ends once decoded: a
+    tokenizer that composes characters makes that shorter.
     """
+    ids_before = encode([repeat.written for repeat in repeats])
     ids_of_items = encode([repeat.written + repeat.item for repeat in repeats])
     ids_expected = encode([repeat.written + repeat.expected for repeat in repeats])
-    for repeat, ids, expected in zip(repeats, ids_of_items, ids_expected, strict=True):
-        ends = token_ends(ids, decode)[1:]
-        first = next(place for place, end in enumerate(ends) if end > len(repeat.written))
-        if repeat.expected and ids[: first + 1] == expected[: first + 1]:
+    for repeat, before, ids, expected in zip(
+        repeats, ids_before, ids_of_items, ids_expected, strict=True
+    ):
+        begin, ends = len(decode(before)), token_ends(ids, decode)[1:]
+        first = next((place for place, end in enumerate(ends) if end > begin), None)
+        if first is None or (repeat.expected and ids[: first + 1] == expected[: first + 1]):
             continue
         yield repeat.number, ids[: first + 1], [*[IGNORED] * first, refused(ids[first])]

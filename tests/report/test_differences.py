@@ -19,7 +19,7 @@ from nla_ray.report.differences import Differences, difference_section, draw_dif
 from nla_ray.report.evaluated import Evaluated
 from nla_ray.report.readings import Readings
 from nla_ray.report.rendering.differences import differences_section
-from nla_ray.report.stage import evaluate, make_report, read_report
+from nla_ray.report.stage import check_corpus, evaluate, make_report, read_report
 from nla_ray.run.artifact import Run
 from nla_ray.score.comparisons import Comparisons
 from nla_ray.score.readable import label_difference
@@ -222,6 +222,21 @@ def test_a_complete_report_gets_differences_from_the_same_descriptions(
     assert evaluate(run) == manifest
     evaluate(plain)
     assert read_report(plain) == first
+
+
+@pytest.mark.parametrize("name", ["sft_of_first", "gold_of_first", "theirs_of_first"])
+def test_the_name_of_a_row_of_differences_is_refused_for_what_is_compared(
+    run_with: Callable[[int], Run], name: str
+) -> None:
+    for differences in (0, 20):
+        config = run_with(differences).config
+        theirs = [f"{each}={config.run_dir}/sft" for each in ("theirs", name)]
+        run = Run(dataclasses.replace(config, compare=tuple(theirs)))
+        if not differences:
+            check_corpus(run)
+            continue
+        with pytest.raises(ValueError, match=rf"--compare: got '{name}=.* none of .*{name}"):
+            check_corpus(run)
 
 
 def test_differences_are_described_as_the_verbalizer_describes_their_vectors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -47,9 +48,10 @@ def test_prose_placeholders_and_forecasts_refuse_nothing() -> None:
     assert draw_repeats([label, "- tokens: no word stands out"], 1.0, 0) == []
 
 
-@pytest.mark.parametrize("label", ["- tokens:", "- topics: ,", "- tokens: ,\n- next: more", ""])
-def test_a_list_without_an_item_refuses_nothing_and_stops_nothing(label: str) -> None:
+@pytest.mark.parametrize("label", ["- A snippet follows:", "- tokens:", "- topics: ,", "- tokens: , ,"])
+def test_a_heading_without_items_refuses_nothing(label: str) -> None:
     assert draw_repeats([label], 1.0, 0) == []
+    assert draw_repeats([f"{label}\n- tokens: frame"], 1.0, 0)[0].item == "frame"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 2.5])
@@ -98,6 +100,26 @@ def test_an_item_that_begins_as_the_expected_one_is_not_refused() -> None:
     assert [number for number, *_ in refuse([same, ended], encode, decode)] == [1]
 
 
+def test_items_are_found_where_a_tokenizer_composes_characters() -> None:
+    """As tokenizers with the normal form NFC do: what is decoded is shorter than the label."""
+
+    def composed(texts) -> list[list[int]]:
+        return [[ord(character) for character in normalize("NFC", text)] for text in texts]
+
+    def spelled(ids) -> str:
+        return "".join(map(chr, ids))
+
+    written = "- tokens: e\u0301te\u0301, "
+    whole = Repeat(number=0, written=written, item="e\u0301te\u0301", expected="frame")
+    [(_, ids, labels)] = refuse([whole], composed, spelled)
+    assert spelled(ids) == "- tokens: \u00e9t\u00e9, \u00e9" and labels[-1] == refused(
+        ord("\u00e9")
+    )
+    one = Repeat(number=0, written=written, item="ab", expected="")
+    [(_, ids, labels)] = refuse([one], composed, spelled)
+    assert spelled(ids) == "- tokens: \u00e9t\u00e9, a" and labels[-1] == refused(ord("a"))
+
+
 def test_the_loss_is_the_paper_s_and_stays_finite() -> None:
     log_probs = torch.tensor([math.log(0.25), math.log(1e-4), 0.0], requires_grad=True)
     loss = refusal_loss(log_probs)
@@ -137,6 +159,17 @@ def test_a_batch_of_both_kinds_costs_the_sum_of_both_and_unlearns_what_is_refuse
         completion_loss(model, only)[0].backward()
         optimizer.step()
     assert model.logits.softmax(-1)[0] < 0.1 < likely[0]
+
+
+def test_a_batch_without_refusals_costs_exactly_the_cross_entropy() -> None:
+    model = Unigram()
+    labels = torch.tensor([[IGNORED, 1, 2, IGNORED], [IGNORED, 0, 0, 1]])
+    batch = {"input_ids": labels.clamp(min=0), "attention_mask": labels * 0 + 1, "labels": labels}
+    summed, count = completion_loss(model, batch)
+    [gradient] = torch.autograd.grad(summed, [model.logits])
+    plain = -model(**batch, fused_lm_head=True).log_probs.sum()
+    assert count == 5 and torch.equal(summed, plain)
+    assert torch.equal(gradient, *torch.autograd.grad(plain, [model.logits]))
 
 
 def test_labels_come_back_as_they_were() -> None:
