@@ -48,7 +48,9 @@ def test_prose_placeholders_and_forecasts_refuse_nothing() -> None:
     assert draw_repeats([label, "- tokens: no word stands out"], 1.0, 0) == []
 
 
-@pytest.mark.parametrize("label", ["- A snippet follows:", "- tokens:", "- topics: ,", "- tokens: , ,"])
+@pytest.mark.parametrize(
+    "label", ["- A snippet follows:", "- tokens:", "- topics: ,", "- tokens: , ,"]
+)
 def test_a_heading_without_items_refuses_nothing(label: str) -> None:
     assert draw_repeats([label], 1.0, 0) == []
     assert draw_repeats([f"{label}\n- tokens: frame"], 1.0, 0)[0].item == "frame"
