@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,6 +111,8 @@ class AnswerStore:
         self._pending: dict[tuple[str, str], list[float]] = defaultdict(list)
         """(run, key) -> bounds of requests without an outcome."""
         self._spent: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        """Held where pending and spent are changed or read: `write` may run in another thread."""
         self.torn_lines = 0
         self._session = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
         self._own: BinaryIO | None = None
@@ -154,15 +157,19 @@ class AnswerStore:
     @property
     def spent_usd(self) -> float:
         """What this run's requests cost, at most: outcomes, and requests without one."""
-        unsettled = sum(
-            sum(bounds) for (run, _), bounds in self._pending.items() if run == self.run
-        )
-        return self._spent[self.run] + unsettled
+        with self._counting:
+            return self._spent[self.run] + sum(self._unsettled())
 
     @property
     def num_unsettled(self) -> int:
         """Requests of this run that have no outcome: under way now, or in a crash."""
-        return sum(len(bounds) for (run, _), bounds in self._pending.items() if run == self.run)
+        with self._counting:
+            return len(self._unsettled())
+
+    def _unsettled(self) -> list[float]:
+        """Bounds of this run's requests that have no outcome."""
+        pending = self._pending.items()
+        return [usd for (run, _), bounds in pending if run == self.run for usd in bounds]
 
     def write(self, records: Sequence[StoreRecord]) -> None:
         """Write records and sync them; they count when this returns.
@@ -184,9 +191,10 @@ class AnswerStore:
             name = f"{self._session}-{self._writes:07d}.jsonl"
             (self.location / name).write_bytes(b"".join(lines))
         self._writes += 1
-        for line in lines:
-            self._take(json.loads(line), len(self._files) - 1, offset)
-            offset += len(line)
+        with self._counting:
+            for line in lines:
+                self._take(json.loads(line), len(self._files) - 1, offset)
+                offset += len(line)
 
     def _line(self, record: StoreRecord) -> bytes:
         if isinstance(record, StoredAnswer) and record.key in self:
