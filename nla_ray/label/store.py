@@ -12,7 +12,6 @@ answer counts when it is on the disk, and no key is answered twice.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -25,8 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nla_ray.run.identity import text_hash
 from nla_ray.run.location import Location
-from nla_ray.run.lock import Lease, LocalLock
+from nla_ray.run.lock import take_lock
 from nla_ray.run.log import get_logger
 
 logger = get_logger(__name__)
@@ -39,7 +39,7 @@ _OFFSET_BITS = 40
 def answer_key(text: str, teacher: str, prompt_sha256: str, parameters: Mapping[str, Any]) -> str:
     """The key of a teacher's answer about a text; `teacher` names provider, model and address."""
     content = json.dumps([text, teacher, prompt_sha256, dict(sorted(parameters.items()))])
-    return hashlib.sha256(content.encode()).hexdigest()[:_KEY_CHARS]
+    return text_hash(content)[:_KEY_CHARS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +99,7 @@ class AnswerStore:
 
     def __init__(self, location: Location, run: str) -> None:
         self.location, self.run = location, run
-        try:
-            self._lock = LocalLock(location) if location.is_local else Lease(location)
-        except ValueError as error:
-            raise ValueError(f"label.store: {error}") from None
+        self._lock = take_lock(location, "label.store", "--label.store")
         self._temporary = None if location.is_local else tempfile.TemporaryDirectory()
         self._folder = Path(self._temporary.name if self._temporary else location.path)
         self._files: list[str] = []

@@ -129,7 +129,8 @@ def test_what_is_spent_can_be_read_while_another_thread_writes(tmp_path: Path) -
 
 
 def test_a_store_is_for_one_process_at_a_time(tmp_path: Path) -> None:
-    with opened(tmp_path), pytest.raises(ValueError, match="another"):
+    expected = r"label.store .*: got a lock held by process .* or use another --label.store"
+    with opened(tmp_path), pytest.raises(ValueError, match=expected):
         opened(tmp_path, run="b")
     opened(tmp_path, run="b").close()
 
