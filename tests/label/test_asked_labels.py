@@ -172,6 +172,29 @@ def test_a_kill_in_the_middle_costs_what_was_under_way_and_nothing_else(
     }
 
 
+def test_a_run_that_is_moved_goes_on_with_what_it_has_spent(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    with teacher_server() as server:
+        teacher = f"endpoint:model-a@{server.url}/v1"
+        label = LabelConfig(
+            teachers=(teacher,),
+            prices=(f"{teacher}=10/100",),
+            answer_tokens=50,
+            max_usd=0.03,
+            store=str(tmp_path / "store"),
+        )
+        run = tiny_run("here", label=label)
+        write_corpus(run, TEXTS)
+        with pytest.raises(ValueError, match=r"label.max_usd 0.03"):
+            label_texts(run)
+        billed = sum(server.billed.values())
+        shutil.move(run.root.path, tmp_path / "there")
+        with pytest.raises(ValueError, match=r"label.max_usd 0.03"):
+            label_texts(tiny_run("there", label=label))
+        assert sum(server.billed.values()) == billed > 0
+
+
 def test_a_teacher_sees_the_text_up_to_the_position_as_capture_reads_it(
     tiny_run: Callable[..., Run],
 ) -> None:
