@@ -237,7 +237,8 @@ def _position_inputs(run: Run) -> dict[str, str]:
 
 def _offline_labels(run: Run, corpus: Manifest, config: LabelConfig) -> RawLabels:
     """Labels of the configured offline teachers, who know the words of the train texts."""
-    statistics = WordStatistics.fit(_train_texts(run, corpus))
+    is_any = len(config.asked) < len(config.teachers)  # else nobody needs them
+    statistics = WordStatistics.fit(_train_texts(run, corpus) if is_any else ())
     return partial(_ask_teachers, make_teachers(config.teachers, statistics))
 
 
