@@ -327,7 +327,7 @@ class LabelConfig:
     @property
     def asked_cleaner(self) -> TeacherName | None:
         """The model that cleans; None: the rules do."""
-        return None if self.cleaner == "rules" else TeacherName.of(self.cleaner)
+        return None if self.cleaner == "rules" else TeacherName.of(self.cleaner, "label.cleaner")
 
     def __post_init__(self) -> None:
         given_prices(self.prices)
