@@ -43,11 +43,11 @@ class TeacherServer(ThreadingHTTPServer):
         seed: int = 0,
         key: str = "",
         seconds: float = 0.0,
-        timeout_seconds: float = 2.0,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behaviours, self.share, self.seed = behaviours, share, seed
-        self.key, self.seconds, self.timeout_seconds = key, seconds, timeout_seconds
+        self.key, self.seconds = key, seconds
+        """`seconds`: how long every answer takes, so that requests are under way side by side."""
         self.reply: Callable[[str, str], str] | None = None
         """(model, text) -> a good answer; None: ANSWER."""
         self.lookup_status = 200
@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             if done not in BILLED_FAILURES:
                 self.server.answered[(model, text)] += 1
         if done == "timeout":
-            time.sleep(self.server.timeout_seconds)
+            self.rfile.read(1)  # until the client is out of patience, and hangs up
         if done in ("timeout", "cut"):
             self.send_response(200)
             self.send_header("content-type", "application/json")
@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"error": {"code": 502, "message": "upstream"}})
             return
         if done == "slow":
-            time.sleep(0.3)
+            time.sleep(0.3)  # later than answers to requests that were sent after it
         said = _said(done, text)
         if done in ("good", "slow") and self.server.reply is not None:
             said = self.server.reply(model, text)

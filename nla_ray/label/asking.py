@@ -10,7 +10,6 @@ finish first: they are paid for. It knows texts and the store; runs are elsewher
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from nla_ray.label.store import (
     answer_key,
 )
 from nla_ray.plan.requests import ANSWER_TOKENS, MOST_TEMPLATE_TOKENS
+from nla_ray.run.identity import text_hash
 from nla_ray.run.log import get_logger
 from nla_ray.settings.config import LabelConfig
 from nla_ray.settings.teachers import TeacherName, TokenPrice, price_of
@@ -92,7 +92,7 @@ class AskedTeacher:
             teacher=self.teacher.name,
             prompt_sha256=self.prompt.sha256,
             parameters=self.parameters,
-            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            text_sha256=text_hash(text),
             text_chars=len(text),
             text=reply.text,
             fault=reply.fault,

@@ -26,7 +26,8 @@ class Patience:
     tries: int = 6
     """Requests for one text, without those that a limit refused."""
     limit_tries: int = 40
-    """The same with them."""
+    """Refusals by a limit for one text, without an answer of the teacher between them, after which
+    the job stops."""
     first_seconds: float = 0.5
     """The wait after a first failure; it doubles with each, up to `most_seconds`."""
     most_seconds: float = 30.0
@@ -122,7 +123,7 @@ class Concurrency:
         self._limit = min(float(self._most), self._limit + step)
 
     def refused(self, generation: int) -> None:
-        """A request of this generation was one too many, or took too long."""
+        """A request of this generation was one too many."""
         if generation == self._generation:
             self._limit, self._generation = max(1.0, self._limit / 2), generation + 1
 

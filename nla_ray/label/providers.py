@@ -9,6 +9,7 @@ none of them stands in an error.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib
 import json
 import os
@@ -156,9 +157,7 @@ class TeacherClient:
         try:
             async with asyncio.timeout(self._seconds):
                 response = await send()
-        except TimeoutError:
-            raise NoReply("no answer in time", billed=True) from None
-        except self._sdk.APITimeoutError:
+        except (TimeoutError, self._sdk.APITimeoutError):
             raise NoReply("no answer in time", billed=True) from None
         except self._sdk.APIConnectionError as error:
             kind = type(error.__cause__).__name__
@@ -335,12 +334,7 @@ def _reply(text: Any, fault: str, usage: Any, names: tuple[str, str]) -> Reply:
 def _without_faults(reply: Reply) -> Reply:
     """The reply with the fault of its text, where it has none of another kind."""
     fault = reply.fault or fault_of_text(reply.text)
-    return Reply(
-        text=_printable(reply.text),
-        fault=fault,
-        input_tokens=reply.input_tokens,
-        output_tokens=reply.output_tokens,
-    )
+    return dataclasses.replace(reply, text=_printable(reply.text), fault=fault)
 
 
 def fault_of_text(text: str) -> str:

@@ -56,6 +56,8 @@ _BLOCK_BYTES = 32 << 20
 STORE_NAME = "teacher_answers"
 """Folder of a run with what teachers on the network answered, where no other is named. It is no
 artifact: labels may be deleted and made again of it."""
+_PAYER_NAME = "payer"
+"""File of a run with the name by which stores know what it has spent, wherever it is moved."""
 _MISSING = "missing"
 """In place of the hash of an imported file that is gone: a complete stage does not need it."""
 
@@ -235,7 +237,8 @@ def _position_inputs(run: Run) -> dict[str, str]:
 
 def _offline_labels(run: Run, corpus: Manifest, config: LabelConfig) -> RawLabels:
     """Labels of the configured offline teachers, who know the words of the train texts."""
-    statistics = WordStatistics.fit(_train_texts(run, corpus))
+    is_any = len(config.asked) < len(config.teachers)  # else nobody needs them
+    statistics = WordStatistics.fit(_train_texts(run, corpus) if is_any else ())
     return partial(_ask_teachers, make_teachers(config.teachers, statistics))
 
 
@@ -281,8 +284,14 @@ def _store_location(run: Run) -> Location:
 
 
 def _store_name(run: Run) -> str:
-    """By what a store knows who pays: the run, without its place on a disk."""
-    return text_hash(str(run.root))[:16]
+    """By what a store knows who pays: the name that a run got where it first paid.
+
+    Before there was the file, a run paid by the hash of its place: it goes on with that.
+    """
+    kept = run.root / _PAYER_NAME
+    if not kept.exists():
+        kept.write_text(text_hash(str(run.root))[:16])
+    return kept.read_text()
 
 
 def _captured_subjects(

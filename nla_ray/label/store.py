@@ -12,10 +12,10 @@ answer counts when it is on the disk, and no key is answered twice.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
+import threading
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nla_ray.run.identity import text_hash
 from nla_ray.run.location import Location
-from nla_ray.run.lock import Lease, LocalLock
+from nla_ray.run.lock import take_lock
 from nla_ray.run.log import get_logger
 
 logger = get_logger(__name__)
@@ -38,7 +39,7 @@ _OFFSET_BITS = 40
 def answer_key(text: str, teacher: str, prompt_sha256: str, parameters: Mapping[str, Any]) -> str:
     """The key of a teacher's answer about a text; `teacher` names provider, model and address."""
     content = json.dumps([text, teacher, prompt_sha256, dict(sorted(parameters.items()))])
-    return hashlib.sha256(content.encode()).hexdigest()[:_KEY_CHARS]
+    return text_hash(content)[:_KEY_CHARS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +99,7 @@ class AnswerStore:
 
     def __init__(self, location: Location, run: str) -> None:
         self.location, self.run = location, run
-        try:
-            self._lock = LocalLock(location) if location.is_local else Lease(location)
-        except ValueError as error:
-            raise ValueError(f"label.store: {error}") from None
+        self._lock = take_lock(location, "label.store", "--label.store")
         self._temporary = None if location.is_local else tempfile.TemporaryDirectory()
         self._folder = Path(self._temporary.name if self._temporary else location.path)
         self._files: list[str] = []
@@ -110,6 +108,8 @@ class AnswerStore:
         self._pending: dict[tuple[str, str], list[float]] = defaultdict(list)
         """(run, key) -> bounds of requests without an outcome."""
         self._spent: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        """Held where pending and spent are changed or read: `write` may run in another thread."""
         self.torn_lines = 0
         self._session = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
         self._own: BinaryIO | None = None
@@ -154,15 +154,19 @@ class AnswerStore:
     @property
     def spent_usd(self) -> float:
         """What this run's requests cost, at most: outcomes, and requests without one."""
-        unsettled = sum(
-            sum(bounds) for (run, _), bounds in self._pending.items() if run == self.run
-        )
-        return self._spent[self.run] + unsettled
+        with self._counting:
+            return self._spent[self.run] + sum(self._unsettled())
 
     @property
     def num_unsettled(self) -> int:
         """Requests of this run that have no outcome: under way now, or in a crash."""
-        return sum(len(bounds) for (run, _), bounds in self._pending.items() if run == self.run)
+        with self._counting:
+            return len(self._unsettled())
+
+    def _unsettled(self) -> list[float]:
+        """Bounds of this run's requests that have no outcome."""
+        pending = self._pending.items()
+        return [usd for (run, _), bounds in pending if run == self.run for usd in bounds]
 
     def write(self, records: Sequence[StoreRecord]) -> None:
         """Write records and sync them; they count when this returns.
@@ -184,9 +188,10 @@ class AnswerStore:
             name = f"{self._session}-{self._writes:07d}.jsonl"
             (self.location / name).write_bytes(b"".join(lines))
         self._writes += 1
-        for line in lines:
-            self._take(json.loads(line), len(self._files) - 1, offset)
-            offset += len(line)
+        with self._counting:
+            for line in lines:
+                self._take(json.loads(line), len(self._files) - 1, offset)
+                offset += len(line)
 
     def _line(self, record: StoreRecord) -> bytes:
         if isinstance(record, StoredAnswer) and record.key in self:

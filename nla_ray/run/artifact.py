@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nla_ray.run.location import Location, copy_files, mirror_folder
-from nla_ray.run.lock import Lease, LocalLock
+from nla_ray.run.lock import take_lock
 from nla_ray.run.manifest import MANIFEST_NAME, Manifest
 from nla_ray.run.recipe import recipe_differences, recipe_of
 from nla_ray.run.stages import STAGES, Stage, job_of, stage_named
@@ -333,7 +333,7 @@ class Run:
 
         Raises ValueError when another process works on the same directory.
         """
-        lock = LocalLock(self.root) if self.root.is_local else Lease(self.root)
+        lock = take_lock(self.root)
         try:
             yield
         finally:

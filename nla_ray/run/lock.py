@@ -1,4 +1,4 @@
-"""One process works on a run directory at a time: by a lock of the kernel, or by a lease.
+"""One process works in a folder at a time, a run or a store: by a lock of the kernel, or a lease.
 
 It protects the rule that a process that died holds nothing: the kernel drops its lock, and a lease
 that is not renewed is stale.
@@ -29,18 +29,31 @@ _LEASE_SECONDS = 90.0
 """How long a lease is valid; it is renewed every third of this time."""
 
 
+def take_lock(
+    root: Location, name: str = "run directory", flag: str = "--run-dir"
+) -> LocalLock | Lease:
+    """Hold a folder for this process, until `release`.
+
+    `name` and `flag`: what errors call it, and the setting that names another. Raises ValueError
+    while another process has it.
+    """
+    return (LocalLock if root.is_local else Lease)(root, name, flag)
+
+
 class LocalLock:
     """An advisory lock that the kernel drops when its process dies, however it dies."""
 
-    def __init__(self, root: Location) -> None:
+    def __init__(
+        self, root: Location, name: str = "run directory", flag: str = "--run-dir"
+    ) -> None:
         try:
             Path(root.path).mkdir(parents=True, exist_ok=True)
             # Open as long as the lock is held.
             self._file = open(f"{root.path}/{_LOCK_NAME}", "a+")  # noqa: SIM115
         except OSError as error:
             raise ValueError(
-                f"run directory {root}: got {error.strerror}, expected a folder that can be"
-                " written. Choose another with --run-dir."
+                f"{name} {root}: got {error.strerror}, expected a folder that can be written."
+                f" Choose another with {flag}."
             ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,13 +61,13 @@ class LocalLock:
             with self._file:
                 self._file.seek(0)
                 owner = self._file.read().strip()
-            raise ValueError(_busy(root, owner)) from None
+            raise ValueError(_busy(root, owner, name, flag)) from None
         self._file.truncate(0)
         self._file.write(_this_process())
         self._file.flush()
 
     def release(self) -> None:
-        """Give the run directory back."""
+        """Give the folder back."""
         self._file.close()
 
 
@@ -74,13 +87,15 @@ class Lease:
     it was in. It stops at its next renewal, when it sees who has taken over.
     """
 
-    def __init__(self, root: Location) -> None:
+    def __init__(
+        self, root: Location, name: str = "run directory", flag: str = "--run-dir"
+    ) -> None:
         self._claims = root / _CLAIMS_NAME
         self._name = f"{uuid.uuid4().hex}.json"
         try:
             self._renew()
             if others := self._others():
-                raise ValueError(_busy(root, _owner_of(others)))
+                raise ValueError(_busy(root, _owner_of(others), name, flag))
         except BaseException:  # also Ctrl-C: a claim that nobody holds would refuse the next start
             (self._claims / self._name).delete()
             raise
@@ -140,7 +155,7 @@ class Lease:
                 logger.warning("%s: not renewed this time: %s", self._claims, error)
 
     def release(self) -> None:
-        """Give the run directory back."""
+        """Give the folder back."""
         self._stop.set()
         self._thread.join()
         (self._claims / self._name).delete()
@@ -154,8 +169,8 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {platform.node()}"
 
 
-def _busy(root: Location, owner: str) -> str:
+def _busy(root: Location, owner: str, name: str, flag: str) -> str:
     return (
-        f"run directory {root}: got a lock held by {owner or 'another process'}, expected a free"
-        " one. Wait for that run, stop it, or use another --run-dir."
+        f"{name} {root}: got a lock held by {owner or 'another process'}, expected a free one. Wait"
+        f" for that run, stop it, or use another {flag}."
     )

@@ -298,8 +298,9 @@ class LabelConfig:
     what is in it is never asked, nor paid, again; one job has it at a time. None: `teacher_answers`
     in the run directory."""
     max_usd: float | None = None
-    """Hard budget of this run's labels in US dollars, over all teachers and all starts of the job.
-    Before a request that could pass it the job stops; everything is kept. None: no budget."""
+    """Hard budget of this run's labels in US dollars, over all teachers and all starts of the job,
+    wherever the run is moved. Before a request that could pass it the job stops; everything is
+    kept. None: no budget."""
     prices: tuple[str, ...] = ()
     """Prices of tokens, `TEACHER=INPUT/OUTPUT` in US dollars for a million: in place of those of
     `nla_ray/settings/teachers.py`, and for the models that it does not know."""
@@ -326,7 +327,7 @@ class LabelConfig:
     @property
     def asked_cleaner(self) -> TeacherName | None:
         """The model that cleans; None: the rules do."""
-        return None if self.cleaner == "rules" else TeacherName.of(self.cleaner)
+        return None if self.cleaner == "rules" else TeacherName.of(self.cleaner, "label.cleaner")
 
     def __post_init__(self) -> None:
         given_prices(self.prices)

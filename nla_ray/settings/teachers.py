@@ -33,8 +33,8 @@ class TeacherName:
     """None: the provider's own, or what its SDK reads from the environment."""
 
     @classmethod
-    def of(cls, name: str) -> TeacherName:
-        """Raises ValueError for another form, and for an address that holds a key.
+    def of(cls, name: str, setting: str = "label.teachers") -> TeacherName:
+        """Raises ValueError that names the setting: another form, or an address that holds a key.
 
         >>> TeacherName.of("openai:gpt-6-sol").model
         'gpt-6-sol'
@@ -42,20 +42,20 @@ class TeacherName:
         provider, _, rest = name.partition(":")
         if provider not in get_args(Provider) or not rest:
             raise ValueError(
-                f"label.teachers: got {name!r}, expected {TEACHER_FORMS}. Correct the name."
+                f"{setting}: got {name!r}, expected {TEACHER_FORMS}. Correct the name."
             )
         if provider != "endpoint":
             return cls(name=name, provider=cast(Provider, provider), model=rest)
         found = _ENDPOINT.fullmatch(rest)
         if found is None:
             raise ValueError(
-                f"label.teachers: got an endpoint of model {rest.partition('@')[0]!r} without an"
+                f"{setting}: got an endpoint of model {rest.partition('@')[0]!r} without an"
                 " address, expected `endpoint:MODEL@http://HOST:PORT/v1`. Add the address."
             )
         parts = urlsplit(found["url"])
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
-                f"label.teachers: got an address of model {found['model']!r} that holds a user, a"
+                f"{setting}: got an address of model {found['model']!r} that holds a user, a"
                 " password or parameters, expected one without: names of teachers are written into"
                 " files. Put the key into the environment variable ENDPOINT_API_KEY."
             )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,7 +67,7 @@ def refused_of(run: Run) -> list[dict]:
 
 
 def test_two_houses_and_an_offline_teacher_label_every_text_or_it_is_listed(
-    tiny_run: Callable[..., Run], keys: pytest.MonkeyPatch, told: list[str]
+    tiny_run: Callable[..., Run], keys: pytest.MonkeyPatch
 ) -> None:
     with teacher_server(behaviours=("refusal", "length"), share=0.5, seed=2, key=KEY) as server:
         teachers = (*two_teachers(server, keys), "offline-content-first")
@@ -130,17 +128,24 @@ def test_a_kill_in_the_middle_costs_what_was_under_way_and_nothing_else(
     tiny_run: Callable[..., Run], keys: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     texts = {f"doc{number}": f"text number {number} about rows" for number in range(200)}
-    # Answers of 20 ms: at the kill some are always under way.
     behaviours = ("429", "500", "529", "cut", "no_json", "no_choice", "empty", "refusal", "length")
     assert set(behaviours) & set(REPEATABLE)
-    with teacher_server(behaviours=behaviours, share=0.15, seed=5, key=KEY, seconds=0.02) as server:
+    with teacher_server(behaviours=behaviours, share=0.15, seed=5, key=KEY) as server:
+        behaviour = server.behaviour
+
+        def until_the_kill(model: str, text: str) -> str:
+            with server.lock:
+                billed = sum(server.billed.values())
+            if billed >= 150:
+                process.kill()  # this request is under way; once the process is gone: no effect
+            return behaviour(model, text)
+
+        server.behaviour = until_the_kill  # type: ignore[method-assign]
         run = tiny_run(label=LabelConfig(teachers=two_teachers(server, keys), max_concurrency=12))
         write_corpus(run, texts, shard_rows=50)
         process = drive(run, tmp_path)
-        while sum(server.billed.values()) < 150 and process.poll() is None:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
         with AnswerStore(
             Location.of(run.root.path) / "teacher_answers", text_hash(str(run.root))[:16]
         ) as store:
@@ -170,6 +175,29 @@ def test_a_kill_in_the_middle_costs_what_was_under_way_and_nothing_else(
         "refusal",
         "cut off at label.answer_tokens",
     }
+
+
+def test_a_run_that_is_moved_goes_on_with_what_it_has_spent(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    with teacher_server() as server:
+        teacher = f"endpoint:model-a@{server.url}/v1"
+        label = LabelConfig(
+            teachers=(teacher,),
+            prices=(f"{teacher}=10/100",),
+            answer_tokens=50,
+            max_usd=0.03,
+            store=str(tmp_path / "store"),
+        )
+        run = tiny_run("here", label=label)
+        write_corpus(run, TEXTS)
+        with pytest.raises(ValueError, match=r"label.max_usd 0.03"):
+            label_texts(run)
+        billed = sum(server.billed.values())
+        shutil.move(run.root.path, tmp_path / "there")
+        with pytest.raises(ValueError, match=r"label.max_usd 0.03"):
+            label_texts(tiny_run("there", label=label))
+        assert sum(server.billed.values()) == billed > 0
 
 
 def test_a_teacher_sees_the_text_up_to_the_position_as_capture_reads_it(

@@ -57,9 +57,7 @@ def test_under_any_failures_every_text_gets_its_answer_or_its_reason_and_is_paid
     tmp_path: Path,
 ) -> None:
     behaviours = REPEATABLE + FINAL
-    with teacher_server(
-        behaviours=behaviours, share=0.4, seed=3, key=KEY, timeout_seconds=4.0
-    ) as server:
+    with teacher_server(behaviours=behaviours, share=0.4, seed=3, key=KEY) as server:
         config = settings(server, "model-a", "model-b", max_concurrency=16, timeout_seconds=3.0)
         result, store = asked(config, tmp_path)
         billed = server.billed.copy()

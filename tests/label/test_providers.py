@@ -121,7 +121,7 @@ def test_an_answer_that_is_no_label_says_why(
 def test_a_request_without_an_answer_is_made_once_and_says_what_to_do_of_it(
     keys: pytest.MonkeyPatch, provider: str, done: str, expected: dict
 ) -> None:
-    with teacher_server(timeout_seconds=4.0) as server:
+    with teacher_server() as server:
         teacher = named(provider, always(server, done).url, keys)
         with pytest.raises(NoReply) as failure:
             ask(teacher, seconds=2.0 if done == "timeout" else 60.0)

@@ -76,3 +76,5 @@ def test_a_refused_rewriting_is_asked_for_again_and_then_made_by_the_rules(
 def test_a_cleaner_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="got 'best', expected `rules`, `openai:MODEL`"):
         LabelConfig(cleaner="best")
+    with pytest.raises(ValueError, match=r"^label\.cleaner: got 'openai:', expected"):
+        LabelConfig(cleaner="openai:")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,24 @@ def test_spending_is_of_a_run_and_counts_what_a_crash_left_open(tmp_path: Path) 
         assert (store.spent_usd, store.num_unsettled) == (1.0 + 0.25 + 2.0 + 0.5, 1)
 
 
+def test_what_is_spent_can_be_read_while_another_thread_writes(tmp_path: Path) -> None:
+    def send(store: AnswerStore) -> None:
+        for start in range(0, 6_000, 60):
+            numbers = range(start, start + 60)
+            store.write([SentRequest(key=key(number), usd=1.0) for number in numbers])
+
+    with opened(tmp_path) as store, ThreadPoolExecutor(max_workers=1) as thread:
+        sending, spent = thread.submit(send, store), [0.0]
+        while not sending.done():
+            spent += [store.spent_usd, float(store.num_unsettled)]
+        sending.result()
+        assert spent == sorted(spent)
+        assert (store.spent_usd, store.num_unsettled) == (6_000.0, 6_000)
+
+
 def test_a_store_is_for_one_process_at_a_time(tmp_path: Path) -> None:
-    with opened(tmp_path), pytest.raises(ValueError, match="another"):
+    expected = r"label.store .*: got a lock held by process .* or use another --label.store"
+    with opened(tmp_path), pytest.raises(ValueError, match=expected):
         opened(tmp_path, run="b")
     opened(tmp_path, run="b").close()
 
