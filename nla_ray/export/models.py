@@ -53,8 +53,8 @@ def export_verbalizer(
 ) -> ReferenceFacts:
     """Write the base with an adapter merged, its tokenizer and its manifest.
 
-    Raises ValueError for a base whose prompt takes several vectors, and for a chat template that
-    cannot be made to open a description.
+    Raises ValueError for a base whose prompt takes several vectors or tells the layer, and for a
+    chat template that cannot be made to open a description.
     """
     require(
         base.injected == ("activation",),
@@ -62,6 +62,13 @@ def export_verbalizer(
         base.injected,
         "the activation alone",
         "The layout has one vector in a prompt.",
+    )
+    require(
+        not base.further_layers,
+        "base.further_layers",
+        base.further_layers,
+        "none",
+        "The prompt of a verbalizer of several layers tells the layer; export to peft.",
     )
     tokenizer = load_tokenizer(base)
     prompt = prompts.injection_prompt(tokenizer, base)
