@@ -30,7 +30,7 @@ from nla_ray.activation.vectors import cosine, norm, rescale
 from nla_ray.base import prompts
 from nla_ray.base.adapters import merged_adapter
 from nla_ray.base.identity import BaseInfo
-from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.load import first_token, load_backbone, load_tokenizer
 from nla_ray.base.reference import (
     DESCRIPTION_FIELD,
     MARKER_FIELD,
@@ -128,10 +128,12 @@ def export_reconstructor(
         suffix_ids=(marker_id,),
     )
     identity = {"weight": torch.eye(info.d_model)}
-    plain = dataclasses.replace(facts, own={})
-    reader = ReferenceReconstructor(plain, model, tokenizer, identity, mean, max_tokens=max_tokens)
+    plain, rounded = dataclasses.replace(facts, own={}), model.float()  # as it is saved
+    reader = ReferenceReconstructor(
+        plain, rounded, tokenizer, identity, mean, max_tokens=max_tokens
+    )
     streams = [
-        reader.eval().reconstruct([prompts.unmarked(text, base.marker) for text in texts])
+        reader.reconstruct([prompts.unmarked(text, base.marker) for text in texts])
         for texts in (fitted, checked)
     ]
     head = linear_head(weight, mean, streams[0])
@@ -188,13 +190,11 @@ def _facts(
 def _save(model: Any, tokenizer: Any, folder: Path, dtype: WeightType) -> None:
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    model.float()
 
 
 def _without_unused_beginning(tokenizer: Any) -> Any:
     """A tokenizer that names no first token unless it puts one there: readers ask for it."""
-    [first] = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
-    if tokenizer.bos_token_id is not None and first != tokenizer.bos_token_id:
+    if not first_token(tokenizer):
         tokenizer.bos_token = None
     return tokenizer
 
