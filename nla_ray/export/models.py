@@ -32,11 +32,10 @@ from nla_ray.base.adapters import merged_adapter
 from nla_ray.base.identity import BaseInfo
 from nla_ray.base.load import first_token, load_backbone, load_tokenizer
 from nla_ray.base.reference import (
-    DESCRIPTION_FIELD,
-    MARKER_FIELD,
     VALUE_HEAD_NAME,
     ReferenceFacts,
     ReferenceRole,
+    package_templates,
     read_reference,
 )
 from nla_ray.score.reconstructor import ADAPTER_NAME, HEAD_NAME, read_head
@@ -75,13 +74,10 @@ def export_verbalizer(
     model = merged_adapter(load_backbone(base).float(), adapter)
     tokenizer.chat_template = prompts.opened_template(tokenizer.chat_template)
     _save(model, tokenizer, folder, dtype)
-    template = prompts.VERBALIZER_TEMPLATE.format(marker=f"{{{MARKER_FIELD}}}")
     tags = [prompts.OPENING_TAG, prompts.CLOSING_TAG]
     facts = dataclasses.replace(
-        _facts(folder, "verbalizer", base, info, dtype, template, {"tags": tags}),
-        num_blocks=info.num_layers,
+        _facts(folder, "verbalizer", base, info, dtype, {"tags": tags}),
         injection_norm=base.injection_norm,
-        marker_id=prompt.marker_id,
         neighbours=prompt.neighbours,
     )
     facts.save()
@@ -117,15 +113,10 @@ def export_reconstructor(
     model = merged_adapter(first, scorer / ADAPTER_NAME)
     _save(model, tokenizer, folder, dtype)
     shutil.copy(scorer / HEAD_NAME, folder / HEAD_NAME)
-    before, after = prompts.around_description(base.marker)
-    template = f"{_escaped(before)}{{{DESCRIPTION_FIELD}}}{_escaped(after)}"
-    marker_id = prompts.marker_token(tokenizer, base.marker)
     facts = dataclasses.replace(
-        _facts(folder, "reconstructor", base, info, dtype, template, {OWN_HEAD: HEAD_NAME}),
-        num_blocks=base.layer + 1,
+        _facts(folder, "reconstructor", base, info, dtype, {OWN_HEAD: HEAD_NAME}),
         target_norm=info.d_model**0.5,
-        marker_id=marker_id,
-        suffix_ids=(marker_id,),
+        suffix_ids=(info.marker_id,),
     )
     identity = {"weight": torch.eye(info.d_model)}
     plain, rounded = dataclasses.replace(facts, own={}), model.float()  # as it is saved
@@ -169,19 +160,20 @@ def _facts(
     base: BaseConfig,
     info: BaseInfo,
     dtype: WeightType,
-    template: str,
     own: dict[str, Any],
 ) -> ReferenceFacts:
+    """What facts of both roles say alike."""
     return ReferenceFacts(
         folder=folder,
         role=role,
         layer=base.layer,
         d_model=info.d_model,
-        num_blocks=0,
+        num_blocks=info.num_layers if role == "verbalizer" else base.layer + 1,
         model_type=info.model_type,
         dtype=dtype,
-        template=template,
+        template=package_templates(base.marker)[role],
         marker=base.marker,
+        marker_id=info.marker_id,
         base_name=base.model,
         own={"base_digest": info.digest, **own},
     )
@@ -197,7 +189,3 @@ def _without_unused_beginning(tokenizer: Any) -> Any:
     if not first_token(tokenizer):
         tokenizer.bos_token = None
     return tokenizer
-
-
-def _escaped(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
