@@ -144,6 +144,8 @@ def merged_adapter(model: nn.Module, folder: Path | str) -> Any:
     config: Any = merged.config
     if hasattr(config, "wrapped_in"):  # it stands alone now
         del config.wrapped_in
+    # Else its weights are saved by the names of the files that they came from, turned round.
+    vars(merged).pop("_weight_conversions", None)
     return merged
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def load_tokenizer(base: BaseConfig) -> Any:
     with quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(base_folder(base.model, weights=False))
     if base.template == "raw":
-        tokenizer.chat_template = _first_token(tokenizer) + RAW_TEMPLATE
+        tokenizer.chat_template = first_token(tokenizer) + RAW_TEMPLATE
     if tokenizer.chat_template is None:
         raise ValueError(
             f"base.model {base.model!r}: got a tokenizer without chat template, expected a chat"
@@ -87,7 +86,7 @@ def load_tokenizer(base: BaseConfig) -> Any:
     return tokenizer
 
 
-def _first_token(tokenizer: Any) -> str:
+def first_token(tokenizer: Any) -> str:
     """What a tokenizer puts before every text: the token that begins a sequence, or nothing."""
     [first] = tokenizer("a")["input_ids"][:1]
     return tokenizer.bos_token if first == tokenizer.bos_token_id else ""
@@ -145,13 +144,15 @@ def load_backbone(
 
     folder, device = base_folder(base.model), torch_device(base)
     _choose_attention(device)
-    options = {"dtype": getattr(torch, base.dtype), "attn_implementation": attention}
+    options = {
+        "dtype": getattr(torch, base.dtype),
+        "attn_implementation": attention,
+        "key_mapping": INNER_NAMES,  # some files have them, whatever their type says
+    }
     config = load_model_config(base)
     is_quantised = quantiser_of(config) is not None
     if is_quantised:  # such weights are made where they stay
         options["device_map"] = {"": str(device)}
-    if wrapper_of(config) is not None or _has_inner_names(folder):
-        options["key_mapping"] = INNER_NAMES
     with quiet_loading():
         if num_blocks is None:
             model: Any = _from_files(AutoModelForCausalLM, folder, config, options)
@@ -170,21 +171,6 @@ def load_backbone(
     else:
         model.to(device)
     return model.eval().requires_grad_(False)
-
-
-def _has_inner_names(folder: Path) -> bool:
-    """Whether weights have the names that they would have in a wrapper, whatever the type says."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = list(json.loads(index.read_text())["weight_map"])
-    elif (file := folder / "model.safetensors").is_file():
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-    else:
-        return False
-    return any(re.match(pattern, name) for name in names for pattern in INNER_NAMES)
 
 
 def _from_files(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,14 @@ import yaml
 
 from nla_ray.base.identity import BaseInfo
 from nla_ray.base.load import load_model_config
-from nla_ray.base.prompts import InjectionPrompt, chat_prompt, cut_at_marker, marker_token
+from nla_ray.base.prompts import (
+    VERBALIZER_TEMPLATE,
+    InjectionPrompt,
+    around_description,
+    chat_prompt,
+    cut_at_marker,
+    marker_token,
+)
 from nla_ray.base.sources import hub_snapshot
 from nla_ray.settings.config import BaseConfig, require
 
@@ -148,12 +155,10 @@ class ReferenceFacts:
 
     def to_manifest(self) -> dict[str, Any]:
         """As `nla_meta.yaml` holds it, in version 2."""
-        names = _ROLE_NAMES[self.role]
-        left, right = self.neighbours or (None, None)
         manifest: dict[str, Any] = {
             "kind": "nla_model",
             "schema_version": _SCHEMA_VERSIONS[-1],
-            "role": names[0],
+            "role": _ROLE_NAMES[self.role][0],
             "d_model": self.d_model,
             "extraction_layer_index": self.layer,
             "extraction": {
@@ -161,14 +166,13 @@ class ReferenceFacts:
                 "injection_scale": self.injection_norm,
                 "mse_scale": self.target_norm,
             },
-            "tokens": {
-                "injection_char": self.marker,
-                "injection_token_id": self.marker_id,
-                "injection_left_neighbor_id": left,
-                "injection_right_neighbor_id": right,
-                "critic_suffix_ids": list(self.suffix_ids) or None,
-            },
-            "prompt_templates": dict.fromkeys(names[:2], self.template),
+            **prompt_sections(
+                {self.role: self.template},
+                self.marker,
+                self.marker_id,
+                self.neighbours,
+                self.suffix_ids,
+            ),
         }
         if self.role == "reconstructor":
             manifest["critic"] = {"extraction_layer_index": self.layer}
@@ -176,8 +180,49 @@ class ReferenceFacts:
 
     def save(self) -> None:
         """Write the manifest into the folder."""
-        text = yaml.safe_dump(self.to_manifest(), sort_keys=False, allow_unicode=True)
-        (self.folder / REFERENCE_MANIFEST).write_text(text, encoding="utf-8")
+        write_reference_manifest(self.folder / REFERENCE_MANIFEST, self.to_manifest())
+
+
+def package_templates(marker: str) -> dict[ReferenceRole, str]:
+    """This package's prompts, as `ReferenceFacts.around` reads them.
+
+    >>> package_templates("#")["reconstructor"]
+    '{explanation}\\nActivation: #'
+    """
+    before, after = around_description(marker)
+    return {
+        "verbalizer": VERBALIZER_TEMPLATE.format(marker=f"{{{MARKER_FIELD}}}"),
+        "reconstructor": f"{_escaped(before)}{{{DESCRIPTION_FIELD}}}{_escaped(after)}",
+    }
+
+
+def prompt_sections(
+    templates: Mapping[ReferenceRole, str],
+    marker: str,
+    marker_id: int | None,
+    neighbours: tuple[int, int] | None,
+    suffix_ids: Sequence[int],
+) -> dict[str, Any]:
+    """What manifests of models and of data sets say of prompts, under the same keys."""
+    left, right = neighbours or (None, None)
+    return {
+        "tokens": {
+            "injection_char": marker,
+            "injection_token_id": marker_id,
+            "injection_left_neighbor_id": left,
+            "injection_right_neighbor_id": right,
+            "critic_suffix_ids": list(suffix_ids) or None,
+        },
+        "prompt_templates": {
+            name: template for role, template in templates.items() for name in _ROLE_NAMES[role][:2]
+        },
+    }
+
+
+def write_reference_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest, of a model or of a data set, with its keys in their order."""
+    text = yaml.safe_dump(dict(manifest), sort_keys=False, allow_unicode=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def read_reference(path_or_id: str | Path, role: ReferenceRole) -> ReferenceFacts:
@@ -422,6 +467,10 @@ def _check(facts: ReferenceFacts) -> None:
         f"{facts.num_blocks - 1}, the last of the {facts.num_blocks} blocks in config.json",
         "A reconstructor of this layout is cut after block K; one of the two files is wrong.",
     )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _unescaped(text: str) -> str:

@@ -66,6 +66,15 @@ def base_folder(model: str, *, weights: bool = True) -> Path:
     return _hub_folder(model, weights)
 
 
+def has_own_name(model: str) -> bool:
+    """Whether a base's name is one that this package knows and other tools do not.
+
+    >>> [has_own_name(name) for name in ("embedded:nano", "models/some.gguf", "org/name")]
+    [True, True, False]
+    """
+    return model.partition(":")[0] in ("embedded", "package") or model.endswith(".gguf")
+
+
 def _existing(folder: Path, model: str, remedy: str) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nla_ray.base.identity import BaseInfo
 from nla_ray.base.prompts import CLOSING_TAG, verbalizer_prompt
+from nla_ray.base.sources import has_own_name
 from nla_ray.settings.config import BaseConfig, require
 
 CARD_NAME = "README.md"
@@ -105,6 +106,7 @@ def export_adapter(
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
     save_file({"activation": activation.contiguous()}, folder / EXAMPLE_NAME)
     left, right = info.neighbours
+    layer_told = base.layer if base.further_layers else None
     facts = {
         "example": EXAMPLE_NAME,
         "closing": CLOSING_TAG,
@@ -113,12 +115,12 @@ def export_adapter(
         "marker_id": info.marker_id,
         "d_model": info.d_model,
     }
-    is_named_here = base.model.partition(":")[0] in ("embedded", "package")
+    is_found_here = has_own_name(base.model)
     snippet = _SNIPPET.format(
-        base_import="from nla_ray.base.sources import base_folder\n" if is_named_here else "",
-        base=f"base_folder({base.model!r})" if is_named_here else repr(base.model),
+        base_import="from nla_ray.base.sources import base_folder\n" if is_found_here else "",
+        base=f"base_folder({base.model!r})" if is_found_here else repr(base.model),
         dtype=base.dtype,
-        prompt=repr(verbalizer_prompt(tokenizer, base.marker)),
+        prompt=repr(verbalizer_prompt(tokenizer, base.marker, layer_told)),
         **facts,
     )
     card = _CARD.format(

@@ -10,23 +10,23 @@ It knows tables and no run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from nla_ray.activation.bank import ActivationTable
 from nla_ray.base.encoding import encode_texts
 from nla_ray.base.identity import BaseInfo
-from nla_ray.base.prompts import RECONSTRUCTOR_TEMPLATE, VERBALIZER_TEMPLATE, reconstructor_prompt
+from nla_ray.base.prompts import VERBALIZER_TEMPLATE, reconstructor_prompt
 from nla_ray.base.reference import (
-    DESCRIPTION_FIELD,
     EXPLANATION_TAGS,
-    MARKER_FIELD,
     REFERENCE_MANIFEST,
+    package_templates,
+    prompt_sections,
+    write_reference_manifest,
 )
 
 DatasetStage = Literal["base", "av_sft", "ar_sft", "rl"]
@@ -77,20 +77,18 @@ def export_datasets(
         _write(file, table, rows, of_stage)
         manifest = _manifest(stage, len(rows), info, corpus)
         sidecar = file.with_name(f"{file.name}.{REFERENCE_MANIFEST}")
-        sidecar.write_text(
-            yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        write_reference_manifest(sidecar, manifest)
     return {stage: len(rows) for stage, (rows, _) in columns.items()}
 
 
-def _write(
-    file: Path, table: ActivationTable, rows: Sequence[int], columns: Mapping[str, Any]
-) -> None:
+def _write(file: Path, table: ActivationTable, rows: list[int], columns: Mapping[str, Any]) -> None:
     d_model = table.vectors.shape[1]
     vectors = pa.field("activation_vector", pa.list_(pa.float32(), d_model))
     schema = pa.schema([*(pa.field(name, kind) for name, (kind, _) in columns.items()), vectors])
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for group in _groups(rows, max(1, _GROUP_BYTES // (4 * d_model))):
+        most = max(1, _GROUP_BYTES // (4 * d_model))
+        for start in range(0, len(rows), most):
+            group = rows[start : start + most]
             flat = pa.array(table.vectors[group].numpy().ravel(), pa.float32())
             arrays = [
                 pa.array([value_of(row) for row in group], kind)
@@ -100,17 +98,7 @@ def _write(
             writer.write_table(pa.table(arrays, schema=schema))
 
 
-def _groups(rows: Sequence[int], most: int) -> Iterator[list[int]]:
-    for start in range(0, len(rows), most):
-        yield list(rows[start : start + most])
-
-
 def _manifest(stage: DatasetStage, rows: int, info: BaseInfo, corpus: str) -> dict[str, Any]:
-    left, right = info.neighbours
-    asked = VERBALIZER_TEMPLATE.format(marker=f"{{{MARKER_FIELD}}}")
-    filled = RECONSTRUCTOR_TEMPLATE.format(
-        description=f"{{{DESCRIPTION_FIELD}}}", marker=info.marker
-    )
     return {
         "kind": "nla_dataset",
         "schema_version": 1,
@@ -123,15 +111,11 @@ def _manifest(stage: DatasetStage, rows: int, info: BaseInfo, corpus: str) -> di
             "norm": "none",
             "corpus": corpus,
         },
-        "tokens": {
-            "injection_char": info.marker,
-            "injection_token_id": info.marker_id,
-            "injection_left_neighbor_id": left,
-            "injection_right_neighbor_id": right,
-            "critic_suffix_ids": [info.marker_id],
-        },
-        "prompt_templates": {
-            **dict.fromkeys(("av", "actor"), asked),
-            **dict.fromkeys(("ar", "critic"), filled),
-        },
+        **prompt_sections(
+            package_templates(info.marker),
+            info.marker,
+            info.marker_id,
+            info.neighbours,
+            [info.marker_id],
+        ),
     }

@@ -30,13 +30,12 @@ from nla_ray.activation.vectors import cosine, norm, rescale
 from nla_ray.base import prompts
 from nla_ray.base.adapters import merged_adapter
 from nla_ray.base.identity import BaseInfo
-from nla_ray.base.load import load_backbone, load_tokenizer
+from nla_ray.base.load import first_token, load_backbone, load_tokenizer
 from nla_ray.base.reference import (
-    DESCRIPTION_FIELD,
-    MARKER_FIELD,
     VALUE_HEAD_NAME,
     ReferenceFacts,
     ReferenceRole,
+    package_templates,
     read_reference,
 )
 from nla_ray.score.reconstructor import ADAPTER_NAME, HEAD_NAME, read_head
@@ -53,8 +52,8 @@ def export_verbalizer(
 ) -> ReferenceFacts:
     """Write the base with an adapter merged, its tokenizer and its manifest.
 
-    Raises ValueError for a base whose prompt takes several vectors, and for a chat template that
-    cannot be made to open a description.
+    Raises ValueError for a base whose prompt takes several vectors or tells the layer, and for a
+    chat template that cannot be made to open a description.
     """
     require(
         base.injected == ("activation",),
@@ -63,18 +62,22 @@ def export_verbalizer(
         "the activation alone",
         "The layout has one vector in a prompt.",
     )
+    require(
+        not base.further_layers,
+        "base.further_layers",
+        base.further_layers,
+        "none",
+        "The prompt of a verbalizer of several layers tells the layer; export to peft.",
+    )
     tokenizer = load_tokenizer(base)
     prompt = prompts.injection_prompt(tokenizer, base)
     model = merged_adapter(load_backbone(base).float(), adapter)
     tokenizer.chat_template = prompts.opened_template(tokenizer.chat_template)
     _save(model, tokenizer, folder, dtype)
-    template = prompts.VERBALIZER_TEMPLATE.format(marker=f"{{{MARKER_FIELD}}}")
     tags = [prompts.OPENING_TAG, prompts.CLOSING_TAG]
     facts = dataclasses.replace(
-        _facts(folder, "verbalizer", base, info, dtype, template, {"tags": tags}),
-        num_blocks=info.num_layers,
+        _facts(folder, "verbalizer", base, info, dtype, {"tags": tags}),
         injection_norm=base.injection_norm,
-        marker_id=prompt.marker_id,
         neighbours=prompt.neighbours,
     )
     facts.save()
@@ -110,21 +113,18 @@ def export_reconstructor(
     model = merged_adapter(first, scorer / ADAPTER_NAME)
     _save(model, tokenizer, folder, dtype)
     shutil.copy(scorer / HEAD_NAME, folder / HEAD_NAME)
-    before, after = prompts.around_description(base.marker)
-    template = f"{_escaped(before)}{{{DESCRIPTION_FIELD}}}{_escaped(after)}"
-    marker_id = prompts.marker_token(tokenizer, base.marker)
     facts = dataclasses.replace(
-        _facts(folder, "reconstructor", base, info, dtype, template, {OWN_HEAD: HEAD_NAME}),
-        num_blocks=base.layer + 1,
+        _facts(folder, "reconstructor", base, info, dtype, {OWN_HEAD: HEAD_NAME}),
         target_norm=info.d_model**0.5,
-        marker_id=marker_id,
-        suffix_ids=(marker_id,),
+        suffix_ids=(info.marker_id,),
     )
     identity = {"weight": torch.eye(info.d_model)}
-    plain = dataclasses.replace(facts, own={})
-    reader = ReferenceReconstructor(plain, model, tokenizer, identity, mean, max_tokens=max_tokens)
+    plain, rounded = dataclasses.replace(facts, own={}), model.float()  # as it is saved
+    reader = ReferenceReconstructor(
+        plain, rounded, tokenizer, identity, mean, max_tokens=max_tokens
+    )
     streams = [
-        reader.eval().reconstruct([prompts.unmarked(text, base.marker) for text in texts])
+        reader.reconstruct([prompts.unmarked(text, base.marker) for text in texts])
         for texts in (fitted, checked)
     ]
     head = linear_head(weight, mean, streams[0])
@@ -160,19 +160,20 @@ def _facts(
     base: BaseConfig,
     info: BaseInfo,
     dtype: WeightType,
-    template: str,
     own: dict[str, Any],
 ) -> ReferenceFacts:
+    """What facts of both roles say alike."""
     return ReferenceFacts(
         folder=folder,
         role=role,
         layer=base.layer,
         d_model=info.d_model,
-        num_blocks=0,
+        num_blocks=info.num_layers if role == "verbalizer" else base.layer + 1,
         model_type=info.model_type,
         dtype=dtype,
-        template=template,
+        template=package_templates(base.marker)[role],
         marker=base.marker,
+        marker_id=info.marker_id,
         base_name=base.model,
         own={"base_digest": info.digest, **own},
     )
@@ -181,16 +182,10 @@ def _facts(
 def _save(model: Any, tokenizer: Any, folder: Path, dtype: WeightType) -> None:
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    model.float()
 
 
 def _without_unused_beginning(tokenizer: Any) -> Any:
     """A tokenizer that names no first token unless it puts one there: readers ask for it."""
-    [first] = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
-    if tokenizer.bos_token_id is not None and first != tokenizer.bos_token_id:
+    if not first_token(tokenizer):
         tokenizer.bos_token = None
     return tokenizer
-
-
-def _escaped(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")

@@ -10,6 +10,7 @@ Knows nothing of losses or of Ray.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +36,11 @@ _SETTINGS = "reconstructor"
 """Key of the head file's metadata."""
 
 
-class DescriptionReader(nn.Module):
+class DescriptionReader(nn.Module, ABC):
     """What every reconstructor does: a description's prompt, blocks 0..K, a linear head.
 
-    `Reconstructor` is this package's, `score/reference.py` has another. Each says what the prompt
-    is (`encode`) and what the head reads (`_reconstruct`).
+    Abstract: `Reconstructor` is this package's, `score/reference.py` has another. Each says what
+    the prompt is (`encode`) and what the head reads (`_reconstruct`).
     """
 
     mean: Tensor
@@ -78,22 +79,27 @@ class DescriptionReader(nn.Module):
         self.register_buffer("mean", mean.detach().to(device, torch.float32, copy=True))
         self._reader = ResidualReader(model, [layer])
 
+    @abstractmethod
     def encode(self, descriptions: Sequence[str]) -> list[list[int]]:
         """The prompts as ids; the reconstruction is read at the last one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _reconstruct(
         self, last_stream: Float[Tensor, "batch d_model"]
     ) -> Float[Tensor, "batch d_model"]:
         """The stream at the prompts' ends -> reconstructions."""
-        raise NotImplementedError
 
-    def _cut(self, description: str) -> str:
+    def _ids_if_too_long(self, description: str) -> list[int] | None:
+        """Of a description of more than `max_tokens` tokens; None of any other."""
         # No tokenizer makes more tokens than bytes.
         if len(description.encode()) <= self.max_tokens:
-            return description
+            return None
         [ids] = encode_texts(self.tokenizer, [description])
-        if len(ids) <= self.max_tokens:
+        return ids if len(ids) > self.max_tokens else None
+
+    def _cut(self, description: str) -> str:
+        ids = self._ids_if_too_long(description)
+        if ids is None:
             return description
         return self.tokenizer.decode(ids[: self.max_tokens], skip_special_tokens=True).rstrip(
             "\ufffd"
@@ -306,10 +312,8 @@ class Reconstructor(DescriptionReader):
         """
         if self.marker in description:
             return f"the character {self.marker!r}"
-        if len(description.encode()) <= self.max_tokens:
-            return None
-        [ids] = encode_texts(self.tokenizer, [description])
-        return f"{len(ids)} tokens" if len(ids) > self.max_tokens else None
+        ids = self._ids_if_too_long(description)
+        return None if ids is None else f"{len(ids)} tokens"
 
     def _reconstruct(
         self, marker_stream: Float[Tensor, "batch d_model"]

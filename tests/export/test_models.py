@@ -132,6 +132,15 @@ def test_a_prompt_of_several_vectors_has_no_place_in_the_layout(
         export_verbalizer(base, base_info(base), tmp_path, tmp_path / "av", "float32")
 
 
+def test_a_prompt_that_tells_its_layer_has_no_place_in_the_layout(
+    tiny_base: BaseConfig, tmp_path: Path
+) -> None:
+    base = dataclasses.replace(tiny_base, further_layers=(0,))
+    with pytest.raises(ValueError, match=r"base.further_layers: got \(0,\), expected none"):
+        export_verbalizer(base, base_info(base), tmp_path, tmp_path / "av", "float32")
+    assert not (tmp_path / "av").exists()
+
+
 def test_a_token_that_the_tokenizer_never_begins_with_is_not_named(tiny_base: BaseConfig) -> None:
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.bos_token = "<|im_start|>"
